@@ -1,0 +1,115 @@
+"""Between pixels and the space that the network works in.
+
+Pixels are (N, C, H, W) float32 in [-1, 1] on this side, latents on the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+OFFICIAL_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+OFFICIAL_FACTOR = 8
+
+
+class Autoencoder(Protocol):
+    """What train and sample need to know about a latent space."""
+
+    def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of images (C, H, W)."""
+        ...
+
+    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Latents of pixels; `noise` is standard normal in the shape of the latents."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels of latents."""
+        ...
+
+
+class Pixels:
+    """No autoencoder: the network works on pixels."""
+
+    def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """The image's own shape."""
+        channels, height, width = image_shape
+        return channels, height, width
+
+    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """The pixels themselves."""
+        return pixels
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The latents themselves."""
+        return latents
+
+
+class KLAutoencoder:
+    """A diffusers AutoencoderKL; latents are samples of its posterior times its scaling factor.
+
+    Args:
+        source: hub name or local folder.
+        device: where it runs, in float32.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+
+    def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
+        from diffusers import AutoencoderKL  # heavy, and only latents need it
+
+        try:
+            vae: Any = AutoencoderKL.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load the autoencoder {source!r} from disk, cache or hub: {error}") from error
+        self._vae = vae.to(device).eval().requires_grad_(False)
+        self.scale = float(vae.config.scaling_factor)
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(latent channels, H / f, W / f).
+
+        Raises:
+            ValueError: if f does not divide the image's sides.
+        """
+        _, height, width = image_shape
+        for side in (height, width):
+            _check_factor(side, self.factor)
+        return self._vae.config.latent_channels, height // self.factor, width // self.factor
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """A sample of the posterior, made from the given noise."""
+        posterior = self._vae.encode(pixels).latent_dist
+        return (posterior.mean + posterior.std * noise) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels, not clamped."""
+        return self._vae.decode(latents / self.scale).sample
+
+
+def open_autoencoder(name: str, image_size: int, device: torch.device | str = "cpu") -> Autoencoder:
+    """Opens an autoencoder by the value of `--vae`.
+
+    Args:
+        name: "ema", "mse", "none", or a local folder.
+        image_size: side of the images it will see.
+        device: where it runs.
+
+    Raises:
+        ValueError: if it cannot be loaded, or cannot take such images (known of the official ones before loading).
+    """
+    if name == "none":
+        return Pixels()
+    if name in OFFICIAL_VAES:
+        _check_factor(image_size, OFFICIAL_FACTOR)
+    return KLAutoencoder(OFFICIAL_VAES.get(name, name), device)
+
+
+def _check_factor(side: int, factor: int) -> None:
+    if side % factor:
+        raise ValueError(f"image size {side} is not a multiple of the autoencoder's factor {factor}")

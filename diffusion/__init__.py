@@ -1,0 +1,18 @@
+"""Noise processes and sampling; knows no family by name."""
+
+from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
+from diffusion.objective import Batch, Draws, Objective
+from diffusion.sampling import ImageNoise, guided, sample_loop
+from diffusion.schedules import space_timesteps
+
+__all__ = [
+    "Batch",
+    "Draws",
+    "GaussianDiffusion",
+    "ImageNoise",
+    "Objective",
+    "create_diffusion",
+    "guided",
+    "sample_loop",
+    "space_timesteps",
+]

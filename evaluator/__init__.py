@@ -1,0 +1,1 @@
+"""Scores of samples: pure metrics on features, and the features."""

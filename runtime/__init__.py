@@ -1,0 +1,1 @@
+"""What every room stands on: processes, files, settings, seeds, errors. Knows nothing of networks or images."""

@@ -1,0 +1,152 @@
+"""Checkpoints: ours, which hold tensors and JSON only, and the official ones, read without running their pickles.
+
+Ours is one safetensors file. Tensor names start with their group ("model/", "ema/", "optimizer/"); the file's metadata
+holds one JSON document with everything needed to rebuild the run's network, process and data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from runtime.errors import UserError
+from runtime.files import atomic_path
+
+METADATA_KEY = "dit_family"
+# Where the official releases keep weights, best first; a file without any of these is the state dict itself.
+OFFICIAL_GROUPS = ("ema", "model", "state_dict")
+# What wrappers put in front of a parameter's name.
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+class Checkpoint(NamedTuple):
+    """One set of weights from a file.
+
+    Attributes:
+        weights: parameter name -> tensor, on the CPU.
+        meta: the JSON document of our own files; None for foreign files.
+    """
+
+    weights: dict[str, Tensor]
+    meta: dict[str, Any] | None
+
+
+def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
+    """Writes a checkpoint, whole or not at all.
+
+    Args:
+        path: final name, ending in ".safetensors".
+        groups: group name -> parameter name -> tensor.
+        meta: JSON values.
+    """
+    tensors = {
+        f"{group}/{name}": tensor.detach().cpu().contiguous()
+        for group, members in groups.items()
+        for name, tensor in members.items()
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(meta)})
+
+
+def read_checkpoint(path: Path, group: str = "ema") -> Checkpoint:
+    """Reads one group of weights from any supported file.
+
+    Args:
+        path: ours (safetensors), or an official .pt / .pth: a flat state dict, or one under "ema", "model" or
+            "state_dict", beside whatever else.
+        group: "ema" or "model". Official files without that group give what they have.
+
+    Raises:
+        UserError: if the file is missing, damaged, not a checkpoint, or holds objects that could run code.
+    """
+    if not path.is_file():
+        raise UserError(f"--ckpt {path}: no such file")
+    if path.suffix == ".safetensors":
+        return _read_ours(path, group)
+    return Checkpoint(_read_official(path, group), None)
+
+
+def _read_ours(path: Path, group: str) -> Checkpoint:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            document = (file.metadata() or {}).get(METADATA_KEY)
+            prefix = f"{group}/" if document else ""
+            weights = {n.removeprefix(prefix): file.get_tensor(n) for n in names if n.startswith(prefix)}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"--ckpt {path}: damaged or truncated safetensors file ({error})") from error
+    if not weights:
+        groups = sorted({name.split("/")[0] for name in names})
+        raise UserError(f"--ckpt {path}: holds no weights under {group!r}; it has: {', '.join(groups) or 'nothing'}")
+    return Checkpoint(_unwrapped(weights), json.loads(document) if document else None)
+
+
+def _read_official(path: Path, group: str) -> dict[str, Tensor]:
+    try:
+        # Training checkpoints of the official repositories carry their flags as an argparse.Namespace: plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"--ckpt {path}: refused, because it is no PyTorch file of plain tensors (unpickling it could run code)"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise UserError(f"--ckpt {path}: not a readable PyTorch file; truncated download? ({error})") from error
+    if isinstance(content, dict):
+        for name in (group, *OFFICIAL_GROUPS):
+            if isinstance(content.get(name), dict):
+                content = content[name]
+                break
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"--ckpt {path}: a PyTorch file, but not one of weights by name")
+    return _unwrapped({name: value for name, value in content.items() if isinstance(value, Tensor)})
+
+
+def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what DDP and torch.compile put in front of (or, per block, into) them."""
+    plain = {}
+    for name, tensor in weights.items():
+        for prefix in WRAPPER_PREFIXES:
+            name = name.removeprefix(prefix)
+        plain[name.replace("._orig_mod.", ".")] = tensor
+    return plain
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copies weights into a network; every name and shape must fit.
+
+    Args:
+        network: to be filled.
+        weights: parameter name -> tensor.
+        source: file and model, for the message.
+
+    Raises:
+        UserError: naming the first three mismatches and their number.
+    """
+    wanted = network.state_dict()
+    problems = [
+        *(f"missing {name}" for name in wanted if name not in weights),
+        *(f"unexpected {name}" for name in weights if name not in wanted),
+        *(
+            f"{name} is {_shape(weights[name])}, expected {_shape(tensor)}"
+            for name, tensor in wanted.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ),
+    ]
+    if problems:
+        shown = "; ".join(problems[:3])
+        raise UserError(f"{source}: the weights do not fit the model in {len(problems)} places: {shown}")
+    network.load_state_dict(dict(weights))
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "a single number"

@@ -1,0 +1,43 @@
+"""Files that are either whole or absent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from runtime.errors import UserError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path`; what was written there takes the final name when the block succeeds.
+
+    The temporary file keeps the suffix, because some writers choose their format by it.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Makes the folder of an output file and proves that a file can be made in it, before any long work.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot write there ({error.strerror})") from error
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; give a file name")

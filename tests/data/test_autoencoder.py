@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from data.autoencoder import Pixels, open_autoencoder
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.25,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder, vae.eval()
+
+
+def test_latents_are_a_scaled_sample_of_the_posterior(vae_folder):
+    folder, vae = vae_folder
+    autoencoder = open_autoencoder(str(folder), 16)
+    pixels, noise = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 8, 8)
+    assert autoencoder.latent_shape((3, 16, 16)) == (4, 8, 8)
+    latents = autoencoder.encode(pixels, noise)
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+        assert torch.allclose(latents, (posterior.mean + posterior.std * noise) * 0.25)
+        assert torch.allclose(autoencoder.decode(latents), vae.decode(latents / 0.25).sample)
+
+
+def test_image_size_must_fit_the_factor(vae_folder):
+    with pytest.raises(ValueError, match="image size 15 is not a multiple of the autoencoder's factor 2"):
+        open_autoencoder(str(vae_folder[0]), 15).latent_shape((3, 15, 15))
+    with pytest.raises(ValueError, match="image size 250 is not a multiple of the autoencoder's factor 8"):
+        open_autoencoder("ema", 250)  # known before anything is loaded
+
+
+def test_a_missing_autoencoder_is_named(tmp_path):
+    with pytest.raises(ValueError, match="cannot load the autoencoder .*nothing"):
+        open_autoencoder(str(tmp_path / "nothing"), 16)
+
+
+def test_pixels_pass_through():
+    pixels, x = open_autoencoder("none", 5), torch.randn(1, 1, 5, 5)
+    assert isinstance(pixels, Pixels) and pixels.latent_shape((1, 5, 5)) == (1, 5, 5)
+    assert pixels.encode(x, torch.zeros(())) is x and pixels.decode(x) is x

@@ -1,0 +1,49 @@
+import numpy as np
+import torch
+from PIL import Image
+
+from data.pixels import enlarge, from_uint8, grid, save_png, to_picture, to_uint8
+from tests import golden_data
+
+
+def test_rounding_matches_the_recorded_pixels():
+    arrays = golden_data.arrays("dit/pixels")
+    decoded = arrays["decoded"].view(1, 1, 1, -1)
+    assert torch.equal(to_uint8(decoded).flatten(), arrays["npz_uint8"])
+    assert torch.equal(to_picture(decoded).flatten(), arrays["save_image_uint8"])
+
+
+def test_bytes_survive_the_way_in_and_out():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    x = from_uint8(images)
+    assert x.min() == -1 and x.max() == 1
+    assert torch.equal(to_picture(x)[0, :, :, 0], images[0, 0])
+
+
+def test_channels_move_last():
+    x = torch.full((2, 3, 4, 5), -1.0)
+    x[:, 2] = 1
+    out = to_uint8(x)
+    assert out.shape == (2, 4, 5, 3) and out[..., 2].min() == 255 and out[..., :2].max() == 0
+
+
+def test_grid_places_tiles_row_by_row_with_gaps():
+    tiles = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1) + 10
+    sheet = grid(tiles, columns=2, gap=1)[0, :, :, 0]
+    assert sheet.tolist() == [
+        [255, 255, 255, 255, 255],
+        [255, 10, 255, 11, 255],
+        [255, 255, 255, 255, 255],
+        [255, 12, 255, 255, 255],
+        [255, 255, 255, 255, 255],
+    ]
+
+
+def test_png_round_trip(tmp_path):
+    rng = np.random.default_rng(0)
+    for channels in (1, 3):
+        image = rng.integers(0, 256, (6, 4, channels), dtype=np.uint8)
+        save_png(image, tmp_path / "a.png")
+        with Image.open(tmp_path / "a.png") as file:
+            assert np.array_equal(np.array(file).reshape(image.shape), image)
+    assert enlarge(image[None], 3).shape == (1, 18, 12, 3)

@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import UserError
+from runtime.files import atomic_path, check_writable
+
+
+def test_success_renames_and_leaves_nothing_else(tmp_path):
+    with atomic_path(tmp_path / "a.txt") as temporary:
+        assert temporary.suffix == ".txt" and temporary.parent == tmp_path
+        temporary.write_text("whole")
+        assert not (tmp_path / "a.txt").exists()
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "whole")]
+
+
+def test_failure_keeps_the_old_content(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def test_check_writable_makes_the_folder_and_leaves_no_file(tmp_path):
+    check_writable(tmp_path / "new" / "deep" / "a.png", "--output")
+    assert (tmp_path / "new" / "deep").is_dir() and not list((tmp_path / "new" / "deep").iterdir())
+
+
+def test_check_writable_names_flag_and_path(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output .*file/a.png: cannot write there"):
+        check_writable(tmp_path / "file" / "a.png", "--output")
+    with pytest.raises(UserError, match="is a folder"):
+        check_writable(Path(tmp_path), "--output")
