@@ -9,7 +9,7 @@ Our own checkpoints know their model, process and autoencoder; for official file
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from data.autoencoder import open_autoencoder
 from data.pixels import enlarge, grid, save_png, to_picture
-from diffusion import ImageNoise, create_diffusion, guided, sample_loop
+from diffusion import GaussianDiffusion, ImageNoise, create_diffusion, guided, sample_loop
 from diffusion.sampling import Sampler
+from diffusion.schedules import TimeConvention
 from models import create_model
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
@@ -29,6 +30,11 @@ from runtime.config import parse_config, setting
 from runtime.errors import UserError, blame, run
 from runtime.files import check_writable
 
+# A new sampler is one row: how its flags make it, from a process, for a network of some time convention.
+SAMPLERS: dict[str, Callable[[GaussianDiffusion, SamplingConfig, bool, TimeConvention], Sampler]] = {
+    "ddpm": lambda process, config, clip, convention: process.ancestral(clip, convention=convention),
+    "ddim": lambda process, config, clip, convention: process.ddim(config.eta, clip, convention=convention),
+}
 OFFICIAL_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 OFFICIAL_GUIDANCE_CHANNELS = 3  # the released samplers guide the first 3 of 4 latent channels
 
@@ -43,9 +49,12 @@ class SamplingConfig:
     image_size: int | None = setting(None, "side in pixels; our checkpoints know it (official: 256)")
     num_classes: int | None = setting(None, "number of classes; our checkpoints know it (official: 1000)")
     vae: str | None = setting(None, "autoencoder: ema, mse, a local folder, or none; our checkpoints know it")
-    sampler: str = setting("ddpm", "ancestral sampling, or DDIM", ("ddpm", "ddim"))
+    sampler: str = setting("ddpm", "ancestral sampling, or DDIM", tuple(SAMPLERS))
     num_sampling_steps: str = setting("250", "step spec, such as 250, 10,15,20 or ddim50")
     eta: float = setting(0.0, "noise of DDIM: 0 none, 1 as much as DDPM")
+    clip_denoised: bool | None = setting(
+        None, "clamp predicted clean images to [-1, 1]; yes for pixels, no for latents"
+    )
     cfg_scale: float = setting(4.0, "guidance scale; 1 is none")
     guidance_channels: int | None = setting(None, "guide this many leading channels; 3 for official files, else all")
     device: str | None = setting(None, "cuda where there is one, else cpu", ("cuda", "cpu"))
@@ -57,8 +66,8 @@ class SamplingConfig:
             raise ValueError("--ckpt: required; give a checkpoint of train.py, or an official file")
         if self.cfg_scale < 1:
             raise ValueError(f"--cfg-scale {self.cfg_scale}: must be at least 1 (1 is no guidance)")
-        if self.eta < 0 or (self.eta and self.sampler == "ddpm"):
-            raise ValueError(f"--eta {self.eta}: must not be negative, and has an effect with --sampler ddim only")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"--eta {self.eta}: has an effect with --sampler ddim only")
         if self.guidance_channels is not None and self.guidance_channels < 1:
             raise ValueError(f"--guidance-channels {self.guidance_channels}: must be at least 1")
         with blame(f"--num-sampling-steps {self.num_sampling_steps}"):
@@ -112,12 +121,9 @@ class Pipeline:
         process = create_diffusion(
             config.num_sampling_steps, learn_sigma=network.out_channels != network.in_channels, **facts["process"]
         )
-        convention = network.time_convention
-        self.sampler: Sampler = (
-            process.ddim(config.eta, convention=convention)
-            if config.sampler == "ddim"
-            else process.ancestral(convention=convention)
-        )
+        clip = self.vae == "none" if config.clip_denoised is None else config.clip_denoised
+        with blame(f"--eta {config.eta}"):
+            self.sampler = SAMPLERS[config.sampler](process, config, clip, network.time_convention)
         self._network = network.for_sampling(self.sampler.times)
         self._scale = config.cfg_scale
         with blame(f"--cfg-scale {config.cfg_scale}"):

@@ -47,6 +47,9 @@ class DDIMSampler:
 
     Attributes:
         times: the network's time of each evaluation.
+
+    Raises:
+        ValueError: if eta is negative, or so large that a step would carry more noise than the level it leads to.
     """
 
     def __init__(
@@ -58,14 +61,14 @@ class DDIMSampler:
         convention: TimeConvention,
         reverse: bool = False,
     ) -> None:
-        if eta < 0:
-            raise ValueError(f"eta must not be negative, but is {eta}")
         self.process, self.clip_denoised, self.eta = process, clip_denoised, eta
         order = slice(None, None, 1 if reverse else -1)
         tables = process.tables
         here, there = tables["alphas_cumprod"], tables["alphas_cumprod_next" if reverse else "alphas_cumprod_prev"]
         # eta is 0 in reverse, where `there` is the noisier level and the second root would be imaginary
         sigma = 0 * here if reverse else eta * np.sqrt((1 - there) / (1 - here)) * np.sqrt(1 - here / there)
+        if not (eta >= 0 and (sigma**2 <= 1 - there).all()):
+            raise ValueError(f"eta must lie in [0, 1] (a little above 1 where steps are long), not {eta}")
         # The share of epsilon = (x / sqrt(abar) - x_0) / sqrt(1 / abar - 1), spread over x_0 and x.
         share = np.sqrt(1 - there - sigma**2) / tables["sqrt_recipm1_alphas_cumprod"]
         columns = (np.sqrt(there) - share, share * tables["sqrt_recip_alphas_cumprod"], sigma)

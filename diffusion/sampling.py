@@ -141,7 +141,7 @@ def guided(
         out = network(torch.cat([x, x]), rows, labels, state)
         if interval is not None and not _inside(float(t), interval):
             return out._replace(sample=out.sample[: len(x)])
-        conditional, null = out.sample.chunk(2)
+        conditional, null = out.sample.to(x.dtype).chunk(2)  # a scale multiplies half-precision rounding
         count = x.shape[-3] if channels is None else min(channels, x.shape[-3])
         kept = conditional.narrow(-3, count, conditional.shape[-3] - count)
         conditional, null = conditional.narrow(-3, 0, count), null.narrow(-3, 0, count)

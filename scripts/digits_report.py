@@ -1,0 +1,194 @@
+"""Scores sampled digits and shows them: a table, a picture (real beside sampled, one row a class), the loss curve.
+
+python scripts/digits_report.py --run quickstart_out/runs/000-DiT-digits-2 --samples quickstart_out/samples.npz
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from data.digits import NUM_CLASSES, load_digits
+from data.pixels import enlarge, grid
+from evaluator.digits import DigitsScores, score_digits
+from runtime.config import parse_config, setting
+from runtime.errors import UserError, blame, run
+from runtime.files import atomic_path, check_writable
+
+TILES_PER_CLASS = 10
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Settings of digits_report.py."""
+
+    samples: Path = setting(Path("quickstart_out/samples.npz"), "sampled digits: arr_0 images, arr_1 labels")
+    run: Path | None = setting(None, "folder of the training run, for its loss curve")
+    output_dir: Path = setting(Path("quickstart_out"), "where pictures and scores go")
+    check: bool = setting(False, "exit with status 1 if a goal is missed")
+
+
+class Goal(NamedTuple):
+    """One row of the table: a score, what a good sampler reaches, and what held-out real digits score."""
+
+    name: str
+    value: float
+    wanted: str
+    met: bool
+    real: float | None
+
+
+def goals(scores: DigitsScores, real_accuracy: float) -> list[Goal]:
+    """All goals at once: accuracy alone would reward a model that draws the same ten digits for ever."""
+    assert scores.accuracy is not None
+    limit = scores.frechet_distance_of_test
+    return [
+        Goal("recognised by an independent classifier", scores.accuracy, ">= 0.97", scores.accuracy >= 0.97,
+             real_accuracy),
+        Goal("Frechet distance to the training split", scores.frechet_distance, f"<= {limit:.2f}",
+             scores.frechet_distance <= limit, limit),
+        Goal("recall of the training split", scores.recall, ">= 0.85", scores.recall >= 0.85, None),
+        Goal("distance to the nearest training image, ratio", scores.nearest_ratio, "> 0.80",
+             scores.nearest_ratio > 0.8, 1.0),
+    ]  # fmt: skip
+
+
+def table(rows: Sequence[Goal]) -> str:
+    """The goals as a Markdown table."""
+    lines = ["| score | samples | goal | | real test split |", "|---|---|---|---|---|"]
+    for row in rows:
+        real = "" if row.real is None else f"{row.real:.3f}"
+        lines.append(f"| {row.name} | {row.value:.3f} | {row.wanted} | {'met' if row.met else 'MISSED'} | {real} |")
+    return "\n".join(lines)
+
+
+def read_samples(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Images and labels of a sample file.
+
+    Raises:
+        UserError: if the file is missing, damaged, or lacks either.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["arr_0"], file["arr_1"]
+    except OSError as error:
+        raise UserError(f"--samples {path}: {error.strerror or error}") from error
+    except KeyError as error:
+        raise UserError(f"--samples {path}: lacks {error.args[0].split()[0]}; write it with sample_ddp.py") from error
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"--samples {path}: not a readable .npz ({error})") from error
+
+
+def rows_by_class(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """The first few images of each class as one sheet (H, W), a row a class; white where there are too few."""
+    tiles = np.full((NUM_CLASSES, TILES_PER_CLASS, *images.shape[1:]), 255, np.uint8)
+    for k in range(NUM_CLASSES):
+        chosen = images[labels == k][:TILES_PER_CLASS]
+        tiles[k, : len(chosen)] = chosen
+    flat = tiles.reshape(-1, *images.shape[1:])
+    return grid(enlarge(flat, 8), TILES_PER_CLASS, gap=6)[0, :, :, 0]
+
+
+def draw_picture(
+    real: npt.NDArray[np.uint8], sampled: npt.NDArray[np.uint8], subtitle: str, path: Path
+) -> None:  # fmt: skip
+    """Two sheets side by side."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.9), layout="constrained")
+    for axis, sheet, title in zip(axes, (real, sampled), ("real", "sampled"), strict=True):
+        axis.imshow(sheet, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set_title(title, fontsize=13)
+        axis.axis("off")
+    figure.suptitle(subtitle, fontsize=11, color="0.35", y=0.02, va="bottom")
+    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
+    _save(figure, path)
+
+
+def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
+    """Training loss against steps, as logged."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    axis.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color="#1f5fa8", linewidth=1.8)
+    axis.set_xlabel("training step")
+    axis.set_ylabel("mean squared error of the noise")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(plt.matplotlib.ticker.ScalarFormatter())
+    axis.yaxis.set_minor_formatter(plt.matplotlib.ticker.ScalarFormatter())
+    axis.grid(alpha=0.25, which="both")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.annotate(f"{metrics[-1]['loss']:.3f}", (metrics[-1]["step"], metrics[-1]["loss"]), (4, 4),
+                  textcoords="offset points", fontsize=9)  # fmt: skip
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import matplotlib.ticker  # noqa: F401 (plt.matplotlib.ticker)
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The log of a training run.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"--run {folder}: no metrics.jsonl there ({error.strerror})") from error
+    if not lines:
+        raise UserError(f"--run {folder}: metrics.jsonl is empty; train for more steps than --log-every")
+    return [json.loads(line) for line in lines]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses flags, scores, draws, prints."""
+    config = parse_config(ReportConfig, argv, program="digits_report.py", description=__doc__.split("\n")[0])
+    images, labels = read_samples(config.samples)
+    metrics = read_metrics(config.run) if config.run else []
+    check_writable(config.output_dir / "digits.png", "--output-dir")
+    train, test = load_digits("train"), load_digits("test")
+    with blame(f"--samples {config.samples}"):
+        scores = score_digits(images, labels, train=train, test=test)
+    real_accuracy = score_digits(*test, train=train, test=test).accuracy
+    assert real_accuracy is not None
+    rows = goals(scores, real_accuracy)
+
+    subtitle = f"{len(images):,} sampled: {scores.accuracy:.1%} recognised, Frechet distance "
+    subtitle += f"{scores.frechet_distance:.1f} (real test digits: {scores.frechet_distance_of_test:.1f})"
+    pictures = [config.output_dir / "digits.png"]
+    draw_picture(rows_by_class(*train), rows_by_class(images, labels), subtitle, pictures[0])
+    if metrics:
+        pictures.append(config.output_dir / "loss.png")
+        draw_loss(metrics, pictures[1])
+    with atomic_path(config.output_dir / "scores.json") as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(scores), indent=2) + "\n")
+
+    print(table(rows))
+    print(f"(inception score {scores.inception_score:.2f}, precision {scores.precision:.3f})")
+    print("Pictures: " + ", ".join(map(str, pictures)))
+    if config.check and not all(row.met for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, "digits_report.py"))

@@ -1,0 +1,195 @@
+"""DiT against the recorded outputs, intermediates, layouts and sizes of the official implementation."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import create_model
+from models.dit import DiT
+from tests.golden_data import TINY_DITS, arrays, assert_close, assert_features_close, table, tiny_dit
+from tests.networks import debug_network
+
+WITH_NULL_CLASS = ("tiny_p2", "tiny_p4_nosigma")
+OFFICIAL = table("dit/official_model_table")["models"]
+
+
+def on_meta(row: str) -> DiT:
+    """A row of the official table, such as "DiT-XL/2@512", without memory for its weights."""
+    with torch.device("meta"):
+        return create_model(row.split("@")[0], input_size=OFFICIAL[row]["input_size"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("times", ["t", "t_frac"])
+@pytest.mark.parametrize("name", TINY_DITS)
+def test_forward_equals_the_recorded_one(name: str, times: str) -> None:
+    inputs, golden = arrays(f"dit/{name}/inputs"), arrays(f"dit/{name}/outputs")
+    out = tiny_dit(name)(inputs["x"], inputs[times], inputs["y"])
+    assert_close(out.sample, golden["forward" if times == "t" else "forward_t_frac"])
+    assert out.state is None and out.routing is None and out.features is None
+
+
+def record(network: DiT, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Runs a network and collects what passes between its parts, under the names of the fixture."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(module: nn.Module, *names: str, inputs: tuple[str, ...] = ()) -> None:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+            seen.update(zip(inputs, arguments, strict=False))
+            seen.update(zip(names, output if isinstance(output, tuple) else (output,), strict=True))
+
+        module.register_forward_hook(hook)
+
+    block = network.blocks[0]
+    watch(network.t_embedder.mlp, "t_emb", inputs=("t_freq",))
+    watch(network.y_embedder, "y_emb")
+    watch(network.x_embedder, "patch_tokens")
+    watch(block.attn, "block0_attn_out", inputs=("block0_attn_in",))
+    parts = [f"{kind}_{part}" for part in ("msa", "mlp") for kind in ("shift", "scale", "gate")]
+    watch(block.adaLN_modulation, *(f"block0_{part}" for part in parts), inputs=("c",))
+    for number, each in enumerate(network.blocks):
+        watch(each, f"tokens_{number + 1}", inputs=(f"tokens_{number}",))
+    watch(network.final_layer, "final_tokens")
+    network(x, t, y)
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TINY_DITS)
+def test_everything_inside_equals_what_was_recorded(name: str) -> None:
+    inputs, golden = arrays(f"dit/{name}/inputs"), arrays(f"dit/{name}/intermediates")
+    seen = record(tiny_dit(name), inputs["x"], inputs["t"], inputs["y"])
+    golden.pop("y_emb_force_drop", None)
+    assert seen.keys() == golden.keys()
+    assert_features_close(seen.pop("t_freq"), golden.pop("t_freq"), inputs["t"])
+    for part, reference in golden.items():
+        assert_close(seen[part], reference)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WITH_NULL_CLASS)
+def test_dropping_a_label_is_asking_for_the_null_class(name: str) -> None:
+    inputs, network = arrays(f"dit/{name}/inputs"), tiny_dit(name)
+    dropped = torch.where(inputs["force_drop_ids"] == 1, network.null_class, inputs["y"])
+    assert_close(network.y_embedder(dropped), arrays(f"dit/{name}/outputs")["y_emb_force_drop"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TINY_DITS)
+def test_a_number_for_t_equals_a_tensor(name: str) -> None:
+    inputs, network = arrays(f"dit/{name}/inputs"), tiny_dit(name)
+    for t in (0, 999, 400.25):
+        rows = torch.full((len(inputs["x"]),), float(t))
+        reference = network(inputs["x"], rows, inputs["y"]).sample
+        assert_close(network(inputs["x"], t, inputs["y"]).sample, reference, 1e-6)
+
+
+def test_a_fresh_network_predicts_exactly_zero() -> None:
+    network = create_model("DiT-debug/2")
+    assert not network(torch.randn(2, 4, 8, 8), torch.tensor([0, 999]), torch.tensor([0, 10])).sample.any()
+
+
+@torch.no_grad()
+def test_fresh_weights_follow_the_published_initialisation() -> None:
+    network = create_model("DiT-debug/2", num_classes=1000)
+    qkv = network.blocks[3].attn.qkv.weight
+    bound = (6 / (qkv.shape[0] + qkv.shape[1])) ** 0.5
+    assert 0.99 * bound < qkv.abs().max() <= bound
+    patches = network.x_embedder.proj.weight
+    bound = (6 / (64 + 4 * 2 * 2)) ** 0.5
+    assert 0.98 * bound < patches.abs().max() <= bound
+    for weight in (network.t_embedder.mlp[0].weight, network.t_embedder.mlp[2].weight):
+        assert weight.std() == pytest.approx(0.02, rel=0.05)
+    assert network.y_embedder.embedding_table.weight.std() == pytest.approx(0.02, rel=0.05)
+    for block in network.blocks:
+        assert not block.adaLN_modulation[1].weight.any()
+    biases = {name: value for name, value in network.named_parameters() if name.endswith("bias")}
+    assert not any(value.any() for value in biases.values())
+
+
+def test_every_trainable_parameter_takes_part() -> None:
+    network = debug_network("DiT")
+    out = network(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 10]))
+    out.sample.square().sum().backward()
+    idle = [n for n, p in network.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert idle == []
+    assert [n for n, p in network.named_parameters() if not p.requires_grad] == ["pos_embed"]
+
+
+@torch.no_grad()
+def test_prepared_network_gives_the_same_outputs() -> None:
+    inputs, network = arrays("dit/tiny_p2/inputs"), tiny_dit("tiny_p2")
+    prepared = network.for_sampling([979, 20, 20, 400.25])
+    for t in (20, 979, 400.25, 555, inputs["t"]):
+        reference = network(inputs["x"], t, inputs["y"]).sample
+        assert_close(prepared(inputs["x"], t, inputs["y"]).sample, reference, 1e-6)
+
+
+def test_preparing_shares_parameters_and_leaves_the_original_alone() -> None:
+    network = debug_network("DiT")
+    names, embedder = list(network.state_dict()), network.t_embedder
+    prepared = network.for_sampling([1, 2])
+    assert network.t_embedder is embedder and list(network.state_dict()) == names
+    assert {id(p) for p in prepared.parameters()} == {id(p) for p in network.parameters()}
+
+
+@torch.no_grad()
+def test_a_prepared_schedule_costs_one_call_of_the_timestep_embedder() -> None:
+    network, x, y = debug_network("DiT"), torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    calls: list[int] = []
+    network.t_embedder.mlp.register_forward_hook(lambda _, arguments, output: calls.append(len(output)))
+    times = tuple(range(990, -1, -10))
+    prepared = network.for_sampling(times)
+    for t in times:
+        prepared(x, t, y)
+    assert calls == [len(times)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TINY_DITS)
+def test_features_are_the_tokens_behind_the_block_asked_for(name: str) -> None:
+    inputs, golden = arrays(f"dit/{name}/inputs"), arrays(f"dit/{name}/intermediates")
+    network = tiny_dit(name)
+    for block in range(1, network.config.depth + 1):
+        out = network(inputs["x"], inputs["t"], inputs["y"], features_at=block)
+        assert_close(out.features, golden[f"tokens_{block}"])
+
+
+@pytest.mark.parametrize("block", [0, 5])
+def test_features_of_a_block_that_is_not_there_are_refused(block: int) -> None:
+    with pytest.raises(ValueError, match=f"features_at must lie in 1..4, not {block}"):
+        debug_network("DiT")(torch.randn(1, 4, 8, 8), 5, torch.tensor([1]), features_at=block)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 16, 16), (2, 4, 8, 16), (2, 3, 8, 8)])
+def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"x is \(2, .*; this network takes \(N, 4, 8, 8\)"):
+        debug_network("DiT")(torch.randn(shape), 5, torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize(("row", "keys"), [("DiT-XL/2", "256"), ("DiT-XL/2@512", "512")])
+def test_state_dict_has_the_official_names_shapes_and_order(row: str, keys: str) -> None:
+    state_dict = on_meta(row).state_dict()
+    assert [(k, list(v.shape)) for k, v in state_dict.items()] == list(table(f"dit/official_xl2_{keys}_keys").items())
+
+
+@pytest.mark.parametrize("row", OFFICIAL)
+def test_sizes_and_costs_equal_the_official_table(row: str) -> None:
+    network, official = on_meta(row), OFFICIAL[row]
+    assert sum(p.numel() for p in network.parameters()) == official["params_total"]
+    assert sum(p.numel() for p in network.parameters() if p.requires_grad) == official["params_trainable"]
+    macs, elements = sum(network.multiply_adds().values()), network.layer_norm_elements()
+    assert macs == official["macs"]
+    assert round((macs + elements) / 1e9, 4) == official["gmacs_plus_1_per_layernorm_element"]
+    assert round((macs + 4 * elements) / 1e9, 4) == official["gmacs_plus_4_per_layernorm_element"]
+    assert (macs + elements) / 1e9 == pytest.approx(official["published_gflops"], abs=0.045, rel=1e-3)
+
+
+def test_costs_by_part_equal_the_official_terms() -> None:
+    parts, terms = on_meta("DiT-XL/2").multiply_adds(), OFFICIAL["DiT-XL/2"]["terms"]
+    assert parts["attention_linear"] + parts["mlp"] == terms["blocks_linear"]
+    assert parts["attention_products"] == terms["blocks_attn"]
+    assert parts["modulation"] == terms["adaln"] + terms["final_adaln"]
+    assert parts["patch_embedding"] == terms["patch_embed"]
+    assert parts["final_linear"] == terms["final_linear"]
+    assert parts["timestep_mlp"] == terms["t_mlp"]

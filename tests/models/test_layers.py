@@ -1,0 +1,168 @@
+"""Shared layers against recorded values and against their formulas."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.layers import (
+    FREQUENCY_DIM,
+    Attention,
+    FinalLayer,
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    TimestepTable,
+    gated_add,
+    modulate,
+    sincos_position_table,
+    timestep_features,
+    timestep_frequencies,
+    unpatchify,
+)
+from tests.golden_data import arrays, assert_close, assert_features_close
+
+
+@pytest.mark.parametrize("dim", [256, 7])
+def test_timestep_features_equal_the_recorded_ones(dim: int) -> None:
+    golden = arrays("dit/timestep_embedding")
+    features = timestep_features(golden["t"], timestep_frequencies(dim), dim)
+    assert_features_close(features, golden[f"emb_{dim}"], golden["t"])
+
+
+@pytest.mark.parametrize("dim", [256, 7])
+def test_timestep_features_of_a_number_equal_those_of_a_tensor(dim: int) -> None:
+    golden = arrays("dit/timestep_embedding")
+    frequencies = timestep_frequencies(dim)
+    numbers = torch.cat([timestep_features(t, frequencies, dim) for t in golden["t"].tolist()])
+    assert_close(numbers, timestep_features(golden["t"], frequencies, dim), 1e-7)
+
+
+def test_integer_timesteps_are_computed_in_float32() -> None:
+    features = timestep_features(torch.tensor([3, 999]), timestep_frequencies(8), 8)
+    assert features.dtype == torch.float32
+    assert torch.equal(features, timestep_features(torch.tensor([3.0, 999.0]), timestep_frequencies(8), 8))
+
+
+@pytest.mark.parametrize(("width", "grid"), [(64, 4), (48, 4), (32, 4), (16, 3), (8, 5)])
+def test_position_table_equals_the_recorded_one(width: int, grid: int) -> None:
+    golden = arrays("dit/pos_embed")[f"pos_{width}_{grid}"]
+    torch.testing.assert_close(sincos_position_table(width, grid), golden, rtol=1e-12, atol=1e-15)
+
+
+def test_position_table_of_the_largest_model_equals_the_recorded_one() -> None:
+    golden = arrays("dit/pos_embed")
+    table = sincos_position_table(1152, 16)
+    assert torch.equal(table[[0, 1, 16, 17, 255]].float(), golden["pos_1152_16_rows"])
+    torch.testing.assert_close(torch.stack([table.sum(), table.abs().sum()]), golden["pos_1152_16_sum"])
+
+
+def test_position_table_refuses_a_width_that_is_no_multiple_of_four() -> None:
+    with pytest.raises(ValueError, match="hidden_size must be a multiple of 4 for 2-D positions, not 6"):
+        sincos_position_table(6, 2)
+
+
+def test_modulate_and_gated_add_apply_one_vector_to_all_tokens() -> None:
+    x, update = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    shift, scale, gate = torch.randn(3, 2, 4)
+    for n in range(2):
+        for token in range(3):
+            expected = x[n, token] * (1 + scale[n]) + shift[n]
+            torch.testing.assert_close(modulate(x, shift, scale)[n, token], expected)
+            expected = x[n, token] + gate[n] * update[n, token]
+            torch.testing.assert_close(gated_add(x, gate, update)[n, token], expected)
+
+
+def test_modulate_shares_one_row_among_all_samples() -> None:
+    x, shift, scale = torch.randn(2, 3, 4), torch.randn(1, 4), torch.randn(1, 4)
+    torch.testing.assert_close(modulate(x, shift, scale), modulate(x, shift.expand(2, 4), scale.expand(2, 4)))
+
+
+def test_unpatchify_reads_a_token_as_row_column_channel() -> None:
+    patch, channels, grid = 2, 3, 2
+    tokens = torch.randn(1, grid * grid, patch * patch * channels)
+    image = unpatchify(tokens, channels, patch)
+    assert image.shape == (1, channels, 4, 4)
+    for row in range(4):
+        for column in range(4):
+            token = (row // patch) * grid + column // patch
+            first = ((row % patch) * patch + column % patch) * channels
+            assert torch.equal(image[0, :, row, column], tokens[0, token, first : first + channels])
+
+
+def test_patch_embedding_is_one_linear_map_per_patch_in_row_major_order() -> None:
+    embed = PatchEmbed(2, 3, 5)
+    x = torch.randn(1, 3, 4, 6)
+    tokens = embed(x)
+    patch = x[0, :, 2:4, 4:6].flatten()  # second row of patches, third column
+    expected = embed.proj.weight.flatten(1) @ patch + embed.proj.bias
+    torch.testing.assert_close(tokens[0, 1 * 3 + 2], expected)
+
+
+def test_attention_is_softmax_attention_over_contiguous_heads() -> None:
+    width, heads = 8, 2
+    attention, x = Attention(width, heads), torch.randn(2, 5, width)
+    q, k, v = attention.qkv(x).chunk(3, dim=-1)
+    outputs = []
+    for columns in torch.arange(width).chunk(heads):
+        scores = q[..., columns] @ k[..., columns].transpose(1, 2) / (width / heads) ** 0.5
+        outputs.append(scores.softmax(dim=-1) @ v[..., columns])
+    torch.testing.assert_close(attention(x), attention.proj(torch.cat(outputs, dim=-1)))
+
+
+@pytest.mark.parametrize(("null_class", "rows"), [(True, 6), (False, 5)])
+def test_label_table_has_a_null_row_only_on_request(null_class: bool, rows: int) -> None:
+    assert LabelEmbedder(5, 8, null_class=null_class).embedding_table.weight.shape == (rows, 8)
+
+
+def test_final_layer_starts_at_exactly_zero() -> None:
+    layer = FinalLayer(8, 2, 4)
+    layer.reset_parameters()
+    assert not layer(torch.randn(2, 3, 8), torch.randn(2, 8)).any()
+
+
+class CountingEmbedder(TimestepEmbedder):
+    """A timestep embedder that counts its calls."""
+
+    calls = 0
+
+    def forward(self, t: float | Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(t)
+
+
+def test_timestep_table_embeds_all_known_times_in_one_call() -> None:
+    embedder = CountingEmbedder(8)
+    table = TimestepTable(embedder, [7, 3, 3, 0.5])
+    assert embedder.calls == 1
+    for t in (3, 7.0, 0.5):
+        torch.testing.assert_close(table(t), TimestepEmbedder.forward(embedder, t))
+    assert embedder.calls == 1
+
+
+def test_timestep_table_passes_everything_else_to_the_embedder() -> None:
+    embedder = CountingEmbedder(8)
+    table = TimestepTable(embedder, [3])
+    assert torch.equal(table(4), TimestepEmbedder.forward(embedder, 4))
+    t = torch.tensor([3.0, 4.0])
+    assert torch.equal(table(t), TimestepEmbedder.forward(embedder, t))
+    assert embedder.calls == 3
+
+
+def test_timestep_table_is_a_snapshot_of_the_weights() -> None:
+    embedder = TimestepEmbedder(8)
+    table = TimestepTable(embedder, [3])
+    before = table(3).clone()
+    nn.init.ones_(embedder.mlp[2].weight)
+    assert torch.equal(table(3), before)
+    assert not torch.equal(TimestepTable(embedder, [3])(3), before)
+
+
+def test_timestep_table_refuses_to_draw_weights() -> None:
+    with pytest.raises(TypeError, match="initialise the original"):
+        TimestepTable(TimestepEmbedder(8), [3]).reset_parameters()
+
+
+def test_timestep_frequencies_are_not_part_of_a_checkpoint() -> None:
+    embedder = TimestepEmbedder(8)
+    assert list(embedder.state_dict()) == ["mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"]
+    assert embedder.frequencies.shape == (FREQUENCY_DIM // 2,)

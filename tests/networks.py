@@ -1,0 +1,53 @@
+"""Networks to test with: random ones of every family, and stand-ins that record what they are asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import models
+from models import ModelOutput, Network
+
+
+def randomise(network: Network, seed: int = 0) -> Network:
+    """Draws every parameter anew, for evaluation: fresh networks predict 0 and would agree with anything."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 2500
+            parameter.normal_(std=fan_in**-0.5, generator=generator)
+    return network.eval()
+
+
+def debug_name(family: str) -> str:
+    """The debug-size model that every family of the registry must have."""
+    (name,) = (name for name in models.FAMILIES[family].configs if name.startswith(f"{family}-debug/"))
+    return name
+
+
+def debug_network(family: str, **overrides: Any) -> Network:
+    """A family's debug-size network with random weights."""
+    return randomise(models.create_model(debug_name(family), **overrides))
+
+
+class RecordingNetwork:
+    """Predicts label + 1 everywhere, keeps the rows it was evaluated on as state, and records every call.
+
+    Attributes:
+        rows: batch size of each call.
+        fresh: whether each call came without state.
+    """
+
+    def __init__(self, out_channels: int, *, stateful: bool = True) -> None:
+        self.out_channels, self.stateful = out_channels, stateful
+        self.rows: list[int] = []
+        self.fresh: list[bool] = []
+
+    def __call__(self, x: Tensor, t: float | Tensor, y: Tensor, state: Any = None) -> ModelOutput:
+        assert state is None or state == len(x), "state of other rows was handed back"
+        self.rows.append(len(x))
+        self.fresh.append(state is None)
+        sample = (y + 1.0).view(-1, 1, 1, 1).expand(len(x), self.out_channels, *x.shape[-2:])
+        return ModelOutput(sample, state=len(x) if self.stateful else None)

@@ -1,0 +1,156 @@
+"""Imports point downward only: entry points -> {models, diffusion, data, evaluator} -> runtime."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import models
+from tests.source_words import families_named, identifiers
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {"models", "diffusion", "data", "evaluator"}
+PACKAGES = ROOMS | {"runtime", "scripts"}
+HEAVY = {"diffusers", "timm", "torchvision", "sklearn", "matplotlib", "tensorflow", "huggingface_hub"}
+LIGHT_ROOMS = {"models", "diffusion", "runtime"}
+
+
+class Import(NamedTuple):
+    """One module that a module imports.
+
+    Attributes:
+        target: full name, such as "models.contract".
+        typing_only: stands under `if TYPE_CHECKING`.
+        top_level: runs when the importing module is imported.
+    """
+
+    target: str
+    typing_only: bool
+    top_level: bool
+
+
+def imports(name: str, source: str) -> Iterator[Import]:
+    """All imports of a module, wherever they stand."""
+
+    def targets(node: ast.Import | ast.ImportFrom) -> list[str]:
+        if isinstance(node, ast.Import):
+            return [alias.name for alias in node.names]
+        base = name.split(".")[: -node.level] if node.level else []
+        module = ".".join([*base, *([node.module] if node.module else [])])
+        # `from diffusion import sampling` imports a module; `from diffusion import guided` does not. Either is named.
+        return [f"{module}.{alias.name}" for alias in node.names]
+
+    def visit(node: ast.AST, typing_only: bool, top_level: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (Import(target, typing_only, top_level) for target in targets(node))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            top_level = False
+        guard = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for field, value in ast.iter_fields(node):
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    inside = typing_only or (guard and field == "body")
+                    yield from visit(child, inside, top_level and not (guard and field == "body"))
+
+    yield from visit(ast.parse(source), False, True)
+
+
+def is_entry_point(name: str, source: str) -> bool:
+    """Scripts, files of the root, and modules that define `main`."""
+    defines_main = any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in ast.parse(source).body)
+    return name.split(".")[0] not in ROOMS | {"runtime"} or defines_main
+
+
+def violations(sources: dict[str, str]) -> list[str]:
+    """What breaks the import rule among modules, given as name -> source."""
+    entry_points = {name for name, source in sources.items() if is_entry_point(name, source)}
+    broken = []
+    for name in sorted(sources.keys() - entry_points):
+        room = name.split(".")[0]
+        for target, typing_only, top_level in imports(name, sources[name]):
+            other = target.split(".")[0]
+            contract = room == "diffusion" and typing_only and target.startswith("models.contract.")
+            if room in ROOMS and other in ROOMS - {room} and not contract:
+                broken.append(f"{name} imports {target}: rooms do not import each other")
+            if room == "runtime" and other in ROOMS:
+                broken.append(f"{name} imports {target}: runtime imports no room")
+            if any(target == entry or target.startswith(f"{entry}.") for entry in entry_points):
+                broken.append(f"{name} imports {target}: nothing imports an entry point")
+            if room in LIGHT_ROOMS and other in HEAVY and top_level:
+                broken.append(f"{name} imports {target} at its top: heavy packages are imported where they are used")
+    return broken
+
+
+def project() -> dict[str, str]:
+    """Every module of the project, by name; the root's files are entry points by their own name."""
+    paths = [*ROOT.glob("*.py"), *(path for package in sorted(PACKAGES) for path in (ROOT / package).rglob("*.py"))]
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
+    return {name.removesuffix(".__init__"): path.read_text() for path, name in names.items()}
+
+
+def test_the_project_keeps_the_import_rule() -> None:
+    sources = project()
+    assert {"models.dit", "diffusion.sampling", "runtime.seeds", "data.digits"} <= sources.keys()
+    assert violations(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "message"),
+    [
+        ("models.dit", "import diffusion", "models.dit imports diffusion: rooms"),
+        ("models.dit", "from diffusion.sampling import guided", "imports diffusion.sampling.guided: rooms"),
+        ("models.dit", "def f():\n    import evaluator.adm", "imports evaluator.adm: rooms"),
+        ("diffusion.sampling", "from models.contract import Network", "imports models.contract.Network: rooms"),
+        (
+            "diffusion.sampling",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from models import DiT",
+            "imports models.DiT: rooms",
+        ),
+        ("diffusion.sampling", "if TYPE_CHECKING:\n    pass\nelse:\n    from models.contract import Network", "rooms"),
+        ("runtime.seeds", "from data.digits import load_digits", "runtime imports no room"),
+        ("data.digits", "from train import main", "imports train.main: nothing imports an entry point"),
+        ("data.digits", "import scripts.tool", "imports scripts.tool: nothing imports an entry point"),
+        ("evaluator.adm", "from evaluator.cli import main", "nothing imports an entry point"),
+        ("evaluator.adm", "from .cli import main", "imports evaluator.cli.main: nothing imports an entry point"),
+        ("models.dit", "import timm.models", "models.dit imports timm.models at its top"),
+        ("runtime.log", "try:\n    from diffusers import AutoencoderKL\nexcept ImportError: pass", "at its top"),
+        ("runtime.log", "class A:\n    import matplotlib.pyplot as plt", "at its top"),
+    ],
+)
+def test_what_breaks_the_rule_is_found(name: str, source: str, message: str) -> None:
+    others = {"train": "", "scripts.tool": "", "evaluator.cli": "def main(argv): pass"}
+    (found,) = violations({**others, name: source})
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("models.dit", "import torch\nfrom models.layers import Mlp\nfrom runtime import seeds\nfrom . import layers"),
+        ("diffusion.sampling", "if TYPE_CHECKING:\n    from models.contract import Network"),
+        ("diffusion.sampling", "def f():\n    import diffusers"),
+        ("data.vae", "import diffusers"),
+        ("evaluator.cli", "import data, train\ndef main(argv): pass"),
+        ("train", "import data, models, diffusion.sampling, evaluator.cli, runtime"),
+        ("scripts.tool", "import train"),
+    ],
+)
+def test_what_keeps_the_rule_is_let_be(name: str, source: str) -> None:
+    others = {"train": "", "evaluator.cli": "def main(argv): pass"}
+    assert violations({**others, name: source}) == []
+
+
+@pytest.mark.parametrize("package", ["diffusion", "runtime"])
+def test_no_identifier_names_a_family(package: str) -> None:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        assert families_named(identifiers(path.read_text()), models.FAMILIES) == set(), path.name
+
+
+def test_importing_models_and_diffusion_loads_nothing_heavy() -> None:
+    program = f"import sys, models, diffusion; print(*(sys.modules.keys() & {HEAVY}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,61 @@
+"""The files around the code: one source of dependencies, nothing private in the tree."""
+
+import re
+import subprocess
+import tomllib
+
+import pytest
+
+from tests.processes import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def lock() -> list[str]:
+    return (ROOT / "requirements.lock").read_text().splitlines()
+
+
+def test_environment_yml_states_nothing_of_its_own():
+    text = (ROOT / "environment.yml").read_text()
+    minimum = re.fullmatch(r">=(\d+\.\d+)", PROJECT["requires-python"])
+    assert minimum and f"  - python={minimum[1]}\n" in text
+    assert f"name: {PROJECT['name']}\n" in text
+    dependencies = [line.strip()[2:] for line in text.split("dependencies:")[1].splitlines() if line.strip()]
+    editable = re.fullmatch(r"-e \.\[([\w,-]+)\]", dependencies[-1])
+    assert dependencies[:-1] == [f"python={minimum[1]}", "pip", "pip:"] and editable
+    assert set(editable[1].split(",")) <= set(PROJECT["optional-dependencies"])
+
+
+def test_lock_file_pins_exactly_and_names_no_address():
+    assert all(re.match(r"^[a-z0-9._-]+==[^\s;]+( ;|$)", line) for line in lock())
+    assert not re.search(r"https?:|file:|--index|--find-links", "\n".join(lock()))
+
+
+@pytest.mark.parametrize("requirement", PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"])
+def test_lock_file_meets_every_requirement(requirement):
+    name, minimum = re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement).groups()
+    pins = [line for line in lock() if line.startswith(f"{name.replace('_', '-')}==")]
+    assert pins
+    for pin in pins:
+        version = pin.split("==")[1].split()[0]
+        assert [int(n) for n in version.split(".")[:2]] >= [int(n) for n in minimum.split(".")[:2]]
+
+
+def tracked() -> list[str]:
+    """Files of the project; in a checkout those that git knows, elsewhere all but what tools left behind."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        return listed.stdout.splitlines()
+    files = (p.relative_to(ROOT) for p in ROOT.rglob("*") if p.is_file())
+    return [str(f) for f in files if not f.parts[0].startswith((".venv", "quickstart_out", "results"))]
+
+
+def test_no_file_is_over_five_megabytes():
+    assert [f for f in tracked() if (ROOT / f).is_file() and (ROOT / f).stat().st_size > 5_000_000] == []
+
+
+def test_scripts_are_valid_bash_and_stop_on_errors():
+    scripts = [f for f in tracked() if f.endswith(".sh")] + [".ci/run"]
+    for script in scripts:
+        assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0, script
+        assert "set -euo pipefail" in (ROOT / script).read_text(), script
