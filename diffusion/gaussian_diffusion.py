@@ -101,7 +101,9 @@ class GaussianDiffusion:
             if value not in get_args(kind):
                 raise ValueError(f"{value!r} is none of {', '.join(get_args(kind))}")
         self.prediction, self.variance, self.loss = prediction, variance, loss
-        self.timesteps = tuple(range(len(betas)) if timesteps is None else sorted(timesteps))
+        self.timesteps = tuple(range(len(betas)) if timesteps is None else sorted(set(timesteps)))
+        if not self.timesteps or not 0 <= self.timesteps[0] <= self.timesteps[-1] < len(betas):
+            raise ValueError(f"timesteps must be some of 0 .. {len(betas) - 1}")
         # Betas that walk the original process in longer strides; the full schedule goes the same way.
         kept = np.cumprod(1 - betas)[list(self.timesteps)]
         self.tables = _tables(1 - kept / np.append(1.0, kept[:-1]))

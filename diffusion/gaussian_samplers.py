@@ -68,7 +68,7 @@ class DDIMSampler:
         # eta is 0 in reverse, where `there` is the noisier level and the second root would be imaginary
         sigma = 0 * here if reverse else eta * np.sqrt((1 - there) / (1 - here)) * np.sqrt(1 - here / there)
         if not (eta >= 0 and (sigma**2 <= 1 - there).all()):
-            raise ValueError(f"eta must lie in [0, 1] (a little above 1 where steps are long), not {eta}")
+            raise ValueError(f"eta must lie in [0, 1], not {eta}: a step would carry more noise than its end")
         # The share of epsilon = (x / sqrt(abar) - x_0) / sqrt(1 / abar - 1), spread over x_0 and x.
         share = np.sqrt(1 - there - sigma**2) / tables["sqrt_recipm1_alphas_cumprod"]
         columns = (np.sqrt(there) - share, share * tables["sqrt_recip_alphas_cumprod"], sigma)

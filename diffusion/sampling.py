@@ -132,10 +132,18 @@ def guided(
     if interval is not None and times is None:
         raise ValueError("a guidance interval needs the sampler's times")
     both_halves = None if interval is None else _halves_by_evaluation(times or (), interval, refresh)
+
+    def runs_both(t: float | Tensor, fresh: bool) -> bool:
+        if both_halves is None:
+            return True
+        if isinstance(t, Tensor) or (t, fresh) not in both_halves:
+            raise ValueError(f"guidance with an interval was prepared for the sampler's own times, not for {t}")
+        return both_halves[t, fresh]
+
     labels = torch.cat([y, torch.as_tensor(y_null, device=y.device).expand_as(y)])
 
     def denoise(x: Tensor, t: float | Tensor, state: Any = None, /) -> ModelOutput:
-        if both_halves is not None and not both_halves[float(t), state is None]:
+        if not runs_both(t, state is None):
             return network(x, t, y, state)
         rows = torch.cat([t, t]) if isinstance(t, Tensor) else t
         out = network(torch.cat([x, x]), rows, labels, state)
@@ -206,7 +214,7 @@ class ImageNoise:
         return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in self._generators])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The next step's noise, like x; a `noise_fn` for `sample_loop`."""
+        """The next step's noise, like x, valid until the next call; a `noise_fn` for `sample_loop`."""
         if self._used == self.STEPS_PER_DRAW:
             for row, generator in zip(self._buffer, self._generators, strict=True):
                 row.normal_(generator=generator)

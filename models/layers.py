@@ -36,23 +36,26 @@ def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     return torch.addcmul(x, gate.unsqueeze(1), update)
 
 
-def timestep_frequencies(dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Geometric frequencies max_period^(-k / h), k = 0..h-1, h = dim // 2, as (h,) float32."""
-    half = dim // 2
-    return torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half)
+def timestep_features(
+    t: float | Tensor, dim: int, max_period: float = 10_000.0, device: torch.device | None = None
+) -> Tensor:
+    """Sinusoidal features of a timestep: cosines, then sines, of t * max_period^(-k / h), k = 0..h-1, h = dim // 2.
 
-
-def timestep_features(t: float | Tensor, frequencies: Tensor, dim: int) -> Tensor:
-    """Sinusoidal features of a timestep, cosines first.
+    The frequencies are computed where they are used: kept as a buffer they would be cast with a half-precision network
+    and lost by one that is built on the meta device.
 
     Args:
         t: a number that all rows share (no copy to the device), or an (N,) tensor; may be fractional.
-        frequencies: (dim // 2,) float32 on the device of the network.
         dim: number of features; an odd dim ends in a zero column.
+        max_period: of the slowest feature, nearly.
+        device: where a number's features are wanted; a tensor's stay with it.
 
     Returns:
         (1, dim) for a number, (N, dim) for a tensor; float32.
     """
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device if isinstance(t, Tensor) else device)
+    frequencies = torch.exp(-math.log(max_period) * steps / half)
     angles = t.float()[:, None] * frequencies if isinstance(t, Tensor) else (frequencies * t)[None]
     return functional.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
 
@@ -135,9 +138,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int, max_period: float = 10_000.0) -> None:
         super().__init__()
+        self.max_period = max_period
         self.mlp = nn.Sequential(nn.Linear(FREQUENCY_DIM, width), nn.SiLU(), nn.Linear(width, width))
-        # Not part of a checkpoint: a constant that only wants to live on the right device.
-        self.register_buffer("frequencies", timestep_frequencies(FREQUENCY_DIM, max_period), persistent=False)
 
     def reset_parameters(self) -> None:
         """Normal(0, 0.02) weights; biases stay as they are."""
@@ -147,8 +149,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: float | Tensor) -> Tensor:
         """A number -> (1, D), an (N,) tensor -> (N, D)."""
-        frequencies: Tensor = self.get_buffer("frequencies")
-        return self.mlp(timestep_features(t, frequencies, FREQUENCY_DIM))
+        weight = next(self.parameters())
+        return self.mlp(timestep_features(t, FREQUENCY_DIM, self.max_period, weight.device).to(weight.dtype))
 
 
 class TimestepTable(nn.Module):
@@ -156,11 +158,11 @@ class TimestepTable(nn.Module):
 
     def __init__(self, embedder: TimestepEmbedder | TimestepTable, times: Iterable[float]) -> None:
         super().__init__()
-        self.embedder = embedder
+        self.embedder: TimestepEmbedder = embedder.embedder if isinstance(embedder, TimestepTable) else embedder
         distinct = sorted(set(times))
         device = next(embedder.parameters()).device
         with torch.no_grad():
-            rows: Tensor = embedder(torch.tensor(distinct, dtype=torch.float32, device=device))
+            rows: Tensor = self.embedder(torch.tensor(distinct, dtype=torch.float32, device=device))
         self.rows = dict(zip(distinct, rows.split(1), strict=True))
 
     def reset_parameters(self) -> None:

@@ -21,10 +21,9 @@ READS = {
     "bincount", "repeat_interleave", "allclose",
 }  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # reads if the index is a mask
-# Operations that make tensors of Python data: on another device, each is a copy to it or a kernel of its own.
-CONSTRUCTIONS = {
-    "lift", "lift_fresh", "lift_fresh_copy", "arange", "range", "linspace", "scalar_tensor", "full", "eye",
-}  # fmt: skip
+# Operations that make tensors of Python data: on another device, each is a copy to it or a kernel of its own. (`arange`
+# is not among them: its kernel computes where the tensor lives, and nothing is copied.)
+CONSTRUCTIONS = {"lift", "lift_fresh", "lift_fresh_copy", "linspace", "scalar_tensor", "full", "eye"}
 
 
 class Call(NamedTuple):

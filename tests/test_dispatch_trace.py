@@ -20,7 +20,7 @@ from tests.dispatch_trace import DispatchTrace
         (lambda x: torch.equal(x, x + 1), "equal"),
         (lambda x: torch.tensor([1.0, 2.0]) * x, "lift_fresh"),
         (lambda x: torch.as_tensor(3.0) * x, "lift_fresh"),
-        (lambda x: x + torch.arange(2), "arange"),
+        (lambda x: x + torch.linspace(0, 1, 2), "linspace"),
         (lambda x: torch.full((2,), 3.0) * x, "full"),
         (lambda x: torch.scalar_tensor(3.0) * x, "scalar_tensor"),
         (lambda x: x.double(), "_to_copy"),

@@ -149,6 +149,15 @@ def test_a_network_states_its_cost(network: Network) -> None:
 # The host never waits for the device, and the loop knows no family
 
 
+@torch.no_grad()
+def test_an_evaluation_at_a_number_makes_nobody_wait(network: Network) -> None:
+    """Prepared for a schedule or not."""
+    x, t, y = inputs(network)
+    with DispatchTrace() as trace:
+        network(x, t, y, state=network(x, t, y).state)
+    assert trace.waits() == []
+
+
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
 def test_a_sampling_step_makes_nobody_wait(network: Network, sampler: str) -> None:
     """No value is read back, no tensor made of Python data, none moved between devices or dtypes."""

@@ -94,5 +94,4 @@ def _nearest_ratio(samples: npt.NDArray[np.uint8], train: npt.NDArray[np.uint8],
 def _nearest_distances(images: npt.NDArray[np.uint8], train: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     """Returns the Euclidean distance, in grey levels, from each image to its nearest training image, (N,)."""
     points, others = (torch.tensor(array).flatten(start_dim=1).double() for array in (images, train))
-    # direct differences: the quick expansion of the square would not give 0 for a copy
-    return torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1).numpy()
+    return torch.cdist(points, others).amin(dim=1).numpy()  # sums of whole numbers: exact, so 0 for a copy

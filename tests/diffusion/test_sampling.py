@@ -233,9 +233,13 @@ def test_the_loop_evaluates_at_the_samplers_times_and_reports_every_step() -> No
 
 
 def test_the_loop_records_no_gradients() -> None:
+    class Following(Idle):
+        def step(self, i: int, x: Tensor, sample: Tensor, noise_fn: object) -> Tensor:
+            return x + sample
+
     weight = torch.ones(1, requires_grad=True)
-    x = sample_loop(lambda x, t, state: ModelOutput(x * weight), Idle((1,)), torch.zeros(1, 1, 1, 1))
-    assert not x.requires_grad
+    x = sample_loop(lambda x, t, state: ModelOutput(x + weight), Following((1,)), torch.zeros(1, 1, 1, 1))
+    assert x.item() == 1 and not x.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -278,6 +282,14 @@ def test_noise_does_not_depend_on_how_images_are_batched() -> None:
     whole = dealt([7, 8, 9, 40_000])
     assert torch.equal(whole, torch.cat([dealt([7]), dealt([8, 9]), dealt([40_000])]))
     assert torch.equal(whole.flip(0), dealt([40_000, 9, 8, 7]))
+
+
+def test_the_order_of_an_images_numbers_never_changes() -> None:
+    """Samples of earlier versions depend on it: the starting noise, then 16 steps at a time."""
+    generator = torch.Generator().manual_seed(image_seed(3, 7))
+    blocks = [torch.randn(SHAPE, generator=generator)[None]]
+    blocks += [torch.empty(16, *SHAPE).normal_(generator=generator) for _ in range(2)]
+    assert torch.equal(dealt([7], seed=3, steps=32)[0], torch.cat(blocks))
 
 
 def test_noise_depends_on_the_seed_and_never_repeats() -> None:

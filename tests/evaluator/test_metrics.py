@@ -491,6 +491,12 @@ def test_radii_are_squared_distances():
     assert manifold_radii(line, 3, clamp_to_percentile=100).tolist() == [49, 36, 16, 49]
 
 
+@pytest.mark.parametrize("precision", ["adm", "float32"])
+def test_rounding_makes_no_distance_negative(rng, precision):
+    nearly_equal = 50 + 0.01 * rng.normal(size=(200, 8))
+    assert manifold_radii(nearly_equal, precision=precision).min() >= 0
+
+
 def test_adm_rounds_distances_to_float16(rng):
     features = (rng.normal(size=(200, 64)) + 3).astype(np.float32)
     adm, float32 = (manifold_radii(features, precision=precision) for precision in ("adm", "float32"))

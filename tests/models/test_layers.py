@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import (
-    FREQUENCY_DIM,
     Attention,
     FinalLayer,
     LabelEmbedder,
@@ -16,7 +15,6 @@ from models.layers import (
     modulate,
     sincos_position_table,
     timestep_features,
-    timestep_frequencies,
     unpatchify,
 )
 from tests.golden_data import arrays, assert_close, assert_features_close
@@ -25,22 +23,21 @@ from tests.golden_data import arrays, assert_close, assert_features_close
 @pytest.mark.parametrize("dim", [256, 7])
 def test_timestep_features_equal_the_recorded_ones(dim: int) -> None:
     golden = arrays("dit/timestep_embedding")
-    features = timestep_features(golden["t"], timestep_frequencies(dim), dim)
+    features = timestep_features(golden["t"], dim)
     assert_features_close(features, golden[f"emb_{dim}"], golden["t"])
 
 
 @pytest.mark.parametrize("dim", [256, 7])
 def test_timestep_features_of_a_number_equal_those_of_a_tensor(dim: int) -> None:
     golden = arrays("dit/timestep_embedding")
-    frequencies = timestep_frequencies(dim)
-    numbers = torch.cat([timestep_features(t, frequencies, dim) for t in golden["t"].tolist()])
-    assert_close(numbers, timestep_features(golden["t"], frequencies, dim), 1e-7)
+    numbers = torch.cat([timestep_features(t, dim) for t in golden["t"].tolist()])
+    assert_close(numbers, timestep_features(golden["t"], dim), 1e-7)
 
 
 def test_integer_timesteps_are_computed_in_float32() -> None:
-    features = timestep_features(torch.tensor([3, 999]), timestep_frequencies(8), 8)
+    features = timestep_features(torch.tensor([3, 999]), 8)
     assert features.dtype == torch.float32
-    assert torch.equal(features, timestep_features(torch.tensor([3.0, 999.0]), timestep_frequencies(8), 8))
+    assert torch.equal(features, timestep_features(torch.tensor([3.0, 999.0]), 8))
 
 
 @pytest.mark.parametrize(("width", "grid"), [(64, 4), (48, 4), (32, 4), (16, 3), (8, 5)])
@@ -163,6 +160,16 @@ def test_timestep_table_refuses_to_draw_weights() -> None:
 
 
 def test_timestep_frequencies_are_not_part_of_a_checkpoint() -> None:
+    assert list(TimestepEmbedder(8).state_dict()) == ["mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"]
+
+
+def test_timestep_features_keep_their_precision_in_a_half_precision_network() -> None:
     embedder = TimestepEmbedder(8)
-    assert list(embedder.state_dict()) == ["mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"]
-    assert embedder.frequencies.shape == (FREQUENCY_DIM // 2,)
+    exact = embedder(torch.tensor([981.0]))
+    assert_close(embedder.bfloat16()(981.0).float().detach(), exact.detach(), 2e-2)
+
+
+def test_a_prepared_network_can_be_prepared_again() -> None:
+    embedder = TimestepEmbedder(8)
+    again = TimestepTable(TimestepTable(embedder, [3]), [5])
+    assert again.embedder is embedder and list(again.rows) == [5]
