@@ -16,15 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from data.digits import NUM_CLASSES, load_digits
-from data.pixels import enlarge, grid
+from data.pixels import grid
 from evaluator.digits import DigitsScores, score_digits
 from runtime.config import parse_config, setting
 from runtime.errors import UserError, blame, run
 from runtime.files import atomic_path, check_writable
 
 TILES_PER_CLASS = 10
+TILE_SIZE = 48
 
 
 @dataclass(frozen=True)
@@ -89,27 +91,31 @@ def read_samples(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int6
 
 
 def rows_by_class(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    """The first few images of each class as one sheet (H, W), a row a class; white where there are too few."""
-    tiles = np.full((NUM_CLASSES, TILES_PER_CLASS, *images.shape[1:]), 255, np.uint8)
+    """The first few images of each class as one sheet (H, W), a row a class; white where there are too few.
+
+    Each image is enlarged smoothly: eight by eight squares hide from the eye what they show.
+    """
+    tiles = np.full((NUM_CLASSES * TILES_PER_CLASS, TILE_SIZE, TILE_SIZE, 1), 255, np.uint8)
     for k in range(NUM_CLASSES):
-        chosen = images[labels == k][:TILES_PER_CLASS]
-        tiles[k, : len(chosen)] = chosen
-    flat = tiles.reshape(-1, *images.shape[1:])
-    return grid(enlarge(flat, 8), TILES_PER_CLASS, gap=6)[0, :, :, 0]
+        for place, image in enumerate(images[labels == k][:TILES_PER_CLASS]):
+            enlarged = Image.fromarray(image[..., 0]).resize((TILE_SIZE, TILE_SIZE), Image.Resampling.BICUBIC)
+            tiles[k * TILES_PER_CLASS + place, :, :, 0] = np.asarray(enlarged)
+    return grid(tiles, TILES_PER_CLASS, gap=4)[0, :, :, 0]
 
 
-def draw_picture(
-    real: npt.NDArray[np.uint8], sampled: npt.NDArray[np.uint8], subtitle: str, path: Path
-) -> None:  # fmt: skip
-    """Two sheets side by side."""
+def draw_picture(real: npt.NDArray[np.uint8], sampled: npt.NDArray[np.uint8], caption: str, path: Path) -> None:
+    """Two sheets side by side, over a caption."""
     plt = _pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.9), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.8), layout="compressed")
+    centres = TILE_SIZE / 2 + 4 + np.arange(NUM_CLASSES) * (TILE_SIZE + 4)
     for axis, sheet, title in zip(axes, (real, sampled), ("real", "sampled"), strict=True):
         axis.imshow(sheet, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(title, fontsize=13)
-        axis.axis("off")
-    figure.suptitle(subtitle, fontsize=11, color="0.35", y=0.02, va="bottom")
-    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
+        axis.set_xticks([])
+        axis.set_yticks(centres, [str(k) for k in range(NUM_CLASSES)], color="0.35")
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    figure.supxlabel(caption, fontsize=11, color="0.35")
     _save(figure, path)
 
 
@@ -173,10 +179,10 @@ def main(argv: Sequence[str]) -> None:
     assert real_accuracy is not None
     rows = goals(scores, real_accuracy)
 
-    subtitle = f"{len(images):,} sampled: {scores.accuracy:.1%} recognised, Frechet distance "
-    subtitle += f"{scores.frechet_distance:.1f} (real test digits: {scores.frechet_distance_of_test:.1f})"
+    caption = f"{len(images):,} sampled: {scores.accuracy:.1%} recognised, Frechet distance "
+    caption += f"{scores.frechet_distance:.1f} (real test digits: {scores.frechet_distance_of_test:.1f})"
     pictures = [config.output_dir / "digits.png"]
-    draw_picture(rows_by_class(*train), rows_by_class(images, labels), subtitle, pictures[0])
+    draw_picture(rows_by_class(*train), rows_by_class(images, labels), caption, pictures[0])
     if metrics:
         pictures.append(config.output_dir / "loss.png")
         draw_loss(metrics, pictures[1])

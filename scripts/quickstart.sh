@@ -14,7 +14,7 @@ if [ -z "$python" ]; then
     bash scripts/setup.sh
     python=.venv/bin/python
 fi
-steps="${QUICKSTART_STEPS:-2000}"
+steps="${QUICKSTART_STEPS:-3000}"
 samples="${QUICKSTART_SAMPLES:-1000}"
 mkdir -p "$out"
 
@@ -22,7 +22,7 @@ echo "== 1/3  Training a DiT on 1,297 digits for $steps steps"
 "$python" train.py --dataset digits --model DiT-digits/2 --results-dir "$out/runs" \
     --noise-schedule squaredcos_cap_v2 --no-learn-sigma --class-dropout-prob 0.1 \
     --max-steps "$steps" --global-batch-size 64 --num-workers 0 --log-every "$((steps < 100 ? steps : 100))" \
-    --lr 2e-3 --lr-schedule cosine --lr-warmup-steps 100 --lr-final-ratio 0.05 --adam-betas 0.9 0.99 \
+    --lr 3e-3 --lr-schedule cosine --lr-warmup-steps 100 --lr-final-ratio 0.05 --adam-betas 0.9 0.99 \
     --ema-decay 0.99 --ema-ramp
 run=$(find "$out/runs" -mindepth 1 -maxdepth 1 -type d | sort | tail -n 1)
 checkpoint=$(find "$run/checkpoints" -name '*.safetensors' | sort | tail -n 1)
@@ -30,7 +30,7 @@ checkpoint=$(find "$run/checkpoints" -name '*.safetensors' | sort | tail -n 1)
 echo "== 2/3  Drawing $samples digits with two processes (DDIM, 50 steps, guidance 1.1)"
 OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 sample_ddp.py \
     --ckpt "$checkpoint" --num-fid-samples "$samples" --per-proc-batch-size 125 \
-    --sampler ddim --num-sampling-steps ddim50 --cfg-scale 1.1 --output "$out/samples.npz" --overwrite
+    --sampler ddim --num-sampling-steps ddim50 --cfg-scale 1.1 --balanced-labels --output "$out/samples.npz" --overwrite
 
 echo "== 3/3  Scoring them"
 PYTHONPATH=. "$python" scripts/digits_report.py --run "$run" --samples "$out/samples.npz" --output-dir "$out"
