@@ -36,6 +36,7 @@ from runtime.config import parse_config, setting, to_dict
 from runtime.distributed import World
 from runtime.ema import EMA
 from runtime.errors import UserError, blame, run
+from runtime.files import check_folder
 from runtime.run_log import RunLog, create_run_folder
 from runtime.seeds import derive_seed
 
@@ -293,6 +294,7 @@ def batches(setup: Setup, world: World) -> Iterator[tuple[int, Batch, Any]]:
 def main(argv: Sequence[str]) -> None:
     """Parses flags, sets up, trains."""
     config = parse_config(TrainConfig, argv, program="train.py", description=__doc__.split("\n")[0])
+    check_folder(config.results_dir, "--results-dir")
     with distributed.world(config.device) as world:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         setup = set_up(config, world.device)

@@ -26,6 +26,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_folder(path: Path, flag: str) -> None:
+    """Proves that a folder exists and can be written to, or can be made, without making it.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{flag} {path}: cannot write there ({existing} is a file)")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: cannot write there (no permission in {existing})")
+
+
 def check_writable(path: Path, flag: str) -> None:
     """Makes the folder of an output file and proves that a file can be made in it, before any long work.
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import UserError
-from runtime.files import atomic_path, check_writable
+from runtime.files import atomic_path, check_folder, check_writable
 
 
 def test_success_renames_and_leaves_nothing_else(tmp_path):
@@ -33,3 +33,18 @@ def test_check_writable_names_flag_and_path(tmp_path):
         check_writable(tmp_path / "file" / "a.png", "--output")
     with pytest.raises(UserError, match="is a folder"):
         check_writable(Path(tmp_path), "--output")
+
+
+def test_check_folder_makes_nothing(tmp_path):
+    check_folder(tmp_path / "new" / "deep", "--results-dir")
+    check_folder(Path("results"), "--results-dir")
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_folder_names_flag_and_obstacle(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--results-dir .*file/x: cannot write there .*file is a file"):
+        check_folder(tmp_path / "file" / "x", "--results-dir")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match="no permission in"):
+        check_folder(tmp_path / "x", "--results-dir")
