@@ -10,35 +10,40 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import shutil
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from data import DATASETS, GlobalBatches, ImageDataset, open_dataset
-from data.autoencoder import Autoencoder, open_autoencoder
-from data.pixels import from_uint8
-from diffusion import Batch, Objective, create_diffusion
+from data import DATASETS, open_dataset
+from data.autoencoder import open_autoencoder
+from diffusion import Objective, create_diffusion
 from diffusion.schedules import BETA_SCHEDULES
-from models import Network, create_model, model_config
+from models import create_model, model_config
+from models.transfer import adapt_weights
 from runtime import distributed
-from runtime.checkpoint import save_checkpoint
+from runtime.checkpoint import load_weights, read_checkpoint
 from runtime.config import parse_config, setting, to_dict
 from runtime.distributed import World
-from runtime.ema import EMA
 from runtime.errors import UserError, blame, run
 from runtime.files import check_folder
+from runtime.resume import Resumable, cut_metrics, differences, find_resumable, read_resumable
 from runtime.run_log import RunLog, create_run_folder
 from runtime.seeds import derive_seed
+from trainer import Setup, Trainer
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+NON_FINITE = ("fatal", "skip")
+# Settings that say how a run is carried out, not what it computes: they may change when it is resumed.
+FREE_ON_RESUME = frozenset(
+    "results_dir resume init_from data_path epochs max_steps grad_accum grad_checkpointing compile non_finite "
+    "num_workers log_every ckpt_every keep_last dist_timeout device".split()
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class TrainConfig:
     data_path: Path | None = setting(None, "root of an image folder: one folder per class")
     dataset: str = setting("imagefolder", "what to train on; the digits are embedded", DATASETS)
     results_dir: Path = setting(Path("results"), "where runs are put, each in a numbered folder")
+    resume: str | None = setting(None, "go on with a run: a checkpoint, or auto for the newest run of these settings")
+    init_from: Path | None = setting(None, "start from the weights in a file: ours, or an official .pt")
     # network
     model: str = setting("DiT-XL/2", "name in the registry (models.list_models())")
     image_size: int | None = setting(None, "side of the images in pixels; 256, or 8 for the digits")
@@ -63,6 +70,12 @@ class TrainConfig:
     epochs: int = setting(1400, "passes over the data")
     max_steps: int | None = setting(None, "stop after this many steps, whatever the epochs")
     global_batch_size: int = setting(256, "images per step over all processes")
+    grad_accum: int = setting(1, "micro-batches per step and process; the step's result is the same")
+    grad_clip: float | None = setting(None, "largest norm of the gradient; none")
+    grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
+    precision: str = setting("tf32", "of matrix products: fp32, tf32 (CUDA; as official), bf16 autocast", PRECISIONS)
+    compile: bool = setting(False, "compile every block (on a CPU this needs a C++ compiler)")
+    non_finite: str = setting("fatal", "after a step whose gradient is not finite (it is never applied)", NON_FINITE)
     global_seed: int = setting(0, "seed of weights, order, noise and dropped labels")
     lr: float = setting(1e-4, "peak learning rate of AdamW")
     lr_schedule: str = setting("constant", "learning rate after warm-up", ("constant", "cosine"))
@@ -77,12 +90,14 @@ class TrainConfig:
     num_workers: int = setting(4, "loader processes per rank")
     log_every: int = setting(100, "steps between log lines")
     ckpt_every: int = setting(50_000, "steps between checkpoints; the last step always makes one")
+    keep_last: int | None = setting(None, "keep this many newest checkpoints of the run; all")
+    dist_timeout: float = setting(1800.0, "seconds to wait for another process before the run ends")
     device: str | None = setting(None, "cuda where there is one, else cpu", ("cuda", "cpu"))
-    tf32: bool = setting(True, "TF32 matrix products on CUDA, as the official script")
 
     def __post_init__(self) -> None:
         """Refuses what cannot be meant, before any work."""
-        for name in ("epochs", "max_steps", "global_batch_size", "log_every", "ckpt_every", "image_size"):
+        counts = ("epochs", "max_steps", "global_batch_size", "grad_accum", "log_every", "ckpt_every", "keep_last")
+        for name in (*counts, "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -94,45 +109,27 @@ class TrainConfig:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must lie in [0, 1]")
         if self.class_dropout_prob is not None and not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"--class-dropout-prob {self.class_dropout_prob}: must lie in [0, 1)")
-        if self.lr <= 0:
-            raise ValueError(f"--lr {self.lr}: must be positive")
+        for name in ("lr", "grad_clip", "dist_timeout"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be positive")
         if self.lr_final_ratio and self.lr_schedule == "constant":
             raise ValueError(f"--lr-final-ratio {self.lr_final_ratio}: has no effect without --lr-schedule cosine")
         if self.data_path is not None and self.dataset == "digits":
             raise ValueError(f"--data-path {self.data_path}: has no effect with --dataset digits")
-        if self.global_batch_size % distributed.world_size():
+        if self.resume is not None and self.init_from is not None:
+            raise ValueError(f"--init-from {self.init_from}: has no effect with --resume")
+        if self.compile and self.device != "cuda" and not torch.cuda.is_available() and not _has_compiler():
+            raise ValueError("--compile: on a CPU it needs a C++ compiler (g++ or clang++), and none is found")
+        shares = distributed.world_size() * self.grad_accum
+        if self.global_batch_size % shares:
             raise ValueError(
                 f"--global-batch-size {self.global_batch_size}: not divisible by the {distributed.world_size()} "
-                "processes; choose a multiple"
+                f"processes times {self.grad_accum} micro-batches; choose a multiple of {shares}"
             )
 
 
-def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """Learning rate of step `step` (from 0) of `total`: linear warm-up, then constant or cosine."""
-    if step < config.lr_warmup_steps:
-        return config.lr * (step + 1) / config.lr_warmup_steps
-    if config.lr_schedule == "constant":
-        return config.lr
-    done = (step - config.lr_warmup_steps) / max(1, total - config.lr_warmup_steps)
-    return config.lr * (config.lr_final_ratio + (1 - config.lr_final_ratio) * (1 + math.cos(math.pi * done)) / 2)
-
-
-@dataclass
-class Setup:
-    """Everything that is fixed before the first step."""
-
-    config: TrainConfig  # with all "the model's own" resolved
-    dataset: ImageDataset
-    autoencoder: Autoencoder
-    latent_shape: tuple[int, int, int]
-    objective: Objective
-    total_steps: int
-    process_settings: dict[str, Any]
-
-    @property
-    def network(self) -> Network:
-        """The network being trained."""
-        return self.objective.network
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def set_up(config: TrainConfig, device: torch.device) -> Setup:
@@ -153,7 +150,7 @@ def set_up(config: TrainConfig, device: torch.device) -> Setup:
     with blame(f"--vae {vae}"):
         autoencoder = open_autoencoder(vae, dataset.image_shape[-1], device)
         latent_shape = autoencoder.latent_shape(dataset.image_shape)
-    torch.manual_seed(derive_seed("weights", config.global_seed))
+    torch.manual_seed(derive_seed("weights", config.global_seed))  # fresh weights are the same on every rank
     with blame(f"--image-size {dataset.image_shape[-1]}"):
         network = create_model(config.model, **wanted, input_size=latent_shape[-1], in_channels=latent_shape[0])
     settings: dict[str, Any] = {"noise_schedule": config.noise_schedule, "predict_xstart": config.predict_xstart}
@@ -167,7 +164,9 @@ def set_up(config: TrainConfig, device: torch.device) -> Setup:
         class_dropout_prob=network.class_dropout_prob,
         learn_sigma=settings["learn_sigma"],
     )
-    objective = Objective(network.to(device), create_diffusion(**settings), seed=config.global_seed)
+    network.grad_checkpointing = config.grad_checkpointing
+    autocast = torch.bfloat16 if config.precision == "bf16" else None
+    objective = Objective(network.to(device), create_diffusion(**settings), seed=config.global_seed, autocast=autocast)
     total = max(1, config.epochs * len(dataset) // config.global_batch_size)
     total = min(total, config.max_steps) if config.max_steps else total
     return Setup(resolved, dataset, autoencoder, latent_shape, objective, total, settings)
@@ -180,130 +179,69 @@ def network_settings(config: TrainConfig) -> dict[str, Any]:
     return {f: getattr(named, f) if getattr(config, f) is None else getattr(config, f) for f in fields}
 
 
-def checkpoint_meta(setup: Setup, step: int) -> dict[str, Any]:
-    """The JSON document of a checkpoint: all that sample.py needs to know."""
-    return {
-        "format": 1,
-        "step": step,
-        "model": {"name": setup.config.model, **dataclasses.asdict(setup.network.config)},
-        "process": {"name": "gaussian", **setup.process_settings},
-        "data": {"vae": setup.config.vae, "image_shape": setup.dataset.image_shape, "classes": setup.dataset.classes},
-        "train": to_dict(setup.config),
-    }
+def initialise(setup: Setup, path: Path) -> list[str]:
+    """Starts from the weights in a file; returns what had to be changed to fit.
 
-
-def save(setup: Setup, ema: EMA[Network], optimizer: torch.optim.Optimizer, step: int, folder: Path) -> Path:
-    """Writes a checkpoint with weights, average and optimizer state."""
-    path = folder / "checkpoints" / f"{step:07d}.safetensors"
-    named = setup.network.named_parameters()
-    moments = {f"{name}/{key}": value for name, p in named for key, value in optimizer.state.get(p, {}).items()}
-    groups = {"model": setup.network.state_dict(), "ema": ema.network.state_dict(), "optimizer": moments}
-    save_checkpoint(path, groups, checkpoint_meta(setup, step))
-    return path
-
-
-class LossMeter:
-    """Averages losses between two log lines, on the device: reading them waits for it, so that happens only then."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps, self._since = 0, time.perf_counter()
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Counts one step's per-sample losses."""
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().mean()
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        """Means over steps and processes, and steps per second; starts anew."""
-        means = distributed.mean_over_ranks(torch.stack(list(self._sums.values())) / self._steps).tolist()
-        values = dict(zip(self._sums, means, strict=True))
-        now = time.perf_counter()
-        values["steps_per_sec"] = self._steps / (now - self._since)
-        self._sums, self._steps, self._since = {}, 0, now
-        return values
-
-
-def train(setup: Setup, world: World, folder: Path | None) -> None:
-    """The training loop."""
-    config, log = setup.config, RunLog(folder)
-    log.line(f"Experiment directory created at {folder}")
-    log.line(f"{config.model.split('-')[0]} Parameters: {sum(p.numel() for p in setup.network.parameters()):,}")
-    log.line(f"Dataset contains {len(setup.dataset):,} images ({config.data_path or config.dataset})")
-
-    objective: nn.Module = setup.objective
-    if world.size > 1:
-        devices = [world.device.index] if world.device.type == "cuda" else None
-        objective = DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
-    trained = [p for p in setup.network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay, fused=True
+    Raises:
+        UserError: if the file is unusable, or its network is another.
+    """
+    checkpoint = read_checkpoint(path, flag="--init-from")
+    old_classes = None if checkpoint.meta is None else checkpoint.meta["data"].get("classes")
+    weights, notes = adapt_weights(
+        setup.network, checkpoint.weights, old_classes=old_classes, new_classes=setup.dataset.classes
     )
-    ema = EMA(setup.network, config.ema_decay, ramp=config.ema_ramp)
-    log.line(f"Training for {config.epochs} epochs, {setup.total_steps:,} steps...")
-
-    meter = LossMeter()
-    for step, batch, draws in tqdm(
-        batches(setup, world), total=setup.total_steps, disable=None if world.is_main else True, unit="step"
-    ):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, setup.total_steps)
-        losses = objective(batch, step, draws)
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].mean().backward()
-        optimizer.step()
-        ema.update()
-        meter.add(losses)
-
-        done = step + 1
-        if done % config.log_every == 0:
-            values = meter.read()
-            log.line(
-                f"(step={done:07d}) Train Loss: {values['loss']:.4f}, Train Steps/Sec: {values['steps_per_sec']:.2f}"
-            )
-            log.metrics(step=done, lr=learning_rate(config, step, setup.total_steps), **values)
-        if folder is not None and (done % config.ckpt_every == 0 or done == setup.total_steps):
-            log.line(f"Saved checkpoint to {save(setup, ema, optimizer, done, folder)}")
-    log.line("Done!")
+    load_weights(setup.network, weights, f"--init-from {path} as {setup.config.model}")
+    return notes
 
 
-def batches(setup: Setup, world: World) -> Iterator[tuple[int, Batch, Any]]:
-    """Each step's number, this rank's rows of its batch, and their draws."""
+def find_run(setup: Setup) -> Resumable | None:
+    """The run that --resume means.
+
+    Raises:
+        UserError: if a checkpoint was named that is unusable, or was made with other settings.
+    """
     config = setup.config
-    size = config.global_batch_size
-    keys = GlobalBatches(
-        len(setup.dataset), size, rank=world.rank, world=world.size, seed=config.global_seed,
-        steps=range(setup.total_steps),
-    )  # fmt: skip
-    loader: DataLoader[Any] = DataLoader(
-        setup.dataset,  # type: ignore[arg-type]  # items are asked for by (epoch, index)
-        batch_sampler=keys,
-        num_workers=config.num_workers,
-        pin_memory=world.device.type == "cuda",
-        persistent_workers=config.num_workers > 0,
-    )
-    local = slice(world.rank * size // world.size, (world.rank + 1) * size // world.size)
-    for step, (images, y, index) in enumerate(loader):
-        draws = setup.objective.draw(step, size, setup.latent_shape, world.device).rows(local.start, local.stop)
-        pixels = from_uint8(images.to(world.device, non_blocking=True))
-        latents = setup.autoencoder.encode(pixels, draws.encoder_noise)
-        yield step, Batch(latents, y.to(world.device, non_blocking=True), index), draws
+    settings = to_dict(config)
+    if config.resume is None:
+        return None
+    if config.resume == "auto":
+        return find_resumable(config.results_dir, settings, FREE_ON_RESUME, partial(print, file=sys.stderr))
+    resumable = read_resumable(Path(config.resume))
+    changed = differences(resumable.meta["train"], settings, FREE_ON_RESUME)
+    if changed:
+        raise UserError(f"--resume {config.resume}: the run has other settings: {'; '.join(changed[:3])}")
+    return resumable
+
+
+def open_run(setup: Setup, world: World, resumable: Resumable | None) -> Path | None:
+    """The run's folder, on the main process: the one to go on in, or a new one with its config."""
+    if not world.is_main:
+        return None
+    if resumable is not None:
+        cut_metrics(resumable.folder, resumable.meta["step"])
+        RunLog(resumable.folder).line(f"Resumed {resumable.folder} at step {resumable.meta['step']}")
+        return resumable.folder
+    folder = create_run_folder(setup.config.results_dir, setup.config.model.replace("/", "-"))
+    (folder / "checkpoints").mkdir()
+    (folder / "config.json").write_text(json.dumps(to_dict(setup.config), indent=2) + "\n")
+    RunLog(folder).line(f"Experiment directory created at {folder}")
+    return folder
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses flags, sets up, trains."""
     config = parse_config(TrainConfig, argv, program="train.py", description=__doc__.split("\n")[0])
     check_folder(config.results_dir, "--results-dir")
-    with distributed.world(config.device) as world:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    with distributed.world(config.device, config.dist_timeout) as world:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
         setup = set_up(config, world.device)
-        folder = None
-        if world.is_main:
-            folder = create_run_folder(config.results_dir, config.model.replace("/", "-"))
-            (folder / "checkpoints").mkdir()
-            (folder / "config.json").write_text(json.dumps(to_dict(setup.config), indent=2) + "\n")
-        train(setup, world, folder)
+        notes = initialise(setup, config.init_from) if config.init_from else []
+        resumable = find_run(setup)
+        distributed.barrier()  # every rank has looked before the main one makes a new folder
+        folder = open_run(setup, world, resumable)
+        for note in notes:
+            RunLog(folder).line(f"--init-from: {note}")
+        Trainer(setup, world, folder, resumable).run()
 
 
 if __name__ == "__main__":

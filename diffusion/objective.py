@@ -90,12 +90,15 @@ class Objective(nn.Module):
         network: to be trained.
         process: how images are noised and what is predicted.
         seed: of all training draws.
+        autocast: lower precision that the network, and nothing else, runs in; None is the weights' own.
 
     Raises:
         ValueError: if the network does not put out what the process needs.
     """
 
-    def __init__(self, network: Network, process: Process, *, seed: int = 0) -> None:
+    def __init__(
+        self, network: Network, process: Process, *, seed: int = 0, autocast: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         wanted = process.output_channels(network.in_channels)
         if network.out_channels != wanted:
@@ -103,7 +106,7 @@ class Objective(nn.Module):
                 f"the network puts out {network.out_channels} channels, but the process needs {wanted} for "
                 f"{network.in_channels} input channels; check --learn-sigma on both sides"
             )
-        self.network, self.process, self.seed = network, process, seed
+        self.network, self.process, self.seed, self.autocast = network, process, seed, autocast
 
     def draw(self, step: int, count: int, shape: Sequence[int], device: torch.device | str = "cpu") -> Draws:
         """Makes the draws of one step's global batch; the same on every rank.
@@ -142,7 +145,8 @@ class Objective(nn.Module):
             y = batch.y
             if self.network.class_dropout_prob > 0:
                 y = torch.where(dropped, self.network.null_class, y)
-            out = self.network(x_t, t, y, **options)
+            with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
+                out = self.network(x_t, t, y, **options)
             losses = self.process.losses(out.sample, x_start, x_t, draws.t, draws.noise)
             total = {name: total.get(name, 0) + value for name, value in losses.items()}
         return total

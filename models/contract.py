@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 TimeConvention = Literal["index", "unit"]
 
@@ -51,6 +53,8 @@ class Network(nn.Module):
         config: the frozen dataclass (`config_class`) that fixes all parameters.
         time_convention: "index" (0..999, 0 = clean) or "unit" (0 = noise, 1 = data): the units of t.
         training_passes: keyword arguments of the forward passes that one training step consists of.
+        blocks: the transformer blocks, in order; what is compiled and recomputed piece by piece.
+        grad_checkpointing: recompute each block's activations in the backward pass instead of keeping them.
     """
 
     time_convention: ClassVar[TimeConvention] = "index"
@@ -58,6 +62,8 @@ class Network(nn.Module):
     config_class: ClassVar[type[Any]]
 
     config: Any
+    blocks: nn.ModuleList
+    grad_checkpointing: bool = False
     in_channels: int
     out_channels: int
     input_size: int
@@ -74,6 +80,12 @@ class Network(nn.Module):
         if self.class_dropout_prob <= 0:
             raise ValueError("class_dropout_prob is 0: this network has no null class and cannot be guided")
         return self.num_classes
+
+    def run_block(self, block: nn.Module, *args: Tensor) -> Tensor:
+        """Evaluates one block, keeping its activations for the backward pass or not."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
 
     def for_sampling(self, times: Iterable[float]) -> Self:
         """Prepares the network for the evaluations at `times`; a snapshot, to be taken again after weights change.

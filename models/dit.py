@@ -156,7 +156,7 @@ class DiT(Network):
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         for number, block in enumerate(self.blocks, start=1):
-            x = block(x, c)
+            x = self.run_block(block, x, c)
             if number == features_at:
                 features = x
         x = self.final_layer(x, c)  # (N, T, p * p * C_out)

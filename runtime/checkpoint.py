@@ -1,7 +1,8 @@
 """Checkpoints: ours, which hold tensors and JSON only, and the official ones, read without running their pickles.
 
 Ours is one safetensors file. Tensor names start with their group ("model/", "ema/", "optimizer/"); the file's metadata
-holds one JSON document with everything needed to rebuild the run's network, process and data.
+holds one JSON document with everything needed to rebuild the run's network, process and data, and a checksum of every
+tensor, compared when it is read.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from runtime.errors import UserError
 from runtime.files import atomic_path
 
 METADATA_KEY = "dit_family"
+CHECKSUMS_KEY = "crc32"
 # Where the official releases keep weights, best first; a file without any of these is the state dict itself.
 OFFICIAL_GROUPS = ("ema", "model", "state_dict")
 # What wrappers put in front of a parameter's name.
@@ -47,67 +50,109 @@ def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor]], meta
         path: final name, ending in ".safetensors".
         groups: group name -> parameter name -> tensor.
         meta: JSON values.
+
+    Raises:
+        UserError: if the file cannot be written (a full disk, say); what stood there before is intact.
     """
     tensors = {
         f"{group}/{name}": tensor.detach().cpu().contiguous()
         for group, members in groups.items()
         for name, tensor in members.items()
     }
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(meta)})
+    checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    metadata = {METADATA_KEY: json.dumps(meta), CHECKSUMS_KEY: json.dumps(checksums)}
+    try:
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise UserError(f"{path}: could not write {size:,} bytes ({error}); earlier checkpoints are intact") from error
 
 
-def read_checkpoint(path: Path, group: str = "ema") -> Checkpoint:
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def read_checkpoint(path: Path, group: str = "ema", flag: str = "--ckpt") -> Checkpoint:
     """Reads one group of weights from any supported file.
 
     Args:
         path: ours (safetensors), or an official .pt / .pth: a flat state dict, or one under "ema", "model" or
             "state_dict", beside whatever else.
         group: "ema" or "model". Official files without that group give what they have.
+        flag: for messages.
 
     Raises:
         UserError: if the file is missing, damaged, not a checkpoint, or holds objects that could run code.
     """
     if not path.is_file():
-        raise UserError(f"--ckpt {path}: no such file")
+        raise UserError(f"{flag} {path}: no such file")
     if path.suffix == ".safetensors":
-        return _read_ours(path, group)
-    return Checkpoint(_read_official(path, group), None)
+        groups, meta = read_groups(path, [group], flag)
+        return Checkpoint(_unwrapped(groups[group]), meta)
+    return Checkpoint(_read_official(path, group, flag), None)
 
 
-def _read_ours(path: Path, group: str) -> Checkpoint:
+def read_groups(
+    path: Path, groups: Sequence[str], flag: str = "--ckpt"
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any] | None]:
+    """Reads groups of tensors from one of our files, every tensor compared with its checksum.
+
+    Args:
+        path: a safetensors file; one that is not ours is taken as the only group.
+        groups: such as "model", "ema", "optimizer".
+        flag: for messages.
+
+    Returns:
+        Group name -> tensor name -> tensor on the CPU, and the JSON document (None if the file is not ours).
+
+    Raises:
+        UserError: if the file is missing or damaged, or lacks a group.
+    """
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            document = (file.metadata() or {}).get(METADATA_KEY)
-            prefix = f"{group}/" if document else ""
-            weights = {n.removeprefix(prefix): file.get_tensor(n) for n in names if n.startswith(prefix)}
+            metadata = file.metadata() or {}
+            tensors = {
+                name: file.get_tensor(name)
+                for name in file.keys()
+                if METADATA_KEY not in metadata or name.split("/")[0] in groups
+            }
+            present = {name.split("/")[0] for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"--ckpt {path}: damaged or truncated safetensors file ({error})") from error
-    if not weights:
-        groups = sorted({name.split("/")[0] for name in names})
-        raise UserError(f"--ckpt {path}: holds no weights under {group!r}; it has: {', '.join(groups) or 'nothing'}")
-    return Checkpoint(_unwrapped(weights), json.loads(document) if document else None)
+        raise UserError(f"{flag} {path}: damaged or truncated safetensors file ({error})") from error
+    for name, checksum in json.loads(metadata.get(CHECKSUMS_KEY, "{}")).items():
+        if name in tensors and _checksum(tensors[name]) != checksum:
+            raise UserError(f"{flag} {path}: damaged, {name} does not match its checksum")
+    if METADATA_KEY not in metadata:
+        return {group: tensors for group in groups}, None
+    read = {g: {n.removeprefix(f"{g}/"): t for n, t in tensors.items() if n.startswith(f"{g}/")} for g in groups}
+    for group in groups:
+        if not read[group]:
+            has = ", ".join(sorted(present)) or "nothing"
+            raise UserError(f"{flag} {path}: holds no weights under {group!r}; it has: {has}")
+    return read, json.loads(metadata[METADATA_KEY])
 
 
-def _read_official(path: Path, group: str) -> dict[str, Tensor]:
+def _read_official(path: Path, group: str, flag: str) -> dict[str, Tensor]:
     try:
         # Training checkpoints of the official repositories carry their flags as an argparse.Namespace: plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"--ckpt {path}: refused, because it is no PyTorch file of plain tensors (unpickling it could run code)"
+            f"{flag} {path}: refused, because it is no PyTorch file of plain tensors (unpickling it could run code)"
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"--ckpt {path}: not a readable PyTorch file; truncated download? ({error})") from error
+        raise UserError(f"{flag} {path}: not a readable PyTorch file; truncated download? ({error})") from error
     if isinstance(content, dict):
         for name in (group, *OFFICIAL_GROUPS):
             if isinstance(content.get(name), dict):
                 content = content[name]
                 break
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"--ckpt {path}: a PyTorch file, but not one of weights by name")
+        raise UserError(f"{flag} {path}: a PyTorch file, but not one of weights by name")
     return _unwrapped({name: value for name, value in content.items() if isinstance(value, Tensor)})
 
 

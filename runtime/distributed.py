@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.errors import UserError
+from runtime.errors import PeerLost, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,13 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
     )
     try:
         yield World(dist.get_rank(), size, place)
+    except RuntimeError as error:
+        if any(word in str(error).lower() for word in ("timed out", "timeout", "connection closed by peer")):
+            reason = str(error).splitlines()[0]
+            raise PeerLost(f"rank {dist.get_rank()}: a peer is hung or gone (--dist-timeout): {reason}") from error
+        raise
     finally:
+        _host_group.cache_clear()
         dist.destroy_process_group()
 
 
@@ -77,6 +87,39 @@ def barrier() -> None:
     """Waits for all peers; nothing to wait for in a world of one."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def broadcast(value: T) -> T:
+    """The main process's value, on every process; any small picklable object."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@cache
+def _host_group() -> Any:
+    """A group that talks over the CPU, so that asking it does not wait for a GPU."""
+    return dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any process says yes; all must ask together."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor([float(flag)])
+    dist.all_reduce(votes, group=_host_group())
+    return bool(votes > 0)
+
+
+def from_all_ranks(x: Tensor) -> Tensor:
+    """Stacks every process's tensor: (...) -> (size, ...)."""
+    if not dist.is_initialized():
+        return x[None]
+    gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, x)
+    return torch.stack(gathered)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

@@ -8,10 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 USER_ERROR_STATUS = 2
+FAILED_STATUS = 1
 
 
 class UserError(Exception):
     """Says what the user can mend: the flag or file, its value, and what to do."""
+
+
+class PeerLost(Exception):
+    """A collective waited in vain for another process."""
 
 
 @contextmanager
@@ -32,7 +37,7 @@ def run(main: Callable[[Sequence[str]], None], program: str, argv: Sequence[str]
         argv: arguments; None takes the command line's.
 
     Returns:
-        0, or 2 after a `UserError`, which is printed as one line (by one rank only).
+        0; 2 after a `UserError`, which is printed as one line (by one rank only); 1 after a `PeerLost`.
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -40,4 +45,7 @@ def run(main: Callable[[Sequence[str]], None], program: str, argv: Sequence[str]
         if os.environ.get("RANK", "0") == "0":
             print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR_STATUS
+    except PeerLost as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return FAILED_STATUS
     return 0

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import train
+import trainer
 from runtime.checkpoint import read_checkpoint
 from runtime.config import parse_config
 from runtime.errors import run
@@ -176,14 +177,14 @@ def config(*argv: str) -> train.TrainConfig:
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine():
     c = config(*"--lr 1 --lr-schedule cosine --lr-warmup-steps 10 --lr-final-ratio 0.1".split())
-    rates = [train.learning_rate(c, step, 110) for step in range(111)]
+    rates = [trainer.learning_rate(c, step, 110) for step in range(111)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
 def test_learning_rate_is_constant_by_default():
-    assert {train.learning_rate(config(), step, 100) for step in range(100)} == {1e-4}
+    assert {trainer.learning_rate(config(), step, 100) for step in range(100)} == {1e-4}
 
 
 def test_defaults_are_the_official_ones():

@@ -1,0 +1,50 @@
+"""Keeping non-finite numbers out of weights and averages, without waiting for the device at every step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from runtime import distributed
+
+
+class FiniteGuard:
+    """Skips optimizer steps whose gradient is not finite, and remembers on which step and rank a loss was to blame.
+
+    The decision stays on the device: fused optimizers skip an update where their `found_inf` is 1. Gradients are
+    already averaged over ranks, so all ranks skip together.
+
+    Args:
+        optimizer: a fused one.
+        device: where the losses live.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self._optimizer = optimizer
+        self._skipped = torch.zeros((), device=device)
+        self._last_bad_loss = torch.full((), -1.0, device=device)
+
+    def watch(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        """To be called between backward and the optimizer's step.
+
+        Args:
+            step: number of the step, below 2^24.
+            loss: this rank's loss, a scalar.
+            grad_norm: norm of the averaged gradient, a scalar.
+        """
+        bad = ~torch.isfinite(grad_norm)
+        self._optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # read by fused AdamW
+        self._skipped += bad
+        self._last_bad_loss = torch.where(torch.isfinite(loss.detach()), self._last_bad_loss, float(step))
+
+    def report(self) -> str | None:
+        """What happened since the last report, the same on every rank; None if nothing did. Waits for the device."""
+        seen = distributed.from_all_ranks(torch.stack([self._skipped, self._last_bad_loss])).tolist()
+        self._skipped.zero_()
+        self._last_bad_loss.fill_(-1)
+        skipped = int(max(count for count, _ in seen))
+        if not skipped:
+            return None
+        places = [f"step {int(step) + 1} on rank {rank}" for rank, (_, step) in enumerate(seen) if step >= 0]
+        where = f"non-finite loss at {', '.join(places)}" if places else "non-finite gradient of a finite loss"
+        return f"{where}; {skipped} optimizer step{'s' if skipped > 1 else ''} skipped"

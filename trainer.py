@@ -1,0 +1,288 @@
+"""The one trainer: a loop over steps, what a step changes, and what is said and saved along the way.
+
+Which images, noise and dropped labels a step sees follows from (seed, step). So a run that stops anywhere goes on just
+where it was, and the number of processes and micro-batches changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import GlobalBatches, ImageDataset
+from data.autoencoder import Autoencoder
+from data.pixels import from_uint8
+from diffusion import Batch, Draws, Objective
+from models import Network
+from runtime import distributed
+from runtime.checkpoint import load_weights, save_checkpoint
+from runtime.config import to_dict
+from runtime.distributed import World
+from runtime.ema import EMA
+from runtime.errors import FAILED_STATUS
+from runtime.finite import FiniteGuard
+from runtime.resume import Resumable
+from runtime.run_log import RunLog
+from runtime.stopping import INTERRUPTED_STATUS, stop_on_signal
+
+if TYPE_CHECKING:
+    from train import TrainConfig
+
+
+@dataclass
+class Setup:
+    """Everything that is fixed before the first step."""
+
+    config: TrainConfig  # with all "the model's own" resolved
+    dataset: ImageDataset
+    autoencoder: Autoencoder
+    latent_shape: tuple[int, int, int]
+    objective: Objective
+    total_steps: int
+    process_settings: dict[str, Any]
+
+    @property
+    def network(self) -> Network:
+        """The network being trained."""
+        return self.objective.network
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """Learning rate of step `step` (from 0) of `total`: linear warm-up, then constant or cosine."""
+    if step < config.lr_warmup_steps:
+        return config.lr * (step + 1) / config.lr_warmup_steps
+    if config.lr_schedule == "constant":
+        return config.lr
+    done = (step - config.lr_warmup_steps) / max(1, total - config.lr_warmup_steps)
+    return config.lr * (config.lr_final_ratio + (1 - config.lr_final_ratio) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def checkpoint_meta(setup: Setup, step: int) -> dict[str, Any]:
+    """The JSON document of a checkpoint: all that sample.py needs to know."""
+    return {
+        "format": 1,
+        "step": step,
+        "model": {"name": setup.config.model, **dataclasses.asdict(setup.network.config)},
+        "process": {"name": "gaussian", **setup.process_settings},
+        "data": {"vae": setup.config.vae, "image_shape": setup.dataset.image_shape, "classes": setup.dataset.classes},
+        "train": to_dict(setup.config),
+    }
+
+
+class TrainingState:
+    """All that a step changes: weights, their average, the optimizer, the count of steps."""
+
+    def __init__(self, setup: Setup) -> None:
+        config, self.network, self.step = setup.config, setup.network, 0
+        self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay, fused=True
+        )
+        self.ema = EMA(self.network, config.ema_decay, ramp=config.ema_ramp)
+
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """The state as named tensors."""
+        moments = {
+            f"{name}/{key}": value
+            for name, parameter in self.trained.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        return {"model": self.network.state_dict(), "ema": self.ema.network.state_dict(), "optimizer": moments}
+
+    def restore(self, resumable: Resumable) -> None:
+        """Takes a checkpoint's place in the run.
+
+        Raises:
+            UserError: if it belongs to another network.
+        """
+        source = f"--resume {resumable.folder}"
+        load_weights(self.network, resumable.groups["model"], source)
+        load_weights(self.ema.network, resumable.groups["ema"], source)
+        for name, parameter in self.trained.items():
+            moments = {
+                key: resumable.groups["optimizer"][f"{name}/{key}"].to(parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+            self.optimizer.state[parameter] = moments
+        self.step = self.ema.updates = resumable.meta["step"]
+
+
+class LossMeter:
+    """Averages losses between two log lines, on the device: reading them waits for it, so that happens only then."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps, self._since = 0, time.perf_counter()
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Counts one step's per-sample losses."""
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().mean()
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Means over steps and processes, and steps per second; starts anew."""
+        means = distributed.mean_over_ranks(torch.stack(list(self._sums.values())) / self._steps).tolist()
+        values = dict(zip(self._sums, means, strict=True))
+        now = time.perf_counter()
+        values["steps_per_sec"] = self._steps / (now - self._since)
+        self._sums, self._steps, self._since = {}, 0, now
+        return values
+
+
+class Trainer:
+    """The training loop, and what it says and saves along the way.
+
+    Args:
+        setup: what is trained, on what.
+        world: this process among its peers.
+        folder: of the run, on the main process; None elsewhere.
+        resumable: where to go on.
+    """
+
+    def __init__(self, setup: Setup, world: World, folder: Path | None, resumable: Resumable | None) -> None:
+        self.setup, self.config, self.world, self.folder = setup, setup.config, world, folder
+        self.log = RunLog(folder)
+        self.state = TrainingState(setup)
+        if resumable is not None:
+            self.state.restore(resumable)
+        if self.config.compile:
+            for block in setup.network.blocks:
+                block.compile(dynamic=False)
+        self.objective: nn.Module = setup.objective
+        if world.size > 1:
+            devices = [world.device.index] if world.device.type == "cuda" else None
+            self.objective = DistributedDataParallel(
+                setup.objective, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+        self.guard = FiniteGuard(self.state.optimizer, world.device)
+        self.meter = LossMeter()
+
+    def run(self) -> None:
+        """Trains to the last step, or until asked to stop.
+
+        Raises:
+            SystemExit: with `INTERRUPTED_STATUS` after a signal (the state is saved), or 1 after a non-finite step
+                where that is fatal.
+        """
+        state, total = self.state, self.setup.total_steps
+        parameters = sum(p.numel() for p in state.network.parameters())
+        self.log.line(f"{self.config.model.split('-')[0]} Parameters: {parameters:,}")
+        source = self.config.data_path or self.config.dataset
+        self.log.line(f"Dataset contains {len(self.setup.dataset):,} images ({source})")
+        self.log.line(f"Training for {self.config.epochs} epochs, {total:,} steps...")
+        hidden = None if self.world.is_main else True
+        with stop_on_signal() as stop, tqdm(total=total, initial=state.step, disable=hidden, unit="step") as bar:
+            for step, pieces in batches(self.setup, self.world, state.step):
+                grad_norm = self.train_step(step, pieces)
+                state.step = step + 1
+                bar.update()
+                if state.step % self.config.log_every == 0:
+                    self.report(grad_norm)
+                stopping = stop.by_any_rank()
+                if state.step % self.config.ckpt_every == 0 or state.step == total or stopping:
+                    self.save()
+                if stopping and state.step < total:
+                    self.log.line(f"Stopped by a signal at step {state.step}; --resume auto goes on from here")
+                    raise SystemExit(INTERRUPTED_STATUS)
+        self.log.line("Done!")
+
+    def train_step(self, step: int, pieces: Sequence[tuple[Batch, Draws]]) -> Tensor:
+        """One step over this process's micro-batches; returns the norm of the gradient, on the device."""
+        state, config = self.state, self.config
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, self.setup.total_steps)
+        state.optimizer.zero_grad(set_to_none=True)
+        seen: list[dict[str, Tensor]] = []
+        for number, (batch, draws) in enumerate(pieces, start=1):
+            with averaging(self.objective, wanted=number == len(pieces)):
+                losses = self.objective(batch, step, draws)
+                (losses["loss"].mean() / len(pieces)).backward()
+            seen.append(losses)
+        losses = {name: torch.cat([piece[name].detach() for piece in seen]) for name in seen[0]}
+        gradients = [p.grad for p in state.trained.values() if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if config.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(state.trained.values(), config.grad_clip, grad_norm)
+        self.guard.watch(step, losses["loss"].mean(), grad_norm)
+        state.optimizer.step()
+        state.ema.update()
+        self.meter.add(losses)
+        return grad_norm
+
+    def report(self, grad_norm: Tensor) -> None:
+        """A log line, a line of metrics, and word of non-finite steps."""
+        step, values = self.state.step, self.meter.read()
+        rate = learning_rate(self.config, step - 1, self.setup.total_steps)
+        self.log.line(
+            f"(step={step:07d}) Train Loss: {values['loss']:.4f}, Train Steps/Sec: {values['steps_per_sec']:.2f}"
+        )
+        self.log.metrics(step=step, lr=rate, grad_norm=float(grad_norm), **values)
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """Says what was skipped; ends the run on all processes if that is fatal."""
+        message = self.guard.report()
+        if message is None:
+            return
+        self.log.line(message)
+        if self.config.non_finite == "fatal":
+            self.log.line("Weights and average are as before that step. --non-finite skip goes on.")
+            raise SystemExit(FAILED_STATUS)
+
+    def save(self) -> None:
+        """Writes a checkpoint, then removes those that are no longer wanted."""
+        self.check_finite()
+        if self.folder is None:
+            return
+        path = self.folder / "checkpoints" / f"{self.state.step:07d}.safetensors"
+        save_checkpoint(path, self.state.groups(), checkpoint_meta(self.setup, self.state.step))
+        self.log.line(f"Saved checkpoint to {path}")
+        if self.config.keep_last is not None:
+            for old in sorted(path.parent.glob("[0-9]*.safetensors"))[: -self.config.keep_last]:
+                old.unlink()
+
+
+def averaging(objective: nn.Module, *, wanted: bool) -> AbstractContextManager[None]:
+    """Whether a backward pass averages gradients over processes; of several micro-batches only the last one need."""
+    return nullcontext() if wanted or not isinstance(objective, DistributedDataParallel) else objective.no_sync()
+
+
+def batches(setup: Setup, world: World, first_step: int) -> Iterator[tuple[int, list[tuple[Batch, Draws]]]]:
+    """Each step's number and this rank's rows of its batch, with their draws, in micro-batches."""
+    config, size = setup.config, setup.config.global_batch_size
+    steps = range(first_step, setup.total_steps)
+    keys = GlobalBatches(
+        len(setup.dataset), size, rank=world.rank, world=world.size, seed=config.global_seed, steps=steps
+    )
+    loader: DataLoader[Any] = DataLoader(
+        setup.dataset,  # type: ignore[arg-type]  # items are asked for by (epoch, index)
+        batch_sampler=keys,
+        num_workers=config.num_workers,
+        pin_memory=world.device.type == "cuda",
+        persistent_workers=config.num_workers > 0,
+    )
+    local, first_row = size // world.size, world.rank * size // world.size
+    piece = local // config.grad_accum
+    for step, (images, y, index) in zip(steps, loader, strict=True):
+        draws = setup.objective.draw(step, size, setup.latent_shape, world.device)
+        pixels, labels = images.to(world.device, non_blocking=True), y.to(world.device, non_blocking=True)
+        pieces = []
+        for start in range(0, local, piece):
+            rows = slice(start, start + piece)
+            own = draws.rows(first_row + start, first_row + start + piece)
+            latents = setup.autoencoder.encode(from_uint8(pixels[rows]), own.encoder_noise)
+            pieces.append((Batch(latents, labels[rows], index[rows]), own))
+        yield step, pieces
