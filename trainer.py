@@ -164,9 +164,7 @@ class Trainer:
         self.objective: nn.Module = setup.objective
         if world.size > 1:
             devices = [world.device.index] if world.device.type == "cuda" else None
-            self.objective = DistributedDataParallel(
-                setup.objective, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
+            self.objective = DistributedDataParallel(setup.objective, device_ids=devices, gradient_as_bucket_view=True)
         self.guard = FiniteGuard(self.state.optimizer, world.device)
         self.meter = LossMeter()
 

@@ -66,15 +66,22 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
     if "RANK" not in os.environ or size == 1:
         yield World(0, 1, place)
         return
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # After torchrun restarted the workers, addresses of the dead ones may still stand in the store.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
         device_id=place if kind == "cuda" else None,
     )
     try:
         yield World(dist.get_rank(), size, place)
     except RuntimeError as error:
-        if any(word in str(error).lower() for word in ("timed out", "timeout", "connection closed by peer")):
+        if any(word in str(error).lower() for word in ("timed out", "timeout", "closed by peer", "reset by peer")):
             reason = str(error).splitlines()[0]
             raise PeerLost(f"rank {dist.get_rank()}: a peer is hung or gone (--dist-timeout): {reason}") from error
         raise
