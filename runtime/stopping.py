@@ -26,11 +26,15 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turns SIGTERM (what schedulers send before they kill) and Ctrl-C into a `StopRequest`, while the block runs."""
+    """Turns SIGTERM (what schedulers send before they kill) and Ctrl-C into a `StopRequest`, while the block runs.
+
+    A second signal acts at once, as if nobody had listened: a process that waits for a hung peer asks no questions.
+    """
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
         request.received = True
+        signal.signal(number, before[number])
 
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, note) for number in signals}
