@@ -4,28 +4,40 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from data.autoencoder import Autoencoder, open_autoencoder
 from data.batches import GlobalBatches
 from data.digits import load_digits
 from data.image_folder import ArrayImages, ImageFolder
+from data.latents import LatentShards
 
-__all__ = ["DATASETS", "GlobalBatches", "ImageDataset", "load_digits", "open_dataset"]
+__all__ = ["DATASETS", "GlobalBatches", "ImageDataset", "load_digits", "open_dataset", "open_encoder"]
 
-ImageDataset = ImageFolder | ArrayImages
-DATASETS = ("imagefolder", "digits")
+ImageDataset = ImageFolder | ArrayImages | LatentShards
+DATASETS = ("imagefolder", "digits", "latents")
 
 
 def open_dataset(
-    name: str, path: Path | None, image_size: int | None, channels: int, *, flip: bool | None = None, seed: int = 0
+    name: str,
+    path: Path | None,
+    image_size: int | None,
+    channels: int,
+    *,
+    flip: bool | None = None,
+    seed: int = 0,
+    strict: bool = False,
 ) -> ImageDataset:
     """Opens a training set by the value of `--dataset`.
 
     Args:
         name: one of `DATASETS`.
-        path: root of an image folder; the embedded digits need none.
-        image_size: side of the square images; None takes 256, or the digits' own 8.
+        path: root of an image folder, or folder of latents; the embedded digits need none.
+        image_size: side of the square images; None takes 256, or what the digits (8) or the latents have.
         channels: 3 for RGB, 1 for grey; the digits are grey.
         flip: mirror at random; None does so for photographs and not for digits.
         seed: of the flips.
+        strict: an image that cannot be read is an error, instead of being replaced and named.
 
     Raises:
         ValueError: naming what is missing or does not fit.
@@ -35,8 +47,31 @@ def open_dataset(
         if image_size not in (None, images.shape[1]):
             raise ValueError(f"the digits are {images.shape[1]} pixels wide, not {image_size}")
         return ArrayImages(images, labels, [str(k) for k in range(10)], flip=bool(flip), seed=seed)
-    if name != "imagefolder":
+    if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     if path is None:
-        raise ValueError("an image folder needs --data-path")
-    return ImageFolder(path, image_size or 256, channels=channels, flip=flip is not False, seed=seed)
+        raise ValueError(f"{'an image folder' if name == 'imagefolder' else 'a folder of latents'} needs --data-path")
+    if name == "imagefolder":
+        flip = flip is not False
+        return ImageFolder(path, image_size or 256, channels=channels, flip=flip, seed=seed, strict=strict)
+    latents = LatentShards(path, flip=flip, seed=seed)
+    wanted = (channels, *[image_size or latents.image_shape[-1]] * 2)
+    if latents.image_shape != wanted:
+        raise ValueError(f"the latents are of images {latents.image_shape}, not {wanted}; check size and channels")
+    return latents
+
+
+def open_encoder(dataset: ImageDataset, vae: str, device: torch.device | str = "cpu") -> Autoencoder:
+    """What turns the batches of a data set into latents, and latents into pixels.
+
+    Args:
+        dataset: whose items `encode` will take.
+        vae: value of `--vae`; `dataset.vae` where the user says nothing.
+        device: where it runs.
+
+    Raises:
+        ValueError: if it cannot be loaded, or does not fit the data.
+    """
+    if isinstance(dataset, LatentShards):
+        return dataset.autoencoder(vae, device)
+    return open_autoencoder(vae, dataset.image_shape[-1], device)

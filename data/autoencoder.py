@@ -1,14 +1,18 @@
 """Between pixels and the space that the network works in.
 
-Pixels are (N, C, H, W) float32 in [-1, 1] on this side, latents on the other.
+Pixels are (N, C, H, W) float32 in [-1, 1] on this side, latents on the other. What a data set hands out (uint8 images,
+or stored moments) goes into `encode` as it is.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from data.pixels import from_uint8
 
 OFFICIAL_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 OFFICIAL_FACTOR = 8
@@ -21,8 +25,13 @@ class Autoencoder(Protocol):
         """(C, H, W) of the latents of images (C, H, W)."""
         ...
 
-    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Latents of pixels; `noise` is standard normal in the shape of the latents."""
+    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Latents of a batch as the data set hands it out.
+
+        Args:
+            images: (N, C, H, W) uint8, or float32 in [-1, 1]; for `StoredLatents` (N, 2 C, h, w) moments.
+            noise: standard normal in the shape of the latents.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -38,9 +47,9 @@ class Pixels:
         channels, height, width = image_shape
         return channels, height, width
 
-    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
         """The pixels themselves."""
-        return pixels
+        return _unit_range(images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """The latents themselves."""
@@ -67,6 +76,7 @@ class KLAutoencoder:
             raise ValueError(f"cannot load the autoencoder {source!r} from disk, cache or hub: {error}") from error
         self._vae = vae.to(device).eval().requires_grad_(False)
         self.scale = float(vae.config.scaling_factor)
+        self.image_channels = int(vae.config.in_channels)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -80,16 +90,51 @@ class KLAutoencoder:
             _check_factor(side, self.factor)
         return self._vae.config.latent_channels, height // self.factor, width // self.factor
 
-    @torch.no_grad()
-    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
         """A sample of the posterior, made from the given noise."""
-        posterior = self._vae.encode(pixels).latent_dist
-        return (posterior.mean + posterior.std * noise) * self.scale
+        return sample_moments(self.moments(images), noise, self.scale)
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Mean and standard deviation of the posterior, not scaled.
+
+        Args:
+            pixels: (N, C, H, W) uint8, or float32 in [-1, 1].
+
+        Returns:
+            (N, 2 C, h, w) float32: C channels of means, then C of standard deviations.
+        """
+        posterior = self._vae.encode(_unit_range(pixels)).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1)
+
+    def encoder_sha256(self) -> str:
+        """Fingerprint of the weights that encode; autoencoders that differ in the decoder alone share it."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self._vae.state_dict().items()):
+            if not name.startswith(("decoder.", "post_quant_conv.")):
+                digest.update(f"{name} {tuple(weight.shape)} ".encode())
+                digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, not clamped."""
         return self._vae.decode(latents / self.scale).sample
+
+
+def sample_moments(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
+    """Latents from moments: (mean + std * noise) * scale.
+
+    Args:
+        moments: (N, 2 C, h, w), means before standard deviations, of any float type.
+        noise: (N, C, h, w) float32 standard normal.
+        scale: the autoencoder's scaling factor.
+
+    Returns:
+        (N, C, h, w) float32.
+    """
+    mean, std = moments.float().chunk(2, dim=1)
+    return (mean + std * noise) * scale
 
 
 def open_autoencoder(name: str, image_size: int, device: torch.device | str = "cpu") -> Autoencoder:
@@ -108,6 +153,10 @@ def open_autoencoder(name: str, image_size: int, device: torch.device | str = "c
     if name in OFFICIAL_VAES:
         _check_factor(image_size, OFFICIAL_FACTOR)
     return KLAutoencoder(OFFICIAL_VAES.get(name, name), device)
+
+
+def _unit_range(pixels: Tensor) -> Tensor:
+    return from_uint8(pixels) if pixels.dtype == torch.uint8 else pixels
 
 
 def _check_factor(side: int, factor: int) -> None:

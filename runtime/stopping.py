@@ -34,7 +34,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:
         request.received = True
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, note) for number in signals}

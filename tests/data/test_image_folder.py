@@ -1,11 +1,14 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
 
 from data import open_dataset
 from data.digits import load_digits
-from data.image_folder import ArrayImages, ImageFolder, center_crop
+from data.image_folder import ArrayImages, ImageFolder, UnreadableImageError, center_crop, decode_image
 from tests import golden_data
 
 
@@ -89,3 +92,173 @@ def test_open_dataset_says_what_does_not_fit(folder):
         open_dataset("imagefolder", None, 16, 3)
     with pytest.raises(ValueError, match="unknown data set"):
         open_dataset("cifar", None, 16, 3)
+
+
+def save(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def decoded(path, channels):
+    return np.array(decode_image(path.read_bytes(), channels))
+
+
+GRADIENT = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)
+COLOURS = np.stack([GRADIENT, GRADIENT[::-1], GRADIENT[:, ::-1]], axis=-1)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.filterwarnings("error")
+def test_every_mode_becomes_grey_or_rgb(mode, channels, tmp_path):
+    image = Image.fromarray(COLOURS).convert(mode)
+    path = save(tmp_path / f"a.{'tif' if mode == 'CMYK' else 'png'}", image)
+    pixels = decoded(path, channels)
+    assert np.array_equal(pixels, np.array(image.convert("RGB" if channels == 3 else "L")))
+    if mode in ("RGB", "RGBA", "CMYK"):
+        assert np.array_equal(pixels, COLOURS if channels == 3 else np.array(Image.fromarray(COLOURS).convert("L")))
+
+
+def test_a_cmyk_jpeg_shows_its_colours(tmp_path):
+    flat = Image.new("RGB", (16, 16), (200, 100, 30))
+    pixels = decoded(save(tmp_path / "a.jpg", flat.convert("CMYK"), quality=100), 3)
+    assert np.abs(pixels.astype(int) - (200, 100, 30)).max() <= 3
+
+
+@pytest.mark.filterwarnings("error")
+def test_transparency_is_dropped_and_colours_stay(tmp_path):
+    alpha = Image.fromarray(COLOURS)
+    alpha.putalpha(Image.fromarray(GRADIENT))
+    assert np.array_equal(decoded(save(tmp_path / "a.png", alpha), 3), COLOURS)
+    grey = Image.merge("LA", (Image.fromarray(GRADIENT), Image.fromarray(GRADIENT[::-1])))
+    assert np.array_equal(decoded(save(tmp_path / "b.png", grey), 1), GRADIENT)
+    palette = Image.fromarray(COLOURS).quantize(16)
+    path = save(tmp_path / "c.png", palette, transparency=bytes(range(16)))
+    assert np.array_equal(decoded(path, 3), np.array(palette.convert("RGB")))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bit_grey_is_scaled_and_not_clipped(suffix, channels, tmp_path):
+    levels = np.array([[0, 128, 129, 257, 32768, 65535]], dtype=np.uint16)
+    path = save(tmp_path / f"a.{suffix}", Image.fromarray(levels))
+    pixels = decoded(path, channels)
+    assert pixels.reshape(6, -1)[:, 0].tolist() == [0, 0, 1, 1, 128, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_rotated_cameras_are_set_upright(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "a.png", Image.fromarray(COLOURS), exif=exif)
+    with Image.open(path) as file:
+        expected = np.array(ImageOps.exif_transpose(file))
+    assert np.array_equal(decoded(path, 3), expected)
+    assert (expected.shape == (16, 12, 3)) == (orientation > 4)
+
+
+def test_damaged_exif_does_not_damage_the_pixels(tmp_path):
+    path = save(tmp_path / "a.png", Image.fromarray(COLOURS), exif=b"Exif\0\0no header at all")
+    assert np.array_equal(decoded(path, 3), COLOURS)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1)])
+def test_tiny_images_are_enlarged(shape, tmp_path):
+    save(tmp_path / "a" / "0.png", Image.fromarray(np.full((*shape, 3), 77, dtype=np.uint8)))
+    image, _, _ = ImageFolder(tmp_path, 16, flip=False)[0, 0]
+    assert image.shape == (3, 16, 16) and (image == 77).all()
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Classes a (0 damaged, 1), b (all damaged) and c (1 good, the last damaged)."""
+    root = tmp_path / "root"
+    rng = np.random.default_rng(0)
+    for name in ("a/0.jpg", "a/1.png", "b/0.png", "b/1.jpg", "c/0.png", "c/1.png"):
+        save(root / name, Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)))
+    (root / "a/0.jpg").write_bytes((root / "a/0.jpg").read_bytes()[:400])
+    (root / "b/0.png").write_bytes(b"")
+    (root / "b/1.jpg").write_text("<html>404</html>")
+    (root / "c/1.png").write_bytes((root / "c/1.png").read_bytes()[:-100].replace(b"IDAT", b"IDAT\xff", 1))
+    return root
+
+
+DAMAGED = ["a/0.jpg", "b/0.png", "b/1.jpg", "c/1.png"]
+
+
+def test_the_next_readable_image_stands_in_and_each_damaged_one_is_named_once(damaged):
+    data = ImageFolder(damaged, 16, seed=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for epoch in range(3):
+            for index, substitute in ((0, 1), (2, 4), (3, 4), (5, 1)):
+                ours, theirs = data[epoch, index], data[epoch, substitute]
+                assert torch.equal(ours[0], theirs[0]) and ours[1:] == theirs[1:] == (theirs[1], substitute)
+    assert data.unreadable == DAMAGED
+    texts = [str(w.message) for w in caught]
+    assert len(texts) == 4 and all(sum(str(damaged / name) in text for text in texts) == 1 for name in DAMAGED)
+    assert any("the file is empty" in text for text in texts) and any("known format" in text for text in texts)
+    assert all("\n" not in text and "replace or remove the file; until then" in text for text in texts)
+
+
+@pytest.mark.filterwarnings("ignore:.*stands in for it")
+def test_workers_survive_damaged_files_and_tell_which(damaged):
+    data = ImageFolder(damaged, 16, seed=2)
+    keys = [[(0, i) for i in range(6)], [(1, i) for i in range(6)]]
+    loader = DataLoader(data, batch_sampler=keys, num_workers=2)
+    again = ImageFolder(damaged, 16, seed=2)
+    for (images, labels, indices), wanted in zip(loader, keys, strict=True):
+        assert indices.tolist() == [1, 1, 4, 4, 4, 1] and labels.tolist() == [0, 0, 2, 2, 2, 0]
+        assert torch.equal(images, torch.stack([again[key][0] for key in wanted]))
+    assert data.unreadable == DAMAGED
+
+
+def test_strict_stops_and_names_the_file(damaged):
+    data = open_dataset("imagefolder", damaged, 16, 3, strict=True)
+    assert data[0, 4][2] == 4
+    words = r"root/b/1\.jpg: cannot be read: not an image of a known format; replace or remove the file"
+    with pytest.raises(UnreadableImageError, match=words) as error:
+        data[0, 3]
+    assert data.unreadable == []
+    # A loader's worker sends no exception but its type and text (raising through one costs PyTorch 5 s of clean-up)
+    assert str(type(error.value)(f"Caught in worker 0: {error.value}")).endswith("remove the file")
+
+
+@pytest.mark.filterwarnings("ignore:.*stands in for it")
+def test_a_folder_without_a_readable_image_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i in range(3):
+        (tmp_path / "a" / f"{i}.png").touch()
+    with pytest.raises(ValueError, match="none of its 3 images can be read"):
+        ImageFolder(tmp_path, 16)[0, 1]
+
+
+def test_a_lost_file_system_is_not_taken_for_damaged_images(damaged):
+    data = ImageFolder(damaged, 16)
+    (damaged / "c/0.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"c/0\.png"):
+        data[0, 4]
+    assert data.unreadable == []
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (np.ones((4, 4), dtype=np.float32), "floating-point pixels have"),
+        (np.full((4, 4), 70_000, dtype=np.int32), "pixels of more than 16 bits"),
+        (np.full((4, 4), -1, dtype=np.int32), "pixels of more than 16 bits"),
+    ],
+)
+def test_pixels_without_a_known_range_are_not_guessed_at(pixels, reason, tmp_path):
+    with pytest.raises(UnreadableImageError, match=f"cannot be read: {reason}"):
+        decoded(save(tmp_path / "a.tif", Image.fromarray(pixels)), 3)
+
+
+def test_the_machines_shortage_of_memory_is_not_blamed_on_the_file(monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", full)
+    with pytest.raises(MemoryError):
+        decode_image(b"x", 3)
