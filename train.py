@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from data import DATASETS, open_dataset
-from data.autoencoder import open_autoencoder
+from data import DATASETS, open_dataset, open_encoder
 from diffusion import Objective, create_diffusion
 from diffusion.schedules import BETA_SCHEDULES
 from models import create_model, model_config
@@ -41,7 +40,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 NON_FINITE = ("fatal", "skip")
 # Settings that say how a run is carried out, not what it computes: they may change when it is resumed.
 FREE_ON_RESUME = frozenset(
-    "results_dir resume init_from data_path epochs max_steps grad_accum grad_checkpointing compile non_finite "
+    "results_dir resume init_from data_path strict epochs max_steps grad_accum grad_checkpointing compile non_finite "
     "num_workers log_every ckpt_every keep_last dist_timeout device".split()
 )
 
@@ -50,8 +49,9 @@ FREE_ON_RESUME = frozenset(
 class TrainConfig:
     """Settings of a training run."""
 
-    data_path: Path | None = setting(None, "root of an image folder: one folder per class")
-    dataset: str = setting("imagefolder", "what to train on; the digits are embedded", DATASETS)
+    data_path: Path | None = setting(None, "root of an image folder, one folder per class; or a folder of latents")
+    dataset: str = setting("imagefolder", "latents come from extract_latents.py; the digits are embedded", DATASETS)
+    strict: bool = setting(False, "an unreadable image ends the run, instead of being named and replaced")
     results_dir: Path = setting(Path("results"), "where runs are put, each in a numbered folder")
     resume: str | None = setting(None, "go on with a run: a checkpoint, or auto for the newest run of these settings")
     init_from: Path | None = setting(None, "start from the weights in a file: ours, or an official .pt")
@@ -62,7 +62,9 @@ class TrainConfig:
     num_classes: int | None = setting(None, "number of classes, which the data must have; the model's own (1000)")
     class_dropout_prob: float | None = setting(None, "share of labels dropped for guidance; the model's own (0.1)")
     learn_sigma: bool | None = setting(None, "predict the variance too; the model's own (yes)")
-    vae: str | None = setting(None, "autoencoder: ema, mse, a local folder, or none for pixels (ema; digits: none)")
+    vae: str | None = setting(
+        None, "autoencoder: ema, mse, a local folder, or none for pixels (ema; digits: none; latents: their own)"
+    )
     # process
     noise_schedule: str = setting("linear", "betas", BETA_SCHEDULES)
     predict_xstart: bool = setting(False, "predict the clean image instead of the noise")
@@ -139,16 +141,22 @@ def set_up(config: TrainConfig, device: torch.device) -> Setup:
     channels = config.in_channels or (1 if config.dataset == "digits" else 3)
     with blame("--dataset digits" if config.dataset == "digits" else f"--data-path {config.data_path}"):
         dataset = open_dataset(
-            config.dataset, config.data_path, config.image_size, channels, flip=config.flip, seed=config.global_seed
+            config.dataset,
+            config.data_path,
+            config.image_size,
+            channels,
+            flip=config.flip,
+            seed=config.global_seed,
+            strict=config.strict,
         )
     if len(dataset.classes) != wanted["num_classes"]:
         raise UserError(
             f"--num-classes {wanted['num_classes']}: the data has {len(dataset.classes)} classes; "
             f"use --num-classes {len(dataset.classes)}"
         )
-    vae = config.vae or ("none" if config.dataset == "digits" else "ema")
+    vae = config.vae or dataset.vae
     with blame(f"--vae {vae}"):
-        autoencoder = open_autoencoder(vae, dataset.image_shape[-1], device)
+        autoencoder = open_encoder(dataset, vae, device)
         latent_shape = autoencoder.latent_shape(dataset.image_shape)
     torch.manual_seed(derive_seed("weights", config.global_seed))  # fresh weights are the same on every rank
     with blame(f"--image-size {dataset.image_shape[-1]}"):

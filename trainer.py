@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from data import GlobalBatches, ImageDataset
 from data.autoencoder import Autoencoder
-from data.pixels import from_uint8
 from diffusion import Batch, Draws, Objective
 from models import Network
 from runtime import distributed
@@ -281,6 +280,6 @@ def batches(setup: Setup, world: World, first_step: int) -> Iterator[tuple[int, 
         for start in range(0, local, piece):
             rows = slice(start, start + piece)
             own = draws.rows(first_row + start, first_row + start + piece)
-            latents = setup.autoencoder.encode(from_uint8(pixels[rows]), own.encoder_noise)
+            latents = setup.autoencoder.encode(pixels[rows], own.encoder_noise)
             pieces.append((Batch(latents, labels[rows], index[rows]), own))
         yield step, pieces

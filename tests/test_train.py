@@ -119,6 +119,26 @@ def test_image_folder_through_an_autoencoder(image_folder, tmp_path):
     assert meta["model"]["in_channels"] == 2 and meta["model"]["input_size"] == 8
 
 
+def test_latents_on_disk_train_as_their_images_do(image_folder, tmp_path):
+    from diffusers import AutoencoderKL
+
+    from scripts import extract_latents
+
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2)
+    vae.save_pretrained(tmp_path / "vae")
+    shared = f"--vae {tmp_path / 'vae'} --image-size 8 --device cpu --num-workers 0".split()
+    argv = ["--data-path", str(image_folder), "--output", str(tmp_path / "latents"), *shared]
+    assert run(extract_latents.main, "extract_latents.py", argv) == 0
+    shared += "--model DiT-debug/2 --num-classes 2 --max-steps 3 --global-batch-size 4 --log-every 1".split()
+    runs = {"imagefolder": image_folder, "latents": tmp_path / "latents"}
+    for name, path in runs.items():
+        argv = ["--dataset", name, "--data-path", str(path), "--results-dir", str(tmp_path / f"{name}-runs"), *shared]
+        assert run(train.main, "train.py", argv) == 0
+    images, latents = (metrics(tmp_path / f"{name}-runs" / "000-DiT-debug-2") for name in runs)
+    for one, other in zip(images, latents, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)  # the moments were rounded to float16
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

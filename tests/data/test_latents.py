@@ -1,0 +1,258 @@
+import hashlib
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from data import GlobalBatches, open_dataset, open_encoder
+from data.autoencoder import open_autoencoder, sample_moments
+from data.image_folder import is_flipped
+from data.latents import Encoded, LatentShards, finished_shard, is_finite, write_index, write_json, write_shard
+from data.pixels import from_uint8
+
+COUNTS = (4, 0, 5, 1)
+SHAPE = (2, 6, 4, 4)  # flips, 2 C, h, w
+
+
+def store(folder, moments, counts=COUNTS):
+    """Writes rows (n, flips, 2 C, h, w) as shards of the given counts, each in parts of two rows."""
+    folder.mkdir()
+    flips = moments.shape[1]
+    manifest = {
+        "format": 1, "classes": ["ant", "cat"], "image_shape": [3, 8, 8], "vae": "ema", "encoder_sha256": "0",
+        "scale": 0.5, "moments_shape": [flips, *SHAPE[1:]],
+    }  # fmt: skip
+    write_json(folder / "manifest.json", manifest)
+    row = 0
+    for number, count in enumerate(counts):
+        parts = []
+        for start in range(row, row + count, 2):
+            rows = range(start, min(start + 2, row + count))
+            names = [f"{'cat' if i % 2 else 'ant'}/{i}.png" for i in rows]
+            parts.append(Encoded(moments[list(rows)], [i % 2 for i in rows], names, []))
+        write_shard(folder, number, manifest["moments_shape"], parts)
+        row += count
+    return write_index(folder, len(counts))
+
+
+@pytest.fixture
+def moments():
+    return np.random.default_rng(0).standard_normal((sum(COUNTS), *SHAPE)).astype(np.float16)
+
+
+@pytest.fixture
+def folder(tmp_path, moments):
+    store(tmp_path / "latents", moments)
+    return tmp_path / "latents"
+
+
+def test_rows_come_back_in_order_from_whatever_shard(folder, moments):
+    data = LatentShards(folder, flip=False)
+    assert len(data) == 10 and data.classes == ["ant", "cat"] and data.image_shape == (3, 8, 8)
+    assert data.moments_shape == (6, 4, 4) and data.vae == "ema"
+    for index in range(10):
+        row, label, place = data[7, index]
+        assert row.dtype == torch.float16 and np.array_equal(row.numpy(), moments[index, 0])
+        assert (label, place) == (index % 2, index)
+        assert data.path(index) == f"{'cat' if index % 2 else 'ant'}/{index}.png"
+
+
+def test_a_gathered_batch_is_its_items(folder):
+    data = LatentShards(folder, seed=3)
+    keys = [(epoch, index) for epoch in (0, 5) for index in (9, 0, 4, 4, 3, 8)]
+    rows, labels, indices = data.gather(keys)
+    assert rows.shape == (12, 6, 4, 4) and labels.dtype == indices.dtype == torch.int64
+    for key, *gathered in zip(keys, rows, labels, indices, strict=True):
+        for ours, theirs in zip(gathered, data[key], strict=True):
+            assert torch.equal(ours, torch.as_tensor(theirs))
+    assert [len(part) for part in data.gather([])] == [0, 0, 0]
+    for index in (-1, 10):
+        with pytest.raises(IndexError, match=r"\[0, 10\)"):
+            data.gather([(0, index)])
+
+
+def test_flips_are_those_of_images(folder, moments):
+    data = LatentShards(folder, seed=5)
+    flips = []
+    for key in ((epoch, index) for epoch in range(20) for index in range(10)):
+        flips.append(is_flipped(key, 5))
+        assert np.array_equal(data[key][0].numpy(), moments[key[1], int(flips[-1])])
+    assert 70 < sum(flips) < 130
+
+
+def test_one_stored_flip_is_never_mirrored(tmp_path, moments):
+    store(tmp_path / "plain", moments[:, :1])
+    data = LatentShards(tmp_path / "plain")
+    for epoch in range(8):
+        assert np.array_equal(data[epoch, 4][0].numpy(), moments[4, 0])
+    with pytest.raises(ValueError, match=r"index\.json: holds no mirrored images; extract with --both-flips"):
+        LatentShards(tmp_path / "plain", flip=True)
+
+
+def test_arrays_are_mapped_and_never_copied_to_a_worker(folder):
+    data = LatentShards(folder)
+    copy = pickle.loads(pickle.dumps(data))
+    for each in (data, copy):
+        for shard, array in zip(each.shards, each._arrays, strict=True):
+            assert type(shard) is np.memmap and shard.mode == "r" and array.base is shard
+    assert torch.equal(copy[1, 8][0], data[1, 8][0])
+    assert not {"shards", "_arrays"} & data.__getstate__().keys()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_serves_global_batches(folder, workers):
+    data = LatentShards(folder, seed=1)
+    keys = list(GlobalBatches(10, 6, rank=0, world=1, seed=1, steps=range(4)))
+    loader = DataLoader(data, batch_sampler=keys, num_workers=workers)
+    for wanted, (rows, labels, indices) in zip(keys, loader, strict=True):
+        expected = data.gather(wanted)
+        assert all(torch.equal(*pair) for pair in zip((rows, labels, indices), expected, strict=True))
+
+
+def test_encoding_samples_the_moments(folder):
+    data = LatentShards(folder)
+    encoder = open_encoder(data, data.vae)
+    assert encoder.latent_shape((3, 8, 8)) == (3, 4, 4)
+    rows, noise = data.gather([(0, 1), (0, 6)])[0], torch.randn(2, 3, 4, 4)
+    latents = encoder.encode(rows, noise)
+    assert latents.dtype == torch.float32
+    assert torch.equal(latents, (rows[:, :3].float() + rows[:, 3:].float() * noise) * 0.5)
+    assert torch.equal(sample_moments(rows.float(), noise, 0.5), latents)
+
+
+def test_encoders_take_what_data_sets_hand_out():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(open_autoencoder("none", 16).encode(images, torch.zeros(())), from_uint8(images))
+
+
+def test_an_encoder_that_does_not_fit_is_refused(folder):
+    data = LatentShards(folder)
+    with pytest.raises(ValueError, match="holds latents of the autoencoder 'ema'; they cannot do without"):
+        open_encoder(data, "none")
+    with pytest.raises(ValueError, match=r"of images \(3, 8, 8\), not \(3, 16, 16\)"):
+        open_encoder(data, "ema").latent_shape((3, 16, 16))
+
+
+def test_open_dataset_checks_what_the_flags_say(folder):
+    assert isinstance(open_dataset("latents", folder, None, 3), LatentShards)
+    assert len(open_dataset("latents", folder, 8, 3, flip=False)) == 10
+    with pytest.raises(ValueError, match=r"of images \(3, 8, 8\), not \(3, 16, 16\); check size"):
+        open_dataset("latents", folder, 16, 3)
+    with pytest.raises(ValueError, match=r"not \(1, 8, 8\)"):
+        open_dataset("latents", folder, None, 1)
+    with pytest.raises(ValueError, match="a folder of latents needs --data-path"):
+        open_dataset("latents", None, None, 3)
+
+
+def test_checksums_are_those_of_the_files(folder):
+    index = json.loads((folder / "index.json").read_text())
+    assert index["count"] == 10 and [shard["count"] for shard in index["shards"]] == list(COUNTS)
+    for shard in index["shards"]:
+        for name, facts in shard["files"].items():
+            data = (folder / name).read_bytes()
+            assert facts == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    LatentShards(folder).verify()
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def edit_index(folder, **changes):
+    path = folder / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+DAMAGES = {
+    "no folder": (lambda f: f.rename(f.with_name("moved")), "latents: no such folder"),
+    "no index": (lambda f: (f / "index.json").unlink(), "index.json: missing; .* run scripts/extract_latents.py again"),
+    "half an index": (lambda f: (f / "index.json").write_text("{"), "index.json: not JSON .* run scripts"),
+    "old index": (lambda f: edit_index(f, format=0), "index.json: not an index of latents in format 1; .*--overwrite"),
+    "a list": (lambda f: (f / "index.json").write_text("[]"), "index.json: not an index"),
+    "index without scale": (lambda f: (f / "index.json").write_text('{"format": 1}'), "index.json: lacks classes, "),
+    "no images": (lambda f: edit_index(f, count=0), "index.json: no images; none could be read"),
+    "no shard": (lambda f: (f / "00002.npy").unlink(), "00002.npy: missing; run scripts"),
+    "no description": (lambda f: (f / "00003.json").unlink(), "00003.json: missing; run scripts"),
+    "cut short": (
+        lambda f: (f / "00002.npy").write_bytes((f / "00002.npy").read_bytes()[:-7]),
+        "00002.npy: 2,041 bytes instead of 2,048; delete it and run",
+    ),
+    "other shape": (
+        lambda f: edit_index(f, moments_shape=[2, 8, 4, 4]),
+        r"00000.npy: float16 \(4, 2, 6, 4, 4\) instead of float16 \(4, 2, 8, 4, 4\); it is of another extraction",
+    ),
+    "not an array": (
+        lambda f: (f / "00000.npy").write_bytes(bytes((f / "00000.npy").stat().st_size)),
+        "00000.npy: not a NumPy array .* delete it",
+    ),
+    "not a description": (
+        lambda f: (f / "00000.json").write_text("[" + " " * ((f / "00000.json").stat().st_size - 2) + "]"),
+        "00000.json: not the description of a shard; delete it",
+    ),
+    "other labels": (
+        lambda f: (f / "00000.json").write_text((f / "00000.json").read_text().replace("[0, 1, 0, 1]", "[0, 1, 0   ]")),
+        "00000.json: 3 labels instead of 4; delete it",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_at_opening(damage, folder):
+    harm, message = DAMAGES[damage]
+    harm(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        LatentShards(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["00002.npy", "00000.json"])
+def test_a_wrong_checksum_is_found_on_demand(name, folder):
+    if name.endswith("json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("ant/0", "ant/9"))
+    else:
+        flip_a_bit(folder / name)
+    data = LatentShards(folder)
+    with pytest.raises(ValueError, match=rf"{name}: not what was written \(sha256\); delete it and run"):
+        data.verify()
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_named_before_they_reach_a_network(value, tmp_path, moments):
+    moments[6, 1, 2, 3, 1] = value
+    store(tmp_path / "latents", moments)
+    data = LatentShards(tmp_path / "latents", seed=0)
+    epoch = next(e for e in range(20) if is_flipped((e, 6), 0))
+    data.gather([(epoch, 5), (epoch, 7)])
+    with pytest.raises(ValueError, match="00002.npy: the moments of ant/6.png are not finite; delete the file and run"):
+        data.gather([(epoch, 5), (epoch, 6)])
+    with pytest.raises(ValueError, match="00002.npy: holds NaN or infinity"):
+        data.verify()
+
+
+def test_finite_is_what_numpy_calls_finite():
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    assert [is_finite(every[i : i + 1]) for i in range(2**16)] == np.isfinite(every).tolist()
+
+
+def test_a_shard_is_finished_by_its_description(folder):
+    assert finished_shard(folder, 2)["count"] == 5 and finished_shard(folder, 4) is None
+    (folder / "00002.json").write_text("{")
+    assert finished_shard(folder, 2) is None
+    with pytest.raises(ValueError, match=r"00002\.npy: not finished; run scripts"):
+        write_index(folder, 4)
+
+
+def test_an_interrupted_shard_is_not_there(folder, moments):
+    def broken():
+        yield Encoded(moments[:2], [0, 0], ["a", "b"], [])
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_shard(folder, 7, SHAPE, broken())
+    assert not list(folder.glob("*00007*")) and not list(folder.glob(".*"))

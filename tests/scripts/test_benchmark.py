@@ -1,0 +1,267 @@
+"""The benchmark's structure: order, medians, comparisons, what is written. No test depends on how long a thing takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.errors import UserError, run
+from scripts import benchmark
+from scripts.benchmark import Case, Row, interleave, main, markdown, measure, relative_error, report
+from tests.processes import ROOT
+
+OFFICIAL = """
+from models.dit import DiT as Ours, DiTConfig
+
+class DiT(Ours):
+    def __init__(self, **config):
+        super().__init__(DiTConfig(**config))
+
+    def forward(self, x, t, y):
+        return super().forward(x, t, y).sample
+"""
+MACHINE = {"device": "NVIDIA H200", "cpu": "a CPU", "cpu_features": [], "threads": 1, "clock": "CUDA events"} | {
+    "python": "3.11", "torch": "2.11", "cuda": "13.0", "commit": None
+}  # fmt: skip
+
+
+def case(name: str, value: float = 1.0, calls: list[str] | None = None, **options) -> Case:
+    """Puts out a constant and notes its calls."""
+
+    def work(state: str) -> torch.Tensor:
+        if calls is not None:
+            calls.append(state)
+        return torch.tensor([value, 2.0])
+
+    return Case(name, lambda: name, work, outcome=lambda state, result: [result], **options)
+
+
+def row(name: str, seconds: float, **options) -> Row:
+    fixed = dict(group="g", rounds=[seconds], flop=0.0, images=0, precision="bf16", is_peak=False, reference=None)
+    return Row(**{**fixed, "name": name, "seconds": seconds, "error": None, **options})
+
+
+def no_time(work) -> float:
+    work()
+    return 1.0
+
+
+def test_cases_run_in_turn() -> None:
+    order: list[str] = []
+    times = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, no_time)
+    assert order == ["a", "b"] * 3
+    assert times == {"a": [1.0] * 3, "b": [1.0] * 3}
+
+
+def test_a_row_holds_the_median_and_every_round_after_the_warm_up() -> None:
+    calls: list[str] = []
+    readings = iter([100.0, 100.0, 5.0, 50.0, 1.0, 10.0, 2.0, 20.0])  # the first two are the warm-up's
+
+    def clock(work) -> float:
+        work()
+        return next(readings)
+
+    a, b = measure("g", [case("a", calls=calls), case("b", calls=calls, reference="a")], 3, clock)
+    assert (a.rounds, a.seconds, b.rounds, b.seconds) == ([5.0, 1.0, 2.0], 2.0, [50.0, 10.0, 20.0], 20.0)
+    assert calls == ["a", "b"] * 5
+    assert (a.group, a.error, b.reference, b.error) == ("g", None, "a", 0.0)
+
+
+@pytest.mark.parametrize("value", [1.001, float("nan"), float("inf")])
+def test_a_case_that_computes_something_else_is_not_timed(value: float) -> None:
+    def clock(work) -> float:
+        raise AssertionError("timed")
+
+    with pytest.raises(UserError, match=r"^wrong differs from right by .* times are not compared"):
+        measure("g", [case("right"), case("wrong", value, reference="right")], 1, clock)
+
+
+def test_outcomes_of_earlier_groups_are_compared_with() -> None:
+    known = {}
+    measure("g", [case("right")], 1, no_time, known=known)
+    (found,) = measure("g", [case("near", 1.01, reference="right", tolerance=0.1)], 1, no_time, known=known)
+    assert found.error == pytest.approx(0.005)
+    assert set(known) == {"right", "near"}
+
+
+def test_relative_error_is_the_worst_tensor_s() -> None:
+    a, b = torch.tensor([1.0, 4.0]), torch.tensor([0.0])
+    assert relative_error([a, b], [a, b]) == 0
+    assert relative_error([a + 1, b], [a, b]) == pytest.approx(0.25)
+    assert relative_error([a, b + 3], [a, b]) == pytest.approx(3)  # nothing to be relative to
+    nan = torch.tensor([float("nan")])
+    assert relative_error([nan, a], [b, a]) != relative_error([b], [b])
+    assert torch.tensor(relative_error([nan, a + 1], [b, a])).isnan()  # a later number does not replace it
+    with pytest.raises(ValueError, match="shapes differ"):
+        relative_error([a[None]], [a])
+
+
+def test_report_derives_rates_speed_up_and_shares_of_both_peaks() -> None:
+    rows = [
+        row("gemm", 2.0, rounds=[2.0, 1.0], flop=800e12, is_peak=True),
+        row("plain", 4.0, flop=400e12, images=8),
+        row("better", 2.0, flop=400e12, images=8, reference="plain", error=1e-3),
+        row("fp32", 1.0, flop=1e12, precision="fp32", reference="lost"),
+    ]
+    document = report({}, MACHINE, rows, ["loader: no"])
+    assert document["peak_flop_per_second"] == {"bf16": 800e12, "bf16_datasheet": 989.4e12}  # the fastest round
+    _, plain, better, fp32 = document["rows"]
+    assert (plain["speedup"], plain["peak_fraction"], plain["images_per_second"]) == (None, 0.125, 2.0)
+    assert (better["speedup"], better["peak_fraction"]) == (2.0, 0.25)
+    assert better["datasheet_fraction"] == pytest.approx(200 / 989.4)
+    assert (fp32["peak_fraction"], fp32["datasheet_fraction"], fp32["speedup"]) == (None, None, None)
+    assert document["skipped"] == ["loader: no"]
+    json.dumps(document)
+
+
+def test_table_is_aligned_and_leaves_empty_columns_out() -> None:
+    rows = [row("plain", 0.004, rounds=[0.004, 0.006]), row("better", 0.002, reference="plain")]
+    lines = markdown(report({}, MACHINE, rows, ["loader: no sklearn"])).splitlines()
+    assert lines[0].split(" | ")[2:] == ["  ms", "spread", "speed-up |"]
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert "4.00" in lines[2] and "50%" in lines[2] and "2.00 x" in lines[3]
+    assert lines[-1] == "Not run: loader: no sklearn"
+
+
+def test_compiled_cases_are_left_out_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    device = torch.device("cpu")
+    assert benchmark.find_compiler(device) is None
+    network = benchmark.filled_network("DiT-debug/2", device)
+    inputs = benchmark.make_inputs(network, 2, device)
+    for cases in (benchmark.forward_cases, benchmark.train_cases):
+        names = {c.name for c in cases(network, inputs, None, None)}
+        assert names and not any("compiled" in name for name in names)
+        assert len(cases(network, inputs, None, "eager")) > len(names)
+
+
+def test_a_loader_whose_package_is_missing_is_named() -> None:
+    def latents_case() -> Case:
+        raise ImportError("No module named 'data.latents'")
+
+    cases, skipped = benchmark.make_all([latents_case, lambda: case("a")])
+    assert [c.name for c in cases] == ["a"]
+    assert skipped == ["latents: No module named 'data.latents'"]
+
+
+def test_no_git_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args, **options):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr("subprocess.run", missing)
+    assert benchmark.commit() is None
+
+
+def checkout(folder: Path, source: str = OFFICIAL) -> Path:
+    folder.mkdir()
+    (folder / "models.py").write_text(source)
+    return folder
+
+
+def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "find_compiler", lambda device: "eager")
+    monkeypatch.setattr(benchmark, "GEMM_SIDE", {"cpu": 16})
+    output = tmp_path / "new" / "result.json"
+    argv = ["--model", "DiT-debug/2", "--batch-size", "2", "--rounds", "1", "--device", "cpu"]
+    argv += ["--against", str(checkout(tmp_path / "official")), "--output", str(output)]
+    assert run(main, "benchmark.py", argv) == 0
+    printed, document = capsys.readouterr().out, json.loads(output.read_text())
+
+    rows = document["rows"]
+    assert {r["group"] for r in rows} == set(benchmark.GROUPS)
+    first = {group: next(r for r in rows if r["group"] == group) for group in benchmark.GROUPS}
+    assert first["forward"]["name"] == first["train_step"]["name"] == "official, fp32"
+    compared = [r for r in rows if r["reference"]]
+    assert len(compared) >= 10 and all(r["speedup"] > 0 and 0 <= r["error"] <= 0.1 for r in compared)
+    assert all(r["seconds"] > 0 and len(r["rounds"]) == 1 for r in rows)
+    assert {name: r["flop"] for name, r in first.items()}["train_step"] == 3 * first["forward"]["flop"]
+    assert {"fp32", "bf16"} < document["peak_flop_per_second"].keys()
+    assert {"device", "cpu", "cpu_features", "threads", "torch", "commit"} < document["machine"].keys()
+    assert all(r["name"] in printed for r in rows)
+    assert str(tmp_path) not in output.read_text()  # whose machine it was is nobody's business
+
+
+def test_the_official_network_lives_beside_ours_and_takes_our_weights(tmp_path: Path) -> None:
+    ours = benchmark.filled_network("DiT-debug/2", torch.device("cpu"))
+    before = sys.modules["models"]
+    theirs = benchmark.official_network(checkout(tmp_path / "official"), ours, "DiT-debug/2")
+    assert sys.modules["models"] is before and "official_dit_models" not in sys.modules
+    assert type(theirs).__module__ == "official_dit_models" and not theirs.training
+    inputs = benchmark.make_inputs(ours, 2, torch.device("cpu"))
+    assert torch.equal(benchmark.forward(theirs, inputs), benchmark.forward(ours, inputs))
+    assert benchmark.forward(ours, inputs).std() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (OFFICIAL.replace(".sample", ".sample * 1.001"), "fp32 differs from official, fp32 by"),
+        ("import timm_of_nobody.layers", "needs timm_of_nobody, which is not installed"),
+        ("x = 1", "cannot be given the weights of DiT-debug/2"),
+        (
+            OFFICIAL + "        self.more = 1\n    def state_dict(self): pass\n    load_state_dict = None",
+            "cannot be given",
+        ),
+    ],
+)
+def test_an_official_checkout_that_will_not_do(
+    tmp_path: Path, source: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = checkout(tmp_path / "official", source)
+    argv = ["--model", "DiT-debug/2", "--batch-size", "1", "--rounds", "1", "--only", "forward", "--device", "cpu"]
+    assert run(main, "benchmark.py", [*argv, "--against", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["--only", "forward,speed"], "unknown group 'speed'; choose from forward, train_step"),
+        (["--model", "DiT-debug/3"], "--model DiT-debug/3: unknown model"),
+        (["--against", "nowhere", "--only", "loader"], "--against nowhere: has no effect without"),
+        (["--model", "DiT-debug/2", "--only", "forward", "--against", "nowhere"], "no models.py there"),
+    ],
+)
+def test_mistakes_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(main, "benchmark.py", argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def gpu_report(*argv: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / "scripts" / "gpu_report.sh"), *argv]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_gpu_report_says_in_one_line_that_there_is_no_gpu() -> None:
+    done = gpu_report()
+    assert done.returncode == 2
+    assert "no GPU here" in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_gpu_report_smoke(tmp_path: Path) -> None:
+    done = gpu_report("--smoke", "--output-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "smoke.json").read_text())
+    assert [r["group"] for r in document["rows"]] == ["peak"] * 2 + ["training"] * 4 + ["forward"] * 3 + [
+        "optimizer"
+    ] * 4
+    training = [r for r in document["rows"] if r["group"] == "training"]
+    assert [r["images"] for r in training] == [4, 2, 4, 2]
+    assert [r["reference"] for r in training] == [None, None, "bf16, batch 4", "bf16, batch 2"]
+    assert document["skipped"] == [] and document["gpu_tests"].startswith("not run")
+    assert (tmp_path / "smoke.md").read_text().strip() == done.stdout.strip()
+
+
+def test_gpu_report_names_what_it_had_no_time_for(tmp_path: Path) -> None:
+    assert gpu_report("--smoke", "--seconds", "1e-9", "--output-dir", str(tmp_path)).returncode == 0
+    document = json.loads((tmp_path / "smoke.json").read_text())
+    assert document["rows"] == []
+    assert len(document["skipped"]) == 9 and all("the time is up" in word for word in document["skipped"])

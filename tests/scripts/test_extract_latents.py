@@ -1,0 +1,346 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import open_dataset, open_encoder
+from data.autoencoder import open_autoencoder
+from data.image_folder import ImageFolder
+from data.latents import LatentShards
+from data.pixels import from_uint8
+from runtime.errors import run
+from scripts import extract_latents
+from tests.processes import run_script
+
+COUNT = 8  # shards of 3, 3 and 2 images
+MADE = sorted(["index.json", "manifest.json", *(f"{n:05d}.{end}" for n in range(3) for end in ("npy", "json"))])
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    network = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.25,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    network.save_pretrained(folder)
+    return folder
+
+
+def make_images(root):
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        path = root / ("ant" if i < 5 else "cat") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20 + i, 18, 3), dtype=np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+def flags(images, vae, output):
+    argv = f"--data-path {images} --vae {vae} --output {output} --image-size 16 --batch-size 2 --shard-size 3"
+    return [*argv.split(), *"--num-workers 0 --device cpu".split()]
+
+
+def extract(*argv):
+    return run(extract_latents.main, "extract_latents.py", argv)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def extracted(images, vae, tmp_path_factory):
+    output = tmp_path_factory.mktemp("extracted") / "latents"
+    assert extract(*flags(images, vae, output)) == 0
+    return output
+
+
+@pytest.fixture
+def copy(extracted, tmp_path):
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    for name, data in files(extracted).items():
+        (folder / name).write_bytes(data)
+        os.utime(folder / name, ns=(1, 1))
+    return folder
+
+
+def test_stored_latents_are_those_of_the_images(extracted, images, vae):
+    stored, folder = LatentShards(extracted, seed=4), ImageFolder(images, 16, seed=4)
+    assert sorted(files(extracted)) == MADE and len(stored) == len(folder) == COUNT
+    assert stored.classes == folder.classes and stored.image_shape == folder.image_shape
+    stored.verify()
+    direct, reader = open_autoencoder(str(vae), 16), open_encoder(stored, stored.vae)
+    assert reader.latent_shape((3, 16, 16)) == direct.latent_shape((3, 16, 16)) == (4, 8, 8)
+    mirrored = 0
+    for key in ((epoch, index) for epoch in range(3) for index in range(COUNT)):
+        noise = torch.randn(1, 4, 8, 8)
+        (image, *facts), (moments, *stored_facts) = folder[key], stored[key]
+        assert facts == stored_facts and stored.path(key[1]) == folder.path(key[1])
+        wanted = direct.encode(from_uint8(image[None]), noise)
+        assert torch.equal(direct.encode(image[None], noise), wanted)
+        assert (reader.encode(moments[None], noise) - wanted).abs().max() <= 2**-10 * wanted.abs().max()
+        mirrored += not torch.equal(image, folder.read(key[1]))
+    assert 4 < mirrored < 20
+
+
+def test_both_flips_are_encoded_and_not_mirrored_afterwards(extracted, images, vae):
+    direct, folder = open_autoencoder(str(vae), 16), ImageFolder(images, 16)
+    rows = np.concatenate([np.asarray(shard) for shard in LatentShards(extracted).shards])
+    assert rows.shape == (COUNT, 2, 8, 8, 8) and rows.dtype == np.float16
+    for index, (plain, mirrored) in enumerate(rows):
+        pixels = folder.read(index)[None]
+        for row, view in ((plain, pixels), (mirrored, pixels.flip(-1))):
+            assert np.allclose(row, direct.moments(view)[0], rtol=2**-10, atol=1e-4)
+        assert np.abs(plain.astype(float) - mirrored).max() > 0.1
+        assert np.abs(plain[..., ::-1].astype(float) - mirrored).max() > 0.01
+
+
+def test_decoding_goes_through_the_same_autoencoder(extracted, vae, tmp_path):
+    stored, direct = LatentShards(extracted), open_autoencoder(str(vae), 16)
+    latents = torch.randn(2, 4, 8, 8)
+    assert torch.equal(open_encoder(stored, stored.vae).decode(latents), direct.decode(latents))
+    from diffusers import AutoencoderKL
+
+    other = AutoencoderKL.from_pretrained(vae)
+    other.decoder.conv_out.bias.data += 1  # the official pair differs in the decoder alone
+    other.save_pretrained(tmp_path / "decoder")
+    assert open_encoder(stored, str(tmp_path / "decoder")).decode(latents).shape == (2, 3, 16, 16)
+    other.encoder.conv_out.bias.data += 1
+    other.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="encoder' is not the one that made these latents"):
+        open_encoder(stored, str(tmp_path / "encoder")).decode(latents)
+
+
+def test_two_processes_write_the_same_bytes(extracted, images, vae, tmp_path):
+    argv = [*flags(images, vae, tmp_path / "latents"), "--num-workers", "1"]
+    done = run_script("scripts/extract_latents.py", *argv, ranks=2, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Extracted 8 images to" in done.stdout
+    assert files(tmp_path / "latents") == files(extracted)
+
+
+def test_a_rerun_makes_only_what_is_missing(extracted, images, vae, copy):
+    (copy / "00001.npy").unlink()
+    (copy / "00002.npy").write_bytes((copy / "00002.npy").read_bytes()[:-1])
+    (copy / ".00001.123.tmp.npy").write_bytes(b"half a shard")
+    assert extract(*flags(images, vae, copy)) == 0
+    assert files(copy) == files(extracted)
+    remade = {"00001.npy", "00001.json", "00002.npy", "00002.json", "index.json"}
+    assert {name for name, time in times(copy).items() if time != 1} == remade
+
+
+def test_a_killed_extraction_goes_on_where_it_was(extracted, images, vae, tmp_path, monkeypatch):
+    output, moments, calls = tmp_path / "latents", extract_latents.KLAutoencoder.moments, []
+
+    def killed(self, pixels):
+        calls.append(len(pixels))
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return moments(self, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extract_latents.KLAutoencoder, "moments", killed)
+        with pytest.raises(KeyboardInterrupt):
+            extract(*flags(images, vae, output))
+    assert sorted(files(output)) == ["00000.json", "00000.npy", "manifest.json"]
+    with pytest.raises(ValueError, match=r"index\.json: missing; the extraction is not finished"):
+        LatentShards(output)
+    before = times(output)
+    assert extract(*flags(images, vae, output)) == 0
+    assert files(output) == files(extracted)
+    assert {name: times(output)[name] for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            "--image-size 8",
+            "--image-size: {there} was begun differently (image_shape [3, 8, 8] instead of [3, 16, 16])",
+        ),
+        ("--batch-size 3", "--batch-size: {there} was begun differently (batch_size 3 instead of 2)"),
+        ("--shard-size 4", "--shard-size: {there} was begun differently (shard_size 4 instead of 3)"),
+        ("--no-both-flips", "--both-flips: {there} was begun differently (moments_shape [1, 8, 8, 8] instead of"),
+        ("--vae {other_vae}", "--vae: {there} was begun differently (other encoder_sha256)"),
+        ("--data-path {other_images}", "--data-path: {there} was begun differently (images 7 instead of 8)"),
+        ("--data-path {renamed}", "--data-path: {there} was begun differently (other paths_sha256)"),
+    ],
+)
+def test_other_settings_are_refused_by_name(change, words, images, vae, copy, tmp_path, capsys):
+    places = {"there": copy / "manifest.json"}
+    places |= {name: tmp_path / name for name in ("other_vae", "other_images", "renamed")}
+    for name in ("other_images", "renamed"):
+        make_images(tmp_path / name)
+    (tmp_path / "other_images/ant/0.png").unlink()
+    (tmp_path / "renamed/ant/0.png").rename(tmp_path / "renamed/ant/00.png")
+    if "vae" in change:
+        from diffusers import AutoencoderKL
+
+        other = AutoencoderKL.from_pretrained(vae)
+        other.quant_conv.bias.data += 1
+        other.save_pretrained(tmp_path / "other_vae")
+    before = files(copy)
+    assert extract(*flags(images, vae, copy), *change.format(**places).split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("extract_latents.py: error: " + words.format(**places)) and error.count("\n") == 1
+    assert "another --output, or --overwrite to start anew" in error
+    assert files(copy) == before
+
+
+def test_overwrite_starts_anew(images, vae, copy):
+    (copy / "notes.txt").write_text("mine")
+    assert extract(*flags(images, vae, copy), "--overwrite", "--no-both-flips", "--shard-size", "5") == 0
+    stored = LatentShards(copy)
+    stored.verify()
+    assert [shard.shape for shard in stored.shards] == [(5, 1, 8, 8, 8), (3, 1, 8, 8, 8)]
+    assert not (copy / "00002.npy").exists() and (copy / "notes.txt").read_text() == "mine"
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    root = make_images(tmp_path / "damaged")
+    (root / "ant/1.png").write_bytes(b"")
+    for i in (3, 4, 5):  # the whole second shard
+        path = next(root.rglob(f"{i}.png"))
+        path.write_bytes(path.read_bytes()[:60])
+    return root
+
+
+def test_unreadable_images_are_left_out_and_named_once(damaged, vae, tmp_path, capsys):
+    argv = flags(damaged, vae, tmp_path / "latents")
+    for _ in range(2):  # a finished extraction says it again
+        assert extract(*argv) == 0
+        out, err = capsys.readouterr()
+        assert out == f"Extracted 4 images to {tmp_path / 'latents'}, left out 4\n"
+        named = [line for line in err.splitlines() if "left out" in line]
+        assert len(named) == 4 and named[0] == "extract_latents.py: left out ant/1.png: the file is empty"
+    stored = LatentShards(tmp_path / "latents")
+    stored.verify()
+    kept = [stored.path(i) for i in range(len(stored))]
+    assert kept == ["ant/0.png", "ant/2.png", "cat/6.png", "cat/7.png"]
+    assert stored.gather([(0, i) for i in range(4)])[1].tolist() == [0, 0, 1, 1]
+    assert extract(*argv, "--strict") == 2
+    error = capsys.readouterr().err
+    assert (
+        "--strict: ant/1.png could not be read (the file is empty); replace or remove it, and delete shard 00000"
+        in error
+    )
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_strict_stops_at_an_unreadable_image(workers, damaged, vae, tmp_path, capsys):
+    assert extract(*flags(damaged, vae, tmp_path / "latents"), "--strict", "--num-workers", workers) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert error == [
+        f"extract_latents.py: error: --strict: {damaged / 'ant/1.png'}: cannot be read: the file is empty; "
+        "replace or remove the file"
+    ]
+    assert sorted(files(tmp_path / "latents")) == ["manifest.json"]
+
+
+def test_a_mistake_of_another_rank_is_printed(capsys):
+    world = extract_latents.World(1, 2, torch.device("cpu"))
+    with pytest.raises(extract_latents.UserError, match="the disk is full"):
+        extract_latents.fail(world, "the disk is full")
+    assert capsys.readouterr().err == "extract_latents.py: error: the disk is full\n"
+
+
+def test_a_folder_of_damaged_images_leaves_no_data_set(vae, tmp_path, capsys):
+    root = make_images(tmp_path / "images")
+    for path in root.rglob("*.png"):
+        path.write_bytes(b"")
+    assert extract(*flags(root, vae, tmp_path / "latents")) == 2
+    assert f"error: --data-path {root}: none of its images can be read" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no images; none could be read at extraction"):
+        open_dataset("latents", tmp_path / "latents", None, 3)
+
+
+def test_a_file_that_cannot_be_opened_is_no_damaged_image(images, vae, tmp_path, capsys):
+    root = make_images(tmp_path / "images")
+    (root / "ant/2.png").unlink()
+    (root / "ant/2.png").symlink_to(tmp_path / "gone.png")
+    assert extract(*flags(root, vae, tmp_path / "latents")) == 2
+    assert "error: --data-path: [Errno 2] No such file or directory" in capsys.readouterr().err
+
+
+def test_moments_that_are_no_numbers_are_never_written(images, vae, tmp_path, monkeypatch, capsys):
+    moments = extract_latents.KLAutoencoder.moments
+    monkeypatch.setattr(extract_latents.KLAutoencoder, "moments", lambda *args: moments(*args) * 1e9)
+    assert extract(*flags(images, vae, tmp_path / "latents")) == 2
+    error = capsys.readouterr().err
+    assert f"error: --vae {vae}: the moments of ant/0.png are not finite in float16" in error
+    assert sorted(files(tmp_path / "latents")) == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("--vae none", "--vae none: pixels need no extraction"),
+        ("--vae {tmp}/nothing", "--vae {tmp}/nothing: cannot load the autoencoder"),
+        ("--image-size 15", "--image-size 15: image size 15 is not a multiple of the autoencoder's factor 2"),
+        ("--vae ema --image-size 250", "--vae ema: image size 250 is not a multiple"),
+        ("--batch-size 0", "--batch-size 0: must be at least 1"),
+        ("--shard-size 0", "--shard-size 0: must be at least 1"),
+        ("--num-workers -1", "--num-workers -1: must not be negative"),
+        ("--data-path {tmp}/nothing", "--data-path {tmp}/nothing: {tmp}/nothing: no such folder"),
+        ("--data-path {tmp}", "--data-path {tmp}: {tmp}: expected class folders"),
+        ("--output {tmp}/file", "--output {tmp}/file/index.json: cannot write there"),
+        ("--output {tmp}/other", "--output {tmp}/other: 00000.npy is there, but no manifest.json; give the same"),
+        ("--output {tmp}/broken", "--output {tmp}/broken: {tmp}/broken/manifest.json is not JSON; give the same"),
+        ("--output {tmp}/old", "--output {tmp}/old: {tmp}/old/manifest.json is of another format; give the same"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(change, words, images, vae, tmp_path_factory, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tmp = tmp_path_factory.mktemp("mistakes")
+    (tmp / "file").touch()
+    for folder, name, text in (
+        ("other", "00000.npy", ""),
+        ("broken", "manifest.json", "{"),
+        ("old", "manifest.json", "{}"),
+    ):
+        (tmp / folder).mkdir()
+        (tmp / folder / name).write_text(text)
+    before = sorted(tmp.rglob("*"))
+    if change == "--data-path {tmp}":
+        for path in sorted(tmp.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        before = []
+    assert extract(*flags(images, vae, tmp / "latents"), *change.format(tmp=tmp).split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("extract_latents.py: error: " + words.format(tmp=tmp)) and error.count("\n") == 1
+    assert sorted(tmp.rglob("*")) == before, "a refused run must leave nothing behind"
+
+
+def test_data_path_is_needed(capsys):
+    assert extract("--image-size", "16") == 2
+    assert "error: --data-path: needed, the root of an image folder" in capsys.readouterr().err
+
+
+def test_the_index_says_what_was_made(extracted, vae):
+    index = json.loads((extracted / "index.json").read_text())
+    assert index["count"] == COUNT and index["skipped"] == 0 and index["classes"] == ["ant", "cat"]
+    assert index["vae"] == str(vae) and index["scale"] == 0.25 and index["image_shape"] == [3, 16, 16]
+    assert index["encoder_sha256"] == open_autoencoder(str(vae), 16).encoder_sha256()
+    assert [shard["count"] for shard in index["shards"]] == [3, 3, 2]
