@@ -23,7 +23,7 @@ from data.pixels import enlarge, grid, save_png, to_picture
 from diffusion import GaussianDiffusion, ImageNoise, create_diffusion, guided, sample_loop
 from diffusion.sampling import Sampler
 from diffusion.schedules import TimeConvention
-from models import create_model
+from models import ModelOutput, create_model
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.config import parse_config, setting
@@ -64,8 +64,8 @@ class SamplingConfig:
         """Refuses what cannot be meant, before any work."""
         if self.ckpt is None:
             raise ValueError("--ckpt: required; give a checkpoint of train.py, or an official file")
-        if self.cfg_scale < 1:
-            raise ValueError(f"--cfg-scale {self.cfg_scale}: must be at least 1 (1 is no guidance)")
+        if not 1 <= self.cfg_scale < float("inf"):
+            raise ValueError(f"--cfg-scale {self.cfg_scale}: must be at least 1 (1 is no guidance), and finite")
         if self.eta and self.sampler != "ddim":
             raise ValueError(f"--eta {self.eta}: has an effect with --sampler ddim only")
         if self.guidance_channels is not None and self.guidance_channels < 1:
@@ -82,6 +82,14 @@ class SampleConfig(SamplingConfig):
     seed: int = setting(0, "seed of the noise")
     columns: int | None = setting(None, "images per row of the picture; 4, or as many as fit best")
     output: Path = setting(Path("sample.png"), "the picture")
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant, before any work."""
+        super().__post_init__()
+        if self.columns is not None and self.columns < 1:
+            raise ValueError(f"--columns {self.columns}: must be at least 1")
+        if self.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise ValueError(f"--output {self.output}: must end in .png, .jpg or .webp")
 
 
 class Pipeline:
@@ -110,7 +118,7 @@ class Pipeline:
         with blame(f"--vae {self.vae}"):
             self._autoencoder = open_autoencoder(self.vae, facts["image_shape"][-1], device)
             self._latent_shape = self._autoencoder.latent_shape(facts["image_shape"])
-        with blame("--model" if checkpoint.meta is None else f"--ckpt {config.ckpt}"):
+        with blame(f"--model {self.name}" if checkpoint.meta is None else f"--ckpt {config.ckpt}"):
             shape = {"input_size": self._latent_shape[-1], "in_channels": self._latent_shape[0]}
             network = create_model(self.name, **{**facts["model"], **shape})
         load_weights(network, checkpoint.weights, f"--ckpt {config.ckpt} as {self.name}")
@@ -147,9 +155,11 @@ class Pipeline:
         noise = ImageNoise(seed, indices, self._latent_shape, self._device)
         denoise = guided(self._network, labels.to(self._device), self._null_class, self._scale, self._channels)
         with tqdm(total=len(self.sampler.times), disable=None if progress else True, unit="step") as bar:
-            latents = sample_loop(
-                denoise, self.sampler, noise.initial(), noise_fn=noise, on_step=lambda *_: bar.update() and None
-            )
+
+            def count(i: int, x: Tensor, out: ModelOutput) -> None:
+                bar.update()
+
+            latents = sample_loop(denoise, self.sampler, noise.initial(), noise_fn=noise, on_step=count)
         with torch.no_grad():
             return self._autoencoder.decode(latents)
 

@@ -10,6 +10,7 @@ are. `arr_0` holds the images (N, H, W, C) uint8, `arr_1` their labels; the sett
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 import time
@@ -56,16 +57,24 @@ class SampleDDPConfig(SamplingConfig):
 
 
 def output_path(config: SampleDDPConfig, pipeline: Pipeline) -> Path:
-    """The official folder name, extended by sampler and steps so that different settings do not meet in one file."""
+    """The official folder name, extended by sampler, steps, and a digest of everything else that decides the images."""
     if config.output is not None:
         return config.output
     assert config.ckpt is not None
     parts = [
         pipeline.name.replace("/", "-"), config.ckpt.stem, "size", pipeline.image_shape[0], "vae",
         Path(pipeline.vae).name, "cfg", config.cfg_scale, "seed", config.global_seed,
-        config.sampler, config.num_sampling_steps,
+        config.sampler, config.num_sampling_steps, digest(config),
     ]  # fmt: skip
     return config.sample_dir / f"{'-'.join(map(str, parts))}.npz"
+
+
+def digest(config: SampleDDPConfig) -> str:
+    """Eight characters that differ between jobs whose images differ."""
+    free = ("sample_dir", "output", "overwrite", "device")
+    settings = {name: value for name, value in to_dict(config).items() if name not in free}
+    settings["ckpt"] = str(Path(settings["ckpt"]).resolve())
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 def draw_labels(config: SampleDDPConfig, num_classes: int) -> Tensor:
@@ -97,20 +106,26 @@ def main(argv: Sequence[str]) -> None:
         path = output_path(config, pipeline)
         check_writable(path, "--output" if config.output else "--sample-dir")
         if path.exists() and not config.overwrite:
-            raise UserError(f"--output {path}: exists already; --overwrite replaces it")
+            flag = "--output" if config.output else "--sample-dir"
+            raise UserError(f"{flag}: {path} exists already; --overwrite replaces it")
         labels = draw_labels(config, pipeline.num_classes)
         file = SampleFile(path, (config.num_fid_samples, *pipeline.image_shape))
         if world.is_main:
             file.create()
         distributed.barrier()
         started = time.perf_counter()
-        sample_chunks(config, pipeline, labels, file, world)
-        distributed.barrier()
+        try:
+            sample_chunks(config, pipeline, labels, file, world)
+            distributed.barrier()
+        except BaseException:
+            file.discard()  # nobody goes on with it
+            raise
         if world.is_main:
             file.finish(labels.numpy())
             resolved = dataclasses.replace(config, model=pipeline.name, vae=pipeline.vae, output=path)
             seconds = round(time.perf_counter() - started, 2)
-            document = {**to_dict(resolved), "world_size": world.size, "seconds": seconds, "torch": torch.__version__}
+            facts = {"world_size": world.size, "seconds": seconds, "torch": torch.__version__}
+            document = {"config": to_dict(resolved), "run": facts}
             with atomic_path(path.with_suffix(".json")) as temporary:
                 temporary.write_text(json.dumps(document, indent=2) + "\n")
             print(f"Saved {config.num_fid_samples:,} images to {path}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -104,7 +105,7 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         for name in ("lr_warmup_steps", "num_workers", "weight_decay"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         for name in ("ema_decay", "lr_final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
@@ -112,8 +113,13 @@ class TrainConfig:
         if self.class_dropout_prob is not None and not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"--class-dropout-prob {self.class_dropout_prob}: must lie in [0, 1)")
         for name in ("lr", "grad_clip", "dist_timeout"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be positive")
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be positive and finite")
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"--adam-betas {' '.join(map(str, self.adam_betas))}: both must lie in [0, 1)")
+        if self.in_channels not in (None, 1, 3) or (self.dataset == "digits" and self.in_channels == 3):
+            raise ValueError(f"--in-channels {self.in_channels}: 3 for RGB or 1 for grey (the digits are grey)")
         if self.lr_final_ratio and self.lr_schedule == "constant":
             raise ValueError(f"--lr-final-ratio {self.lr_final_ratio}: has no effect without --lr-schedule cosine")
         if self.data_path is not None and self.dataset == "digits":
@@ -136,10 +142,10 @@ def _has_compiler() -> bool:
 
 def set_up(config: TrainConfig, device: torch.device) -> Setup:
     """Opens the data, builds network and process, and checks that they fit; nothing is written yet."""
-    with blame("--model"):
+    with blame(f"--model {config.model}"):
         wanted = network_settings(config)
-    channels = config.in_channels or (1 if config.dataset == "digits" else 3)
-    with blame("--dataset digits" if config.dataset == "digits" else f"--data-path {config.data_path}"):
+    channels = (1 if config.dataset == "digits" else 3) if config.in_channels is None else config.in_channels
+    with blame("--dataset digits" if config.dataset == "digits" else "--data-path"):
         dataset = open_dataset(
             config.dataset,
             config.data_path,
@@ -149,11 +155,15 @@ def set_up(config: TrainConfig, device: torch.device) -> Setup:
             seed=config.global_seed,
             strict=config.strict,
         )
-    if len(dataset.classes) != wanted["num_classes"]:
-        raise UserError(
-            f"--num-classes {wanted['num_classes']}: the data has {len(dataset.classes)} classes; "
-            f"use --num-classes {len(dataset.classes)}"
-        )
+    found = len(dataset.classes)
+    if found != wanted["num_classes"]:
+        if config.num_classes is None:
+            hint = "--model DiT-digits/2, or " if config.dataset == "digits" else ""
+            raise UserError(
+                f"--model {config.model}: made for {wanted['num_classes']} classes, but the data has {found}; "
+                f"give {hint}--num-classes {found}"
+            )
+        raise UserError(f"--num-classes {config.num_classes}: the data has {found} classes; use --num-classes {found}")
     vae = config.vae or dataset.vae
     with blame(f"--vae {vae}"):
         autoencoder = open_encoder(dataset, vae, device)
@@ -183,8 +193,13 @@ def set_up(config: TrainConfig, device: torch.device) -> Setup:
 def network_settings(config: TrainConfig) -> dict[str, Any]:
     """What the flags say about the network's config; the model's own values where they are silent."""
     named = model_config(config.model)
-    fields = ("num_classes", "class_dropout_prob", "learn_sigma")
-    return {f: getattr(named, f) if getattr(config, f) is None else getattr(config, f) for f in fields}
+    settings = {}
+    for field in ("num_classes", "class_dropout_prob", "learn_sigma"):
+        if getattr(config, field) is not None:
+            settings[field] = getattr(config, field)
+        elif hasattr(named, field):  # not every family predicts a variance
+            settings[field] = getattr(named, field)
+    return settings
 
 
 def initialise(setup: Setup, path: Path) -> list[str]:

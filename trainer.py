@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -176,10 +177,16 @@ class Trainer:
         """
         state, total = self.state, self.setup.total_steps
         parameters = sum(p.numel() for p in state.network.parameters())
-        self.log.line(f"{self.config.model.split('-')[0]} Parameters: {parameters:,}")
+        self.log.line(f"{self.config.model.rsplit('-', 1)[0]} Parameters: {parameters:,}")
         source = self.config.data_path or self.config.dataset
         self.log.line(f"Dataset contains {len(self.setup.dataset):,} images ({source})")
         self.log.line(f"Training for {self.config.epochs} epochs, {total:,} steps...")
+        remembered = self.config.ema_decay**total
+        if remembered > 0.05 and not self.config.ema_ramp:
+            self.log.line(
+                f"Warning: at --ema-decay {self.config.ema_decay} the average still holds {remembered:.0%} of the "
+                "untrained weights at the end; add --ema-ramp, or sample with --weights model"
+            )
         hidden = None if self.world.is_main else True
         with stop_on_signal() as stop, tqdm(total=total, initial=state.step, disable=hidden, unit="step") as bar:
             for step, pieces in batches(self.setup, self.world, state.step):
@@ -264,12 +271,13 @@ def batches(setup: Setup, world: World, first_step: int) -> Iterator[tuple[int, 
     keys = GlobalBatches(
         len(setup.dataset), size, rank=world.rank, world=world.size, seed=config.global_seed, steps=steps
     )
+    workers = min(config.num_workers, os.cpu_count() or 1) if setup.dataset.worth_workers else 0
     loader: DataLoader[Any] = DataLoader(
         setup.dataset,  # type: ignore[arg-type]  # items are asked for by (epoch, index)
         batch_sampler=keys,
-        num_workers=config.num_workers,
+        num_workers=workers,
         pin_memory=world.device.type == "cuda",
-        persistent_workers=config.num_workers > 0,
+        persistent_workers=workers > 0,
     )
     local, first_row = size // world.size, world.rank * size // world.size
     piece = local // config.grad_accum

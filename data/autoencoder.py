@@ -7,6 +7,7 @@ or stored moments) goes into `encode` as it is.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -69,11 +70,19 @@ class KLAutoencoder:
 
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
         from diffusers import AutoencoderKL  # heavy, and only latents need it
+        from diffusers.utils import logging
 
+        level = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)  # what matters is said below, in one line
         try:
-            vae: Any = AutoencoderKL.from_pretrained(source)
+            vae: Any = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
         except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load the autoencoder {source!r} from disk, cache or hub: {error}") from error
+            raise ValueError(
+                f"cannot load the autoencoder {source!r} from disk, cache or hub; without network download it and give "
+                f"its folder, or none for pixels ({str(error).splitlines()[0]})"
+            ) from error
+        finally:
+            logging.set_verbosity(level)
         self._vae = vae.to(device).eval().requires_grad_(False)
         self.scale = float(vae.config.scaling_factor)
         self.image_channels = int(vae.config.in_channels)
@@ -83,9 +92,11 @@ class KLAutoencoder:
         """(latent channels, H / f, W / f).
 
         Raises:
-            ValueError: if f does not divide the image's sides.
+            ValueError: if f does not divide the image's sides, or the images have other channels.
         """
-        _, height, width = image_shape
+        channels, height, width = image_shape
+        if channels != self.image_channels:
+            raise ValueError(f"the autoencoder takes images of {self.image_channels} channels, not {channels}")
         for side in (height, width):
             _check_factor(side, self.factor)
         return self._vae.config.latent_channels, height // self.factor, width // self.factor
@@ -152,6 +163,8 @@ def open_autoencoder(name: str, image_size: int, device: torch.device | str = "c
         return Pixels()
     if name in OFFICIAL_VAES:
         _check_factor(image_size, OFFICIAL_FACTOR)
+    elif not Path(name).is_dir():
+        raise ValueError("no such folder; give ema, mse, none, or the folder of an AutoencoderKL")
     return KLAutoencoder(OFFICIAL_VAES.get(name, name), device)
 
 

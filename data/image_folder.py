@@ -143,12 +143,14 @@ class ImageFolder:
         classes: folder names; a class's label is its position.
         image_shape: (C, H, W).
         vae: what `--vae` is where the user says nothing.
+        worth_workers: whether loading takes long enough to be done in processes of its own.
 
     Raises:
         ValueError: if the folder is missing, or no class folder with an image is in it.
     """
 
     vae = "ema"
+    worth_workers = True
 
     def __init__(
         self,
@@ -163,7 +165,7 @@ class ImageFolder:
         from torchvision.datasets import ImageFolder as Scanner  # heavy
 
         if not root.is_dir():
-            raise ValueError(f"{root}: no such folder")
+            raise ValueError(f"{root}: {'not a' if root.exists() else 'no such'} folder")
         try:
             self._samples = (scanned := Scanner(str(root))).samples
         except FileNotFoundError as error:
@@ -251,9 +253,11 @@ class ArrayImages:
 
     Attributes:
         vae: what `--vae` is where the user says nothing.
+        worth_workers: whether loading takes long enough to be done in processes of its own.
     """
 
     vae = "none"
+    worth_workers = False
 
     def __init__(
         self,

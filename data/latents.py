@@ -179,6 +179,8 @@ class LatentShards:
         ValueError: naming the file that is missing, cut short or no match for the index, and what to do.
     """
 
+    worth_workers = True
+
     def __init__(self, folder: Path, *, flip: bool | None = None, seed: int = 0) -> None:
         index = _read_index(folder)
         self._folder, self._seed, self._shards = folder, seed, index["shards"]

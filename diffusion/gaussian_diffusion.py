@@ -115,7 +115,7 @@ class GaussianDiffusion:
         return len(self.timesteps)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # The interface that `Objective` and the scripts use; FlowMatching has the same
+    # The interface of every process that `Objective` and the scripts use
 
     def output_channels(self, in_channels: int) -> int:
         """Channels that a network must put out: C, or 2 C if the variance is learned."""

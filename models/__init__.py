@@ -54,7 +54,7 @@ def family_of(name: str) -> Family:
         if name in family.configs:
             return family
     known = list_models()
-    relatives = [k for k in known if k.split("-")[0] == name.split("-")[0]] or known
+    relatives = [k for k in known if k.rsplit("-", 1)[0] == name.rsplit("-", 1)[0]] or known
     raise ValueError(f"unknown model {name!r}; known: {', '.join(relatives)}")
 
 

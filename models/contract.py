@@ -50,7 +50,8 @@ class Network(nn.Module):
         input_size: side of the square x that the positions were made for.
         num_classes: number of real classes K; labels are 0..K-1.
         class_dropout_prob: share of labels replaced by the null class in training; 0 means there is no null class.
-        config: the frozen dataclass (`config_class`) that fixes all parameters.
+        config: the frozen dataclass (`config_class`) that fixes all parameters; it has at least the fields input_size,
+            in_channels, num_classes and class_dropout_prob, by which the scripts fit a network to its data.
         time_convention: "index" (0..999, 0 = clean) or "unit" (0 = noise, 1 = data): the units of t.
         training_passes: keyword arguments of the forward passes that one training step consists of.
         blocks: the transformer blocks, in order; what is compiled and recomputed piece by piece.

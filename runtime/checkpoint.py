@@ -85,6 +85,8 @@ def read_checkpoint(path: Path, group: str = "ema", flag: str = "--ckpt") -> Che
     Raises:
         UserError: if the file is missing, damaged, not a checkpoint, or holds objects that could run code.
     """
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; give a file in it, such as checkpoints/0050000.safetensors")
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
     if path.suffix == ".safetensors":
@@ -189,7 +191,9 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
     ]
     if problems:
         shown = "; ".join(problems[:3])
-        raise UserError(f"{source}: the weights do not fit the model in {len(problems)} places: {shown}")
+        raise UserError(
+            f"{source}: the weights do not fit the model in {len(problems)} places (is it another model?): {shown}"
+        )
     network.load_state_dict(dict(weights))
 
 

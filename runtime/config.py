@@ -48,7 +48,9 @@ def parse_config(cls: type[T], argv: Sequence[str], *, program: str, description
         UserError: for anything wrong with flags, file or values.
     """
     parser = _Parser(prog=program, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="JSON of settings (a run's config.json); flags override it")
+    parser.add_argument(
+        "--config", metavar="FILE", help="JSON of settings, as this script writes it; flags override it"
+    )
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         _add_flag(parser, field, hints[field.name])
@@ -108,6 +110,8 @@ def _read(cls: type[Any], path: str, hints: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"--config {path}: not JSON ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected one JSON object of settings")
+    if isinstance(values.get("config"), dict):
+        values = values["config"]  # a result's JSON, which tells more than the settings
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name, value in values.items():
         if name not in fields:

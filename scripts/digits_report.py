@@ -87,7 +87,7 @@ def read_samples(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int6
     except KeyError as error:
         raise UserError(f"--samples {path}: lacks {error.args[0].split()[0]}; write it with sample_ddp.py") from error
     except (ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"--samples {path}: not a readable .npz ({error})") from error
+        raise UserError(f"--samples {path}: not a readable .npz of plain arrays") from error
 
 
 def rows_by_class(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:

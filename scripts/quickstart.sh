@@ -7,6 +7,18 @@
 #
 # QUICKSTART_STEPS and QUICKSTART_SAMPLES make it shorter; QUICKSTART_PYTHON uses an environment of your own.
 set -euo pipefail
+case "${1:-}" in
+    -*)
+        sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+esac
+for number in "${QUICKSTART_STEPS:-1}" "${QUICKSTART_SAMPLES:-1}"; do
+    if ! [[ "$number" =~ ^[1-9][0-9]*$ ]]; then
+        echo "quickstart: QUICKSTART_STEPS and QUICKSTART_SAMPLES must be positive numbers, not '$number'" >&2
+        exit 2
+    fi
+done
 out=$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../quickstart_out}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${QUICKSTART_PYTHON:-}"

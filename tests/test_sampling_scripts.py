@@ -52,7 +52,8 @@ def test_npz_holds_exactly_the_images_and_their_labels(ckpt, tmp_path):
     assert len({image.tobytes() for image in images}) == 23
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.npz"]
     settings = json.loads((tmp_path / "a.json").read_text())
-    assert settings["cfg_scale"] == 1.5 and settings["model"] == "DiT-digits/2" and settings["world_size"] == 1
+    assert settings["config"]["cfg_scale"] == 1.5 and settings["config"]["model"] == "DiT-digits/2"
+    assert settings["run"]["world_size"] == 1
 
 
 @pytest.mark.parametrize("sampler", [["--sampler", "ddpm"], ["--sampler", "ddim", "--eta", "0.5"]])
@@ -89,10 +90,30 @@ def test_the_default_name_says_the_settings(ckpt, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["--ckpt", str(ckpt), *"--num-fid-samples 2 --num-sampling-steps 3 --device cpu".split()]
     assert run(sample_ddp.main, "sample_ddp.py", argv) == 0
-    name = "DiT-digits-2-0000001-size-8-vae-none-cfg-1.5-seed-0-ddpm-3.npz"
-    assert (tmp_path / "samples" / name).exists()
+    (path,) = (tmp_path / "samples").glob("*.npz")
+    assert path.name.startswith("DiT-digits-2-0000001-size-8-vae-none-cfg-1.5-seed-0-ddpm-3-")
     assert run(sample_ddp.main, "sample_ddp.py", argv) == 2, "an existing result is not replaced silently"
     assert run(sample_ddp.main, "sample_ddp.py", [*argv, "--overwrite"]) == 0
+    for other in (["--balanced-labels"], ["--weights", "model"], ["--num-fid-samples", "3"]):
+        assert run(sample_ddp.main, "sample_ddp.py", [*argv, *other]) == 0
+    assert len(list((tmp_path / "samples").glob("*.npz"))) == 4, "other settings, other names"
+
+
+def test_the_settings_beside_the_samples_can_be_given_back(ckpt, tmp_path):
+    draw(ckpt, tmp_path / "a.npz", "--balanced-labels", "--sampler", "ddim", "--eta", "0.3")
+    argv = ["--config", str(tmp_path / "a.json"), "--output", str(tmp_path / "b.npz")]
+    assert run(sample_ddp.main, "sample_ddp.py", argv) == 0
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_a_job_that_fails_leaves_nothing_behind(ckpt, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(sample_ddp.Pipeline, "__call__", fail)
+    with pytest.raises(MemoryError):
+        draw(ckpt, tmp_path / "a.npz")
+    assert not list(tmp_path.iterdir())
 
 
 def test_sample_writes_a_picture_of_one_of_each_class(ckpt, tmp_path, capsys):
@@ -131,12 +152,14 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
         ("--ckpt {ckpt} --num-sampling-steps 0", "--num-sampling-steps 0"),
         ("--ckpt {ckpt} --num-sampling-steps ten", "--num-sampling-steps ten"),
         ("--ckpt {ckpt} --eta 0.5", "--eta 0.5"),
+        ("--ckpt {ckpt} --cfg-scale nan", "--cfg-scale nan"),
+        ("--ckpt . --cfg-scale 2", "--ckpt .: is a folder; give a file in it"),
         ("--ckpt {ckpt} --model DiT-XL/2", "--model DiT-XL/2: --ckpt {ckpt} was trained with DiT-digits/2"),
         ("--ckpt {ckpt} --num-classes 5", "--num-classes 5: --ckpt {ckpt} was trained with 10"),
         ("--ckpt {flat} --vae none --model DiT-debug/2 --image-size 8", "do not fit the model in"),
-        ("--ckpt {flat} --vae none --model DiT-nano/2", "--model: unknown model"),
+        ("--ckpt {flat} --vae none --model DiT-nano/2", "--model DiT-nano/2: unknown model"),
         ("--ckpt {flat} --vae none --model DiT-debug/2 --image-size 9", "input_size 9 is not a multiple"),
-        ("--ckpt {ckpt} --output {flat}/a", "cannot write there"),
+        ("--ckpt {ckpt} --output {flat}/a.png", "cannot write there"),
     ],
 )
 @pytest.mark.parametrize("script", [sample, sample_ddp])
@@ -146,13 +169,26 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, script, ckpt, tmp_path,
     torch.save(create_model("DiT-digits/2", hidden_size=32).state_dict(), flat)
     places = {"ckpt": ckpt, "flat": flat}
     name = f"{script.__name__}.py"
-    if script is sample_ddp and "--output" in argv:
-        argv += ".npz"
+    if script is sample_ddp:
+        argv = argv.replace("a.png", "a.npz")
     assert run(script.main, name, [*argv.format(**places).split(), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"{name}: error: ") and error.count("\n") == 1
     assert words.format(**places) in error
     assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--output", "picture"], "--output picture: must end in .png"),
+        (["--output", "a.xyz"], "must end in .png"),
+        (["--columns", "-3"], "--columns -3: must be at least 1"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_sampling(ckpt, argv, words, capsys):
+    assert run(sample.main, "sample.py", ["--ckpt", str(ckpt), "--device", "cpu", *argv]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_labels_out_of_range_are_refused_before_sampling(ckpt, tmp_path, capsys):

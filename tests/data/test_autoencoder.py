@@ -42,8 +42,10 @@ def test_image_size_must_fit_the_factor(vae_folder):
 
 
 def test_a_missing_autoencoder_is_named(tmp_path):
-    with pytest.raises(ValueError, match="cannot load the autoencoder .*nothing"):
+    with pytest.raises(ValueError, match="no such folder; give ema, mse, none"):
         open_autoencoder(str(tmp_path / "nothing"), 16)
+    with pytest.raises(ValueError, match="cannot load the autoencoder .* without network"):
+        open_autoencoder(str(tmp_path), 16)
 
 
 def test_pixels_pass_through():

@@ -297,7 +297,7 @@ def test_moments_that_are_no_numbers_are_never_written(images, vae, tmp_path, mo
     ("change", "words"),
     [
         ("--vae none", "--vae none: pixels need no extraction"),
-        ("--vae {tmp}/nothing", "--vae {tmp}/nothing: cannot load the autoencoder"),
+        ("--vae {tmp}/nothing", "--vae {tmp}/nothing: no such folder"),
         ("--image-size 15", "--image-size 15: image size 15 is not a multiple of the autoencoder's factor 2"),
         ("--vae ema --image-size 250", "--vae ema: image size 250 is not a multiple"),
         ("--batch-size 0", "--batch-size 0: must be at least 1"),

@@ -30,6 +30,11 @@ def test_short_quickstart_leaves_pictures_scores_and_a_table(tmp_path):
             assert picture.width > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
 
 
+def test_a_wrong_setting_is_one_line(tmp_path):
+    done = quickstart(tmp_path, QUICKSTART_STEPS="abc")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not 'abc'" in done.stderr
+
+
 @pytest.mark.slow
 def test_full_quickstart_meets_all_goals_at_once(tmp_path):
     done = quickstart(tmp_path)

@@ -1,0 +1,293 @@
+"""Measures the full-size network on a GPU: training, sampling's forward pass, optimizer; run by gpu_report.sh.
+
+Training is the real step: draws, noising, the network in bf16, the losses of the process, the gradient's norm, fused
+AdamW, the average. Images are random latents on the device. Cases run one after the other, because XL/2 at batch 256
+fills the card, and each is freed before the next. What no longer fits into the time allowed is named, not run.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.util
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from benchmark import (
+    BF16,
+    GEMM_SIDE,
+    Case,
+    Clock,
+    Row,
+    choose_clock,
+    compile_blocks,
+    filled_network,
+    find_compiler,
+    forward,
+    forward_flop,
+    gemm_cases,
+    headline,
+    machine_info,
+    make_inputs,
+    make_optimizer,
+    markdown,
+    measure,
+    optimizer_cases,
+    report,
+    write_report,
+)
+from torch import Tensor
+
+from diffusion import Batch, Objective, create_diffusion
+from models import Network
+from runtime.config import parse_config, setting
+from runtime.ema import EMA
+from runtime.errors import UserError, run
+from runtime.files import atomic_path, check_writable
+
+ROOT = Path(__file__).resolve().parent.parent
+TEST_SECONDS = 120
+EMA_DECAY = 0.9999
+
+
+@dataclass(frozen=True)
+class GpuReportConfig:
+    """Settings of gpu_report.py."""
+
+    smoke: bool = setting(False, "everything tiny, on any machine: shows that the report works, measures nothing")
+    output_dir: Path = setting(Path("benchmarks/results"), "where the JSON and the table go")
+    seconds: float = setting(400.0, "start no further measurement after this long")
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant."""
+        if not self.seconds > 0:
+            raise ValueError(f"--seconds {self.seconds}: must be positive")
+
+
+class Sizes(NamedTuple):
+    """How large and how often.
+
+    Attributes:
+        model: registry name.
+        train: (images per step, steps per timed run, timed runs) of each training case.
+        rows: of the forward pass; 64 is 32 guided images.
+        rounds: timed runs of everything else.
+        gemm_side: of the square matrix product.
+    """
+
+    model: str
+    train: tuple[tuple[int, int, int], ...]
+    rows: int
+    rounds: int
+    gemm_side: int
+
+
+FULL = Sizes("DiT-XL/2", ((256, 4, 5), (32, 20, 5)), rows=64, rounds=15, gemm_side=GEMM_SIDE["cuda"])
+SMOKE = Sizes("DiT-debug/2", ((4, 1, 1), (2, 1, 1)), rows=4, rounds=1, gemm_side=64)
+
+
+class Training:
+    """The trainer's step, without its files.
+
+    Args:
+        network: taken over.
+        rows: images per step.
+        device: of network and images.
+        compiler: backend for the blocks, or None.
+    """
+
+    def __init__(self, network: Network, rows: int, device: torch.device, compiler: str | None) -> None:
+        learn_sigma = network.out_channels != network.in_channels
+        process = create_diffusion(learn_sigma=learn_sigma)
+        self.objective = Objective(network, process, autocast=torch.bfloat16)
+        self.trained = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.trained, plain=False)
+        self.ema = EMA(network, EMA_DECAY)
+        self.shape = (network.in_channels, network.input_size, network.input_size)
+        inputs = make_inputs(network, rows, device)
+        self.batch = Batch(inputs.x, inputs.y, torch.arange(rows, device=device))
+        self.steps_done = 0
+        if compiler is not None:
+            compile_blocks(network, compiler)
+
+    def step(self) -> Tensor:
+        """One training step; returns its loss, on the device."""
+        draws = self.objective.draw(self.steps_done, len(self.batch.y), self.shape, self.batch.y.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.objective(self.batch, self.steps_done, draws)["loss"].mean()
+        loss.backward()
+        torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        self.optimizer.step()
+        self.ema.update()
+        self.steps_done += 1
+        return loss.detach()
+
+    def run(self, steps: int) -> Tensor:
+        """Several steps without waiting in between, as in training; returns the first one's loss."""
+        return [self.step() for _ in range(steps)][0]
+
+
+class Measurement(NamedTuple):
+    """A group of cases that are prepared, timed and freed together."""
+
+    group: str
+    cases: Callable[[], list[Case]]
+    rounds: int
+
+
+def training_case(sizes: Sizes, rows: int, steps: int, device: torch.device, compiler: str | None) -> Case:
+    """Training at one batch size, as it is (None) or compiled."""
+    network = filled_network(sizes.model, device)
+    name = f"bf16, batch {rows}"
+    return Case(
+        f"{name}, blocks compiled" if compiler else name,
+        lambda: Training(network, rows, device, compiler),
+        lambda training: training.run(steps),
+        outcome=lambda training, loss: [loss],
+        reference=name if compiler else None,
+        tolerance=BF16,
+        flop=3 * steps * forward_flop(network, rows),
+        images=steps * rows,
+        precision="bf16",
+    )
+
+
+def forward_case(sizes: Sizes, device: torch.device, dtype: torch.dtype | None, compiler: str | None) -> Case:
+    """The forward pass: float32 (None) or autocast, compiled or not."""
+    network = filled_network(sizes.model, device)
+    inputs = make_inputs(network, sizes.rows, device)
+    reference = f"fp32, {sizes.rows} rows"
+    name = f"{'fp32' if dtype is None else 'bf16 autocast'}, {sizes.rows} rows{', blocks compiled' if compiler else ''}"
+    return Case(
+        name,
+        lambda: compile_blocks(network, compiler) if compiler else network,
+        torch.no_grad()(lambda made: forward(made, inputs, dtype)),
+        outcome=lambda made, result: [result],
+        reference=None if name == reference else reference,
+        tolerance=BF16,
+        flop=forward_flop(network, sizes.rows),
+        images=sizes.rows,
+        precision="fp32" if dtype is None else "bf16",
+    )
+
+
+def alone(make: Callable[[], Case]) -> list[Case]:
+    """A group of one case, so that nothing else takes up memory."""
+    return [make()]
+
+
+def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> Iterator[Measurement]:
+    """What is measured, most wanted first; networks are made when their turn comes."""
+    side, bf16 = sizes.gemm_side, torch.bfloat16
+    yield Measurement("peak", lambda: gemm_cases(device, [(side, side, side)]), sizes.rounds)
+    for kind in dict.fromkeys((None, compiler)):
+        for rows, steps, rounds in sizes.train:
+            make = partial(training_case, sizes, rows, steps, device, kind)
+            yield Measurement("training", partial(alone, make), rounds)
+    for dtype, kind in dict.fromkeys(((None, None), (bf16, None), (bf16, compiler))):
+        make = partial(forward_case, sizes, device, dtype, kind)
+        yield Measurement("forward", partial(alone, make), sizes.rounds)
+    yield Measurement("optimizer", lambda: optimizer_cases(filled_network(sizes.model, device)), sizes.rounds)
+
+
+def comparable(cases: Sequence[Case], known: Mapping[str, Sequence[Tensor]]) -> list[Case]:
+    """The cases, those without a reference whose reference was lost to memory or time."""
+    there = {*known, *(case.name for case in cases)}
+    return [case if case.reference in there else replace(case, reference=None) for case in cases]
+
+
+def measure_all(
+    wanted: Iterator[Measurement], device: torch.device, clock: Clock, deadline: float
+) -> tuple[list[Row], list[str]]:
+    """Runs measurements one after the other.
+
+    Returns:
+        Rows, and a word on each that did not fit into memory or time.
+    """
+    rows: list[Row] = []
+    skipped: list[str] = []
+    known: dict[str, Sequence[Tensor]] = {}
+    for number, (group, cases, rounds) in enumerate(wanted, start=1):
+        if time.monotonic() > deadline:
+            skipped.append(f"{group} (measurement {number}): the time is up")
+            continue
+        try:
+            rows += measure(group, comparable(cases(), known), rounds, clock, known=known, device=device)
+        except torch.cuda.OutOfMemoryError:
+            skipped.append(f"{group} (measurement {number}): out of memory")
+        except UserError as error:  # one disagreement must not cost the other results
+            skipped.append(f"{group} (measurement {number}): {error}")
+        print(f"{number}: {group} done", file=sys.stderr, flush=True)
+        if group == "optimizer":
+            known.clear()
+        gc.collect()  # a network and its compiled blocks refer to each other
+        torch._dynamo.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows, skipped
+
+
+def run_gpu_tests() -> str:
+    """The tests marked gpu, from the files that have any: others may need packages that are not here."""
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    if importlib.util.find_spec("pytest") is None:
+        return "not run: pytest is not installed"
+    if not files:
+        return "none"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"not finished in {TEST_SECONDS} s"
+    if done.returncode != 0:
+        print(done.stdout[-4000:], done.stderr[-2000:], file=sys.stderr)
+    lines = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()
+    return lines[-1].strip("= ")
+
+
+def file_stem(device_name: str, date: datetime.date) -> str:
+    """Name of the results: "NVIDIA H200", 1 May -> "nvidia-h200-2026-05-01"."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}-{date.isoformat()}"
+
+
+def as_text(document: dict[str, Any]) -> str:
+    """The Markdown file."""
+    return f"{headline(document)}\n\nTests marked gpu: {document['gpu_tests']}\n\n{markdown(document)}\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Tests, measures, writes the JSON and the table."""
+    config = parse_config(GpuReportConfig, argv, program="gpu_report.py", description=__doc__.split("\n")[0])
+    if not config.smoke and not torch.cuda.is_available():
+        raise UserError("PyTorch sees no GPU here, and the report is about one; --smoke runs it tiny on any machine")
+    deadline = time.monotonic() + config.seconds
+    device = torch.device("cpu") if config.smoke else torch.device("cuda", 0)
+    clock_name, clock = choose_clock(device, threads=1)
+    machine = machine_info(device, clock_name)
+    stem = "smoke" if config.smoke else file_stem(machine["device"], datetime.date.today())
+    path = config.output_dir / f"{stem}.json"
+    check_writable(path, "--output-dir")
+    tests = "not run (smoke)" if config.smoke else run_gpu_tests()
+    # Tracing alone, without generating code, is enough to show that a block can be compiled
+    sizes, compiler = (SMOKE, "eager") if config.smoke else (FULL, find_compiler(device))
+    rows, skipped = measure_all(measurements(sizes, device, compiler), device, clock, deadline)
+    if compiler is None:
+        skipped.append("compiled blocks: Triton is not installed")
+    settings = {"smoke": config.smoke, "seconds": config.seconds, **sizes._asdict()}
+    document = report(settings, machine, rows, skipped) | {"gpu_tests": tests}
+    write_report(document, path)
+    with atomic_path(path.with_suffix(".md")) as temporary:
+        temporary.write_text(as_text(document))
+    print(as_text(document))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, "gpu_report.py"))
