@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models import create_model
 from models.layers import (
     Attention,
     FinalLayer,
@@ -18,6 +19,7 @@ from models.layers import (
     unpatchify,
 )
 from tests.golden_data import arrays, assert_close, assert_features_close
+from tests.networks import randomise
 
 
 @pytest.mark.parametrize("dim", [256, 7])
@@ -93,6 +95,23 @@ def test_patch_embedding_is_one_linear_map_per_patch_in_row_major_order() -> Non
     patch = x[0, :, 2:4, 4:6].flatten()  # second row of patches, third column
     expected = embed.proj.weight.flatten(1) @ patch + embed.proj.bias
     torch.testing.assert_close(tokens[0, 1 * 3 + 2], expected)
+
+
+def test_tokens_enter_the_blocks_contiguous() -> None:
+    assert PatchEmbed(2, 3, 5)(torch.randn(2, 3, 4, 4)).is_contiguous()
+
+
+@pytest.mark.slow
+def test_a_compiled_block_equals_the_eager_one_in_bf16_at_full_width() -> None:
+    """Tokens as they come from the embedder: strided ones made the compiled block return NaN on a CPU."""
+    network = randomise(create_model("DiT-S/2", depth=1))
+    x, y = torch.randn(8, 4, 32, 32), torch.arange(8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        eager = network(x, 500, y).sample.float()
+        network.blocks[0].compile(dynamic=False)
+        compiled = network(x, 500, y).sample.float()
+    assert compiled.isfinite().all()
+    assert_close(compiled, eager, 2e-2)
 
 
 def test_attention_is_softmax_attention_over_contiguous_heads() -> None:
