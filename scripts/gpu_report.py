@@ -21,31 +21,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from benchmark import (
-    BF16,
+from torch import Tensor
+
+from benchmarks.cases import (
     GEMM_SIDE,
-    Case,
-    Clock,
-    Row,
-    choose_clock,
     compile_blocks,
     filled_network,
     find_compiler,
     forward,
     forward_flop,
     gemm_cases,
-    headline,
-    machine_info,
     make_inputs,
     make_optimizer,
-    markdown,
-    measure,
     optimizer_cases,
-    report,
-    write_report,
 )
-from torch import Tensor
-
+from benchmarks.report import headline, machine_info, markdown, report, write_report
+from benchmarks.timing import BF16, Case, Clock, Row, choose_clock, measure
 from diffusion import Batch, Objective, create_diffusion
 from models import Network
 from runtime.config import parse_config, setting

@@ -12,9 +12,14 @@ from types import ModuleType
 import pytest
 import torch
 
+from benchmarks import cases as benchmark_cases
+from benchmarks import official
+from benchmarks import report as benchmark_report
+from benchmarks.report import markdown, report
+from benchmarks.timing import Case, Row, interleave, measure, relative_error
 from runtime.errors import UserError, run
 from scripts import benchmark
-from scripts.benchmark import Case, Row, interleave, main, markdown, measure, relative_error, report
+from scripts.benchmark import main
 from tests.processes import ROOT
 
 OFFICIAL = """
@@ -133,10 +138,10 @@ def test_table_is_aligned_and_leaves_empty_columns_out() -> None:
 def test_compiled_cases_are_left_out_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     device = torch.device("cpu")
-    assert benchmark.find_compiler(device) is None
-    network = benchmark.filled_network("DiT-debug/2", device)
-    inputs = benchmark.make_inputs(network, 2, device)
-    for cases in (benchmark.forward_cases, benchmark.train_cases):
+    assert benchmark_cases.find_compiler(device) is None
+    network = benchmark_cases.filled_network("DiT-debug/2", device)
+    inputs = benchmark_cases.make_inputs(network, 2, device)
+    for cases in (benchmark_cases.forward_cases, benchmark_cases.train_cases):
         names = {c.name for c in cases(network, inputs, None, None)}
         assert names and not any("compiled" in name for name in names)
         assert len(cases(network, inputs, None, "eager")) > len(names)
@@ -146,7 +151,7 @@ def test_a_loader_whose_package_is_missing_is_named() -> None:
     def latents_case() -> Case:
         raise ImportError("No module named 'data.latents'")
 
-    cases, skipped = benchmark.make_all([latents_case, lambda: case("a")])
+    cases, skipped = benchmark_cases.make_all([latents_case, lambda: case("a")])
     assert [c.name for c in cases] == ["a"]
     assert skipped == ["latents: No module named 'data.latents'"]
 
@@ -156,7 +161,7 @@ def test_no_git_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError("git")
 
     monkeypatch.setattr("subprocess.run", missing)
-    assert benchmark.commit() is None
+    assert benchmark_report.commit() is None
 
 
 def checkout(folder: Path, source: str = OFFICIAL) -> Path:
@@ -167,7 +172,7 @@ def checkout(folder: Path, source: str = OFFICIAL) -> Path:
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "find_compiler", lambda device: "eager")
-    monkeypatch.setattr(benchmark, "GEMM_SIDE", {"cpu": 16})
+    monkeypatch.setitem(benchmark_cases.GEMM_SIDE, "cpu", 16)
     output = tmp_path / "new" / "result.json"
     argv = ["--model", "DiT-debug/2", "--batch-size", "2", "--rounds", "1", "--device", "cpu"]
     argv += ["--against", str(checkout(tmp_path / "official")), "--output", str(output)]
@@ -189,14 +194,14 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 def test_the_official_network_lives_beside_ours_and_takes_our_weights(tmp_path: Path) -> None:
-    ours = benchmark.filled_network("DiT-debug/2", torch.device("cpu"))
+    ours = benchmark_cases.filled_network("DiT-debug/2", torch.device("cpu"))
     before = sys.modules["models"]
-    theirs = benchmark.official_network(checkout(tmp_path / "official"), ours, "DiT-debug/2")
+    theirs = official.official_network(checkout(tmp_path / "official"), ours, "DiT-debug/2")
     assert sys.modules["models"] is before and "official_dit_models" not in sys.modules
     assert type(theirs).__module__ == "official_dit_models" and not theirs.training
-    inputs = benchmark.make_inputs(ours, 2, torch.device("cpu"))
-    assert torch.equal(benchmark.forward(theirs, inputs), benchmark.forward(ours, inputs))
-    assert benchmark.forward(ours, inputs).std() > 1e-3
+    inputs = benchmark_cases.make_inputs(ours, 2, torch.device("cpu"))
+    assert torch.equal(benchmark_cases.forward(theirs, inputs), benchmark_cases.forward(ours, inputs))
+    assert benchmark_cases.forward(ours, inputs).std() > 1e-3
 
 
 @pytest.mark.parametrize(

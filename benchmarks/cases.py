@@ -1,0 +1,348 @@
+"""What is timed: networks, training steps, loaders, beside plain baselines."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.timing import BF16, SAME, SAME_GRADIENT, Case
+from models import Network, create_model
+from runtime.ema import EMA
+
+GEMM_SIDE = {"cpu": 1024, "cuda": 8192}
+EMA_DECAY, LEARNING_RATE = 0.9999, 1e-4
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is timed: networks
+
+
+class Inputs(NamedTuple):
+    """Noisy images, times, labels, and what the prediction is compared with."""
+
+    x: Tensor
+    t: Tensor
+    y: Tensor
+    target: Tensor
+
+
+def filled_network(name: str, device: torch.device) -> Network:
+    """A network in eval mode whose zero-initialised weights are drawn too: else its output would be 0.
+
+    In eval mode the official network drops no labels; ours leaves that to the objective. Nothing else depends on it.
+    """
+    torch.manual_seed(0)
+    with device:
+        network = create_model(name)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.02)
+    return network.eval()
+
+
+def make_inputs(network: Network, rows: int, device: torch.device) -> Inputs:
+    """Random inputs of the right shapes, the same for every call."""
+    generator = torch.Generator(device).manual_seed(1)
+    draw = partial(torch.randn, generator=generator, device=device)
+    side = network.input_size
+    t = torch.randint(1000, (rows,), generator=generator, device=device)
+    y = torch.randint(network.num_classes, (rows,), generator=generator, device=device)
+    t = t if network.time_convention == "index" else t / 1000
+    return Inputs(draw(rows, network.in_channels, side, side), t, y, draw(rows, network.out_channels, side, side))
+
+
+def forward(network: nn.Module, inputs: Inputs, autocast: torch.dtype | None = None) -> Tensor:
+    """The prediction of ours or of an official network."""
+    with torch.autocast(inputs.x.device.type, autocast, enabled=autocast is not None):
+        out = network(inputs.x, inputs.t, inputs.y)
+    return out if isinstance(out, Tensor) else out.sample
+
+
+def forward_flop(network: Network, rows: int) -> float:
+    """Operations of a forward pass; a multiply-add is two."""
+    return 2.0 * sum(network.multiply_adds().values()) * rows
+
+
+def find_compiler(device: torch.device) -> str | None:
+    """What torch.compile can use: "inductor" with a C++ compiler, or Triton on a GPU; None without."""
+    if device.type == "cuda":
+        return "inductor" if importlib.util.find_spec("triton") else None
+    return "inductor" if any(shutil.which(name) for name in ("g++", "clang++", "c++")) else None
+
+
+def compile_blocks(network: Network, backend: str) -> Network:
+    """Compiles each block for the shapes it will see, as train.py --compile does; identical blocks share the code."""
+    for block in network.blocks:
+        block.compile(dynamic=False, backend=backend)
+    return network
+
+
+def gemm_cases(device: torch.device, shapes: Iterable[tuple[int, int, int]]) -> list[Case]:
+    """Bare linear maps in both precisions: (rows, inputs, outputs) each."""
+
+    def prepare(m: int, k: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
+
+    return [
+        Case(
+            f"GEMM {precision}, {m} x {k} x {n}",
+            partial(prepare, m, k, n, dtype),
+            lambda state: nn.functional.linear(*state),
+            flop=2.0 * m * k * n,
+            precision=precision,
+            is_peak=True,
+        )
+        for m, k, n in dict.fromkeys(shapes)
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    ]
+
+
+def peak_cases(network: Network, rows: int, device: torch.device) -> list[Case]:
+    """A large square product, and the network's own largest where it has a width and tokens."""
+    side = GEMM_SIDE[device.type]
+    shapes = [(side, side, side)]
+    width, patch = getattr(network.config, "hidden_size", None), getattr(network.config, "patch_size", None)
+    if width and patch:
+        shapes.append((rows * (network.input_size // patch) ** 2, width, 4 * width))
+    return gemm_cases(device, shapes)
+
+
+def forward_cases(network: Network, inputs: Inputs, peer: nn.Module | None, compiler: str | None) -> list[Case]:
+    """The network as it is, in bf16, compiled; the official one in front where it is given."""
+    first = "official, fp32" if peer is not None else "fp32"
+
+    def case(name: str, make: Callable[[], nn.Module], autocast: torch.dtype | None = None) -> Case:
+        return Case(
+            name,
+            make,
+            torch.no_grad()(lambda made: forward(made, inputs, autocast)),
+            outcome=lambda made, result: [result],
+            reference=None if name == first else first,
+            tolerance=BF16 if autocast else SAME,
+            flop=forward_flop(network, len(inputs.x)),
+            images=len(inputs.x),
+            precision="bf16" if autocast else "fp32",
+        )
+
+    cases = [case(first, lambda: peer)] if peer is not None else []
+    cases += [case("fp32", lambda: network), case("bf16 autocast", lambda: network, torch.bfloat16)]
+    if compiler is not None:
+        compiled = partial(_compiled_copy, network, compiler)
+        cases.append(case("fp32, blocks compiled", compiled))
+        cases.append(case("bf16 autocast, blocks compiled", compiled, torch.bfloat16))
+    return cases
+
+
+def _compiled_copy(network: Network, compiler: str) -> Network:
+    return compile_blocks(copy.deepcopy(network), compiler)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is timed: training
+
+
+class ParameterwiseEMA:
+    """The average as the official train.py keeps it: every named parameter by itself, frozen ones too."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.source, self.network, self.decay = network, copy.deepcopy(network).requires_grad_(False), decay
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the average towards the network."""
+        averages = dict(self.network.named_parameters())
+        for name, parameter in self.source.named_parameters():
+            averages[name].mul_(self.decay).add_(parameter, alpha=1 - self.decay)
+
+
+class TrainLoop:
+    """A training step: mean squared error, AdamW, average.
+
+    Args:
+        network: taken over, not copied.
+        inputs: the same batch for every step.
+        plain: AdamW as it is by default and `ParameterwiseEMA`, as in the official train.py; else fused and foreach.
+        autocast: precision of the forward pass; None is float32.
+        compiler: backend for the blocks; None leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inputs: Inputs,
+        *,
+        plain: bool,
+        autocast: torch.dtype | None = None,
+        compiler: str | None = None,
+    ) -> None:
+        self.network, self.inputs, self.autocast = network, inputs, autocast
+        self.trained = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.trained, plain=plain)
+        self.ema = ParameterwiseEMA(network, EMA_DECAY) if plain else EMA(network, EMA_DECAY)
+        if compiler is not None:
+            assert isinstance(network, Network)
+            compile_blocks(network, compiler)
+
+    def step(self) -> Tensor:
+        """One step; returns its loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = (forward(self.network, self.inputs, self.autocast).float() - self.inputs.target).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.ema.update()
+        return loss.detach()
+
+    def gradients(self) -> list[Tensor]:
+        """The last step's."""
+        return [p.grad for p in self.trained if p.grad is not None]
+
+
+def make_optimizer(parameters: Iterable[Tensor], *, plain: bool) -> torch.optim.Optimizer:
+    """AdamW with the official settings: as PyTorch chooses by itself, or fused."""
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=None if plain else True)
+
+
+def train_cases(network: Network, inputs: Inputs, peer: nn.Module | None, compiler: str | None) -> list[Case]:
+    """Training steps from the same weights on the same batch; compared by loss and gradients of the first one."""
+    first = "official, fp32" if peer is not None else "fp32, plain AdamW and EMA"
+    bf16 = torch.bfloat16
+
+    def case(name: str, source: nn.Module, *, plain: bool = False, **options: Any) -> Case:
+        return Case(
+            name,
+            lambda: TrainLoop(copy.deepcopy(source), inputs, plain=plain, **options),
+            lambda loop: loop.step(),
+            outcome=lambda loop, loss: [loss, *loop.gradients()],
+            reference=None if name == first else first,
+            tolerance=BF16 if "autocast" in options else SAME_GRADIENT,
+            flop=3 * forward_flop(network, len(inputs.x)),
+            images=len(inputs.x),
+            precision="bf16" if "autocast" in options else "fp32",
+        )
+
+    cases = [case(first, peer, plain=True)] if peer is not None else []
+    cases.append(case("fp32, plain AdamW and EMA", network, plain=True))
+    cases.append(case("fp32, fused AdamW, foreach EMA", network))
+    cases.append(case("bf16 autocast, fused AdamW, foreach EMA", network, autocast=bf16))
+    if compiler is not None:
+        cases.append(case("the same, blocks compiled", network, autocast=bf16, compiler=compiler))
+    return cases
+
+
+def optimizer_cases(network: Network) -> list[Case]:
+    """AdamW and the average alone, plain and as the trainer has them."""
+
+    def optimizer(plain: bool) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+        trained = [p for p in copy.deepcopy(network).parameters() if p.requires_grad]
+        generator = torch.Generator(trained[0].device).manual_seed(2)
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter).normal_(std=0.01, generator=generator)
+        return make_optimizer(trained, plain=plain), trained
+
+    def average(kind: type[ParameterwiseEMA] | type[EMA[nn.Module]]) -> ParameterwiseEMA | EMA[nn.Module]:
+        ahead = copy.deepcopy(network)
+        ema = kind(ahead, EMA_DECAY)
+        with torch.no_grad():
+            for parameter in ahead.parameters():
+                parameter.mul_(3.0 if parameter.requires_grad else 1.0)
+        return ema
+
+    def averages(ema: Any, _: Any) -> list[Tensor]:
+        return [p.clone() for p in ema.network.parameters()]
+
+    def weights(state: tuple[Any, list[Tensor]], _: Any) -> list[Tensor]:
+        return [p.detach().clone() for p in state[1]]
+
+    def step(state: tuple[torch.optim.Optimizer, Any]) -> None:
+        state[0].step()
+
+    plain, loop = "AdamW, as by default", "EMA, a loop over parameters"
+    return [
+        Case(plain, partial(optimizer, True), step, weights),
+        Case("AdamW, fused", partial(optimizer, False), step, weights, plain),
+        Case(loop, partial(average, ParameterwiseEMA), lambda ema: ema.update(), averages),
+        Case("EMA, one foreach", partial(average, EMA), lambda ema: ema.update(), averages, loop),
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is timed: loaders
+
+
+def loader_cases(folder: Path) -> list[Callable[[], Case]]:
+    """Makers of the loaders' cases, in a scratch folder; a maker raises ImportError where a package is missing."""
+    return [partial(image_folder_case, folder / "images"), digits_case, partial(latents_case, folder / "latents")]
+
+
+def image_folder_case(folder: Path, images: int = 8) -> Case:
+    """Decode, crop and flip photographs of ImageNet's usual size, about 100 KB each."""
+    from PIL import Image
+
+    from data import open_dataset
+
+    (folder / "one").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(images):
+        coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8)).resize((500, 375))
+        noisy = np.asarray(coarse) + rng.normal(0, 10, (375, 500, 3))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / "one" / f"{number}.jpg", quality=90)
+    dataset = open_dataset("imagefolder", folder, 256, 3)
+    return Case(
+        "JPEG 500 x 375 to 256 pixels",
+        lambda: dataset,
+        lambda data: [data[0, index] for index in range(images)],
+        images=images,
+    )
+
+
+def digits_case(images: int = 256) -> Case:
+    """Items of the embedded digits, collated."""
+    from torch.utils.data import default_collate
+
+    from data import open_dataset
+
+    dataset = open_dataset("digits", None, None, 1)
+    return Case(
+        "digits, collated",
+        lambda: dataset,
+        lambda data: default_collate([data[0, index] for index in range(images)]),
+        images=images,
+    )
+
+
+def latents_case(folder: Path, images: int = 256) -> Case:
+    """A shuffled batch of stored moments of 256-pixel images, both flips, from memory-mapped shards."""
+    from data.latents import Encoded, LatentShards, write_index, write_json, write_shard
+
+    folder.mkdir(parents=True)
+    shape, rng = (2, 8, 32, 32), np.random.default_rng(0)
+    manifest = {"format": 1, "classes": ["one"], "image_shape": [3, 256, 256], "moments_shape": list(shape)}
+    write_json(folder / "manifest.json", {**manifest, "scale": 0.18215, "vae": "none", "encoder_sha256": "0"})
+    for number in range(2):
+        moments = rng.standard_normal((images, *shape)).astype(np.float16)
+        part = Encoded(moments, [0] * images, [f"one/{i}.jpg" for i in range(images)], [])
+        write_shard(folder, number, shape, [part])
+    write_index(folder, 2)
+    keys = [(0, int(index)) for index in rng.permutation(2 * images)[:images]]
+    return Case("stored latents, gathered", lambda: LatentShards(folder), lambda data: data.gather(keys), images=images)
+
+
+def make_all(makers: Iterable[Callable[[], Case]]) -> tuple[list[Case], list[str]]:
+    """The cases that can be made here, and a word on each that cannot."""
+    cases, skipped = [], []
+    for maker in makers:
+        try:
+            cases.append(maker())
+        except ImportError as error:
+            function = maker.func if isinstance(maker, partial) else maker
+            skipped.append(f"{function.__name__.removesuffix('_case').replace('_', ' ')}: {error}")
+    return cases, skipped

@@ -1,0 +1,49 @@
+"""The official network, from a checkout that the user has: imported as it is, filled with our weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from torch import nn
+
+from models import Network
+from runtime.errors import UserError
+
+
+def load_official(folder: Path) -> ModuleType:
+    """Imports models.py of an official checkout under a name that cannot meet our `models`.
+
+    Raises:
+        UserError: if it is not there, or what it imports is not installed.
+    """
+    path = folder / "models.py"
+    spec = importlib.util.spec_from_file_location("official_dit_models", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UserError(f"--against {folder}: no models.py there; give a checkout of facebookresearch/DiT")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--against {folder}: its models.py needs {error.name}, which is not installed "
+            f"(pip install --no-deps {str(error.name).split('.')[0]})"
+        ) from error
+    return module
+
+
+def official_network(folder: Path, ours: Network, name: str) -> nn.Module:
+    """The official network with our weights.
+
+    Raises:
+        UserError: if it cannot be built, or names its weights differently.
+    """
+    module = load_official(folder)
+    try:
+        network = module.DiT(**dataclasses.asdict(ours.config))
+        network.load_state_dict(ours.state_dict(), strict=True)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise UserError(f"--against {folder}: cannot be given the weights of {name}: {error}") from error
+    return network.to(next(ours.parameters()).device).eval()

@@ -1,0 +1,151 @@
+"""Results as JSON and as a table, with the machine they were measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.timing import Row
+from runtime.files import atomic_path
+
+DATASHEET = {"H100": 989.4e12, "H200": 989.4e12}  # dense bf16 FLOP/s, by a word of the device's name
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def peaks(rows: Iterable[Row]) -> dict[str, float]:
+    """FLOP/s of the fastest matrix product, by precision."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if row.is_peak:
+            found[row.precision] = max(found.get(row.precision, 0.0), row.flop / min(row.rounds))
+    return found
+
+
+def datasheet_peak(device_name: str) -> float | None:
+    """The maker's dense bf16 FLOP/s, where known."""
+    return next((flops for word, flops in DATASHEET.items() if word in device_name), None)
+
+
+def cpu_info() -> tuple[str, list[str]]:
+    """Model of the processor, and which of `CPU_FEATURES` it has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", "").split()
+    return fields.get("model name", platform.machine()), [name for name in CPU_FEATURES if name in flags]
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+" where tracked files were changed; None where there is no git or no checkout."""
+    git = ("git", "-C", str(Path(__file__).resolve().parent))
+    try:
+        revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def machine_info(device: torch.device, clock: str) -> dict[str, Any]:
+    """What a reader needs to judge the numbers."""
+    cpu, features = cpu_info()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "cpu": cpu,
+        "cpu_features": features,
+        "threads": torch.get_num_threads(),
+        "clock": clock,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "commit": commit(),
+    }
+
+
+def report(
+    settings: dict[str, Any], machine: dict[str, Any], rows: Sequence[Row], skipped: Sequence[str]
+) -> dict[str, Any]:
+    """The JSON document of a run: what was measured, and what follows from it."""
+    best = peaks(rows)
+    datasheet = datasheet_peak(machine["device"])
+    seconds = {(row.group, row.name): row.seconds for row in rows}
+    results = []
+    for row in rows:
+        rate, peak = row.flop / row.seconds, best.get(row.precision)
+        before = seconds.get((row.group, row.reference)) if row.reference else None
+        results.append(
+            dataclasses.asdict(row)
+            | {
+                "flop_per_second": rate or None,
+                "peak_fraction": rate / peak if rate and peak else None,
+                "datasheet_fraction": rate / datasheet if rate and datasheet and row.precision == "bf16" else None,
+                "images_per_second": row.images / row.seconds or None,
+                "speedup": before / row.seconds if before else None,
+            }
+        )
+    return {
+        "format": 1,
+        "settings": settings,
+        "machine": machine,
+        "peak_flop_per_second": {**best, "bf16_datasheet": datasheet},
+        "rows": results,
+        "skipped": list(skipped),
+    }
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The results as a Markdown table, a row a case; columns without any number are left out."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "ms": lambda r: f"{r['seconds'] * 1e3:,.2f}",
+        "spread": lambda r: f"{(max(r['rounds']) - min(r['rounds'])) / r['seconds']:.0%}",
+        "images/s": lambda r: _shown(r["images_per_second"], "{:,.1f}"),
+        "GFLOP/s": lambda r: _shown(r["flop_per_second"], "{:,.0f}", 1e-9),
+        "of GEMM peak": lambda r: _shown(r["peak_fraction"], "{:.0%}"),
+        "of datasheet": lambda r: _shown(r["datasheet_fraction"], "{:.1%}"),
+        "peak GB": lambda r: _shown(r["memory"], "{:.1f}", 1e-9),
+        "speed-up": lambda r: _shown(r["speedup"], "{:.2f} x"),
+        "error": lambda r: _shown(r["error"], "{:.0e}"),
+    }
+    rows = document["rows"]
+    cells = {title: [text(row) for row in rows] for title, text in columns.items()}
+    cells = {title: texts for title, texts in cells.items() if any(texts)}
+    named = {"group": [r["group"] for r in rows], "case": [r["name"] for r in rows], **cells}
+    widths = [max(map(len, [title, *texts])) for title, texts in named.items()]
+    rule = ["-" * widths[0], "-" * widths[1], *("-" * (w - 1) + ":" for w in widths[2:])]
+    lines = []
+    for line in (list(named), rule, *zip(*named.values(), strict=True)):
+        left = [text.ljust(width) for text, width in zip(line[:2], widths, strict=False)]
+        right = [text.rjust(width) for text, width in zip(line[2:], widths[2:], strict=True)]
+        lines.append(f"| {' | '.join(left + right)} |")
+    return "\n".join([*lines, *(f"\nNot run: {word}" for word in document["skipped"])])
+
+
+def _shown(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "" if value is None else form.format(value * scale)
+
+
+def headline(document: dict[str, Any]) -> str:
+    """One line on the machine, one on its peaks."""
+    machine, best = document["machine"], document["peak_flop_per_second"]
+    features = f" ({', '.join(machine['cpu_features'])})" if machine["cpu_features"] else ""
+    known = [f"{name.replace('_', ' ')} {value / 1e9:,.0f}" for name, value in best.items() if value]
+    where = machine["device"] if machine["cuda"] else machine["cpu"] + features
+    return (
+        f"{where}, {machine['threads']} CPU thread(s), torch {machine['torch']}, {machine['clock']}\n"
+        f"Peak in GFLOP/s: {', '.join(known) or 'not measured'}"
+    )
+
+
+def write_report(document: dict[str, Any], path: Path) -> None:
+    """Writes the JSON, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=2) + "\n")
