@@ -8,13 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
+import models
 import sample
 import sample_ddp
+import train
 from diffusion import guided
 from models import create_model
 from runtime.checkpoint import save_checkpoint
 from runtime.errors import run
-from tests.networks import randomise
+from tests.networks import debug_name, randomise
 from tests.processes import run_script
 
 
@@ -126,6 +128,16 @@ def test_sample_writes_a_picture_of_one_of_each_class(ckpt, tmp_path, capsys):
     assert run(sample.main, "sample.py", argv) == 0
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (68, 134)
+
+
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_every_family_goes_from_training_to_samples_with_every_sampler(family, sampler, tmp_path):
+    argv = ["--dataset", "digits", "--model", debug_name(family), "--results-dir", str(tmp_path), "--device", "cpu"]
+    assert run(train.main, "train.py", [*argv, *"--max-steps 2 --global-batch-size 4".split()]) == 0
+    (path,) = tmp_path.glob("*/checkpoints/*")
+    images, _ = draw(path, tmp_path / "a.npz", "--sampler", sampler, "--num-sampling-steps", "4")
+    assert images.shape == (23, 8, 8, 1) and images.std() > 0
 
 
 def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_path, monkeypatch):
