@@ -227,10 +227,12 @@ def find_run(setup: Setup) -> Resumable | None:
     settings = to_dict(config)
     if config.resume is None:
         return None
+    # A cosine spans all steps: with another number of them, the steps already taken would have been others.
+    free = FREE_ON_RESUME if config.lr_schedule == "constant" else FREE_ON_RESUME - {"epochs", "max_steps"}
     if config.resume == "auto":
-        return find_resumable(config.results_dir, settings, FREE_ON_RESUME, partial(print, file=sys.stderr))
+        return find_resumable(config.results_dir, settings, free, partial(print, file=sys.stderr))
     resumable = read_resumable(Path(config.resume))
-    changed = differences(resumable.meta["train"], settings, FREE_ON_RESUME)
+    changed = differences(resumable.meta["train"], settings, free)
     if changed:
         raise UserError(f"--resume {config.resume}: the run has other settings: {'; '.join(changed[:3])}")
     return resumable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,10 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
     )
     try:
         yield World(dist.get_rank(), size, place)
+        # Leave together, and with nothing alive that holds on to the group (DDP sits in reference cycles): a process
+        # that goes first, or frees the group after it was destroyed, now and then aborts in gloo's threads.
+        dist.barrier()
+        gc.collect()
     except RuntimeError as error:
         if any(word in str(error).lower() for word in ("timed out", "timeout", "closed by peer", "reset by peer")):
             reason = str(error).splitlines()[0]

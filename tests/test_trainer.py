@@ -109,6 +109,17 @@ def test_a_named_checkpoint_of_other_settings_is_refused(whole, capsys):
     assert "the run has other settings: --lr was 0.002, now 0.001" in capsys.readouterr().err
 
 
+def test_the_length_of_a_cosine_cannot_change_on_the_way(tmp_path, capsys):
+    cosine = ["--lr-schedule", "cosine", "--max-steps"]
+    assert start(tmp_path, *cosine, 4, "--ckpt-every", 2) == 0
+    assert start(tmp_path, *cosine, 8, "--resume", checkpoint(tmp_path, 2)) == 2
+    assert "--max-steps was 4, now 8" in capsys.readouterr().err
+    before = state(checkpoint(tmp_path, 4))
+    checkpoint(tmp_path, 4).unlink()
+    assert start(tmp_path, *cosine, 4, "--resume", "auto") == 0
+    assert_same(state(checkpoint(tmp_path, 4)), before)
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over_by_auto_and_refused_by_name(whole, tmp_path, capsys):
     assert start(tmp_path, "--max-steps", 8, "--ckpt-every", 4) == 0
     newest = checkpoint(tmp_path, 8)
