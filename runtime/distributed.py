@@ -81,10 +81,10 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
     )
     try:
         yield World(dist.get_rank(), size, place)
-        # Leave together, and with nothing alive that holds on to the group (DDP sits in reference cycles): a process
-        # that goes first, or frees the group after it was destroyed, now and then aborts in gloo's threads.
-        dist.barrier()
-        gc.collect()
+        _leave_together()
+    except SystemExit:  # decided by all processes together
+        _leave_together()
+        raise
     except RuntimeError as error:
         if any(word in str(error).lower() for word in ("timed out", "timeout", "closed by peer", "reset by peer")):
             reason = str(error).splitlines()[0]
@@ -93,6 +93,15 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
     finally:
         _host_group.cache_clear()
         dist.destroy_process_group()
+
+
+def _leave_together() -> None:
+    """Waits for all, with nothing alive that holds on to the group (DDP sits in reference cycles).
+
+    A process that goes first, or frees the group after it was destroyed, now and then aborts in gloo's threads.
+    """
+    dist.barrier()
+    gc.collect()
 
 
 def barrier() -> None:
