@@ -173,6 +173,8 @@ def _facts(config: SamplingConfig, checkpoint: Checkpoint, vae: str) -> dict[str
     meta = checkpoint.meta
     model, shape = dict(meta["model"]), tuple(meta["data"]["image_shape"])
     process = {key: value for key, value in meta["process"].items() if key not in ("name", "learn_sigma")}
+    if meta["process"]["name"] != "gaussian":
+        raise UserError(f"--ckpt {config.ckpt}: trained under {meta['process']['name']!r}, a process unknown here")
     known = {"model": model["name"], "num_classes": model["num_classes"], "image_size": shape[-1]}
     for field, value in known.items():
         if getattr(config, field) not in (None, value):

@@ -14,7 +14,7 @@ import sample_ddp
 import train
 from diffusion import guided
 from models import create_model
-from runtime.checkpoint import save_checkpoint
+from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.errors import run
 from tests.networks import debug_name, randomise
 from tests.processes import run_script
@@ -207,6 +207,14 @@ def test_labels_out_of_range_are_refused_before_sampling(ckpt, tmp_path, capsys)
     argv = ["--ckpt", str(ckpt), "--class-labels", "3", "10", "--output", str(tmp_path / "a.png"), "--device", "cpu"]
     assert run(sample.main, "sample.py", argv) == 2
     assert "--class-labels 10: the model has classes 0 to 9" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_unknown_process_is_refused(ckpt, tmp_path, capsys):
+    read = read_checkpoint(ckpt)
+    path = tmp_path / "0000001.safetensors"
+    save_checkpoint(path, {"ema": read.weights}, {**read.meta, "process": {"name": "brownian"}})
+    assert run(sample.main, "sample.py", ["--ckpt", str(path), "--device", "cpu"]) == 2
+    assert "trained under 'brownian'" in capsys.readouterr().err
 
 
 def test_guidance_of_a_network_without_null_class_is_refused(tmp_path, capsys):
