@@ -22,11 +22,10 @@ from data.autoencoder import open_autoencoder
 from data.pixels import enlarge, grid, save_png, to_picture
 from diffusion import GaussianDiffusion, ImageNoise, create_diffusion, guided, sample_loop
 from diffusion.sampling import Sampler
-from diffusion.schedules import TimeConvention
-from models import ModelOutput, create_model
+from models import ModelOutput, TimeConvention, create_model
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
-from runtime.config import parse_config, setting
+from runtime.config import flag_name, parse_config, setting
 from runtime.errors import UserError, blame, run
 from runtime.files import check_writable
 
@@ -178,8 +177,9 @@ def _facts(config: SamplingConfig, checkpoint: Checkpoint, vae: str) -> dict[str
     known = {"model": model["name"], "num_classes": model["num_classes"], "image_size": shape[-1]}
     for field, value in known.items():
         if getattr(config, field) not in (None, value):
-            flag = field.replace("_", "-")
-            raise UserError(f"--{flag} {getattr(config, field)}: --ckpt {config.ckpt} was trained with {value}")
+            raise UserError(
+                f"{flag_name(field)} {getattr(config, field)}: --ckpt {config.ckpt} was trained with {value}"
+            )
     return {"model": model, "process": process, "vae": config.vae or meta["data"]["vae"], "image_shape": shape}
 
 
@@ -199,7 +199,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(SampleConfig, argv, program="sample.py", description=__doc__.split("\n")[0])
     check_writable(config.output, "--output")
     with distributed.world(config.device) as world:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+        distributed.allow_tf32(config.tf32)
         pipeline = Pipeline(config, world.device, vae="mse")
         official = OFFICIAL_LABELS if pipeline.num_classes == 1000 else range(pipeline.num_classes)
         labels = config.class_labels or official

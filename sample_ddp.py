@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data.pixels import to_uint8
 from data.sample_file import SampleFile
 from runtime import distributed
-from runtime.config import parse_config, setting, to_dict
+from runtime.config import flag_name, parse_config, setting, to_dict
 from runtime.distributed import World
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
@@ -51,7 +51,7 @@ class SampleDDPConfig(SamplingConfig):
         super().__post_init__()
         for name in ("num_fid_samples", "per_proc_batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         if self.output is not None and self.output.suffix != ".npz":
             raise ValueError(f"--output {self.output}: must end in .npz")
 
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     """Parses flags, samples on all processes, writes one file."""
     config = parse_config(SampleDDPConfig, argv, program="sample_ddp.py", description=__doc__.split("\n")[0])
     with distributed.world(config.device) as world:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+        distributed.allow_tf32(config.tf32)
         pipeline = Pipeline(config, world.device, vae="ema")
         path = output_path(config, pipeline)
         check_writable(path, "--output" if config.output else "--sample-dir")

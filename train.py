@@ -28,7 +28,7 @@ from models import create_model, model_config
 from models.transfer import adapt_weights
 from runtime import distributed
 from runtime.checkpoint import load_weights, read_checkpoint
-from runtime.config import parse_config, setting, to_dict
+from runtime.config import flag_name, parse_config, setting, to_dict
 from runtime.distributed import World
 from runtime.errors import UserError, blame, run
 from runtime.files import check_folder
@@ -103,19 +103,19 @@ class TrainConfig:
         for name in (*counts, "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+                raise ValueError(f"{flag_name(name)} {value}: must be at least 1")
         for name in ("lr_warmup_steps", "num_workers", "weight_decay"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must not be negative")
         for name in ("ema_decay", "lr_final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must lie in [0, 1]")
+                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must lie in [0, 1]")
         if self.class_dropout_prob is not None and not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"--class-dropout-prob {self.class_dropout_prob}: must lie in [0, 1)")
         for name in ("lr", "grad_clip", "dist_timeout"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be positive and finite")
+                raise ValueError(f"{flag_name(name)} {value}: must be positive and finite")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"--adam-betas {' '.join(map(str, self.adam_betas))}: both must lie in [0, 1)")
         if self.in_channels not in (None, 1, 3) or (self.dataset == "digits" and self.in_channels == 3):
@@ -258,7 +258,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(TrainConfig, argv, program="train.py", description=__doc__.split("\n")[0])
     check_folder(config.results_dir, "--results-dir")
     with distributed.world(config.device, config.dist_timeout) as world:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
+        distributed.allow_tf32(config.precision != "fp32")
         setup = set_up(config, world.device)
         notes = initialise(setup, config.init_from) if config.init_from else []
         resumable = find_run(setup)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
 
 import numpy as np
 import torch
@@ -21,7 +21,10 @@ from torch import Tensor
 from diffusion.gaussian_samplers import AncestralSampler, DDIMSampler
 from diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
 from diffusion.sampling import Denoise
-from diffusion.schedules import Array, TimeConvention, index_to_network, named_betas, space_timesteps
+from diffusion.schedules import Array, index_to_network, named_betas, space_timesteps
+
+if TYPE_CHECKING:
+    from models.contract import TimeConvention
 
 Prediction = Literal["epsilon", "x_start"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]

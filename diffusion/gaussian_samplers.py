@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from diffusion.sampling import NoiseFn
-from diffusion.schedules import TimeConvention
 
 if TYPE_CHECKING:
     from diffusion.gaussian_diffusion import GaussianDiffusion
+    from models.contract import TimeConvention
 
 
 class AncestralSampler:

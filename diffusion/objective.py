@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffusion.schedules import TimeConvention
 from runtime.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from models.contract import Network
+    from models.contract import Network, TimeConvention
 
 
 class Process(Protocol):

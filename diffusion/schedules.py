@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from models.contract import TimeConvention
+
 Array = npt.NDArray[np.float64]
-TimeConvention = Literal["index", "unit"]
 Time = TypeVar("Time", float, Tensor)
 
 BETA_SCHEDULES = ("linear", "squaredcos_cap_v2")

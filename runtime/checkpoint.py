@@ -85,10 +85,6 @@ def read_checkpoint(path: Path, group: str = "ema", flag: str = "--ckpt") -> Che
     Raises:
         UserError: if the file is missing, damaged, not a checkpoint, or holds objects that could run code.
     """
-    if path.is_dir():
-        raise UserError(f"{flag} {path}: is a folder; give a file in it, such as checkpoints/0050000.safetensors")
-    if not path.is_file():
-        raise UserError(f"{flag} {path}: no such file")
     if path.suffix == ".safetensors":
         groups, meta = read_groups(path, [group], flag)
         return Checkpoint(_unwrapped(groups[group]), meta)
@@ -111,8 +107,7 @@ def read_groups(
     Raises:
         UserError: if the file is missing or damaged, or lacks a group.
     """
-    if not path.is_file():
-        raise UserError(f"{flag} {path}: no such file")
+    _require_file(path, flag)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -137,7 +132,15 @@ def read_groups(
     return read, json.loads(metadata[METADATA_KEY])
 
 
+def _require_file(path: Path, flag: str) -> None:
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; give a file in it, such as checkpoints/0050000.safetensors")
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file")
+
+
 def _read_official(path: Path, group: str, flag: str) -> dict[str, Tensor]:
+    _require_file(path, flag)
     try:
         # Training checkpoints of the official repositories carry their flags as an argparse.Namespace: plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):

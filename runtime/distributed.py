@@ -95,6 +95,11 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
         dist.destroy_process_group()
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether CUDA may round the factors of float32 matrix products and convolutions to TF32; no effect on a CPU."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
 def _leave_together() -> None:
     """Waits for all, with nothing alive that holds on to the group (DDP sits in reference cycles).
 

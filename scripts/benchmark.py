@@ -34,7 +34,7 @@ from benchmarks.official import official_network
 from benchmarks.report import headline, machine_info, markdown, report, write_report
 from benchmarks.timing import Case, Clock, Row, choose_clock, measure, process_seconds
 from models import model_config
-from runtime.config import parse_config, setting, to_dict
+from runtime.config import flag_name, parse_config, setting, to_dict
 from runtime.errors import blame, run
 from runtime.files import check_writable
 
@@ -58,7 +58,7 @@ class BenchmarkConfig:
         """Refuses what cannot be meant, before any work."""
         for name in ("batch_size", "rounds", "threads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         unknown = sorted(set(self.groups) - set(GROUPS))
         if unknown:
             raise ValueError(f"--only {self.only}: unknown group {unknown[0]!r}; choose from {', '.join(GROUPS)}")

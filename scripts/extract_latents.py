@@ -40,7 +40,7 @@ from data.latents import (
     write_shard,
 )
 from runtime import distributed
-from runtime.config import parse_config, setting
+from runtime.config import flag_name, parse_config, setting
 from runtime.distributed import World
 from runtime.errors import UserError, blame, run
 from runtime.files import check_writable
@@ -86,7 +86,7 @@ class ExtractConfig:
             raise ValueError("--vae none: pixels need no extraction; train on the image folder itself")
         for name in ("image_size", "batch_size", "shard_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         if self.num_workers < 0:
             raise ValueError(f"--num-workers {self.num_workers}: must not be negative")
 
@@ -299,7 +299,7 @@ def main(argv: Sequence[str]) -> None:
     """Parses flags, encodes on all processes, writes the index."""
     config = parse_config(ExtractConfig, argv, program=PROGRAM, description=__doc__.split("\n")[0])
     with distributed.world(config.device, timeout_seconds=WEEK) as world:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        distributed.allow_tf32(False)
         job = set_up(config, world.device)
         if not config.overwrite:
             check_settings(job)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import (
+    EMA_DECAY,
     GEMM_SIDE,
     compile_blocks,
     filled_network,
@@ -46,7 +47,6 @@ from runtime.files import atomic_path, check_writable
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_SECONDS = 120
-EMA_DECAY = 0.9999
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,23 @@ def debug_name(family: str) -> str:
 def debug_network(family: str, **overrides: Any) -> Network:
     """A family's debug-size network with random weights."""
     return randomise(models.create_model(debug_name(family), **overrides))
+
+
+def small_autoencoder(folder: Path) -> Any:
+    """A random AutoencoderKL (factor 2, 4 latent channels, scale 0.25), saved in `folder` and returned."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.25,
+    )
+    vae.save_pretrained(folder)
+    return vae.eval()
 
 
 class RecordingNetwork:

@@ -2,24 +2,13 @@ import pytest
 import torch
 
 from data.autoencoder import Pixels, open_autoencoder
+from tests.networks import small_autoencoder
 
 
 @pytest.fixture(scope="module")
 def vae_folder(tmp_path_factory):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=0.25,
-    )
     folder = tmp_path_factory.mktemp("vae")
-    vae.save_pretrained(folder)
-    return folder, vae.eval()
+    return folder, small_autoencoder(folder)
 
 
 def test_latents_are_a_scaled_sample_of_the_posterior(vae_folder):

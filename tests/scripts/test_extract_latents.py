@@ -13,6 +13,7 @@ from data.latents import LatentShards
 from data.pixels import from_uint8
 from runtime.errors import run
 from scripts import extract_latents
+from tests.networks import small_autoencoder
 from tests.processes import run_script
 
 COUNT = 8  # shards of 3, 3 and 2 images
@@ -21,19 +22,8 @@ MADE = sorted(["index.json", "manifest.json", *(f"{n:05d}.{end}" for n in range(
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    network = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=0.25,
-    )
     folder = tmp_path_factory.mktemp("vae")
-    network.save_pretrained(folder)
+    small_autoencoder(folder)
     return folder
 
 
