@@ -9,6 +9,7 @@ Flags and defaults are the official ones; a run's folder holds log.txt, metrics.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import shutil
@@ -21,9 +22,10 @@ from typing import Any
 
 import torch
 
-from data import DATASETS, open_dataset, open_encoder
+from data import DATASETS, ImageDataset, open_dataset, open_digits, open_encoder
 from diffusion import Objective, create_diffusion
 from diffusion.schedules import BETA_SCHEDULES
+from dry_run import print_dry_run
 from models import create_model, model_config
 from models.transfer import adapt_weights
 from runtime import distributed
@@ -42,7 +44,8 @@ NON_FINITE = ("fatal", "skip")
 # Settings that say how a run is carried out, not what it computes: they may change when it is resumed.
 FREE_ON_RESUME = frozenset(
     "results_dir resume init_from data_path strict epochs max_steps grad_accum grad_checkpointing compile non_finite "
-    "num_workers log_every ckpt_every keep_last dist_timeout device".split()
+    "num_workers log_every ckpt_every keep_last eval_every eval_data_path eval_images eval_samples eval_steps "
+    "eval_cfg_scale tensorboard profile dry_run dist_timeout device".split()
 )
 
 
@@ -94,17 +97,26 @@ class TrainConfig:
     log_every: int = setting(100, "steps between log lines")
     ckpt_every: int = setting(50_000, "steps between checkpoints; the last step always makes one")
     keep_last: int | None = setting(None, "keep this many newest checkpoints of the run; all")
+    eval_every: int | None = setting(None, "steps between validations, and one at the end; never")
+    eval_data_path: Path | None = setting(None, "held-out data, as --data-path; the digits have their own")
+    eval_images: int = setting(1024, "held-out images of a validation's loss, the first ones")
+    eval_samples: int = setting(16, "images drawn at a validation, by DDIM from the averaged weights; 0 for none")
+    eval_steps: int = setting(50, "steps of that sampling")
+    eval_cfg_scale: float = setting(1.5, "guidance scale of that sampling; 1 is none")
+    tensorboard: bool = setting(False, "write the metrics for TensorBoard too (needs the package tensorboard)")
+    profile: bool = setting(False, "trace some early steps of the main process into the run's folder")
+    dry_run: bool = setting(False, "say what would be trained, its cost and its memory; train and write nothing")
     dist_timeout: float = setting(1800.0, "seconds to wait for another process before the run ends")
     device: str | None = setting(None, "cuda where there is one, else cpu", ("cuda", "cpu"))
 
     def __post_init__(self) -> None:
         """Refuses what cannot be meant, before any work."""
-        counts = ("epochs", "max_steps", "global_batch_size", "grad_accum", "log_every", "ckpt_every", "keep_last")
-        for name in (*counts, "image_size"):
+        counts = "epochs max_steps global_batch_size grad_accum log_every ckpt_every keep_last image_size".split()
+        for name in (*counts, "eval_every", "eval_images", "eval_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{flag_name(name)} {value}: must be at least 1")
-        for name in ("lr_warmup_steps", "num_workers", "weight_decay"):
+        for name in ("lr_warmup_steps", "num_workers", "weight_decay", "eval_samples"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must not be negative")
         for name in ("ema_decay", "lr_final_ratio"):
@@ -120,6 +132,11 @@ class TrainConfig:
             raise ValueError(f"--adam-betas {' '.join(map(str, self.adam_betas))}: both must lie in [0, 1)")
         if self.in_channels not in (None, 1, 3) or (self.dataset == "digits" and self.in_channels == 3):
             raise ValueError(f"--in-channels {self.in_channels}: 3 for RGB or 1 for grey (the digits are grey)")
+        if not 1 <= self.eval_cfg_scale < math.inf:
+            raise ValueError(
+                f"--eval-cfg-scale {self.eval_cfg_scale}: must be at least 1 (1 is no guidance), and finite"
+            )
+        self._check_validation()
         if self.lr_final_ratio and self.lr_schedule == "constant":
             raise ValueError(f"--lr-final-ratio {self.lr_final_ratio}: has no effect without --lr-schedule cosine")
         if self.data_path is not None and self.dataset == "digits":
@@ -134,6 +151,23 @@ class TrainConfig:
                 f"--global-batch-size {self.global_batch_size}: not divisible by the {distributed.world_size()} "
                 f"processes times {self.grad_accum} micro-batches; choose a multiple of {shares}"
             )
+
+    def _check_validation(self) -> None:
+        """Refuses validation settings that would do nothing."""
+        if self.eval_data_path is not None:
+            if self.eval_every is None:
+                raise ValueError(f"--eval-data-path {self.eval_data_path}: has no effect without --eval-every")
+            if self.dataset == "digits":
+                raise ValueError(f"--eval-data-path {self.eval_data_path}: the digits have a test split of their own")
+        elif self.eval_every is not None and self.dataset != "digits" and not self.eval_samples:
+            raise ValueError(f"--eval-every {self.eval_every}: nothing to do; give --eval-data-path or --eval-samples")
+        if self.eval_every is not None:
+            with blame(f"--eval-steps {self.eval_steps}"):
+                create_diffusion(str(self.eval_steps))
+            if self.dataset == "digits" and 0 < self.eval_samples < 4:
+                raise ValueError(f"--eval-samples {self.eval_samples}: the scores need at least 4 (0 for none)")
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("--tensorboard: the package is not installed; pip install tensorboard")
 
 
 def _has_compiler() -> bool:
@@ -164,6 +198,7 @@ def set_up(config: TrainConfig, device: torch.device) -> Setup:
                 f"give {hint}--num-classes {found}"
             )
         raise UserError(f"--num-classes {config.num_classes}: the data has {found} classes; use --num-classes {found}")
+    held_out = open_held_out(config, dataset)
     vae = config.vae or dataset.vae
     with blame(f"--vae {vae}"):
         autoencoder = open_encoder(dataset, vae, device)
@@ -187,7 +222,35 @@ def set_up(config: TrainConfig, device: torch.device) -> Setup:
     objective = Objective(network.to(device), create_diffusion(**settings), seed=config.global_seed, autocast=autocast)
     total = max(1, config.epochs * len(dataset) // config.global_batch_size)
     total = min(total, config.max_steps) if config.max_steps else total
-    return Setup(resolved, dataset, autoencoder, latent_shape, objective, total, settings)
+    return Setup(resolved, dataset, held_out, autoencoder, latent_shape, objective, total, settings)
+
+
+def open_held_out(config: TrainConfig, dataset: ImageDataset) -> ImageDataset | None:
+    """The images of the validation loss, which are never mirrored.
+
+    Raises:
+        UserError: if they cannot be opened, or are of other classes than the training data.
+    """
+    if config.eval_every is None:
+        return None
+    if config.dataset == "digits":
+        return open_digits("test", seed=config.global_seed)
+    if config.eval_data_path is None:
+        return None
+    channels, size, _ = dataset.image_shape
+    with blame("--eval-data-path"):
+        held_out = open_dataset(config.dataset, config.eval_data_path, size, channels, flip=False, strict=config.strict)
+    if list(held_out.classes) != list(dataset.classes):
+        raise UserError(
+            f"--eval-data-path {config.eval_data_path}: its {len(held_out.classes)} classes are not the "
+            f"{len(dataset.classes)} of --data-path, by name"
+        )
+    if held_out.vae != dataset.vae:
+        raise UserError(
+            f"--eval-data-path {config.eval_data_path}: latents of the autoencoder {held_out.vae}, but --data-path "
+            f"has those of {dataset.vae}"
+        )
+    return held_out
 
 
 def network_settings(config: TrainConfig) -> dict[str, Any]:
@@ -256,11 +319,15 @@ def open_run(setup: Setup, world: World, resumable: Resumable | None) -> Path | 
 def main(argv: Sequence[str]) -> None:
     """Parses flags, sets up, trains."""
     config = parse_config(TrainConfig, argv, program="train.py", description=__doc__.split("\n")[0])
-    check_folder(config.results_dir, "--results-dir")
+    if not config.dry_run:
+        check_folder(config.results_dir, "--results-dir")
     with distributed.world(config.device, config.dist_timeout) as world:
         distributed.allow_tf32(config.precision != "fp32")
         setup = set_up(config, world.device)
         notes = initialise(setup, config.init_from) if config.init_from else []
+        if config.dry_run:
+            print_dry_run(setup, world)
+            return
         resumable = find_run(setup)
         distributed.barrier()  # every rank has looked before the main one makes a new folder
         folder = open_run(setup, world, resumable)

@@ -33,9 +33,11 @@ from runtime.distributed import World
 from runtime.ema import EMA
 from runtime.errors import FAILED_STATUS
 from runtime.finite import FiniteGuard
+from runtime.profiling import trace_steps
 from runtime.resume import Resumable
 from runtime.run_log import RunLog
 from runtime.stopping import INTERRUPTED_STATUS, stop_on_signal
+from validation import Validation
 
 if TYPE_CHECKING:
     from train import TrainConfig
@@ -47,6 +49,7 @@ class Setup:
 
     config: TrainConfig  # with all "the model's own" resolved
     dataset: ImageDataset
+    held_out: ImageDataset | None  # for the validation loss
     autoencoder: Autoencoder
     latent_shape: tuple[int, int, int]
     objective: Objective
@@ -132,6 +135,10 @@ class LossMeter:
             self._sums[name] = self._sums.get(name, 0) + value.detach().mean()
         self._steps += 1
 
+    def pause(self, seconds: float) -> None:
+        """Time that did not go into steps."""
+        self._since += seconds
+
     def read(self) -> dict[str, float]:
         """Means over steps and processes, and steps per second; starts anew."""
         means = distributed.mean_over_ranks(torch.stack(list(self._sums.values())) / self._steps).tolist()
@@ -154,19 +161,19 @@ class Trainer:
 
     def __init__(self, setup: Setup, world: World, folder: Path | None, resumable: Resumable | None) -> None:
         self.setup, self.config, self.world, self.folder = setup, setup.config, world, folder
-        self.log = RunLog(folder)
+        self.log = RunLog(folder, tensorboard=self.config.tensorboard)
         self.state = TrainingState(setup)
         if resumable is not None:
             self.state.restore(resumable)
         if self.config.compile:
-            for block in setup.network.blocks:
-                block.compile(dynamic=False)
+            setup.network.compile_blocks()
         self.objective: nn.Module = setup.objective
         if world.size > 1:
             devices = [world.device.index] if world.device.type == "cuda" else None
             self.objective = DistributedDataParallel(setup.objective, device_ids=devices, gradient_as_bucket_view=True)
         self.guard = FiniteGuard(self.state.optimizer, world.device)
         self.meter = LossMeter()
+        self.validation = Validation(setup, self.state.ema.network, world) if self.config.eval_every else None
 
     def run(self) -> None:
         """Trains to the last step, or until asked to stop.
@@ -188,19 +195,29 @@ class Trainer:
                 "untrained weights at the end; add --ema-ramp, or sample with --weights model"
             )
         hidden = None if self.world.is_main else True
-        with stop_on_signal() as stop, tqdm(total=total, initial=state.step, disable=hidden, unit="step") as bar:
+        traces = self.folder / "profile" if self.config.profile and self.folder is not None else None
+        with (
+            stop_on_signal() as stop,
+            tqdm(total=total, initial=state.step, disable=hidden, unit="step") as bar,
+            trace_steps(traces) as end_of_step,
+        ):
             for step, pieces in batches(self.setup, self.world, state.step):
                 grad_norm = self.train_step(step, pieces)
                 state.step = step + 1
                 bar.update()
+                end_of_step()
                 if state.step % self.config.log_every == 0:
                     self.report(grad_norm)
+                if self.validation is not None and (state.step % self.validation.every == 0 or state.step == total):
+                    self.validate(self.validation)
                 stopping = stop.by_any_rank()
                 if state.step % self.config.ckpt_every == 0 or state.step == total or stopping:
                     self.save()
                 if stopping and state.step < total:
                     self.log.line(f"Stopped by a signal at step {state.step}; --resume auto goes on from here")
                     raise SystemExit(INTERRUPTED_STATUS)
+        if traces is not None and not list(traces.iterdir()):
+            self.log.line("Warning: --profile found nothing to trace: the run was shorter than 15 steps")
         self.log.line("Done!")
 
     def train_step(self, step: int, pieces: Sequence[tuple[Batch, Draws]]) -> Tensor:
@@ -235,6 +252,16 @@ class Trainer:
         )
         self.log.metrics(step=step, lr=rate, grad_norm=float(grad_norm), **values)
         self.check_finite()
+
+    def validate(self, validation: Validation) -> None:
+        """Loss on held-out images, pictures and scores of the averaged weights."""
+        found = validation.run()
+        self.meter.pause(found.seconds)
+        if self.folder is None:
+            return
+        found.save_grid(self.folder / "samples" / f"{self.state.step:07d}.png")
+        self.log.line(f"(step={self.state.step:07d}) {found.summary()}")
+        self.log.metrics(step=self.state.step, **found.values)
 
     def check_finite(self) -> None:
         """Says what was skipped; ends the run on all processes if that is fatal."""

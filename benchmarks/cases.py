@@ -80,9 +80,8 @@ def find_compiler(device: torch.device) -> str | None:
 
 
 def compile_blocks(network: Network, backend: str) -> Network:
-    """Compiles each block for the shapes it will see, as train.py --compile does; identical blocks share the code."""
-    for block in network.blocks:
-        block.compile(dynamic=False, backend=backend)
+    """The network, its blocks compiled for the shapes they will see, as train.py --compile does."""
+    network.compile_blocks(backend)
     return network
 
 

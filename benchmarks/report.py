@@ -112,6 +112,7 @@ def markdown(document: dict[str, Any]) -> str:
         "of GEMM peak": lambda r: _shown(r["peak_fraction"], "{:.0%}"),
         "of datasheet": lambda r: _shown(r["datasheet_fraction"], "{:.1%}"),
         "peak GB": lambda r: _shown(r["memory"], "{:.1f}", 1e-9),
+        "predicted": lambda r: _shown(r["predicted_memory"], "{:.1f}", 1e-9),
         "speed-up": lambda r: _shown(r["speedup"], "{:.2f} x"),
         "error": lambda r: _shown(r["error"], "{:.0e}"),
     }

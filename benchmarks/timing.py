@@ -37,6 +37,7 @@ class Case:
         images: of one run; 0 where that means nothing.
         precision: whose GEMM peak is the limit, "fp32" or "bf16".
         is_peak: a bare matrix product, which sets that peak.
+        predicted_memory: peak in bytes that is expected of the state, where somebody foretells it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Case:
     images: int = 0
     precision: str = "fp32"
     is_peak: bool = False
+    predicted_memory: Callable[[Any], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Row:
     reference: str | None
     error: float | None
     memory: int | None = None
+    predicted_memory: int | None = None
 
 
 def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Clock) -> dict[str, list[float]]:
@@ -138,8 +141,11 @@ def measure(
     outcomes = {} if known is None else known
     runs: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float | None] = {}
+    predicted: dict[str, int] = {}
     for case in cases:
         state = case.prepare()
+        if case.predicted_memory is not None:
+            predicted[case.name] = case.predicted_memory(state)
         result = case.run(state)
         if case.outcome is not None:
             outcomes[case.name] = case.outcome(state, result)
@@ -158,6 +164,7 @@ def measure(
             rounds=times[case.name],
             error=errors[case.name],
             memory=memory,
+            predicted_memory=predicted.get(case.name),
             **{name: getattr(case, name) for name in ("name", "flop", "images", "precision", "is_peak", "reference")},
         )
         for case in cases

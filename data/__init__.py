@@ -8,11 +8,11 @@ import torch
 
 from data.autoencoder import Autoencoder, open_autoencoder
 from data.batches import GlobalBatches
-from data.digits import load_digits
+from data.digits import Split, load_digits
 from data.image_folder import ArrayImages, ImageFolder
 from data.latents import LatentShards
 
-__all__ = ["DATASETS", "GlobalBatches", "ImageDataset", "load_digits", "open_dataset", "open_encoder"]
+__all__ = ["DATASETS", "GlobalBatches", "ImageDataset", "load_digits", "open_dataset", "open_digits", "open_encoder"]
 
 ImageDataset = ImageFolder | ArrayImages | LatentShards
 DATASETS = ("imagefolder", "digits", "latents")
@@ -43,10 +43,10 @@ def open_dataset(
         ValueError: naming what is missing or does not fit.
     """
     if name == "digits":
-        images, labels = load_digits("train")
-        if image_size not in (None, images.shape[1]):
-            raise ValueError(f"the digits are {images.shape[1]} pixels wide, not {image_size}")
-        return ArrayImages(images, labels, [str(k) for k in range(10)], flip=bool(flip), seed=seed)
+        digits = open_digits("train", flip=bool(flip), seed=seed)
+        if image_size not in (None, digits.image_shape[-1]):
+            raise ValueError(f"the digits are {digits.image_shape[-1]} pixels wide, not {image_size}")
+        return digits
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     if path is None:
@@ -59,6 +59,12 @@ def open_dataset(
     if latents.image_shape != wanted:
         raise ValueError(f"the latents are of images {latents.image_shape}, not {wanted}; check size and channels")
     return latents
+
+
+def open_digits(split: Split, *, flip: bool = False, seed: int = 0) -> ArrayImages:
+    """A split of the embedded digits, "train" or "test", as a data set."""
+    images, labels = load_digits(split)
+    return ArrayImages(images, labels, [str(k) for k in range(10)], flip=flip, seed=seed)
 
 
 def open_encoder(dataset: ImageDataset, vae: str, device: torch.device | str = "cpu") -> Autoencoder:

@@ -22,6 +22,11 @@ OFFICIAL_FACTOR = 8
 class Autoencoder(Protocol):
     """What train and sample need to know about a latent space."""
 
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that its weights take on the device."""
+        ...
+
     def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """(C, H, W) of the latents of images (C, H, W)."""
         ...
@@ -42,6 +47,8 @@ class Autoencoder(Protocol):
 
 class Pixels:
     """No autoencoder: the network works on pixels."""
+
+    weight_bytes = 0
 
     def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """The image's own shape."""
@@ -87,6 +94,7 @@ class KLAutoencoder:
         self.scale = float(vae.config.scaling_factor)
         self.image_channels = int(vae.config.in_channels)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in vae.parameters())
 
     def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """(latent channels, H / f, W / f).

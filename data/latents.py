@@ -332,6 +332,8 @@ class StoredLatents:
         device: where it decodes.
     """
 
+    weight_bytes = 0  # to encode, that is
+
     def __init__(
         self,
         moments_shape: tuple[int, ...],

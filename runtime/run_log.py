@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,12 @@ class RunLog:
 
     Args:
         folder: existing folder; None makes a log that swallows everything (for ranks other than 0).
+        tensorboard: write the metrics as TensorBoard events too, under folder/tensorboard.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, tensorboard: bool = False) -> None:
         self.folder = folder
+        self._events = open_events(folder / "tensorboard") if tensorboard and folder is not None else None
 
     def line(self, message: str) -> None:
         """One line with a timestamp, as the official scripts print it (coloured only on a terminal)."""
@@ -51,9 +54,25 @@ class RunLog:
         with (self.folder / "log.txt").open("a") as file:
             file.write(f"[{now}] {message}\n")
 
-    def metrics(self, **values: Any) -> None:
+    def metrics(self, step: int, **values: float) -> None:
         """One JSON object, on a line of its own."""
         if self.folder is None:
             return
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+            self._events.flush()
+
+
+def open_events(folder: Path) -> Any:
+    """A TensorBoard writer.
+
+    TensorBoard would import TensorFlow where that is installed, and TensorFlow beside Triton can abort the process; an
+    (empty) module of this name tells it to do without.
+    """
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+    from torch.utils.tensorboard import SummaryWriter  # an extra
+
+    return SummaryWriter(str(folder))

@@ -1,8 +1,9 @@
 """Measures the full-size network on a GPU: training, sampling's forward pass, optimizer; run by gpu_report.sh.
 
-Training is the real step: draws, noising, the network in bf16, the losses of the process, the gradient's norm, fused
-AdamW, the average. Images are random latents on the device. Cases run one after the other, because XL/2 at batch 256
-fills the card, and each is freed before the next. What no longer fits into the time allowed is named, not run.
+Training is the trainer's own step: draws, noising, the network in bf16, the losses of the process, the gradient's norm,
+fused AdamW, the average; beside its peak of memory stands what --dry-run predicts. Images are random latents on the
+device. Cases run one after the other, because XL/2 at batch 256 fills the card, and each is freed before the next. What
+no longer fits into the time allowed is named, not run.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.cases import (
-    EMA_DECAY,
     GEMM_SIDE,
     compile_blocks,
     filled_network,
@@ -33,17 +34,21 @@ from benchmarks.cases import (
     forward_flop,
     gemm_cases,
     make_inputs,
-    make_optimizer,
     optimizer_cases,
 )
 from benchmarks.report import headline, machine_info, markdown, report, write_report
 from benchmarks.timing import BF16, Case, Clock, Row, choose_clock, measure
+from data.autoencoder import Pixels
+from data.image_folder import ArrayImages
 from diffusion import Batch, Objective, create_diffusion
+from dry_run import predict_memory
 from models import Network
 from runtime.config import parse_config, setting
-from runtime.ema import EMA
+from runtime.distributed import World
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
+from train import TrainConfig
+from trainer import Setup, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_SECONDS = 120
@@ -86,44 +91,41 @@ SMOKE = Sizes("DiT-debug/2", ((4, 1, 1), (2, 1, 1)), rows=4, rounds=1, gemm_side
 
 
 class Training:
-    """The trainer's step, without its files.
+    """The trainer's own step in bf16; the images are random latents on the device.
 
     Args:
         network: taken over.
+        name: its name in the registry.
         rows: images per step.
         device: of network and images.
         compiler: backend for the blocks, or None.
     """
 
-    def __init__(self, network: Network, rows: int, device: torch.device, compiler: str | None) -> None:
-        learn_sigma = network.out_channels != network.in_channels
-        process = create_diffusion(learn_sigma=learn_sigma)
-        self.objective = Objective(network, process, autocast=torch.bfloat16)
-        self.trained = [p for p in network.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.trained, plain=False)
-        self.ema = EMA(network, EMA_DECAY)
-        self.shape = (network.in_channels, network.input_size, network.input_size)
+    def __init__(self, network: Network, name: str, rows: int, device: torch.device, compiler: str | None) -> None:
+        settings: dict[str, Any] = {"learn_sigma": network.out_channels != network.in_channels}
+        objective = Objective(network, create_diffusion(**settings), autocast=torch.bfloat16)
+        config = TrainConfig(model=name, global_batch_size=rows, precision="bf16", vae="none")
         inputs = make_inputs(network, rows, device)
+        shape = (network.in_channels, network.input_size, network.input_size)
+        nothing = ArrayImages(np.zeros((1, 1, 1, 1), np.uint8), np.zeros(1, np.int64), ["none"], flip=False, seed=0)
+        self.world = World(0, 1, device)
+        self.setup = Setup(config, nothing, None, Pixels(), shape, objective, 1, settings)
         self.batch = Batch(inputs.x, inputs.y, torch.arange(rows, device=device))
-        self.steps_done = 0
         if compiler is not None:
-            compile_blocks(network, compiler)
-
-    def step(self) -> Tensor:
-        """One training step; returns its loss, on the device."""
-        draws = self.objective.draw(self.steps_done, len(self.batch.y), self.shape, self.batch.y.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.objective(self.batch, self.steps_done, draws)["loss"].mean()
-        loss.backward()
-        torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
-        self.optimizer.step()
-        self.ema.update()
-        self.steps_done += 1
-        return loss.detach()
+            network.compile_blocks(compiler)
+        self.predicted_memory = predict_memory(self.setup, self.world)["peak"]
+        self.trainer = Trainer(self.setup, self.world, None, None)
 
     def run(self, steps: int) -> Tensor:
-        """Several steps without waiting in between, as in training; returns the first one's loss."""
+        """Several steps without waiting in between, as in training; returns the first one's gradient norm."""
         return [self.step() for _ in range(steps)][0]
+
+    def step(self) -> Tensor:
+        """One training step; returns the norm of its gradient, on the device."""
+        step, rows = self.trainer.state.step, len(self.batch.y)
+        draws = self.setup.objective.draw(step, rows, self.setup.latent_shape, self.world.device)
+        self.trainer.state.step += 1
+        return self.trainer.train_step(step, [(self.batch, draws)])
 
 
 class Measurement(NamedTuple):
@@ -140,14 +142,15 @@ def training_case(sizes: Sizes, rows: int, steps: int, device: torch.device, com
     name = f"bf16, batch {rows}"
     return Case(
         f"{name}, blocks compiled" if compiler else name,
-        lambda: Training(network, rows, device, compiler),
+        lambda: Training(network, sizes.model, rows, device, compiler),
         lambda training: training.run(steps),
-        outcome=lambda training, loss: [loss],
+        outcome=lambda training, norm: [norm],
         reference=name if compiler else None,
         tolerance=BF16,
         flop=3 * steps * forward_flop(network, rows),
         images=steps * rows,
         precision="bf16",
+        predicted_memory=lambda training: training.predicted_memory,
     )
 
 

@@ -297,3 +297,11 @@ def test_meter_averages_over_steps():
     assert meter.read()["loss"] == 3.0
     meter.add({"loss": torch.tensor([7.0])})
     assert meter.read()["loss"] == 7.0
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(whole, tmp_path):
+    assert start(tmp_path, "--max-steps", 12, "--compile") == 0
+    for step, loss in losses(whole).items():
+        assert losses(tmp_path)[step] == pytest.approx(loss, rel=1e-4)
+    assert state(checkpoint(tmp_path, 12)).keys() == state(checkpoint(whole, 12)).keys(), "the names stay the same"
