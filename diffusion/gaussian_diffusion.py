@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.dpm_solver import DPMSolverSampler
 from diffusion.gaussian_samplers import AncestralSampler, DDIMSampler
 from diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
 from diffusion.sampling import Denoise
@@ -322,6 +323,10 @@ class GaussianDiffusion:
     def ddim_reverse(self, clip_denoised: bool = False, *, convention: TimeConvention = "index") -> DDIMSampler:
         """DDIM run backwards, from an image to the noise that would produce it."""
         return DDIMSampler(self, reverse=True, clip_denoised=clip_denoised, convention=convention)
+
+    def dpm_solver(self, clip_denoised: bool = False, *, convention: TimeConvention = "index") -> DPMSolverSampler:
+        """DPM-Solver++(2M): deterministic and of second order, for few steps."""
+        return DPMSolverSampler(self, clip_denoised=clip_denoised, convention=convention)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Coefficients
