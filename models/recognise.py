@@ -20,7 +20,7 @@ class Recognised(NamedTuple):
 
     Attributes:
         name: in the registry.
-        config: fields that differ from those of the name, as `create_model` takes them.
+        config: what the shapes say about the data, as `create_model` takes it.
     """
 
     name: str
@@ -32,14 +32,18 @@ def recognise(weights: Mapping[str, Tensor]) -> Recognised | None:
 
     Data may differ from the named config: number of classes, channels, size and variance are read off the shapes. What
     leaves no trace there, such as the number of heads, is the named config's.
+
+    Note:
+        The label table of a network without a null class looks like that of one with a class less.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    traces = _traces(shapes)
+    data, body = _data_traces(shapes), _body_traces(shapes)
     for family in FAMILIES.values():
         fields = family.network.config_class.__dataclass_fields__
+        config = {field: value for field, value in data.items() if field in fields}
         for name, named in family.configs.items():
-            default = {field: named.get(field, fields[field].default) for field in traces if field in fields}
-            config = {field: traces[field] for field in default if traces[field] != default[field]}
+            if any(named.get(field, value) != value for field, value in body.items()):
+                continue  # building it would take longer
             try:
                 with torch.device("meta"):
                     network = create_model(name, **config)
@@ -50,11 +54,20 @@ def recognise(weights: Mapping[str, Tensor]) -> Recognised | None:
     return None
 
 
-def _traces(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _body_traces(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """What names and shapes say about the network's size."""
+    if PATCHES not in shapes:
+        return {}
+    width, _, patch, _ = shapes[PATCHES]
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    return {"hidden_size": width, "patch_size": patch, "depth": len(blocks)}
+
+
+def _data_traces(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """What shapes say about the data that the weights were trained on."""
     found: dict[str, Any] = {}
     if LABELS in shapes:
-        found["num_classes"] = shapes[LABELS][0] - 1  # the last row is the null class of almost every network
+        found["num_classes"] = shapes[LABELS][0] - 1  # the last row is the null class
     if PATCHES in shapes:
         _, found["in_channels"], patch, _ = shapes[PATCHES]
         if OUTPUT in shapes:
