@@ -17,9 +17,10 @@ from torch import Tensor
 from runtime.seeds import image_seed
 
 if TYPE_CHECKING:
-    from models.contract import ModelOutput, Network
+    from models.contract import ModelOutput
 
 NoiseFn = Callable[[Tensor], Tensor]
+Evaluate = Callable[..., "ModelOutput"]  # a network, or what stands for one: called as (x, t, y, state)
 StepHook = Callable[[int, Tensor, "ModelOutput"], None]
 
 
@@ -95,7 +96,7 @@ def check_refresh(refresh: Sequence[bool] | None, evaluations: int) -> None:
 
 
 def guided(
-    network: Network,
+    network: Evaluate,
     y: Tensor,
     y_null: Tensor | int | None,
     scale: float,
