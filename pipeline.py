@@ -263,12 +263,11 @@ def locate(config: SamplingConfig) -> tuple[Path, Release | None]:
     else:
         release = release_of_model(config.model or "DiT-XL/2", config.image_size)
     _check_family(release)
-    # One process downloads; on a node that does not see its disk, one more; the others find the file.
-    for turn in (os.environ.get("RANK", "0") == "0", os.environ.get("LOCAL_RANK", "0") == "0"):
-        if turn:
-            obtain(release, config.pretrained_dir)
-        distributed.barrier()
-    return config.pretrained_dir / release.file, release
+    path = distributed.by_main(lambda: obtain(release, config.pretrained_dir))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        obtain(release, config.pretrained_dir)  # on a node that does not see the first one's disk
+    distributed.barrier()
+    return path, release
 
 
 def _check_family(release: Release) -> None:

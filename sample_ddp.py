@@ -106,6 +106,23 @@ def draw_labels(config: SampleDDPConfig, num_classes: int) -> Tensor:
     return torch.randint(num_classes, (config.num_fid_samples,), generator=generator)
 
 
+def begin(config: SampleDDPConfig, file: SampleFile, settings: dict[str, Any], flag: str) -> list[int]:
+    """Begins the file, or goes on with it; by one process. Returns the chunks that are still to be made.
+
+    Raises:
+        UserError: if the file cannot be begun or gone on with, naming the flag behind its path.
+    """
+    try:
+        missing = file.take_up({**settings, "torch": torch.__version__}, overwrite=config.overwrite)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error
+    if config.save_png:
+        file.path.with_suffix("").mkdir(exist_ok=True)
+    if len(missing) < file.chunks:
+        print(f"Going on with {file.partial}: {file.chunks - len(missing)} of {file.chunks} chunks are there")
+    return missing
+
+
 def sample_chunks(
     config: SampleDDPConfig, pipeline: Pipeline, labels: Tensor, file: SampleFile, missing: Sequence[int], world: World
 ) -> None:
@@ -132,13 +149,13 @@ def sample_chunks(
             behind.submit(lambda chunk=chunk, latents=latents: store(chunk, latents))  # type: ignore[misc]
 
 
-def fingerprint(path: Path, world: World) -> str:
+def fingerprint(path: Path) -> str:
     """SHA-256 of the checkpoint, computed by one process.
 
     Raises:
         UserError: if it was downloaded and is not what it was then.
     """
-    digest = distributed.broadcast(sha256_of(path) if world.is_main else "")
+    digest = distributed.by_main(lambda: sha256_of(path))
     record = read_record(path)
     if record is not None and record["sha256"] != digest:
         raise UserError(f"--ckpt {path}: damaged since it was downloaded; delete it to download it again")
@@ -179,7 +196,7 @@ def main(argv: Sequence[str]) -> None:
             **{field.name: getattr(pipeline.config, field.name) for field in dataclasses.fields(SamplingConfig)},
             per_proc_batch_size=config.per_proc_batch_size or auto_batch_size(pipeline.multiply_adds),
         )
-        settings = deciding_settings(config, world.device, fingerprint(pipeline.path, world))
+        settings = deciding_settings(config, world.device, fingerprint(pipeline.path))
         path = output_path(config, pipeline, settings)
         flag = "--output" if config.output else "--sample-dir"
         check_writable(path, flag)
@@ -187,17 +204,7 @@ def main(argv: Sequence[str]) -> None:
         assert config.per_proc_batch_size is not None
         shape = (config.num_fid_samples, *pipeline.image_shape)
         file = SampleFile(path, shape, config.per_proc_batch_size, world.rank)
-        missing: list[int] = []
-        if world.is_main:
-            try:
-                missing = file.take_up({**settings, "torch": torch.__version__}, overwrite=config.overwrite)
-            except UserError as error:
-                raise UserError(f"{flag}: {error}") from error
-            if config.save_png:
-                path.with_suffix("").mkdir(exist_ok=True)
-            if len(missing) < file.chunks:
-                print(f"Going on with {file.partial}: {file.chunks - len(missing)} of {file.chunks} chunks are there")
-        missing = distributed.broadcast(missing)
+        missing = distributed.by_main(lambda: begin(config, file, settings, flag))
         started = time.perf_counter()
         sample_chunks(config, pipeline, labels, file, missing, world)
         distributed.barrier()
@@ -211,7 +218,7 @@ def main(argv: Sequence[str]) -> None:
                 "seconds": round(seconds, 2),
                 "images_per_second": round(images / seconds, 3),
                 "seconds_before": round(started - began, 2),
-                "seconds_of_writing_the_end": round(time.perf_counter() - started - seconds, 2),
+                "seconds_after": round(time.perf_counter() - started - seconds, 2),
             }
             with atomic_path(path.with_suffix(".json")) as temporary:
                 temporary.write_text(document(dataclasses.replace(config, output=path), pipeline, settings, facts))
