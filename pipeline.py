@@ -18,10 +18,10 @@ from torch import Tensor
 
 from data.autoencoder import OFFICIAL_FACTOR, open_autoencoder
 from diffusion import GaussianDiffusion, ImageNoise, create_diffusion, guided, sample_loop
-from diffusion.sampling import Evaluate, Sampler, StepHook
+from diffusion.sampling import Sampler, StepHook
 from diffusion.schedules import index_to_network
 from models import FAMILIES, Network, TimeConvention, create_model
-from models.acceleration import GraphedNetwork, autocast, cast_weights_once, compile_blocks
+from models.acceleration import Evaluate, GraphedNetwork, autocast, cast_weights_once
 from models.recognise import Recognised, recognise
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
@@ -206,7 +206,7 @@ class Pipeline:
     def _prepare(self, network: Network) -> Evaluate:
         """The network for this schedule, in the precision and as fast as asked for."""
         if self.config.compile:
-            compile_blocks(network)
+            network.compile_blocks()
         prepared = network.for_sampling(self.sampler.times)
         evaluate: Evaluate = prepared
         if self.config.precision == "bf16":

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from benchmarks.timing import BF16, SAME, SAME_GRADIENT, Case
 from models import Network, create_model
-from models.acceleration import compile_blocks
 from runtime.ema import EMA
 
 GEMM_SIDE = {"cpu": 1024, "cuda": 8192}
@@ -78,6 +77,12 @@ def find_compiler(device: torch.device) -> str | None:
     if device.type == "cuda":
         return "inductor" if importlib.util.find_spec("triton") else None
     return "inductor" if any(shutil.which(name) for name in ("g++", "clang++", "c++")) else None
+
+
+def compile_blocks(network: Network, backend: str) -> Network:
+    """The network, its blocks compiled for the shapes they will see, as train.py --compile does."""
+    network.compile_blocks(backend)
+    return network
 
 
 def gemm_cases(device: torch.device, shapes: Iterable[tuple[int, int, int]]) -> list[Case]:

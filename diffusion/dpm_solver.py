@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.gaussian_samplers import StepMean
 from diffusion.sampling import NoiseFn
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ class DPMSolverSampler:
     """
 
     def __init__(self, process: GaussianDiffusion, *, clip_denoised: bool, convention: TimeConvention) -> None:
-        self.process, self.clip_denoised = process, clip_denoised
         self.times = process.host_times(convention)[::-1]
+        one = np.ones(process.num_timesteps)
+        self._x_start = StepMean(process, one, 0 * one, clip_denoised=clip_denoised)
         abar = process.tables["alphas_cumprod"][::-1]
         alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
         h = np.diff(np.log(alpha / sigma))
@@ -49,7 +51,7 @@ class DPMSolverSampler:
         """One step towards the data; draws nothing. Evaluation 0 forgets what an earlier run left behind."""
         by_x, by_x_start, by_before = self._coefficients[i]
         index = len(self.times) - 1 - i
-        x_start = self.process.pred_xstart(sample.to(x.dtype), x, index, clip_denoised=self.clip_denoised)
+        x_start = self._x_start(x, sample.to(x.dtype), index)
         before, self._before = (None if i == 0 else self._before), x_start
         moved = torch.add(by_x * x, x_start, alpha=by_x_start)
         return moved if before is None or not by_before else torch.add(moved, before, alpha=by_before)

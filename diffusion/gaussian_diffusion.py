@@ -179,12 +179,20 @@ class GaussianDiffusion:
 
     def pred_xstart(self, sample: Tensor, x_t: Tensor, t: int | Tensor, *, clip_denoised: bool = False) -> Tensor:
         """The clean image (N, C, H, W) that a raw output at x_t stands for. Arguments as for `p_mean_variance`."""
-        self._check_channels(sample, x_t)
-        x_start = sample.narrow(-3, 0, x_t.shape[-3])
+        x_start = self.prediction_in(sample, x_t)
         if self.prediction == "epsilon":
             scaled = self._at("sqrt_recip_alphas_cumprod", t) * x_t
             x_start = scaled - self._at("sqrt_recipm1_alphas_cumprod", t) * x_start
         return x_start.clamp(-1, 1) if clip_denoised else x_start
+
+    def prediction_in(self, sample: Tensor, x_t: Tensor) -> Tensor:
+        """The first C channels (N, C, H, W) of a raw output at x_t, a view.
+
+        Raises:
+            ValueError: if the number of channels does not fit the choice of variance.
+        """
+        self._check_channels(sample, x_t)
+        return sample.narrow(-3, 0, x_t.shape[-3])
 
     def pred_epsilon(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         """The noise that separates x_t from a clean image, all (N, C, H, W)."""

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from models.contract import ModelOutput
 
 NoiseFn = Callable[[Tensor], Tensor]
-Evaluate = Callable[..., "ModelOutput"]  # a network, or what stands for one: called as (x, t, y, state)
 StepHook = Callable[[int, Tensor, "ModelOutput"], None]
 
 
@@ -96,7 +95,7 @@ def check_refresh(refresh: Sequence[bool] | None, evaluations: int) -> None:
 
 
 def guided(
-    network: Evaluate,
+    network: Callable[..., ModelOutput],
     y: Tensor,
     y_null: Tensor | int | None,
     scale: float,

@@ -1,4 +1,4 @@
-"""Faster evaluations that compute the same: compiled blocks, weights cast once, CUDA graphs."""
+"""Faster evaluations that compute the same: lower precision with weights cast once, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from models.contract import ModelOutput, Network
+from models.contract import ModelOutput
 
 Evaluate = Callable[..., ModelOutput]  # called as (x, t, y, state)
 Capture = Callable[[Callable[[], ModelOutput]], tuple[Callable[[], None], ModelOutput]]
-
-
-def compile_blocks(network: Network, backend: str = "inductor") -> Network:
-    """Compiles each block in place, for the shapes it will see; equal blocks share the code."""
-    for block in network.blocks:
-        block.compile(dynamic=False, backend=backend)
-    return network
 
 
 def autocast(network: Evaluate, device: torch.device, dtype: torch.dtype) -> Evaluate:

@@ -88,6 +88,11 @@ class Network(nn.Module):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles every block on its own: the same code each time, so that one compilation serves all."""
+        for block in self.blocks:
+            block.compile(dynamic=False, backend=backend)
+
     def for_sampling(self, times: Iterable[float]) -> Self:
         """Prepares the network for the evaluations at `times`; a snapshot, to be taken again after weights change.
 

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -182,9 +181,12 @@ def test_bf16_is_float32_within_its_precision(ckpt: Path) -> None:
 
 
 def test_compiled_blocks_are_asked_for_by_a_flag(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_blocks: Callable[..., Network] = pipeline.compile_blocks
-    monkeypatch.setattr(pipeline, "compile_blocks", lambda network: compile_blocks(network, "eager"))
+    compile_blocks, compiled = Network.compile_blocks, []
+    monkeypatch.setattr(
+        Network, "compile_blocks", lambda self: compiled.append(len(self.blocks)) or compile_blocks(self, "eager")
+    )
     assert relative_error(draw(make(ckpt, compile=True)), draw(make(ckpt))) < 1e-5
+    assert compiled == [1]
 
 
 def test_recordings_are_asked_for_by_a_flag(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.sampling import Sampler
 from models import ModelOutput
 from tests.dispatch_trace import DispatchTrace
+from tests.golden_data import assert_close
 from tests.networks import debug_network
 
 MEAN, DEVIATION = 0.7, 0.25  # of the data whose exact score is known
@@ -64,7 +65,7 @@ def test_the_last_step_returns_the_predicted_clean_image(spec: str, learn_sigma:
     x, sample = torch.randn(2, 4, 8, 8), torch.randn(2, process.output_channels(4), 8, 8)
     for i in range(last + 1):
         moved = sampler.step(i, x, sample, torch.randn_like)
-    assert torch.equal(moved, process.pred_xstart(sample, x, 0))
+    assert_close(moved, process.pred_xstart(sample, x, 0), 1e-6)
 
 
 def test_the_first_step_is_ddim_s() -> None:
@@ -130,5 +131,5 @@ def test_operations_per_step() -> None:
     denoise = guided(trace.watch(network.for_sampling(run.times)), torch.tensor([1, 2]), network.null_class, 4.0, 3)
     with trace:
         sample_loop(denoise, run, x)
-    assert trace.count(inside=False) / steps <= 10, trace.names(inside=False)
+    assert trace.count(inside=False) / steps <= 9, trace.names(inside=False)
     assert trace.waits() == []

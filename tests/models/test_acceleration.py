@@ -12,7 +12,7 @@ import models
 from diffusion import ImageNoise, create_diffusion, guided, sample_loop
 from diffusion.refresh import every_nth
 from models import ModelOutput, Network
-from models.acceleration import GraphedNetwork, autocast, cast_weights_once, compile_blocks
+from models.acceleration import GraphedNetwork, autocast, cast_weights_once
 from tests.dispatch_trace import DispatchTrace
 from tests.golden_data import assert_close, relative_error
 from tests.networks import debug_network
@@ -35,7 +35,8 @@ def inputs(network: Network, rows: int = 2) -> tuple[Tensor, float, Tensor]:
 def test_compiled_blocks_compute_the_same(network: Network) -> None:
     x, t, y = inputs(network)
     wanted = network(x, t, y).sample
-    assert_close(compile_blocks(network, "eager")(x, t, y).sample, wanted)
+    network.compile_blocks("eager")
+    assert_close(network(x, t, y).sample, wanted)
 
 
 @torch.no_grad()
