@@ -1,10 +1,11 @@
 """Draws many images with a trained network into one .npz that ADM's evaluation reads.
 
-    torchrun --nproc-per-node 8 sample_ddp.py --ckpt DiT-XL-2-256x256.pt --num-fid-samples 50000
+    torchrun --nproc-per-node 8 sample_ddp.py --ckpt DiT-XL-2-256x256 --num-fid-samples 50000
     python sample_ddp.py --ckpt results/000-DiT-digits-2/checkpoints/0002000.safetensors --num-fid-samples 1000
 
 The job is cut into chunks by image number, and processes take whole chunks: the bytes do not depend on how many there
-are. `arr_0` holds the images (N, H, W, C) uint8, `arr_1` their labels; the settings lie beside them as JSON.
+are. A job that was killed goes on when the same command is typed again, on any number of processes. `arr_0` holds the
+images (N, H, W, C) uint8, `arr_1` their labels; beside the file lies NAME.json with settings, versions and timings.
 """
 
 from __future__ import annotations
@@ -12,69 +13,89 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import platform
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.pixels import to_uint8
+from data.pixels import save_png, to_uint8
 from data.sample_file import SampleFile
+from pipeline import Pipeline, SamplingConfig
 from runtime import distributed
+from runtime.background import Background
 from runtime.config import flag_name, parse_config, setting, to_dict
 from runtime.distributed import World
+from runtime.download import read_record, sha256_of
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
 from runtime.seeds import derive_seed
-from sample import Pipeline, SamplingConfig
+
+# Processes wait for the slowest at the end, and for the first one's download at the start.
+PATIENCE_SECONDS = 24 * 3600.0
+AUTO_MULTIPLY_ADDS = 64 * 118.6e9  # of a batch: 64 images of XL/2 at 256 pixels, which takes 118.62 G each
+LARGEST_AUTO = 256
+# Settings that say where and how a job runs, not what its images are.
+FREE = frozenset("ckpt sample_dir output overwrite pretrained_dir device".split())
 
 
 @dataclass(frozen=True)
 class SampleDDPConfig(SamplingConfig):
     """Settings of sample_ddp.py."""
 
-    cfg_scale: float = setting(1.5, "guidance scale; 1 is none")
     sample_dir: Path = setting(Path("samples"), "where the .npz goes, under a name made of the settings")
     output: Path | None = setting(None, "exact path of the .npz, instead of a name in --sample-dir")
-    overwrite: bool = setting(False, "replace an existing .npz")
+    overwrite: bool = setting(False, "replace an existing .npz, and throw away one begun with other settings")
     num_fid_samples: int = setting(50_000, "number of images")
-    per_proc_batch_size: int = setting(32, "images per process at a time")
+    per_proc_batch_size: int | None = setting(
+        32, "images per process at a time, part of what decides their last bits; auto: by the network's cost alone"
+    )
     global_seed: int = setting(0, "seed of noise and labels")
     balanced_labels: bool = setting(False, "every class equally often, instead of drawn at random")
+    save_png: bool = setting(False, "write the images as PNG too, in a folder of the .npz's name")
 
     def __post_init__(self) -> None:
         """Refuses what cannot be meant, before any work."""
         super().__post_init__()
         for name in ("num_fid_samples", "per_proc_batch_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         if self.output is not None and self.output.suffix != ".npz":
             raise ValueError(f"--output {self.output}: must end in .npz")
 
 
-def output_path(config: SampleDDPConfig, pipeline: Pipeline) -> Path:
+def auto_batch_size(multiply_adds: int) -> int:
+    """Images per batch for a network of this cost: a power of two that keeps a large GPU busy and fits a small one.
+
+    Neither the free memory nor the number of processes has a say: a job's bytes would depend on it.
+    """
+    fitting = max(1, round(AUTO_MULTIPLY_ADDS / multiply_adds))
+    return min(LARGEST_AUTO, 1 << fitting.bit_length() - 1)
+
+
+def deciding_settings(config: SampleDDPConfig, device: torch.device, checkpoint_hash: str) -> dict[str, Any]:
+    """Everything that decides the images, by flag or by name."""
+    settings = {flag_name(name): value for name, value in to_dict(config).items() if name not in FREE}
+    return {"--ckpt": checkpoint_hash, "--device": device.type, **settings}
+
+
+def output_path(config: SampleDDPConfig, pipeline: Pipeline, settings: dict[str, Any]) -> Path:
     """The official folder name, extended by sampler, steps, and a digest of everything else that decides the images."""
     if config.output is not None:
         return config.output
-    assert config.ckpt is not None
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
     parts = [
-        pipeline.name.replace("/", "-"), config.ckpt.stem, "size", pipeline.image_shape[0], "vae",
-        Path(pipeline.vae).name, "cfg", config.cfg_scale, "seed", config.global_seed,
-        config.sampler, config.num_sampling_steps, digest(config),
+        config.model, pipeline.path.stem, "size", pipeline.image_shape[0], "vae", Path(config.vae or "").name,
+        "cfg", config.cfg_scale, "seed", config.global_seed, config.sampler, config.num_sampling_steps, digest,
     ]  # fmt: skip
-    return config.sample_dir / f"{'-'.join(map(str, parts))}.npz"
-
-
-def digest(config: SampleDDPConfig) -> str:
-    """Eight characters that differ between jobs whose images differ."""
-    free = ("sample_dir", "output", "overwrite", "device")
-    settings = {name: value for name, value in to_dict(config).items() if name not in free}
-    settings["ckpt"] = str(Path(settings["ckpt"]).resolve())
-    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return config.sample_dir / f"{'-'.join(map(str, parts)).replace('/', '-')}.npz"
 
 
 def draw_labels(config: SampleDDPConfig, num_classes: int) -> Tensor:
@@ -85,49 +106,122 @@ def draw_labels(config: SampleDDPConfig, num_classes: int) -> Tensor:
     return torch.randint(num_classes, (config.num_fid_samples,), generator=generator)
 
 
-def sample_chunks(config: SampleDDPConfig, pipeline: Pipeline, labels: Tensor, file: SampleFile, world: World) -> None:
-    """Draws every world.size-th chunk. The last one is padded: a chunk's size must not depend on who draws it."""
-    size = config.per_proc_batch_size
-    starts = range(world.rank * size, len(labels), world.size * size)
-    with tqdm(total=len(labels), disable=None if world.is_main else True, unit="image") as bar:
-        for start in starts:
-            indices = range(start, start + size)
+def begin(config: SampleDDPConfig, file: SampleFile, settings: dict[str, Any], flag: str) -> list[int]:
+    """Begins the file, or goes on with it; by one process. Returns the chunks that are still to be made.
+
+    Raises:
+        UserError: if the file cannot be begun or gone on with, naming the flag behind its path.
+    """
+    try:
+        missing = file.take_up({**settings, "torch": torch.__version__}, overwrite=config.overwrite)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error
+    if config.save_png:
+        file.path.with_suffix("").mkdir(exist_ok=True)
+    if len(missing) < file.chunks:
+        print(f"Going on with {file.partial}: {file.chunks - len(missing)} of {file.chunks} chunks are there")
+    return missing
+
+
+def sample_chunks(
+    config: SampleDDPConfig, pipeline: Pipeline, labels: Tensor, file: SampleFile, missing: Sequence[int], world: World
+) -> None:
+    """Draws this process's share of the missing chunks; while one is denoised, the one before is decoded and written.
+
+    A chunk always has the same number of rows (the last one is padded), whoever draws it.
+    """
+    size, images = file.chunk, min(len(missing) * file.chunk, len(labels))
+    bar = tqdm(total=len(labels), initial=len(labels) - images, disable=None if world.is_main else True, unit="image")
+
+    def store(chunk: int, latents: Tensor) -> None:
+        images = to_uint8(pipeline.decode(latents)).cpu().numpy()
+        if config.save_png:
+            for index, image in zip(range(chunk * size, len(labels)), images, strict=False):
+                save_png(image, file.path.with_suffix("") / f"{index:06d}.png")
+        file.write(chunk, images)
+        bar.update(min(size * world.size, len(labels) - bar.n))
+
+    with bar, Background(world.device) as behind:
+        for chunk in missing[world.rank :: world.size]:
+            indices = range(chunk * size, (chunk + 1) * size)
             padded = labels[[i % len(labels) for i in indices]]
-            file.write(start, to_uint8(pipeline(config.global_seed, indices, padded)).cpu().numpy())
-            bar.update(min(size * world.size, len(labels) - bar.n))
+            latents = pipeline.denoise(config.global_seed, indices, padded)
+            behind.submit(lambda chunk=chunk, latents=latents: store(chunk, latents))  # type: ignore[misc]
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of the checkpoint, computed by one process.
+
+    Raises:
+        UserError: if it was downloaded and is not what it was then.
+    """
+    digest = distributed.by_main(lambda: sha256_of(path))
+    record = read_record(path)
+    if record is not None and record["sha256"] != digest:
+        raise UserError(f"--ckpt {path}: damaged since it was downloaded; delete it to download it again")
+    return digest
+
+
+def document(config: SampleDDPConfig, pipeline: Pipeline, settings: dict[str, Any], run: dict[str, Any]) -> str:
+    """The JSON beside the samples."""
+    release = pipeline.release
+    told = {
+        "config": to_dict(config),
+        "checkpoint": {
+            "file": pipeline.path.name,
+            "sha256": settings["--ckpt"],
+            "step": pipeline.step,
+            "release": release.name if release else None,
+            "reported_fid": release.fid if release else None,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "cuda": torch.version.cuda if settings["--device"] == "cuda" else None,
+        },
+        "run": run,
+    }
+    return json.dumps(told, indent=2) + "\n"
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses flags, samples on all processes, writes one file."""
     config = parse_config(SampleDDPConfig, argv, program="sample_ddp.py", description=__doc__.split("\n")[0])
-    with distributed.world(config.device) as world:
-        distributed.allow_tf32(config.tf32)
-        pipeline = Pipeline(config, world.device, vae="ema")
-        path = output_path(config, pipeline)
-        check_writable(path, "--output" if config.output else "--sample-dir")
-        if path.exists() and not config.overwrite:
-            flag = "--output" if config.output else "--sample-dir"
-            raise UserError(f"{flag}: {path} exists already; --overwrite replaces it")
+    began = time.perf_counter()
+    with distributed.world(config.device, PATIENCE_SECONDS) as world:
+        pipeline = Pipeline(config, world.device)
+        config = dataclasses.replace(
+            config,
+            **{field.name: getattr(pipeline.config, field.name) for field in dataclasses.fields(SamplingConfig)},
+            per_proc_batch_size=config.per_proc_batch_size or auto_batch_size(pipeline.multiply_adds),
+        )
+        settings = deciding_settings(config, world.device, fingerprint(pipeline.path))
+        path = output_path(config, pipeline, settings)
+        flag = "--output" if config.output else "--sample-dir"
+        check_writable(path, flag)
         labels = draw_labels(config, pipeline.num_classes)
-        file = SampleFile(path, (config.num_fid_samples, *pipeline.image_shape))
-        if world.is_main:
-            file.create()
-        distributed.barrier()
+        assert config.per_proc_batch_size is not None
+        shape = (config.num_fid_samples, *pipeline.image_shape)
+        file = SampleFile(path, shape, config.per_proc_batch_size, world.rank)
+        missing = distributed.by_main(lambda: begin(config, file, settings, flag))
         started = time.perf_counter()
-        try:
-            sample_chunks(config, pipeline, labels, file, world)
-            distributed.barrier()
-        except BaseException:
-            file.discard()  # nobody goes on with it
-            raise
+        sample_chunks(config, pipeline, labels, file, missing, world)
+        distributed.barrier()
         if world.is_main:
+            seconds, images = time.perf_counter() - started, min(len(missing) * file.chunk, len(labels))
             file.finish(labels.numpy())
-            resolved = dataclasses.replace(config, model=pipeline.name, vae=pipeline.vae, output=path)
-            seconds = round(time.perf_counter() - started, 2)
-            facts = {"world_size": world.size, "seconds": seconds, "torch": torch.__version__}
-            document = {"config": to_dict(resolved), "run": facts}
+            facts = {
+                "world_size": world.size,
+                "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+                "images": images,
+                "seconds": round(seconds, 2),
+                "images_per_second": round(images / seconds, 3),
+                "seconds_before": round(started - began, 2),
+                "seconds_after": round(time.perf_counter() - started - seconds, 2),
+            }
             with atomic_path(path.with_suffix(".json")) as temporary:
-                temporary.write_text(json.dumps(document, indent=2) + "\n")
+                temporary.write_text(document(dataclasses.replace(config, output=path), pipeline, settings, facts))
             print(f"Saved {config.num_fid_samples:,} images to {path}")
         distributed.barrier()
 

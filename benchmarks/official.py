@@ -1,9 +1,10 @@
-"""The official network, from a checkout that the user has: imported as it is, filled with our weights."""
+"""Official code, from a checkout that the user has, imported as it is: the network with our weights, the process."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -47,3 +48,23 @@ def official_network(folder: Path, ours: Network, name: str) -> nn.Module:
     except (AttributeError, TypeError, RuntimeError) as error:
         raise UserError(f"--against {folder}: cannot be given the weights of {name}: {error}") from error
     return network.to(next(ours.parameters()).device).eval()
+
+
+def load_official_diffusion(folder: Path) -> ModuleType:
+    """Imports the diffusion package of an official checkout under a name that cannot meet our `diffusion`.
+
+    Raises:
+        ImportError: if there is none.
+    """
+    path, name = folder / "diffusion" / "__init__.py", "official_dit_diffusion"
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[str(path.parent)])
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ImportError(f"no diffusion package in {folder}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its own modules import each other relatively
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        for loaded in [key for key in sys.modules if key.split(".")[0] == name]:
+            del sys.modules[loaded]
+    return module

@@ -89,6 +89,7 @@ def report(
                 "peak_fraction": rate / peak if rate and peak else None,
                 "datasheet_fraction": rate / datasheet if rate and datasheet and row.precision == "bf16" else None,
                 "images_per_second": row.images / row.seconds or None,
+                "seconds_per_step": row.seconds / row.steps if row.steps else None,
                 "speedup": before / row.seconds if before else None,
             }
         )
@@ -107,6 +108,7 @@ def markdown(document: dict[str, Any]) -> str:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "ms": lambda r: f"{r['seconds'] * 1e3:,.2f}",
         "spread": lambda r: f"{(max(r['rounds']) - min(r['rounds'])) / r['seconds']:.0%}",
+        "us/step": lambda r: _shown(r["seconds_per_step"], "{:,.1f}", 1e6),
         "images/s": lambda r: _shown(r["images_per_second"], "{:,.1f}"),
         "GFLOP/s": lambda r: _shown(r["flop_per_second"], "{:,.0f}", 1e-9),
         "of GEMM peak": lambda r: _shown(r["peak_fraction"], "{:.0%}"),

@@ -34,7 +34,8 @@ class Case:
         reference: name of the case that it is compared with; it stands before this one.
         tolerance: largest relative error of `outcome`.
         flop: of one run; 0 where nobody counts.
-        images: of one run; 0 where that means nothing.
+        images: of one run, a fraction where a run is part of a trajectory; 0 where that means nothing.
+        steps: of one run, where a step is what counts; 0 elsewhere.
         precision: whose GEMM peak is the limit, "fp32" or "bf16".
         is_peak: a bare matrix product, which sets that peak.
         predicted_memory: peak in bytes that is expected of the state, where somebody foretells it.
@@ -47,7 +48,8 @@ class Case:
     reference: str | None = None
     tolerance: float = SAME
     flop: float = 0.0
-    images: int = 0
+    images: float = 0
+    steps: int = 0
     precision: str = "fp32"
     is_peak: bool = False
     predicted_memory: Callable[[Any], int] | None = None
@@ -62,11 +64,12 @@ class Row:
     seconds: float
     rounds: list[float]
     flop: float
-    images: int
+    images: float
     precision: str
     is_peak: bool
     reference: str | None
     error: float | None
+    steps: int = 0
     memory: int | None = None
     predicted_memory: int | None = None
 
@@ -160,6 +163,7 @@ def measure(
     return [
         Row(
             group=group,
+            steps=case.steps,
             seconds=statistics.median(times[case.name]),
             rounds=times[case.name],
             error=errors[case.name],

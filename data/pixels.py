@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def from_uint8(images: Tensor) -> Tensor:
 
 def to_uint8(x: Tensor) -> Tensor:
     """(N, C, H, W) in [-1, 1] -> (N, H, W, C) uint8, rounded as the official 50,000-image sampler does."""
-    return torch.clamp(127.5 * x + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+    return (127.5 * x).add_(128.0).clamp_(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
 
 
 def to_picture(x: Tensor) -> Tensor:
@@ -50,4 +51,16 @@ def enlarge(images: Images, factor: int) -> Images:
 def save_png(image: Images, path: Path) -> None:
     """Writes one image (H, W, C) with 1 or 3 channels, whole or not at all."""
     with atomic_path(path) as temporary:
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary)
+        _picture(image).save(temporary)
+
+
+def save_gif(images: Sequence[Images], path: Path, *, milliseconds: int = 120, last: int = 2000) -> None:
+    """Writes an animation of images (H, W, C), whole or not at all; the last one stays for longer, then all repeats."""
+    durations = [milliseconds] * (len(images) - 1) + [last]
+    pictures = [_picture(image) for image in images]
+    with atomic_path(path) as temporary:
+        pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def _picture(image: Images) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

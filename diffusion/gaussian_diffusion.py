@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.dpm_solver import DPMSolverSampler
 from diffusion.gaussian_samplers import AncestralSampler, DDIMSampler
 from diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
 from diffusion.sampling import Denoise
@@ -178,12 +179,20 @@ class GaussianDiffusion:
 
     def pred_xstart(self, sample: Tensor, x_t: Tensor, t: int | Tensor, *, clip_denoised: bool = False) -> Tensor:
         """The clean image (N, C, H, W) that a raw output at x_t stands for. Arguments as for `p_mean_variance`."""
-        self._check_channels(sample, x_t)
-        x_start = sample.narrow(-3, 0, x_t.shape[-3])
+        x_start = self.prediction_in(sample, x_t)
         if self.prediction == "epsilon":
             scaled = self._at("sqrt_recip_alphas_cumprod", t) * x_t
             x_start = scaled - self._at("sqrt_recipm1_alphas_cumprod", t) * x_start
         return x_start.clamp(-1, 1) if clip_denoised else x_start
+
+    def prediction_in(self, sample: Tensor, x_t: Tensor) -> Tensor:
+        """The first C channels (N, C, H, W) of a raw output at x_t, a view.
+
+        Raises:
+            ValueError: if the number of channels does not fit the choice of variance.
+        """
+        self._check_channels(sample, x_t)
+        return sample.narrow(-3, 0, x_t.shape[-3])
 
     def pred_epsilon(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         """The noise that separates x_t from a clean image, all (N, C, H, W)."""
@@ -322,6 +331,10 @@ class GaussianDiffusion:
     def ddim_reverse(self, clip_denoised: bool = False, *, convention: TimeConvention = "index") -> DDIMSampler:
         """DDIM run backwards, from an image to the noise that would produce it."""
         return DDIMSampler(self, reverse=True, clip_denoised=clip_denoised, convention=convention)
+
+    def dpm_solver(self, clip_denoised: bool = False, *, convention: TimeConvention = "index") -> DPMSolverSampler:
+        """DPM-Solver++(2M): deterministic and of second order, for few steps."""
+        return DPMSolverSampler(self, clip_denoised=clip_denoised, convention=convention)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Coefficients

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,10 +9,40 @@ import torch
 from torch import Tensor
 
 from diffusion.sampling import NoiseFn
+from diffusion.schedules import Array
 
 if TYPE_CHECKING:
     from diffusion.gaussian_diffusion import GaussianDiffusion
     from models.contract import TimeConvention
+
+
+class StepMean:
+    """a x_0 + b x with the clean image x_0 that the network predicts.
+
+    x_0 is affine in x and the prediction, and so is the whole, unless x_0 is clipped: two operations do.
+
+    Args:
+        process: gives x_0.
+        a: (num_timesteps,) float64, by index.
+        b: the same.
+        clip_denoised: clamp x_0 to [-1, 1].
+    """
+
+    def __init__(self, process: GaussianDiffusion, a: Array, b: Array, *, clip_denoised: bool) -> None:
+        self._process, self._clip = process, clip_denoised
+        by_x, by_prediction = b, a
+        if process.prediction == "epsilon" and not clip_denoised:
+            by_x = a * process.tables["sqrt_recip_alphas_cumprod"] + b
+            by_prediction = -a * process.tables["sqrt_recipm1_alphas_cumprod"]
+        self._by_x, self._by_prediction = by_x.tolist(), by_prediction.tolist()
+
+    def __call__(self, x: Tensor, sample: Tensor, index: int) -> Tensor:
+        """For x (N, C, H, W) and the raw output (N, output_channels, H, W) there; a new tensor."""
+        if self._clip:
+            prediction = self._process.pred_xstart(sample, x, index, clip_denoised=True)
+        else:
+            prediction = self._process.prediction_in(sample, x)
+        return torch.add(self._by_x[index] * x, prediction, alpha=self._by_prediction[index])
 
 
 class AncestralSampler:
@@ -24,20 +53,27 @@ class AncestralSampler:
     """
 
     def __init__(self, process: GaussianDiffusion, *, clip_denoised: bool, convention: TimeConvention) -> None:
-        self.process, self.clip_denoised = process, clip_denoised
-        self.times = process.host_times(convention)[::-1]
+        self.process, self.times = process, process.host_times(convention)[::-1]
+        tables = process.tables
+        a, b = tables["posterior_mean_coef1"], tables["posterior_mean_coef2"]
+        self._mean = StepMean(process, a, b, clip_denoised=clip_denoised)
+        small, large = tables["posterior_log_variance_clipped"], tables["log_betas"]
+        # A learned variance lies between the two, by a value v from -1 to 1: its root is middle * exp(v * reach)
+        fixed = {"fixed_small": small, "fixed_large": tables["log_fixed_large"]}
+        middle = fixed.get(process.variance, (large + small) / 2)
+        self._middle, self._reach = np.exp(middle / 2).tolist(), ((large - small) / 4).tolist()
 
     def step(self, i: int, x: Tensor, sample: Tensor, noise_fn: NoiseFn) -> Tensor:
         """One draw; the last step returns the mean."""
         index = len(self.times) - 1 - i
         sample = sample.to(x.dtype)
-        p = self.process.p_mean_variance(sample, x, index, clip_denoised=self.clip_denoised)
-        noise = noise_fn(x)
+        mean, noise = self._mean(x, sample, index), noise_fn(x)
         if index == 0:
-            return p.mean
-        if isinstance(p.log_variance, Tensor):
-            return torch.addcmul(p.mean, torch.exp(0.5 * p.log_variance), noise)
-        return torch.add(p.mean, noise, alpha=math.exp(0.5 * p.log_variance))
+            return mean
+        if self.process.variance == "learned_range":
+            value = sample.narrow(-3, x.shape[-3], x.shape[-3])
+            return torch.addcmul(mean, torch.exp(self._reach[index] * value), noise, value=self._middle[index])
+        return torch.add(mean, noise, alpha=self._middle[index])
 
 
 class DDIMSampler:
@@ -61,7 +97,7 @@ class DDIMSampler:
         convention: TimeConvention,
         reverse: bool = False,
     ) -> None:
-        self.process, self.clip_denoised, self.eta = process, clip_denoised, eta
+        self.eta = eta
         order = slice(None, None, 1 if reverse else -1)
         tables = process.tables
         here, there = tables["alphas_cumprod"], tables["alphas_cumprod_next" if reverse else "alphas_cumprod_prev"]
@@ -71,15 +107,14 @@ class DDIMSampler:
             raise ValueError(f"eta must lie in [0, 1], not {eta}: a step would carry more noise than its end")
         # The share of epsilon = (x / sqrt(abar) - x_0) / sqrt(1 / abar - 1), spread over x_0 and x.
         share = np.sqrt(1 - there - sigma**2) / tables["sqrt_recipm1_alphas_cumprod"]
-        columns = (np.sqrt(there) - share, share * tables["sqrt_recip_alphas_cumprod"], sigma)
+        a, b = np.sqrt(there) - share, share * tables["sqrt_recip_alphas_cumprod"]
+        self._mean = StepMean(process, a, b, clip_denoised=clip_denoised)
+        self._sigma = sigma.tolist()
         self.times = process.host_times(convention)[order]
         self._indices = range(len(self.times))[order]
-        self._coefficients = list(zip(*(column[order].tolist() for column in columns), strict=True))
 
     def step(self, i: int, x: Tensor, sample: Tensor, noise_fn: NoiseFn) -> Tensor:
         """One step to the neighbouring noise level; noise is drawn only if eta is positive."""
-        a, b, sigma = self._coefficients[i]
-        sample = sample.to(x.dtype)
-        x_start = self.process.pred_xstart(sample, x, self._indices[i], clip_denoised=self.clip_denoised)
-        moved = torch.add(b * x, x_start, alpha=a)
-        return torch.add(moved, noise_fn(x), alpha=sigma) if self.eta else moved
+        index = self._indices[i]
+        moved = self._mean(x, sample.to(x.dtype), index)
+        return torch.add(moved, noise_fn(x), alpha=self._sigma[index]) if self.eta else moved

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
+import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,8 @@ METADATA_KEY = "dit_family"
 CHECKSUMS_KEY = "crc32"
 # Where the official releases keep weights, best first; a file without any of these is the state dict itself.
 OFFICIAL_GROUPS = ("ema", "model", "state_dict")
+# Trainers that keep both in one state dict tell them apart by what stands in front.
+GROUP_PREFIXES = {"ema": "ema_denoiser.", "model": "denoiser."}
 # What wrappers put in front of a parameter's name.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
@@ -77,8 +81,8 @@ def read_checkpoint(path: Path, group: str = "ema", flag: str = "--ckpt") -> Che
     """Reads one group of weights from any supported file.
 
     Args:
-        path: ours (safetensors), or an official .pt / .pth: a flat state dict, or one under "ema", "model" or
-            "state_dict", beside whatever else.
+        path: ours (safetensors), or an official .pt, .pth or .ckpt: a flat state dict, or one under "ema", "model" or
+            "state_dict", beside whatever else; in it one set of weights, or two told apart by `GROUP_PREFIXES`.
         group: "ema" or "model". Official files without that group give what they have.
         flag: for messages.
 
@@ -144,7 +148,8 @@ def _read_official(path: Path, group: str, flag: str) -> dict[str, Tensor]:
     try:
         # Training checkpoints of the official repositories carry their flags as an argparse.Namespace: plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped where the format allows: a training checkpoint is four times as large as what is read of it.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{flag} {path}: refused, because it is no PyTorch file of plain tensors (unpickling it could run code)"
@@ -158,7 +163,10 @@ def _read_official(path: Path, group: str, flag: str) -> dict[str, Tensor]:
                 break
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{flag} {path}: a PyTorch file, but not one of weights by name")
-    return _unwrapped({name: value for name, value in content.items() if isinstance(value, Tensor)})
+    weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    prefix = GROUP_PREFIXES.get(group, group)
+    grouped = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return _unwrapped(grouped or weights)
 
 
 def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -171,16 +179,22 @@ def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+def load_weights(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str,
+    recognise: Callable[[Mapping[str, Tensor]], str | None] | None = None,
+) -> None:
     """Copies weights into a network; every name and shape must fit.
 
     Args:
         network: to be filled.
         weights: parameter name -> tensor.
         source: file and model, for the message.
+        recognise: names the model that weights do fit, for the message.
 
     Raises:
-        UserError: naming the first three mismatches and their number.
+        UserError: with what was expected and found, the number of mismatches, and the first three.
     """
     wanted = network.state_dict()
     problems = [
@@ -193,11 +207,22 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
         ),
     ]
     if problems:
-        shown = "; ".join(problems[:3])
+        name = recognise(weights) if recognise is not None else None
+        found = f"those of {name}, {_outline(weights)}" if name else _outline(weights)
         raise UserError(
-            f"{source}: the weights do not fit the model in {len(problems)} places (is it another model?): {shown}"
+            f"{source}: the weights do not fit the model in {len(problems)} places; expected {_outline(wanted)}, "
+            f"found {found}: {'; '.join(problems[:3])}"
         )
     network.load_state_dict(dict(weights))
+
+
+def _outline(weights: Mapping[str, Tensor]) -> str:
+    """What tells architectures apart at a glance: "292 tensors, 28 blocks, width 1152"."""
+    blocks = {match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
+    width = next(
+        (f", width {w.shape[0]}" for name, w in weights.items() if name.endswith("x_embedder.proj.weight")), ""
+    )
+    return f"{len(weights)} tensors, {len(blocks)} blocks{width}"
 
 
 def _shape(tensor: Tensor) -> str:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -77,7 +77,7 @@ def _split_optional(hint: Any) -> tuple[Any, bool]:
 
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
-    kind, _ = _split_optional(hint)
+    kind, optional = _split_optional(hint)
     help_text = field.metadata["help"].replace("%", "%%")
     if field.default is not None:
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
@@ -90,10 +90,20 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
         options |= {"type": items[0], "nargs": "+" if Ellipsis in items else len(items), "action": _TupleAction}
         options["metavar"] = items[0].__name__.upper()
     else:
-        options |= {"type": kind, "choices": field.metadata["choices"]}
+        options |= {"type": _or_auto(kind) if optional and kind is int else kind, "choices": field.metadata["choices"]}
         if not field.metadata["choices"]:
             options["metavar"] = "PATH" if kind is Path else kind.__name__.upper()
     parser.add_argument(flag_name(field.name), **options)
+
+
+def _or_auto(kind: type[int]) -> Callable[[str], int | None]:
+    """A number, or the word "auto" for none."""
+
+    def parse(text: str) -> int | None:
+        return None if text == "auto" else kind(text)
+
+    parse.__name__ = kind.__name__  # for argparse's message
+    return parse
 
 
 class _TupleAction(argparse.Action):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -122,6 +122,25 @@ def broadcast(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def by_main(work: Callable[[], T]) -> T:
+    """What `work` returns on the main process, on every process; small and picklable.
+
+    Raises:
+        UserError: on every process, if it was raised on the main one.
+    """
+    result: list[T] = []
+    problem = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result.append(work())
+        except UserError as error:
+            problem = str(error)
+    result, problem = broadcast((result, problem))
+    if problem is not None:
+        raise UserError(problem)
+    return result[0]
 
 
 @cache

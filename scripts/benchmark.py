@@ -1,7 +1,8 @@
-"""Times the network, a training step, optimizer and average, and the loaders, each beside a plain baseline.
+"""Times the network, a training step, optimizer and average, loaders and sampling, each beside a plain baseline.
 
     python scripts/benchmark.py --model DiT-S/2 --batch-size 8
     python scripts/benchmark.py --only forward,train_step --against ../DiT     # a checkout of facebookresearch/DiT
+    python scripts/benchmark.py --only sampling --against ../DiT               # the loop around the network, the .npz
 
 Cases that are compared run in turn (A B C, A B C, ...) in one process on the same weights and inputs, and must agree
 before they are timed. A time is the median over rounds: of CPU time on one thread, which neighbours on the machine
@@ -32,13 +33,16 @@ from benchmarks.cases import (
 )
 from benchmarks.official import official_network
 from benchmarks.report import headline, machine_info, markdown, report, write_report
+from benchmarks.sampling import file_rows, loop_cases
 from benchmarks.timing import Case, Clock, Row, choose_clock, measure, process_seconds
 from models import model_config
 from runtime.config import flag_name, parse_config, setting, to_dict
 from runtime.errors import blame, run
 from runtime.files import check_writable
 
-GROUPS = ("forward", "train_step", "optimizer", "loader")
+GROUPS = ("forward", "train_step", "optimizer", "loader", "sampling")
+OF_NO_NETWORK = {"loader", "sampling"}
+LOOP_IMAGES = 2  # where what surrounds the network weighs most
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ class BenchmarkConfig:
         unknown = sorted(set(self.groups) - set(GROUPS))
         if unknown:
             raise ValueError(f"--only {self.only}: unknown group {unknown[0]!r}; choose from {', '.join(GROUPS)}")
-        if self.against is not None and not {"forward", "train_step"} & set(self.groups):
-            raise ValueError(f"--against {self.against}: has no effect without the forward or train_step group")
+        if self.against is not None and not {"forward", "train_step", "sampling"} & set(self.groups):
+            raise ValueError(f"--against {self.against}: has no effect without forward, train_step or sampling")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: PyTorch sees no GPU here")
 
@@ -99,6 +103,14 @@ def loader_rows(rounds: int) -> tuple[list[Row], list[str]]:
         return measure("loader", cases, rounds, process_seconds), skipped
 
 
+def sampling_rows(config: BenchmarkConfig, device: torch.device, clock: Clock) -> tuple[list[Row], list[str]]:
+    """The loop around the network on the device, and the file at the end on one CPU thread."""
+    cases, skipped = loop_cases(device, LOOP_IMAGES, config.against)
+    rows = measure("sampling", cases, config.rounds, clock)
+    more, lacking = file_rows(lambda cases: measure("sampling", cases, config.rounds, process_seconds))
+    return rows + more, skipped + lacking
+
+
 def main(argv: Sequence[str]) -> None:
     """Parses flags, measures, prints the table, writes the JSON."""
     config = parse_config(BenchmarkConfig, argv, program="benchmark.py", description=__doc__.split("\n")[0])
@@ -109,10 +121,15 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(config.threads)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     clock_name, clock = choose_clock(device, config.threads)
-    rows, skipped = network_rows(config, device, clock) if set(config.groups) - {"loader"} else ([], [])
-    if "loader" in config.groups:
-        more_rows, more_skipped = loader_rows(config.rounds)
-        rows, skipped = rows + more_rows, skipped + more_skipped
+    rows, skipped = network_rows(config, device, clock) if set(config.groups) - OF_NO_NETWORK else ([], [])
+    others: dict[str, Callable[[], tuple[list[Row], list[str]]]] = {
+        "loader": lambda: loader_rows(config.rounds),
+        "sampling": lambda: sampling_rows(config, device, clock),
+    }
+    for group in config.groups:
+        if group in others:
+            more_rows, more_skipped = others[group]()
+            rows, skipped = rows + more_rows, skipped + more_skipped
     # Paths are the user's own and say nothing about the numbers
     settings = {**to_dict(config), "against": config.against is not None, "output": None}
     document = report(settings, machine_info(device, clock_name), rows, skipped)

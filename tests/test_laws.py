@@ -11,6 +11,7 @@ from diffusion import GaussianDiffusion, ImageNoise, create_diffusion, guided, s
 from diffusion.refresh import every_nth
 from diffusion.sampling import Sampler
 from models import Network
+from pipeline import SAMPLERS, SamplingConfig
 from tests.dispatch_trace import DispatchTrace
 from tests.golden_data import assert_close
 from tests.networks import debug_name, debug_network, randomise
@@ -29,8 +30,9 @@ def process_for(network: Network, steps: int = STEPS) -> GaussianDiffusion:
 
 
 def samplers_for(network: Network, steps: int = STEPS) -> dict[str, Sampler]:
-    process, convention = process_for(network, steps), network.time_convention
-    return {"ancestral": process.ancestral(convention=convention), "ddim": process.ddim(convention=convention)}
+    """Every sampler of the command line."""
+    process, config = process_for(network, steps), SamplingConfig(ckpt=Path("any"))
+    return {name: row.make(process, config, False, network.time_convention) for name, row in SAMPLERS.items()}
 
 
 def inputs(network: Network, rows: int = 3) -> tuple[Tensor, float, Tensor]:
@@ -56,7 +58,7 @@ def test_reuse_identity(network: Network) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_refreshing_at_every_evaluation_is_no_caching(network: Network, sampler: str, scale: float) -> None:
     y, run = torch.tensor([1, 2]), samplers_for(network)[sampler]
     denoise = guided(network, y, network.null_class, scale)
@@ -111,7 +113,7 @@ def test_evaluating_leaves_arguments_and_weights_alone(network: Network) -> None
 
 @torch.no_grad()
 def test_results_do_not_depend_on_how_a_batch_is_cut(network: Network) -> None:
-    y, run = torch.tensor([1, 2, 3, 4, 5]), samplers_for(network)["ancestral"]
+    y, run = torch.tensor([1, 2, 3, 4, 5]), samplers_for(network)["ddpm"]
     prepared = network.for_sampling(run.times)
 
     def sampled(indices: list[int]) -> Tensor:
@@ -158,7 +160,7 @@ def test_an_evaluation_at_a_number_makes_nobody_wait(network: Network) -> None:
     assert trace.waits() == []
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_sampling_step_makes_nobody_wait(network: Network, sampler: str) -> None:
     """No value is read back, no tensor made of Python data, none moved between devices or dtypes."""
     steps = 2 * ImageNoise.STEPS_PER_DRAW
@@ -176,7 +178,7 @@ def test_a_sampling_step_makes_nobody_wait(network: Network, sampler: str) -> No
     assert trace.waits() == []
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_sampling_step_touches_one_device(network: Network, sampler: str) -> None:
     """On the meta device a tensor from elsewhere cannot hide: everything must be there already."""
     run = samplers_for(network)[sampler]

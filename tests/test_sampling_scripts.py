@@ -1,6 +1,7 @@
 """sample.py and sample_ddp.py end to end."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 import models
+import pipeline
 import sample
 import sample_ddp
 import train
@@ -16,8 +18,10 @@ from diffusion import guided
 from models import create_model
 from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.errors import run
+from tests.golden_data import assert_close
 from tests.networks import debug_name, randomise
 from tests.processes import run_script
+from tests.runtime.test_checkpoint import Bomb
 
 
 def write_checkpoint(path, **overrides):
@@ -27,6 +31,7 @@ def write_checkpoint(path, **overrides):
         "model": {"name": "DiT-digits/2", **dataclasses.asdict(network.config)},
         "process": {"name": "gaussian", "noise_schedule": "linear", "predict_xstart": False, "learn_sigma": False},
         "data": {"vae": "none", "image_shape": [1, 8, 8]},
+        "step": 7,
     }
     other = {name: 1.1 * tensor for name, tensor in network.state_dict().items()}
     save_checkpoint(path, {"ema": network.state_dict(), "model": other}, meta)
@@ -54,25 +59,165 @@ def test_npz_holds_exactly_the_images_and_their_labels(ckpt, tmp_path):
     assert len({image.tobytes() for image in images}) == 23
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.npz"]
     settings = json.loads((tmp_path / "a.json").read_text())
-    assert settings["config"]["cfg_scale"] == 1.5 and settings["config"]["model"] == "DiT-digits/2"
-    assert settings["run"]["world_size"] == 1
+    config, checkpoint = settings["config"], settings["checkpoint"]
+    assert (config["cfg_scale"], config["model"], config["sampler"]) == (1.5, "DiT-digits/2", "ddpm")
+    assert checkpoint["sha256"] == hashlib.sha256(ckpt.read_bytes()).hexdigest() and checkpoint["step"] == 7
+    assert settings["versions"]["torch"] == torch.__version__
+    assert settings["run"]["world_size"] == 1 and settings["run"]["images"] == 23
+    assert settings["run"]["images_per_second"] > 0
 
 
-@pytest.mark.parametrize("sampler", [["--sampler", "ddpm"], ["--sampler", "ddim", "--eta", "0.5"]])
-def test_one_process_and_two_write_the_same_bytes(ckpt, tmp_path, sampler):
+OPTIONS = "--num-fid-samples 23 --num-sampling-steps 6 --per-proc-batch-size 5".split()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sampler"), [(2, ["--sampler", "ddim", "--eta", "0.5"]), (3, ["--sampler", "dpm++"])]
+)
+def test_any_number_of_processes_writes_the_same_bytes(ckpt, tmp_path, ranks, sampler):
     draw(ckpt, tmp_path / "one.npz", *sampler)
-    argv = ["--ckpt", str(ckpt), "--output", str(tmp_path / "two.npz"), "--num-fid-samples", "23", *sampler]
-    argv += "--num-sampling-steps 6 --per-proc-batch-size 5".split()
-    done = run_script("sample_ddp.py", *argv, ranks=2, folder=tmp_path)
+    argv = ["--ckpt", str(ckpt), "--output", str(tmp_path / "many.npz"), *OPTIONS, *sampler]
+    done = run_script("sample_ddp.py", *argv, ranks=ranks, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "many.npz").read_bytes()
+    assert json.loads((tmp_path / "many.json").read_text())["run"]["world_size"] == ranks
+
+
+KILLED = """
+import os, signal, sys
+import sample_ddp
+from data.sample_file import SampleFile
+
+def kill_in(chunk, before_the_record):
+    write, npz_write, calls = SampleFile.write, None, []
+    def dying(self, number, images):
+        calls.append(number)
+        if len(calls) < chunk:
+            return write(self, number, images)
+        if before_the_record:
+            self._finished = self.partial / "nowhere" / "finished"  # the data is written, its record is not
+            try:
+                write(self, number, images)
+            except Exception:
+                pass
+        os.kill(os.getpid(), signal.SIGKILL)
+    SampleFile.write = dying
+
+kill_in(int(sys.argv[1]), sys.argv[2] == "True")
+sample_ddp.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize(("ranks", "before_the_record"), [(1, True), (2, False)])
+def test_a_killed_job_goes_on_by_the_same_command(ckpt, tmp_path, ranks, before_the_record, monkeypatch, capsys):
+    """SIGKILL at 60 %, between data and record or before both; then on any number of processes."""
+    draw(ckpt, tmp_path / "whole.npz")
+    (tmp_path / "killed.py").write_text(KILLED)
+    argv = ["--ckpt", str(ckpt), "--output", str(tmp_path / "a.npz"), *OPTIONS, "--device", "cpu"]
+    # of five chunks, one process dies in its fourth; of two, the one with three dies in its second
+    done = run_script(
+        tmp_path / "killed.py", str(4 // ranks), str(before_the_record), *argv, ranks=ranks, folder=tmp_path
+    )
+    assert done.returncode in (-9, 1) and not (tmp_path / "a.npz").exists()
+    finished = {
+        int(line.split()[0])
+        for path in (tmp_path / "a.partial").glob("finished.*")
+        for line in path.read_text().splitlines()
+        if line
+    }
+    assert 0 < len(finished) <= 3
+
+    made, denoise = [], pipeline.Pipeline.denoise
+    monkeypatch.setattr(
+        pipeline.Pipeline,
+        "denoise",
+        lambda self, seed, indices, labels: made.append(indices.start // 5) or denoise(self, seed, indices, labels),
+    )
+    assert run(sample_ddp.main, "sample_ddp.py", argv) == 0
+    assert made == sorted(set(range(5)) - finished)
+    assert f"{len(finished)} of 5 chunks are there" in capsys.readouterr().out
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert json.loads((tmp_path / "a.json").read_text())["run"]["images"] == min(23, 5 * len(made))
+    assert not (tmp_path / "a.partial").exists()
+
+
+def interrupted(ckpt, path, monkeypatch, chunks=2):
+    """A job that fails after some chunks, in this process."""
+    denoise, calls = pipeline.Pipeline.denoise, []
+
+    def failing(self, *args):
+        if len(calls) == chunks:
+            raise MemoryError
+        calls.append(1)
+        return denoise(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(pipeline.Pipeline, "denoise", failing)
+        draw(ckpt, path)
+
+
+def test_a_job_that_fails_leaves_what_is_finished_for_the_next_try(ckpt, tmp_path, monkeypatch):
+    interrupted(ckpt, tmp_path / "a.npz", monkeypatch)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.partial"]
+    images, _ = draw(ckpt, tmp_path / "a.npz")
+    assert np.array_equal(images, draw(ckpt, tmp_path / "b.npz")[0])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--cfg-scale", "2"], "--cfg-scale was 1.5, now 2.0"),
+        (["--sampler", "dpm++"], "--sampler was 'ddpm', now 'dpm++'"),
+        (["--weights", "model"], "--weights was 'ema', now 'model'"),
+        (["--ckpt", "{other}"], "--ckpt was '"),
+    ],
+)
+def test_other_settings_do_not_go_on_with_a_job(ckpt, tmp_path, monkeypatch, capsys, argv, words):
+    interrupted(ckpt, tmp_path / "a.npz", monkeypatch)
+    other = write_checkpoint(tmp_path / ckpt.name, class_dropout_prob=0.2)
+    options = ["--ckpt", str(ckpt), "--output", str(tmp_path / "a.npz"), "--device", "cpu", *OPTIONS]
+    options += [word.format(other=other) for word in argv]
+    assert run(sample_ddp.main, "sample_ddp.py", options) == 2
+    error = capsys.readouterr().err
+    assert words in error and "--overwrite throws it away" in error and error.count("\n") == 1
+    assert run(sample_ddp.main, "sample_ddp.py", [*options, "--overwrite"]) == 0
+
+
+def test_images_can_be_written_as_png_too(ckpt, tmp_path):
+    images, _ = draw(ckpt, tmp_path / "a.npz", "--save-png")
+    paths = sorted((tmp_path / "a").iterdir())
+    assert [path.name for path in paths] == [f"{i:06d}.png" for i in range(23)]
+    for path, image in zip(paths, images, strict=True):
+        with Image.open(path) as picture:
+            assert np.array_equal(np.asarray(picture), image[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("multiply_adds", "size"), [(118_621_000_000, 64), (524_500_000_000, 8), (10**15, 1), (10, 256)]
+)
+def test_the_automatic_batch_size_follows_from_the_network_alone(multiply_adds, size):
+    assert sample_ddp.auto_batch_size(multiply_adds) == size
+
+
+def test_the_automatic_batch_size_is_noted_as_a_number(ckpt, tmp_path):
+    draw(ckpt, tmp_path / "a.npz", "--per-proc-batch-size", "auto")
+    assert json.loads((tmp_path / "a.json").read_text())["config"]["per_proc_batch_size"] == 256
 
 
 def test_batch_size_moves_images_by_rounding_only(ckpt, tmp_path):
     images, labels = draw(ckpt, tmp_path / "a.npz")
-    others, same_labels = draw(ckpt, tmp_path / "b.npz", "--per-proc-batch-size", "23")
-    assert np.array_equal(labels, same_labels)
-    assert np.abs(images.astype(int) - others.astype(int)).max() <= 1
+    for size in ("1", "7", "32"):
+        others, same_labels = draw(ckpt, tmp_path / f"{size}.npz", "--per-proc-batch-size", size)
+        assert np.array_equal(labels, same_labels)
+        assert np.abs(images.astype(int) - others.astype(int)).max() <= 1
+
+
+def test_latents_do_not_depend_on_the_batch_beyond_rounding(ckpt):
+    made = pipeline.Pipeline(pipeline.SamplingConfig(ckpt=ckpt, num_sampling_steps="6"), torch.device("cpu"))
+    labels = torch.arange(23) % 10
+    whole = made.denoise(0, range(23), labels)
+    for size in (1, 7, 32):
+        parts = [made.denoise(0, range(i, min(i + size, 23)), labels[i : i + size]) for i in range(0, 23, size)]
+        assert_close(torch.cat(parts), whole)
 
 
 def test_a_prefix_of_a_job_is_the_smaller_job(ckpt, tmp_path):
@@ -108,16 +253,6 @@ def test_the_settings_beside_the_samples_can_be_given_back(ckpt, tmp_path):
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
-def test_a_job_that_fails_leaves_nothing_behind(ckpt, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise MemoryError
-
-    monkeypatch.setattr(sample_ddp.Pipeline, "__call__", fail)
-    with pytest.raises(MemoryError):
-        draw(ckpt, tmp_path / "a.npz")
-    assert not list(tmp_path.iterdir())
-
-
 def test_sample_writes_a_picture_of_one_of_each_class(ckpt, tmp_path, capsys):
     argv = ["--ckpt", str(ckpt), "--output", str(tmp_path / "a.png"), *"--num-sampling-steps 3 --device cpu".split()]
     assert run(sample.main, "sample.py", argv) == 0
@@ -130,7 +265,28 @@ def test_sample_writes_a_picture_of_one_of_each_class(ckpt, tmp_path, capsys):
         assert picture.size == (68, 134)
 
 
-@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+@pytest.mark.parametrize(
+    ("suffix", "frames", "size"), [("png", 1, (4 * 66 + 2, 3 * 66 + 2)), ("gif", 4, (3 * 66 + 2, 68))]
+)
+def test_a_trajectory_is_a_strip_or_an_animation(ckpt, tmp_path, suffix, frames, size):
+    path = tmp_path / f"steps.{suffix}"
+    argv = ["--ckpt", str(ckpt), "--output", str(tmp_path / "a.png"), "--trajectory", str(path), "--device", "cpu"]
+    argv += "--class-labels 1 2 3 --trajectory-frames 4 --num-sampling-steps 9".split()
+    assert run(sample.main, "sample.py", argv) == 0
+    with Image.open(tmp_path / "a.png") as whole, Image.open(path) as shown:
+        assert getattr(shown, "n_frames", 1) == frames and shown.size == size
+        last = np.asarray(whole)
+        if suffix == "gif":
+            shown.seek(3)
+            assert np.array_equal(np.asarray(shown.convert("L")), last)
+        else:  # a row an image: the last column is the result
+            column = np.concatenate([last[2:66, 66 * k + 2 : 66 * (k + 1)] for k in range(3)])
+            strip = np.concatenate([np.asarray(shown)[66 * k + 2 : 66 * (k + 1), 3 * 66 + 2 : -2] for k in range(3)])
+            assert np.array_equal(strip, column)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", f"steps.{suffix}"]
+
+
+@pytest.mark.parametrize("sampler", pipeline.SAMPLERS)
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_every_family_goes_from_training_to_samples_with_every_sampler(family, sampler, tmp_path):
     argv = ["--dataset", "digits", "--model", debug_name(family), "--results-dir", str(tmp_path), "--device", "cpu"]
@@ -144,7 +300,7 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
     network = randomise(create_model("DiT-debug/2", in_channels=3))
     torch.save({"ema": network.state_dict()}, tmp_path / "official.pt")
     scales = []
-    monkeypatch.setattr(sample, "guided", lambda *args: scales.append(args[3:]) or guided(*args))
+    monkeypatch.setattr(pipeline, "guided", lambda *args: scales.append(args[3:5]) or guided(*args))
     argv = ["--ckpt", str(tmp_path / "official.pt"), "--output", str(tmp_path / "a.png"), "--device", "cpu"]
     argv += "--model DiT-debug/2 --vae none --image-size 8 --num-classes 10 --num-sampling-steps 2".split()
     assert run(sample.main, "sample.py", argv) == 0
@@ -156,7 +312,20 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("", "--ckpt: required"),
+        ("", "--ckpt: required; give a checkpoint of train.py, an official file, or a released one"),
+        ("--model DiT-S/2", "--model DiT-S/2: no checkpoint of it for 256 pixels was released"),
+        ("--model DiT-XL/2 --image-size 250", "for 250 pixels was released"),
+        ("--model DyDiT-XL/2", "several checkpoints of it were released; choose by --ckpt: dydit_0.7"),
+        ("--ckpt ucf101-skip", "--ckpt ucf101-skip: is of the family Latte, which is not here yet"),
+        (
+            "--ckpt DiT-XL-2-256x256",
+            "fetch https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt by other means",
+        ),
+        ("--ckpt {ckpt} --sampler euler", "argument --sampler: invalid choice: 'euler'"),
+        ("--ckpt {ckpt} --guidance-interval 700 300", "--guidance-interval 700.0 300.0: must be two timesteps"),
+        ("--ckpt {ckpt} --guidance-interval 0 700 --cfg-scale 1", "has no effect with --cfg-scale 1"),
+        ("--ckpt {ckpt} --cuda-graphs", "--cuda-graphs: needs a CUDA device"),
+        ("--ckpt {ckpt} --vae-batch-size 0", "--vae-batch-size 0: must be at least 1"),
         ("--ckpt nothing.pt", "--ckpt nothing.pt: no such file"),
         ("--ckpt {ckpt} --cfg-scale 0.5", "--cfg-scale 0.5: must be at least 1"),
         ("--ckpt {ckpt} --num-sampling-steps ddim0", "--num-sampling-steps ddim0: step spec 'ddim0'"),
@@ -168,7 +337,11 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
         ("--ckpt . --cfg-scale 2", "--ckpt .: is a folder; give a file in it"),
         ("--ckpt {ckpt} --model DiT-XL/2", "--model DiT-XL/2: --ckpt {ckpt} was trained with DiT-digits/2"),
         ("--ckpt {ckpt} --num-classes 5", "--num-classes 5: --ckpt {ckpt} was trained with 10"),
-        ("--ckpt {flat} --vae none --model DiT-debug/2 --image-size 8", "do not fit the model in"),
+        (
+            "--ckpt {flat} --vae none --model DiT-debug/2 --image-size 8",
+            "expected 52 tensors, 4 blocks, width 64, found 52",
+        ),
+        ("--ckpt {evil}", "--ckpt {evil}: refused, because it is no PyTorch file of plain tensors"),
         ("--ckpt {flat} --vae none --model DiT-nano/2", "--model DiT-nano/2: unknown model"),
         ("--ckpt {flat} --vae none --model DiT-debug/2 --image-size 9", "input_size 9 is not a multiple"),
         ("--ckpt {ckpt} --output {flat}/a.png", "cannot write there"),
@@ -179,7 +352,9 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, script, ckpt, tmp_path,
     monkeypatch.chdir(tmp_path)
     flat = tmp_path / "flat.pt"
     torch.save(create_model("DiT-digits/2", hidden_size=32).state_dict(), flat)
-    places = {"ckpt": ckpt, "flat": flat}
+    torch.save({"ema": Bomb(tmp_path / "exploded")}, tmp_path / "evil.pt")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    places = {"ckpt": ckpt, "flat": flat, "evil": tmp_path / "evil.pt"}
     name = f"{script.__name__}.py"
     if script is sample_ddp:
         argv = argv.replace("a.png", "a.npz")
@@ -188,6 +363,7 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, script, ckpt, tmp_path,
     assert error.startswith(f"{name}: error: ") and error.count("\n") == 1
     assert words.format(**places) in error
     assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("*.png"))
+    assert not (tmp_path / "exploded").exists()
 
 
 @pytest.mark.parametrize(
@@ -196,6 +372,8 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, script, ckpt, tmp_path,
         (["--output", "picture"], "--output picture: must end in .png"),
         (["--output", "a.xyz"], "must end in .png"),
         (["--columns", "-3"], "--columns -3: must be at least 1"),
+        (["--trajectory", "a.jpg"], "--trajectory a.jpg: must end in .png (a strip) or .gif"),
+        (["--trajectory-frames", "1"], "--trajectory-frames 1: must be at least 2"),
     ],
 )
 def test_a_picture_that_cannot_be_written_is_refused_before_sampling(ckpt, argv, words, capsys):

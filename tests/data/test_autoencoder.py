@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from data.autoencoder import Pixels, open_autoencoder
+from tests.golden_data import relative_error
 from tests.networks import small_autoencoder
 
 
@@ -21,6 +22,18 @@ def test_latents_are_a_scaled_sample_of_the_posterior(vae_folder):
         posterior = vae.encode(pixels).latent_dist
         assert torch.allclose(latents, (posterior.mean + posterior.std * noise) * 0.25)
         assert torch.allclose(autoencoder.decode(latents), vae.decode(latents / 0.25).sample)
+
+
+def test_in_bf16_it_decodes_to_the_same_pixels_within_its_precision(vae_folder):
+    plain, half = (open_autoencoder(str(vae_folder[0]), 16, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    latents = torch.randn(3, 4, 8, 8)
+    wanted, found = plain.decode(latents), half.decode(latents)
+    assert found.dtype == torch.float32 and half._vae.dtype == torch.bfloat16
+    assert 0 < relative_error(found, wanted) < 0.05
+    moments = half.moments(torch.randn(2, 3, 16, 16))
+    assert moments.dtype == torch.float32
+    weight = half._vae.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 def test_image_size_must_fit_the_factor(vae_folder):

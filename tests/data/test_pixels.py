@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.pixels import enlarge, from_uint8, grid, save_png, to_picture, to_uint8
+from data.pixels import enlarge, from_uint8, grid, save_gif, save_png, to_picture, to_uint8
 from tests import golden_data
 
 
@@ -47,3 +47,22 @@ def test_png_round_trip(tmp_path):
         with Image.open(tmp_path / "a.png") as file:
             assert np.array_equal(np.array(file).reshape(image.shape), image)
     assert enlarge(image[None], 3).shape == (1, 18, 12, 3)
+
+
+def test_an_animation_shows_every_image_and_the_last_one_longest(tmp_path):
+    images = [np.full((4, 6, 3), value, np.uint8) for value in (0, 100, 250)]
+    save_gif(images, tmp_path / "a.gif", milliseconds=50, last=900)
+    with Image.open(tmp_path / "a.gif") as shown:
+        assert (shown.n_frames, shown.size, shown.info["loop"]) == (3, (6, 4), 0)
+        for k, image in enumerate(images):
+            shown.seek(k)
+            assert np.array_equal(np.asarray(shown.convert("RGB")), image)
+            assert shown.info["duration"] == (900 if k == 2 else 50)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gif"]
+
+
+def test_pixels_are_converted_without_touching_the_argument():
+    x = torch.randn(2, 3, 4, 4)
+    copy = x.clone()
+    to_uint8(x)
+    assert torch.equal(x, copy)

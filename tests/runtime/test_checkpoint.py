@@ -56,6 +56,30 @@ def test_official_training_checkpoint_with_pickled_flags_and_wrapper_prefixes(tm
     assert same(read_checkpoint(path, "model").weights, other)
 
 
+@pytest.mark.parametrize("wrapper", ["", "_orig_mod."])
+def test_a_state_dict_that_holds_average_and_network_by_prefix(tmp_path, weights, wrapper):
+    other = {name: -tensor for name, tensor in weights.items()}
+    content = {f"ema_denoiser.{wrapper}{name}": tensor for name, tensor in weights.items()}
+    content |= {f"denoiser.{wrapper}{name}": tensor for name, tensor in other.items()}
+    content["trainer.proj.0.weight"] = torch.randn(2)
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": content, "epoch": 3, "optimizer_states": [{"state": {0: {"step": 1}}}]}, path)
+    assert same(read_checkpoint(path).weights, weights)
+    assert same(read_checkpoint(path, "model").weights, other)
+
+
+@pytest.mark.parametrize("mappable", [True, False])
+def test_files_are_mapped_where_their_format_allows(tmp_path, weights, mappable, monkeypatch):
+    """Of a training checkpoint of 11 GB, a quarter is read."""
+    path, load, mapped = tmp_path / "0050000.pt", torch.load, []
+    torch.save({"model": weights, "ema": weights, "opt": {}}, path, _use_new_zipfile_serialization=mappable)
+    monkeypatch.setattr(
+        torch, "load", lambda *args, **options: mapped.append(options["mmap"]) or load(*args, **options)
+    )
+    assert same(read_checkpoint(path).weights, weights)
+    assert mapped == [mappable]
+
+
 class Bomb:
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -128,7 +152,14 @@ def test_weights_of_another_architecture_are_diagnosed_in_one_line():
         load_weights(small, deep.state_dict(), "--ckpt x as DiT-debug/2")
     message = str(error.value)
     assert message.startswith("--ckpt x as DiT-debug/2: the weights do not fit") and "\n" not in message
-    assert message.count(";") == 2 and "unexpected blocks.4." in message
+    assert "expected 52 tensors, 4 blocks, width 64, found 62 tensors, 5 blocks, width 32: " in message
+    assert message.count(";") == 3 and "unexpected blocks.4." in message
+
+
+def test_the_model_that_weights_do_fit_is_named():
+    small, other = create_model("DiT-debug/2"), create_model("DiT-digits/2")
+    with pytest.raises(UserError, match="found those of DiT-digits/2, 52 tensors, 4 blocks, width 96: "):
+        load_weights(small, other.state_dict(), "x", lambda weights: "DiT-digits/2")
 
 
 def test_a_shape_mismatch_says_both_shapes():

@@ -16,6 +16,7 @@ class Example:
     kind: str = setting("a", "which", ("a", "b"))
     betas: tuple[float, float] = setting((0.9, 0.999), "two numbers")
     labels: tuple[int, ...] | None = setting(None, "some numbers")
+    size: int | None = setting(4, "a number, or auto")
     out: Path | None = setting(None, "a file")
 
     def __post_init__(self) -> None:
@@ -35,12 +36,22 @@ def test_every_kind_of_field_can_be_typed():
     typed = parse(
         *"--steps 3 --rate 0.5 --fast --kind b --betas 0.8 0.9 --labels 1 2 3 --out a/b.json".split(),
     )
-    assert typed == Example(3, 0.5, True, "b", (0.8, 0.9), (1, 2, 3), Path("a/b.json"))
+    assert typed == Example(3, 0.5, True, "b", (0.8, 0.9), (1, 2, 3), out=Path("a/b.json"))
     assert not parse("--no-fast").fast
 
 
+def test_an_optional_number_may_be_left_to_the_program(tmp_path, capsys):
+    assert parse("--size", "7").size == 7 and parse("--size", "auto").size is None
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(parse("--size", "auto"))))
+    assert parse("--config", str(tmp_path / "config.json")).size is None
+    with pytest.raises(UserError, match="argument --size: invalid int value: 'many'"):
+        parse("--size", "many")
+    with pytest.raises(UserError, match="argument --steps: invalid int value: 'auto'"):
+        parse("--steps", "auto")
+
+
 def test_a_config_given_back_is_the_same_config(tmp_path):
-    config = Example(3, 0.5, True, "b", (0.8, 0.9), (1, 2), Path("a"))
+    config = Example(3, 0.5, True, "b", (0.8, 0.9), (1, 2), out=Path("a"))
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_dict(config)))
     assert parse("--config", str(path)) == config

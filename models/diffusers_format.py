@@ -1,0 +1,99 @@
+"""DiT's weights under the names of diffusers' DiTTransformer2DModel, and what that class needs to compute the same.
+
+It repeats the timestep and label embedders in every block, keeps q, k and v apart, and computes positions itself. Its
+timestep frequencies end at 1/10000, where the official ones would reach it one place later; the number that decides it
+(`downscale_freq_shift`) is not part of a saved config, so whoever loads the weights has to set it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.dit import DiT
+
+NORM_EPS = 1e-6  # of the official layer norms; the default there is 1e-5
+
+# Our names in a block -> theirs; those of the timestep embedder stand outside the blocks here
+_IN_BLOCK = {
+    "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
+    "adaLN_modulation.1": "norm1.linear",
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+_OUTSIDE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+
+
+def to_diffusers(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Our parameters under diffusers' names: embedders copied into every block, qkv cut in three, positions dropped.
+
+    Args:
+        weights: a DiT's state dict.
+        depth: number of blocks.
+    """
+    mapped: dict[str, Tensor] = {}
+    for kind in ("weight", "bias"):
+        mapped |= {f"{theirs}.{kind}": weights[f"{ours}.{kind}"] for ours, theirs in _OUTSIDE.items()}
+        for i in range(depth):
+            for ours, theirs in _IN_BLOCK.items():
+                source = ours if ours.startswith("t_embedder") else f"blocks.{i}.{ours}"
+                mapped[f"transformer_blocks.{i}.{theirs}.{kind}"] = weights[f"{source}.{kind}"]
+            for part, third in zip("qkv", weights[f"blocks.{i}.attn.qkv.{kind}"].chunk(3), strict=True):
+                mapped[f"transformer_blocks.{i}.attn1.to_{part}.{kind}"] = third
+    for i in range(depth):
+        labels = f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight"
+        mapped[labels] = weights["y_embedder.embedding_table.weight"]
+    return mapped
+
+
+def diffusers_config(network: DiT) -> dict[str, Any]:
+    """Arguments of DiTTransformer2DModel for a network.
+
+    Raises:
+        ValueError: if there is no such model there.
+    """
+    config = network.config
+    if config.class_dropout_prob == 0:
+        raise ValueError("diffusers' DiT has a null class, which a network with class_dropout_prob 0 has no row for")
+    if config.mlp_ratio != 4:
+        raise ValueError(f"diffusers' DiT has an mlp_ratio of 4, not {config.mlp_ratio}")
+    return {
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.hidden_size // config.num_heads,
+        "in_channels": config.in_channels,
+        "out_channels": network.out_channels,
+        "num_layers": config.depth,
+        "sample_size": config.input_size,
+        "patch_size": config.patch_size,
+        "num_embeds_ada_norm": config.num_classes,
+        "norm_eps": NORM_EPS,
+    }
+
+
+def correct_timesteps(transformer: nn.Module) -> nn.Module:
+    """Sets what no saved config carries; to be called on a DiTTransformer2DModel after it was loaded."""
+    blocks: Any = transformer.transformer_blocks
+    for block in blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return transformer
+
+
+def diffusers_twin(network: DiT) -> nn.Module:
+    """The network of diffusers with the weights of ours, computing the same.
+
+    Raises:
+        ValueError: if there is no such model there.
+    """
+    from diffusers import DiTTransformer2DModel  # heavy, and only exports need it
+
+    twin: Any = DiTTransformer2DModel(**diffusers_config(network))
+    twin.load_state_dict(to_diffusers(network.state_dict(), network.config.depth))
+    return correct_timesteps(twin.eval())

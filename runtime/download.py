@@ -1,0 +1,220 @@
+"""Large files from the network: resumed where a broken attempt stopped, checked, and never half under their name."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+from runtime.errors import UserError
+from runtime.files import atomic_path
+from runtime.releases import Release
+
+BLOCK = 1 << 20
+ATTEMPTS = 4  # in a row without a byte of progress
+TIMEOUT_SECONDS = 30
+SIZE_TOLERANCE = 0.03  # sizes in the table are rounded
+
+
+class DownloadError(Exception):
+    """Why a file could not be had; what arrived so far is kept for the next try."""
+
+
+def obtain(release: Release, folder: Path, say: Callable[[str], None] = print) -> Path:
+    """The release's file on this machine; downloaded first if it is not there.
+
+    Args:
+        release: which.
+        folder: where downloads lie.
+        say: told before a download starts.
+
+    Returns:
+        Its path. Beside it, as FILE.json, lie the source, size and SHA-256 of what was downloaded.
+
+    Raises:
+        UserError: if it cannot be had, with its address and where to put it; if its hash is not the one in the table,
+            or its size not what it was when it was downloaded.
+    """
+    path = folder / release.file
+    if path.is_file():
+        _check_size(path)
+        return path
+    size = f"{release.gigabytes:.2f} GB" if release.gigabytes else "size unknown"
+    say(f"Downloading {release.address} ({size}) to {path}")
+    try:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise DownloadError("HF_HUB_OFFLINE forbids it")
+        folder.mkdir(parents=True, exist_ok=True)
+        if release.hub is None:
+            download(release.address, path, gigabytes=release.gigabytes)
+        else:
+            download_from_hub(*release.hub, path)
+    except (DownloadError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--ckpt {release.name}: cannot download it ({reason}); fetch {release.address} by other means "
+            f"and put it at {path}"
+        ) from error
+    digest = sha256_of(path)
+    if release.sha256 not in (None, digest):
+        path.unlink()
+        raise UserError(
+            f"--ckpt {release.name}: what {release.address} gave has SHA-256 {digest}, not {release.sha256}; "
+            "it was deleted"
+        )
+    record = {"source": release.address, "bytes": path.stat().st_size, "sha256": digest}
+    with atomic_path(record_path(path)) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    say(f"Downloaded {path.name}, SHA-256 {digest}")
+    return path
+
+
+def record_path(path: Path) -> Path:
+    """Where source, size and hash of a download are noted."""
+    return path.with_name(f"{path.name}.json")
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What was noted about a download; None for files that came another way."""
+    record = record_path(path)
+    return json.loads(record.read_text()) if record.is_file() else None
+
+
+def _check_size(path: Path) -> None:
+    record = read_record(path)
+    if record is not None and record["bytes"] != path.stat().st_size:
+        raise UserError(
+            f"--ckpt {path}: has {path.stat().st_size:,} bytes, and had {record['bytes']:,} when it was downloaded; "
+            "delete it to download it again"
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(url: str, path: Path, *, gigabytes: float | None = None, pause: float = 1.0) -> None:
+    """Downloads one file under a temporary name, going on where an earlier attempt stopped.
+
+    Args:
+        url: http(s) address.
+        path: final name; FILE.part beside it holds what arrived so far, FILE.part.tag what the server said it was.
+        gigabytes: about how large it must be; a login page is not a checkpoint.
+        pause: seconds before the first new attempt; doubled for each further one.
+
+    Raises:
+        DownloadError: if the server cannot be reached, has no such file, breaks off again and again, or offers a file
+            of another size; or if another process is downloading the same file.
+    """
+    part = path.with_name(f"{path.name}.part")
+    with part.open("ab+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DownloadError(f"another process is downloading it to {part}") from None
+        failures = 0
+        while True:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                _fetch(url, file, part.with_name(f"{part.name}.tag"), path.name, gigabytes)
+                break
+            except urllib.error.HTTPError as error:
+                if error.code == 416:  # nothing behind what is here: all of it, or of another file
+                    if before == _whole_size(error):
+                        break
+                    file.truncate(0)
+                elif error.code < 500:
+                    raise DownloadError(f"the server says {error.code} {error.reason}") from error
+                reason = f"the server says {error.code} {error.reason}"
+            except (OSError, EOFError) as error:
+                reason = str(getattr(error, "reason", error)) or type(error).__name__
+            failures = 0 if file.seek(0, os.SEEK_END) > before else failures + 1
+            if failures >= ATTEMPTS:
+                have = file.seek(0, os.SEEK_END)
+                raise DownloadError(f"{reason}; {have:,} bytes are in {part}, and the same command goes on")
+            time.sleep(pause * 2**failures)
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(part, path)
+    part.with_name(f"{part.name}.tag").unlink(missing_ok=True)
+
+
+def _whole_size(error: urllib.error.HTTPError) -> int | None:
+    """Of the file that the server has, from an answer to a range that it lacks: "bytes */1234"."""
+    _, _, size = error.headers.get("Content-Range", "").rpartition("/")
+    return int(size) if size.isdigit() else None
+
+
+def _fetch(url: str, file: BinaryIO, tag_path: Path, name: str, gigabytes: float | None) -> None:
+    """Appends what is missing; EOFError if the connection ends early."""
+    have = file.seek(0, os.SEEK_END)
+    tag = tag_path.read_text() if tag_path.is_file() else ""
+    headers = {"User-Agent": "dit-family", "Accept-Encoding": "identity"}
+    if have and tag:
+        headers |= {"Range": f"bytes={have}-", "If-Range": tag}  # a file that changed meanwhile comes whole
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS) as response:
+        if response.status != 206:
+            have = 0
+            file.truncate(0)
+        length = response.headers.get("Content-Length")
+        if length is None:
+            raise DownloadError("the server does not say how large it is")
+        total = have + int(length)
+        if gigabytes is not None and abs(total / (gigabytes * 1e9) - 1) > SIZE_TOLERANCE:
+            file.truncate(0)
+            raise DownloadError(f"the server offers {total:,} bytes, not about {gigabytes} GB")
+        free = shutil.disk_usage(tag_path.parent).free
+        if total - have > free:
+            raise DownloadError(f"{total - have:,} bytes are missing, and {free:,} are free on the disk")
+        tag_path.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+        with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=name, disable=None) as bar:
+            while block := response.read(BLOCK):
+                file.write(block)
+                have += len(block)
+                bar.update(len(block))
+    if have < total:
+        raise EOFError(f"the connection ended after {have:,} of {total:,} bytes")
+
+
+def download_from_hub(repository: str, pattern: str, path: Path) -> None:
+    """Downloads one file of a repository on the Hugging Face hub, by its own client (resumes, checks, mirrors, tokens).
+
+    Args:
+        repository: "owner/name".
+        pattern: the file's path there, or a pattern that one file fits.
+        path: final name.
+
+    Raises:
+        DownloadError: if it cannot be had, or the pattern fits none or several.
+    """
+    from huggingface_hub import HfApi, hf_hub_download  # heavy, and only downloads need it
+
+    staging = path.with_name(f".{path.name}.hub")  # beside the final name, so that the last step is a rename
+    try:
+        name = pattern
+        if "*" in pattern:
+            files = HfApi().list_repo_files(repository)
+            found = [name for name in files if fnmatchcase(name, pattern)]
+            if len(found) != 1:
+                raise DownloadError(f"{len(found)} files there are {pattern}: {', '.join(found) or 'none'}")
+            name = found[0]
+        fetched = hf_hub_download(repository, name, local_dir=staging)
+    except DownloadError:
+        raise
+    except Exception as error:  # of its own, of httpx or of requests, by its version
+        raise DownloadError((str(error) or type(error).__name__).splitlines()[0]) from error
+    os.replace(fetched, path)
+    shutil.rmtree(staging)

@@ -1,0 +1,262 @@
+"""Downloads, from a server on this machine that breaks off, refuses, or has another file by now; and from the hub.
+
+The hub's client is replaced by a stand-in with its signature: where it connects to is fixed when it is imported.
+"""
+
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime import download as download_module
+from runtime.download import DownloadError, download, obtain, read_record
+from runtime.errors import UserError
+from runtime.releases import Preset, Release
+
+CONTENT = bytes(range(256)) * 40
+PRESET = Preset("ddpm", "250", 1.5, 3)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `content` everywhere.
+
+    Attributes:
+        cut: the next answer ends after this many bytes.
+        status: the next answer, if not 200 or 206.
+        ranges: the Range header of each request; "" for none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.tag = CONTENT, '"1"'
+        self.cut: list[int] = []
+        self.status: list[int] = []
+        self.ranges: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        server = self.server
+        asked = self.headers.get("Range", "")
+        server.ranges.append(asked)
+        if server.status:
+            self.send_error(server.status.pop(0))
+            return
+        start = 0
+        if asked and self.headers.get("If-Range") in (None, server.tag):
+            start = int(asked.removeprefix("bytes=").split("-")[0])
+            if start >= len(server.content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(server.content)}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(server.content) - start))
+        self.send_header("ETag", server.tag)
+        self.end_headers()
+        stop = start + server.cut.pop(0) if server.cut else len(server.content)
+        self.wfile.write(server.content[start:stop])
+
+    def log_message(self, *args: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_arrives_whole_and_alone(server: Server, tmp_path: Path) -> None:
+    download(f"{server.url}/a.pt", tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").read_bytes() == CONTENT and names(tmp_path) == ["a.pt"]
+
+
+def test_a_connection_that_breaks_off_is_taken_up_where_it_broke(server: Server, tmp_path: Path) -> None:
+    server.cut = [1000, 0, 3000]
+    download(f"{server.url}/a.pt", tmp_path / "a.pt", pause=0)
+    assert (tmp_path / "a.pt").read_bytes() == CONTENT
+    assert server.ranges == ["", "bytes=1000-", "bytes=1000-", "bytes=4000-"]
+
+
+def test_what_an_earlier_process_left_is_gone_on_with(server: Server, tmp_path: Path) -> None:
+    server.cut = [700] + [0] * download_module.ATTEMPTS
+    with pytest.raises(DownloadError, match=r"700 bytes are in .*a\.pt\.part, and the same command goes on"):
+        download(f"{server.url}/a.pt", tmp_path / "a.pt", pause=0)
+    assert names(tmp_path) == ["a.pt.part", "a.pt.part.tag"]
+    download(f"{server.url}/a.pt", tmp_path / "a.pt")
+    assert server.ranges[-1] == "bytes=700-"
+    assert (tmp_path / "a.pt").read_bytes() == CONTENT and names(tmp_path) == ["a.pt"]
+
+
+def test_a_kill_between_the_last_byte_and_the_final_name_costs_nothing(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "a.pt.part").write_bytes(CONTENT)
+    (tmp_path / "a.pt.part.tag").write_text('"1"')
+    download(f"{server.url}/a.pt", tmp_path / "a.pt", pause=0)
+    assert (tmp_path / "a.pt").read_bytes() == CONTENT and server.ranges == [f"bytes={len(CONTENT)}-"]
+
+
+@pytest.mark.parametrize("part", [CONTENT[:500], CONTENT + b"too much"])
+def test_a_file_that_changed_on_the_server_is_begun_anew(part: bytes, server: Server, tmp_path: Path) -> None:
+    (tmp_path / "a.pt.part").write_bytes(part)
+    (tmp_path / "a.pt.part.tag").write_text('"0"')
+    download(f"{server.url}/a.pt", tmp_path / "a.pt", pause=0)
+    assert (tmp_path / "a.pt").read_bytes() == CONTENT
+
+
+def test_too_long_a_part_is_begun_anew(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "a.pt.part").write_bytes(CONTENT + b"too much")
+    (tmp_path / "a.pt.part.tag").write_text('"1"')
+    download(f"{server.url}/a.pt", tmp_path / "a.pt", pause=0)
+    assert (tmp_path / "a.pt").read_bytes() == CONTENT
+
+
+def test_a_server_in_trouble_is_asked_again_and_one_that_lacks_the_file_is_not(server: Server, tmp_path: Path) -> None:
+    server.status = [503, 500]
+    download(f"{server.url}/a.pt", tmp_path / "a.pt", pause=0)
+    server.status = [404]
+    with pytest.raises(DownloadError, match="the server says 404"):
+        download(f"{server.url}/b.pt", tmp_path / "b.pt", pause=0)
+    assert len(server.ranges) == 4
+
+
+def test_another_file_than_expected_is_refused_before_it_is_kept(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match=r"offers 10,240 bytes, not about 2.7 GB"):
+        download(f"{server.url}/a.pt", tmp_path / "a.pt", gigabytes=2.7, pause=0)
+    assert (tmp_path / "a.pt.part").stat().st_size == 0
+
+
+def test_a_full_disk_is_noticed_before_the_download(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 99})())
+    with pytest.raises(DownloadError, match="10,240 bytes are missing, and 99 are free"):
+        download(f"{server.url}/a.pt", tmp_path / "a.pt", pause=0)
+
+
+def test_two_processes_do_not_write_one_file(server: Server, tmp_path: Path) -> None:
+    import fcntl
+
+    with (tmp_path / "a.pt.part").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(DownloadError, match="another process is downloading it"):
+            download(f"{server.url}/a.pt", tmp_path / "a.pt", pause=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Releases
+
+
+def release(folder: str, **options: object) -> Release:
+    return Release("a.pt", "DiT", "DiT-XL/2", 256, "weights", folder, None, None, PRESET)._replace(**options)
+
+
+def test_a_release_is_downloaded_once_and_its_size_and_hash_are_noted(server: Server, tmp_path: Path) -> None:
+    said: list[str] = []
+    path = obtain(release(server.url), tmp_path / "new", said.append)
+    assert path.read_bytes() == CONTENT
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    assert read_record(path) == {"source": f"{server.url}/a.pt", "bytes": len(CONTENT), "sha256": digest}
+    assert f"{server.url}/a.pt (size unknown)" in said[0] and digest in said[1]
+    assert obtain(release("http://127.0.0.1:1"), tmp_path / "new", said.append) == path and len(said) == 2
+    path.write_bytes(CONTENT[:-1])
+    with pytest.raises(UserError, match="has 10,239 bytes, and had 10,240 when it was downloaded"):
+        obtain(release(server.url), tmp_path / "new", said.append)
+
+
+def test_a_file_that_came_another_way_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(b"x")
+    assert obtain(release("http://127.0.0.1:1"), tmp_path) == tmp_path / "a.pt"
+    assert read_record(tmp_path / "a.pt") is None
+
+
+def test_a_wrong_hash_is_refused_and_the_file_deleted(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has SHA-256 .*, not 00ff; it was deleted"):
+        obtain(release(server.url, sha256="00ff"), tmp_path, str)
+    assert names(tmp_path) == []
+    obtain(release(server.url, sha256=hashlib.sha256(CONTENT).hexdigest()), tmp_path, str)
+
+
+class Hub:
+    """Stands in for the hub's client.
+
+    Attributes:
+        files: in the repository "a/b"; None if the hub cannot be reached.
+    """
+
+    files: list[str] | None = None
+
+    def list_repo_files(self, repo_id: str) -> list[str]:
+        if repo_id != "a/b" or self.files is None:
+            raise RuntimeError("no connection\nand so on")
+        return self.files
+
+    def hf_hub_download(self, repo_id: str, filename: str, *, local_dir: Path) -> str:
+        if filename not in self.list_repo_files(repo_id):
+            raise FileNotFoundError(f"no {filename}")
+        path = local_dir / filename
+        path.parent.mkdir(parents=True)
+        path.write_bytes(CONTENT)
+        (local_dir / ".cache").mkdir()
+        return str(path)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
+    return hub
+
+
+@pytest.mark.parametrize(("folder", "there"), [("http://127.0.0.1:1", None), ("hub:a/b", None), ("hub:a/b", "*.ckpt")])
+@pytest.mark.parametrize("forbidden", ["1", "0"])
+def test_offline_says_address_and_place_in_one_line(
+    folder: str, there: str | None, forbidden: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download_module, "ATTEMPTS", 1)
+    monkeypatch.setenv("HF_HUB_OFFLINE", forbidden)
+    wanted = release(folder, there=there)
+    with pytest.raises(UserError) as error:
+        obtain(wanted, tmp_path, str)
+    message = str(error.value)
+    assert "\n" not in message and ("HF_HUB_OFFLINE forbids it" in message) == (forbidden == "1")
+    assert message.endswith(f"fetch {wanted.address} by other means and put it at {tmp_path / 'a.pt'}")
+    assert not (tmp_path / "a.pt").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"fetch http.* by other means and put it at .*file/a\.pt"):
+        obtain(release(server.url), tmp_path / "file", str)
+
+
+@pytest.mark.parametrize("there", ["last.ckpt", "*.ckpt"])
+def test_the_hub_s_own_client_fetches_from_the_hub(there: str, hub: Hub, tmp_path: Path) -> None:
+    hub.files = ["README.md", "folder/last.ckpt"]
+    path = obtain(release("hub:a/b/folder", there=there), tmp_path, str)
+    assert path.read_bytes() == CONTENT and names(tmp_path) == ["a.pt", "a.pt.json"]
+
+
+def test_a_pattern_that_fits_several_files_is_not_guessed_about(hub: Hub, tmp_path: Path) -> None:
+    hub.files = ["a.ckpt", "b.ckpt"]
+    with pytest.raises(UserError, match=r"2 files there are \*\.ckpt: a\.ckpt, b\.ckpt"):
+        obtain(release("hub:a/b", there="*.ckpt"), tmp_path, str)

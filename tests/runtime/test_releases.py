@@ -1,0 +1,76 @@
+"""The table of released checkpoints is consistent with itself, with the registry of models, and with the samplers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from runtime.errors import UserError
+from runtime.releases import RELEASES, Release, find_release, release_of_model
+
+COPIES = {"weights": 1, "ema": 1, "training": 4}  # of the parameters: weights, average, and Adam's two moments
+released = pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
+
+
+def test_names_and_files_are_unique() -> None:
+    assert len({release.name for release in RELEASES}) == len({release.file for release in RELEASES}) == len(RELEASES)
+    assert len({release.address for release in RELEASES}) == len(RELEASES)
+
+
+@released
+def test_a_release_is_found_by_its_name_and_by_its_file(release: Release) -> None:
+    assert find_release(release.name) is find_release(release.file) is release
+    assert find_release(f"{release.name}x") is None and find_release(f"./{release.file}") is None
+
+
+@released
+def test_a_release_says_where_it_is(release: Release) -> None:
+    assert release.address.startswith("https://") and "//" not in release.address.removeprefix("https://")
+    if release.there is None:
+        assert release.address.endswith(f"/{release.file}")
+    if release.hub is not None:
+        repository, path = release.hub
+        assert repository.count("/") == 1 and repository in release.address
+        assert Path(path).suffix == Path(release.file).suffix
+
+
+def test_wrong_official_links_are_put_right() -> None:
+    skip, video, sky = (find_release(name) for name in ("DiT-XL-2-skip", "Latte-skip", "skytimelapse-skip"))
+    assert skip and video and sky
+    assert skip.address.endswith("/DiT-XL-2-skip.pt") and skip.model == "Skip-DiT-XL/2"
+    assert video.address.endswith("/Latte-skip.pt") and video.family == "Latte"
+    assert sky.address.endswith("/skytimelapse-skip.pt")
+
+
+@released
+def test_values_are_possible(release: Release) -> None:
+    assert release.layout in {*COPIES, "lightning"} and release.image_size in (256, 512)
+    assert release.fid is None or 1 < release.fid < 10
+    assert release.sha256 is None or len(release.sha256) == 64
+    preset = release.preset
+    assert preset.cfg_scale >= 1 and preset.vae in ("ema", "mse")
+    assert preset.interval is None or 0 <= preset.interval[0] < preset.interval[1] <= 1000
+
+
+@released
+def test_a_release_of_a_family_that_is_here_fits_its_model_and_its_file_s_size(release: Release) -> None:
+    """The other families' rows are checked as soon as they enter the registry."""
+    if release.family not in models.FAMILIES:
+        assert release.model not in models.list_models()
+        return
+    assert release.model in models.FAMILIES[release.family].configs
+    with torch.device("meta"):
+        network = models.create_model(release.model, input_size=release.image_size // 8, **release.config)
+    if release.gigabytes is not None:
+        numbers = sum(parameter.numel() for parameter in network.parameters())
+        assert release.gigabytes * 1e9 == pytest.approx(4 * numbers * COPIES[release.layout], rel=0.005)
+
+
+def test_a_model_s_release_is_found_by_model_and_size() -> None:
+    assert release_of_model("DiT-XL/2", None).file == "DiT-XL-2-256x256.pt"
+    assert release_of_model("DiT-XL/2", 512).file == "DiT-XL-2-512x512.pt"
+    with pytest.raises(UserError, match=r"--model DiT-S/2: no checkpoint of it for 256 pixels .* DiT-XL/2 \(256 pix"):
+        release_of_model("DiT-S/2", 256)
+    with pytest.raises(UserError, match=r"several .* dydit_0\.7, new_dydit0\.7, new_dydit0\.5$"):
+        release_of_model("DyDiT-XL/2", None)
