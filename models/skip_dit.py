@@ -80,9 +80,9 @@ class SkipDiT(DiT):
 
     def __init__(self, config: SkipDiTConfig) -> None:
         super().__init__(config)
-        width, self.half = config.hidden_size, config.depth // 2
-        self.skip_norms = nn.ModuleList(SkipNorm(2 * width, eps=1e-6) for _ in range(self.half))
-        self.skip_linears = nn.ModuleList(SkipLinear(width) for _ in range(self.half))
+        width, self.num_units = config.hidden_size, config.depth // 2
+        self.skip_norms = nn.ModuleList(SkipNorm(2 * width, eps=1e-6) for _ in range(self.num_units))
+        self.skip_linears = nn.ModuleList(SkipLinear(width) for _ in range(self.num_units))
 
     def reset_parameters(self) -> None:
         """Draws all weights anew: DiT's as there, skip units as PyTorch does."""
@@ -119,17 +119,17 @@ class SkipDiT(DiT):
         """
         blocks = self.blocks_to_run(reused=state is not None)
         self.check_inputs(x, state, features_at, blocks)
-        features = None
+        features, half = None, self.num_units
         skips: list[Tensor] = []  # outputs of the first half; the last one in is the first one out
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         for i in blocks:
             if i == self.cache_at:
                 x = state = x if state is None else state
-            if i >= self.half:
-                x = self.run_block(partial(self.fuse, i - self.half), x, skips.pop())
+            if i >= half:
+                x = self.run_block(partial(self.fuse, i - half), x, skips.pop())
             x = self.run_block(self.blocks[i], x, c)
-            if i < self.half:
+            if i < half:
                 skips.append(x)
             if i + 1 == features_at:
                 features = x
@@ -152,12 +152,12 @@ class SkipDiT(DiT):
 
     def multiply_adds(self) -> dict[str, int]:
         """Multiply-adds of one forward of one image, by part."""
-        return {**super().multiply_adds(), "skip_units": self._cost_of_units(self.half)}
+        return {**super().multiply_adds(), "skip_units": self._cost_of_units(self.num_units)}
 
     def multiply_adds_with_state(self) -> dict[str, int]:
         """The same for an evaluation that is handed state."""
         blocks = self.blocks_to_run(reused=True)
-        units = sum(i >= self.half for i in blocks)
+        units = sum(i >= self.num_units for i in blocks)
         return {**self.cost_of_blocks(len(blocks)), "skip_units": self._cost_of_units(units)}
 
     def _cost_of_units(self, count: int) -> int:
@@ -165,7 +165,7 @@ class SkipDiT(DiT):
 
     def layer_norm_elements(self) -> int:
         """DiT's, and 2 T D in every skip unit."""
-        return super().layer_norm_elements() + self.half * 2 * self.pos_embed.shape[1] * self.config.hidden_size
+        return super().layer_norm_elements() + self.num_units * 2 * self.pos_embed.shape[1] * self.config.hidden_size
 
 
 DEPTH = {"depth": 8}  # enough blocks for some to be left out

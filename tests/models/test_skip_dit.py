@@ -77,7 +77,7 @@ def test_gradients_equal_the_recorded_ones(case: str) -> None:
     assert_close_elementwise(loss.detach(), golden["grad.loss"])
     recorded = {name.removeprefix("grad."): value for name, value in golden.items() if name.startswith("grad.")}
     del recorded["loss"]
-    assert len(recorded) == 2 + 4 * network.half
+    assert len(recorded) == 2 + 4 * network.num_units
     for name, value in recorded.items():
         gradient = network.get_parameter(name).grad
         assert gradient is not None
@@ -183,7 +183,7 @@ def test_what_cannot_be_built_is_refused(overrides: dict[str, int], message: str
 @torch.no_grad()
 def test_fresh_skip_units_are_initialised_as_pytorch_does() -> None:
     network = create_model("Skip-DiT-debug/2")
-    for unit in range(network.half):
+    for unit in range(network.num_units):
         norm, linear = network.skip_norms[unit], network.skip_linears[unit].linear
         assert torch.equal(norm.weight, torch.ones(128)) and not norm.bias.any()
         for parameter in (linear.weight, linear.bias):
@@ -268,6 +268,16 @@ def test_tokens_and_state_keep_their_precision_under_autocast() -> None:
         out = network(x, t, y)
     assert out.state.dtype == torch.float32 and {tokens.dtype for _, tokens, _ in seen} == {torch.float32}
     assert_close(out.sample.float(), reference, 0.03)
+
+
+@torch.no_grad()
+def test_a_network_cast_to_half_precision_stays_close() -> None:
+    network = debug_network("Skip-DiT")
+    x, t, y = inputs(network)
+    reference = network(x, t, y).sample
+    out = network.bfloat16()(x.bfloat16(), t, y)
+    assert out.sample.dtype == out.state.dtype == torch.bfloat16
+    assert_close(out.sample.float(), reference, 0.05)
 
 
 def test_every_trainable_parameter_takes_part() -> None:
