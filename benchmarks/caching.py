@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ def make_runs(
     schedules = {EVERY_STEP: always, **{f"N = {n}": skip_cache(network, sampler.times, n) for n in intervals}}
     runs = []
     for name, refresh in schedules.items():
-        blocks = count_blocks(network, lambda refresh=refresh: sample(refresh))
+        blocks = count_blocks(network, partial(sample, refresh))
         runs.append(CachedRun(name, refresh, blocks, network.executed_multiply_adds(refresh)))
     return runs
 
@@ -112,7 +113,7 @@ def measure_runs(
     runs: Sequence[CachedRun], sample: Callable[[tuple[bool, ...]], Tensor], rounds: int, clock: Clock
 ) -> list[CachedRow]:
     """Times the runs in turn; a speed-up is the median over rounds of the first run's time over a run's own."""
-    work = {run.name: (lambda refresh=run.refresh: sample(refresh)) for run in runs}
+    work = {run.name: partial(sample, run.refresh) for run in runs}
     interleave(work, WARM_UPS, clock)
     times = interleave(work, rounds, clock)
     first = runs[0]
