@@ -22,12 +22,15 @@ from models.contract import ModelOutput
 from models.dit import DiT, DiTConfig
 from models.layers import unpatchify
 
-LARGEST_DEFAULT_CACHE_DEPTH = 4  # what the released 28-block network was published with
+
+def default_cache_depth(depth: int) -> int:
+    """Blocks kept at each end: a quarter of the depth, and four at most, as the released 28-block network has."""
+    return max(1, min(4, depth // 4))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SkipDiTConfig(DiTConfig):
-    """Everything that fixes a Skip-DiT's parameters; `cache_depth` is 4, or a quarter of the depth if that is less.
+    """Everything that fixes a Skip-DiT's parameters, and what it keeps: `default_cache_depth` if left open.
 
     Raises:
         ValueError: naming the field, its value and what would be right.
@@ -36,8 +39,7 @@ class SkipDiTConfig(DiTConfig):
     def __post_init__(self) -> None:
         """Chooses `cache_depth` where it is left open, and refuses what cannot be built."""
         if self.cache_depth is None:
-            chosen = max(1, min(LARGEST_DEFAULT_CACHE_DEPTH, self.depth // 4))
-            object.__setattr__(self, "cache_depth", chosen)  # frozen for everybody else
+            object.__setattr__(self, "cache_depth", default_cache_depth(self.depth))  # frozen for everybody else
         if self.depth % 2:
             raise ValueError(f"depth {self.depth} must be even: every block of the second half has one in the first")
         super().__post_init__()

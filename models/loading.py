@@ -1,14 +1,45 @@
-"""Whose weights these are, told by the names of the parameters."""
+"""Networks out of checkpoints: whose weights a file holds, and a network filled with them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import torch
 
-from models import FAMILIES, create_model, list_models
+from models import FAMILIES, Network, create_model, family_of, list_models
+from runtime.checkpoint import Checkpoint, load_weights
+from runtime.errors import UserError, blame
+
+
+def restore(checkpoint: Checkpoint, source: str, model: str | None = None, **overrides: Any) -> Network:
+    """Builds the network that a checkpoint was made with, and fills it, strictly.
+
+    Args:
+        checkpoint: ours, or a foreign one.
+        source: flag and file, for messages.
+        model: registry name, for files that do not tell.
+        **overrides: fields of the family's config that change no parameter, such as `cache_depth`.
+
+    Returns:
+        The network on the CPU, in evaluation mode, its parameters frozen.
+
+    Raises:
+        UserError: if the file does not tell its model and none is given, is another family's, or does not fit.
+    """
+    settings: dict[str, Any] = {"name": model} if checkpoint.meta is None else dict(checkpoint.meta["model"])
+    name = settings.pop("name")
+    if name is None:
+        raise UserError(f"{source}: does not tell which model it is; give --model")
+    if model not in (None, name):
+        raise UserError(f"--model {model}: {source} was trained as {name}")
+    with blame(source):
+        network = create_model(name, **{**settings, **overrides})
+        check_family(name, checkpoint.weights)
+    load_weights(network, checkpoint.weights, f"{source} as {name}")
+    return network.eval().requires_grad_(False)
 
 
 def family_of_weights(names: Iterable[str]) -> str | None:
@@ -34,8 +65,8 @@ def check_family(model: str, names: Iterable[str]) -> None:
     Raises:
         ValueError: saying what the weights lack or have beyond the model, and which model to choose.
     """
-    wanted = next(family for family, row in FAMILIES.items() if model in row.configs)
-    found = family_of_weights(names)
+    row, found = family_of(model), family_of_weights(names)
+    (wanted,) = (family for family in FAMILIES if FAMILIES[family] is row)
     if found in (None, wanted):
         return
     assert found is not None
