@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from models import FAMILIES, Network, create_model, family_of, list_models
+from models import FAMILIES, Network, create_model, family_of, list_models, model_config
 from runtime.checkpoint import Checkpoint, load_weights
 from runtime.errors import UserError, blame
 
@@ -20,26 +21,56 @@ def restore(checkpoint: Checkpoint, source: str, model: str | None = None, **ove
     Args:
         checkpoint: ours, or a foreign one.
         source: flag and file, for messages.
-        model: registry name, for files that do not tell.
+        model: registry name, where the user gave one.
         **overrides: fields of the family's config that change no parameter, such as `cache_depth`.
 
     Returns:
         The network on the CPU, in evaluation mode, its parameters frozen.
 
     Raises:
-        UserError: if the file does not tell its model and none is given, is another family's, or does not fit.
+        UserError: if the file's model is unknown, is not the one given, or does not fit the weights.
     """
-    settings: dict[str, Any] = {"name": model} if checkpoint.meta is None else dict(checkpoint.meta["model"])
-    name = settings.pop("name")
-    if name is None:
-        raise UserError(f"{source}: does not tell which model it is; give --model")
-    if model not in (None, name):
-        raise UserError(f"--model {model}: {source} was trained as {name}")
+    name, settings = settings_of(checkpoint, source, model)
     with blame(source):
         network = create_model(name, **{**settings, **overrides})
         check_family(name, checkpoint.weights)
     load_weights(network, checkpoint.weights, f"{source} as {name}")
     return network.eval().requires_grad_(False)
+
+
+def settings_of(checkpoint: Checkpoint, source: str, model: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Registry name and overrides of the network that a checkpoint was made with.
+
+    Our files say them. For foreign ones it is the user's name, or else the model of their sizes, with its own settings.
+
+    Raises:
+        UserError: if the name is unknown, or not the one given.
+    """
+    if checkpoint.meta is not None:
+        settings = dict(checkpoint.meta["model"])
+        name = settings.pop("name")
+        if model not in (None, name):
+            raise UserError(f"--model {model}: {source} was trained as {name}")
+        return name, settings
+    name = model or model_of_weights(checkpoint.weights)
+    if name is None:
+        raise UserError(f"{source}: its names and sizes are those of no model in the registry")
+    return name, {}
+
+
+def model_of_weights(weights: Mapping[str, Tensor]) -> str | None:
+    """Finds the published model with these names, width, depth and patch size; None if there is none."""
+    family = family_of_weights(weights)
+    if family is None:
+        return None
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    width, _, patch, _ = weights["x_embedder.proj.weight"].shape
+    sizes = {"depth": depth, "hidden_size": width, "patch_size": patch}
+    for name in FAMILIES[family].configs:
+        config = model_config(name)
+        if all(getattr(config, field, None) == size for field, size in sizes.items()):
+            return name
+    return None
 
 
 def family_of_weights(names: Iterable[str]) -> str | None:

@@ -7,7 +7,7 @@ import torch
 
 import models
 from models import create_model
-from models.loading import check_family, family_of_weights, restore
+from models.loading import check_family, family_of_weights, model_of_weights, restore, settings_of
 from runtime.checkpoint import Checkpoint
 from runtime.errors import UserError
 from tests.networks import debug_name, debug_network
@@ -86,10 +86,23 @@ def test_a_foreign_file_is_named_by_the_user() -> None:
     assert isinstance(restore(foreign, "--ckpt x.pt", "Skip-DiT-debug/2"), models.SkipDiT)
 
 
+@pytest.mark.parametrize("name", ["DiT-S/4", "DiT-debug/2", "Skip-DiT-B/8", "Skip-DiT-digits/2"])
+def test_a_foreign_file_is_known_by_names_and_sizes(name: str) -> None:
+    with torch.device("meta"):
+        weights = create_model(name).state_dict()
+    assert model_of_weights(weights) == name
+    assert settings_of(Checkpoint(weights, None), "x") == (name, {})
+
+
+def test_sizes_of_nobody_are_nobody_s() -> None:
+    assert model_of_weights(create_model("DiT-debug/2", depth=3).state_dict()) is None
+    assert model_of_weights({"blocks.0.weight": torch.zeros(1)}) is None
+
+
 @pytest.mark.parametrize(
     ("held", "meta", "model", "overrides", "message"),
     [
-        ("DiT-debug/2", False, None, {}, r"^--ckpt x: does not tell which model it is; give --model$"),
+        ("unknown", False, None, {}, r"^--ckpt x: its names and sizes are those of no model in the registry$"),
         ("DiT-debug/2", True, "DiT-S/2", {}, r"^--model DiT-S/2: --ckpt x was trained as DiT-debug/2$"),
         (
             "DiT-debug/2",
@@ -106,6 +119,7 @@ def test_a_foreign_file_is_named_by_the_user() -> None:
 def test_what_does_not_fit_is_one_line(
     held: str, meta: bool, model: str | None, overrides: dict[str, int], message: str
 ) -> None:
-    file = checkpoint(held) if meta else checkpoint(held)._replace(meta=None)
+    file = checkpoint("DiT-debug/2", depth=2) if held == "unknown" else checkpoint(held)
+    file = file if meta else file._replace(meta=None)
     with pytest.raises(UserError, match=message):
         restore(file, "--ckpt x", model, **overrides)
