@@ -60,11 +60,11 @@ def settings_of(checkpoint: Checkpoint, source: str, model: str | None = None) -
 
 def model_of_weights(weights: Mapping[str, Tensor]) -> str | None:
     """Finds the published model with these names, width, depth and patch size; None if there is none."""
-    family = family_of_weights(weights)
-    if family is None:
+    family, patches = family_of_weights(weights), weights.get("x_embedder.proj.weight")
+    if family is None or patches is None or patches.ndim != 4:
         return None
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    width, _, patch, _ = weights["x_embedder.proj.weight"].shape
+    width, _, patch, _ = patches.shape
     sizes = {"depth": depth, "hidden_size": width, "patch_size": patch}
     for name in FAMILIES[family].configs:
         config = model_config(name)
