@@ -23,10 +23,10 @@ import torch
 
 from data.digits import NUM_CLASSES, load_digits
 from data.pixels import to_uint8
-from diffusion import ImageNoise, create_diffusion, guided, sample_loop, skip_cache
+from diffusion import GaussianDiffusion, ImageNoise, create_diffusion, guided, sample_loop, skip_cache
 from diffusion.sampling import Sampler
 from evaluator.digits import score_digits
-from models import Network
+from models import Network, TimeConvention
 from models.loading import restore
 from models.skip_dit import default_cache_depth
 from runtime.checkpoint import Checkpoint, read_checkpoint
@@ -35,7 +35,10 @@ from runtime.errors import UserError, blame, run
 from runtime.files import atomic_path, check_writable
 
 BATCH = 250
-NAME = "skip_cache"  # of the files
+SAMPLERS: dict[str, Callable[[GaussianDiffusion, TimeConvention], Sampler]] = {
+    "ddim": lambda process, convention: process.ddim(clip_denoised=True, convention=convention),
+    "ddpm": lambda process, convention: process.ancestral(clip_denoised=True, convention=convention),
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class CachedDigitsConfig:
     cache_interval: tuple[int, ...] = setting((2, 3, 4, 5, 6), "intervals N, beside no caching")
     cache_depth: int | None = setting(None, "blocks kept at an end; a quarter of the depth, and 4 at most")
     num_samples: int = setting(1000, "digits per checkpoint and interval, of all classes in turn")
-    num_sampling_steps: str = setting("ddim50", "step spec, for DDIM")
+    sampler: str = setting("ddim", "DDIM, or ancestral sampling", tuple(SAMPLERS))
+    num_sampling_steps: str = setting("ddim50", "step spec")
     cfg_scale: float = setting(1.1, "guidance scale; 1 is none")
     seed: int = setting(0, "seed of the noise")
     output_dir: Path = setting(Path("results/digits_skip_dit"), "where the table goes, as Markdown and JSON")
@@ -130,9 +134,7 @@ def score(path: Path, config: CachedDigitsConfig) -> list[CachedScores]:
     name, network, checkpoint = open_digits_network(path, config.cache_depth)
     assert checkpoint.meta is not None
     process = {key: value for key, value in checkpoint.meta["process"].items() if key != "name"}
-    sampler = create_diffusion(config.num_sampling_steps, **process).ddim(
-        clip_denoised=True, convention=network.time_convention
-    )
+    sampler = SAMPLERS[config.sampler](create_diffusion(config.num_sampling_steps, **process), network.time_convention)
     train, test = load_digits("train"), load_digits("test")
     rows: list[CachedScores] = []
     reference = None
@@ -196,14 +198,14 @@ def spread(values: Sequence[float | None], form: str) -> str:
 def main(argv: Sequence[str]) -> None:
     """Parses flags, samples, scores, prints and writes the table."""
     config = parse_config(CachedDigitsConfig, argv, program="digits_skip_cache.py", description=__doc__.split("\n")[0])
-    check_writable(config.output_dir / f"{NAME}.json", "--output-dir")
+    check_writable(config.output_dir / f"skip_cache_{config.sampler}.json", "--output-dir")
     for path in config.ckpt:
         open_digits_network(path, config.cache_depth)  # all of them, before any work
     rows = [row for path in config.ckpt for row in score(path, config)]
     text = table(rows)
     document: dict[str, Any] = {"settings": to_dict(config), "rows": [dataclasses.asdict(row) for row in rows]}
     for suffix, content in (("json", json.dumps(document, indent=2)), ("md", text)):
-        with atomic_path(config.output_dir / f"{NAME}.{suffix}") as temporary:
+        with atomic_path(config.output_dir / f"skip_cache_{config.sampler}.{suffix}") as temporary:
             temporary.write_text(content + "\n")
     print(text)
 

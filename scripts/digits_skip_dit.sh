@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Skip-DiT beside a plain DiT of the same depth on the embedded digits, three seeds of each, trained for the quick start's
-# 3,000 steps. Both are then sampled with Skip-Cache at the same place, and a table says what every interval costs and how
-# good the digits are. About half an hour on two cores; running the command again goes on where it stopped.
+# 3,000 steps. Both are then sampled with Skip-Cache at the same place, by DDIM and by ancestral sampling, and tables say
+# what every interval costs and how good the digits are. About an hour on two cores; run again, it goes on training where
+# it stopped.
 #
 #   bash scripts/digits_skip_dit.sh [OUTPUT_FOLDER]
 #
@@ -42,5 +43,8 @@ for seed in $seeds; do
     done
 done
 
-echo "== Sampling and scoring"
-PYTHONPATH=. "$python" scripts/digits_skip_cache.py --ckpt "${checkpoints[@]}" --num-samples "$samples" --output-dir "$out"
+for sampler in ddim ddpm; do
+    echo "== Sampling with $sampler, 50 steps, and scoring"
+    PYTHONPATH=. "$python" scripts/digits_skip_cache.py --ckpt "${checkpoints[@]}" --sampler "$sampler" \
+        --num-samples "$samples" --output-dir "$out"
+done

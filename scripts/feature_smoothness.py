@@ -259,15 +259,15 @@ def examine(subject: Subject, config: SmoothnessConfig) -> Findings:
 
 
 def draw_surfaces(found: dict[str, Findings], path: Path) -> None:
-    """A row for each step, a column for each network, one scale for all."""
+    """A row for each step with a scale of its own, a column for each network."""
     plt = _pyplot()
     steps = list(next(iter(found.values())).surfaces)
-    lowest = min(float(f.surfaces[step].min()) for f in found.values() for step in steps)
     size = (4.2 * len(found), 3.6 * len(steps))
     figure, axes = plt.subplots(
         len(steps), len(found), figsize=size, squeeze=False, subplot_kw={"projection": "3d"}, layout="constrained"
     )
     for row, step in zip(axes, steps, strict=True):
+        lowest = min(float(f.surfaces[step].min()) for f in found.values())
         for axis, (name, findings) in zip(row, found.items(), strict=True):
             values = findings.surfaces[step]
             alpha, beta = np.meshgrid(*2 * (np.linspace(-1, 1, len(values)),), indexing="ij")

@@ -33,10 +33,11 @@ def main(*argv: str | Path) -> int:
     return run(digits_skip_cache.main, "digits_skip_cache.py", list(map(str, argv)))
 
 
-def test_every_interval_of_every_checkpoint_is_scored(checkpoints, tmp_path, capsys):
-    argv = "--num-samples 20 --num-sampling-steps ddim10 --cache-interval 2 3 --output-dir".split()
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_every_interval_of_every_checkpoint_is_scored(sampler, checkpoints, tmp_path, capsys):
+    argv = f"--sampler {sampler} --num-samples 20 --num-sampling-steps ddim10 --cache-interval 2 3 --output-dir".split()
     assert main("--ckpt", *checkpoints.values(), *argv, tmp_path / "out") == 0
-    rows = json.loads((tmp_path / "out" / "skip_cache.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "out" / f"skip_cache_{sampler}.json").read_text())["rows"]
     assert [(row["model"], row["interval"]) for row in rows] == [
         (name, interval) for name in checkpoints for interval in (None, 2, 3)
     ]
@@ -45,7 +46,7 @@ def test_every_interval_of_every_checkpoint_is_scored(checkpoints, tmp_path, cap
         assert costs == sorted(costs, reverse=True) and len(set(costs)) == 3
         assert of_model[0]["psnr"] is None and all(row["psnr"] > 0 for row in of_model[1:])
     shown = capsys.readouterr().out
-    assert shown.strip() == (tmp_path / "out" / "skip_cache.md").read_text().strip()
+    assert shown.strip() == (tmp_path / "out" / f"skip_cache_{sampler}.md").read_text().strip()
     assert len(shown.strip().splitlines()) == 2 + 6
 
 
@@ -113,8 +114,10 @@ def script(folder: Path, *argv: str, **settings: str) -> subprocess.CompletedPro
 def test_the_script_trains_samples_and_scores(tmp_path):
     done = script(tmp_path, str(tmp_path / "out"), DIGITS_STEPS="2", DIGITS_SAMPLES="4", DIGITS_SEEDS="0")
     assert done.returncode == 0, done.stderr
-    lines = (tmp_path / "out" / "skip_cache.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["Skip-DiT-digits/2"] * 6 + ["DiT-digits-deep/2"] * 6
+    for sampler in ("ddim", "ddpm"):
+        lines = (tmp_path / "out" / f"skip_cache_{sampler}.md").read_text().splitlines()
+        rows = [line.split("|")[1].strip() for line in lines[2:]]
+        assert rows == ["Skip-DiT-digits/2"] * 6 + ["DiT-digits-deep/2"] * 6
 
 
 def test_a_wrong_setting_of_the_script_is_one_line(tmp_path):
