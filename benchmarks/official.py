@@ -42,8 +42,10 @@ def official_network(folder: Path, ours: Network, name: str) -> nn.Module:
         UserError: if it cannot be built, or names its weights differently.
     """
     module = load_official(folder)
+    settings = dataclasses.asdict(ours.config)
+    settings.pop("cache_depth", None)  # says what a later evaluation may reuse; unknown there
     try:
-        network = module.DiT(**dataclasses.asdict(ours.config))
+        network = module.DiT(**settings)
         network.load_state_dict(ours.state_dict(), strict=True)
     except (AttributeError, TypeError, RuntimeError) as error:
         raise UserError(f"--against {folder}: cannot be given the weights of {name}: {error}") from error

@@ -2,6 +2,7 @@
 
 from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
 from diffusion.objective import Batch, Draws, Objective
+from diffusion.refresh import skip_cache
 from diffusion.sampling import ImageNoise, guided, sample_loop
 from diffusion.schedules import space_timesteps
 
@@ -14,5 +15,6 @@ __all__ = [
     "create_diffusion",
     "guided",
     "sample_loop",
+    "skip_cache",
     "space_timesteps",
 ]

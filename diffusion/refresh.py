@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+from diffusion.schedules import network_to_index
+
+if TYPE_CHECKING:
+    from models.contract import Network
+
 
 def every_nth(evaluations: int, interval: int) -> tuple[bool, ...]:
     """Refreshes at evaluations 0, n, 2 n, ...: ceil(evaluations / n) of them.
@@ -16,3 +25,81 @@ def every_nth(evaluations: int, interval: int) -> tuple[bool, ...]:
     if interval < 1:
         raise ValueError(f"the refresh interval must be at least 1, not {interval}")
     return tuple(i % interval == 0 for i in range(evaluations))
+
+
+class Zones(NamedTuple):
+    """Where Skip-Cache's interval gives way to the noise level; times are on the index scale (0..999, 0 = clean).
+
+    Attributes:
+        t_high: evaluations at and above this time always refresh.
+        t_low: start of the tail zone, where images get their last details.
+        low_inclusive: whether `t_low` itself belongs to the tail zone.
+    """
+
+    t_high: float
+    t_low: float
+    low_inclusive: bool
+
+    def in_tail(self, t: float) -> bool:
+        """Whether a time lies in the tail zone."""
+        return t < self.t_low or (self.low_inclusive and t == self.t_low)
+
+
+# The released class-to-image network's: no time is so noisy that it refreshes for that.
+CLASS_TO_IMAGE = Zones(t_high=1000.0, t_low=20.0, low_inclusive=True)
+
+
+def skip_cache(
+    network: Network, times: Sequence[float], interval: int, zones: Zones = CLASS_TO_IMAGE
+) -> tuple[bool, ...]:
+    """Skip-Cache's refresh schedule for a network and a sampler.
+
+    Args:
+        network: whose state is reused.
+        times: the sampler's, in the network's units.
+        interval: N; 1 refreshes always.
+        zones: where the interval gives way.
+
+    Returns:
+        One flag per evaluation; the first is True.
+
+    Raises:
+        ValueError: if the network keeps no state, or for what `skip_cache_flags` refuses.
+    """
+    if not network.keeps_state:
+        raise ValueError("this network keeps nothing to reuse; give it a cache_depth, or leave the interval out")
+    return skip_cache_flags([network_to_index(t, network.time_convention) for t in times], interval, zones)
+
+
+def skip_cache_flags(times: Sequence[float], interval: int, zones: Zones = CLASS_TO_IMAGE) -> tuple[bool, ...]:
+    """Refreshes every N-th evaluation, all that are noisy enough, and those in the tail but possibly its first.
+
+    Evaluations are counted from the first one; forced refreshes count like all others. Behind each evaluation in the
+    tail zone the count starts over with nothing kept. So the first one in the zone may still reuse state, and those
+    after it never do.
+
+    Args:
+        times: of the evaluations, on the index scale, falling.
+        interval: N.
+        zones: where the interval gives way.
+
+    Raises:
+        ValueError: if the interval is below 1, or times do not fall. With a sampler that evaluates more than once a
+            step, or goes from image to noise, every N-th evaluation would not be what the rule means.
+
+    Source: arXiv 2411.17616, section 3; the phase is that of the released code.
+    """
+    if interval < 1:
+        raise ValueError(f"the refresh interval must be at least 1, not {interval}")
+    for before, after in pairwise(times):
+        if not after < before:
+            raise ValueError(
+                "this refresh interval needs a sampler that evaluates the network once a step, from noise to image; "
+                f"here time goes from {before:g} to {after:g}"
+            )
+    flags = []
+    count, kept = 0, False
+    for t in times:
+        flags.append(count % interval == 0 or not kept or t >= zones.t_high)
+        count, kept = (0, False) if zones.in_tail(t) else (count + 1, True)
+    return tuple(flags)

@@ -159,3 +159,19 @@ def index_to_network(index: Time, convention: TimeConvention) -> Time:
     if convention == "unit":
         return 1 - index / 1000
     raise ValueError(f"unknown time convention {convention!r}; known: index, unit")
+
+
+def network_to_index(time: float, convention: TimeConvention) -> float:
+    """Says a network's time on the index scale (0..999, 0 = clean).
+
+    A unit time is a rounded number, and rules on the index scale have bounds that times stand on: the result is rounded
+    to a millionth, so that an index which was said in units comes back as it was.
+
+    Raises:
+        ValueError: for an unknown convention.
+    """
+    if convention == "index":
+        return time
+    if convention == "unit":
+        return round(1000 * (1 - time), 6)
+    raise ValueError(f"unknown time convention {convention!r}; known: index, unit")

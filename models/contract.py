@@ -7,7 +7,7 @@ recomputed is the sampler's. A new family subclasses `Network`, writes its forwa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -56,15 +56,20 @@ class Network(nn.Module):
         training_passes: keyword arguments of the forward passes that one training step consists of.
         blocks: the transformer blocks, in order; what is compiled and recomputed piece by piece.
         grad_checkpointing: recompute each block's activations in the backward pass instead of keeping them.
+        keeps_state: whether evaluations hand out state that a later one can reuse.
+        added_parts: names of the modules that a family adds to the one it grew from. Weights that have none of them
+            can start the family's training (`models.transfer`).
     """
 
     time_convention: ClassVar[TimeConvention] = "index"
     training_passes: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     config_class: ClassVar[type[Any]]
+    added_parts: ClassVar[tuple[str, ...]] = ()
 
     config: Any
     blocks: nn.ModuleList
     grad_checkpointing: bool = False
+    keeps_state: bool = False
     in_channels: int
     out_channels: int
     input_size: int
@@ -82,7 +87,7 @@ class Network(nn.Module):
             raise ValueError("class_dropout_prob is 0: this network has no null class and cannot be guided")
         return self.num_classes
 
-    def run_block(self, block: nn.Module, *args: Tensor) -> Tensor:
+    def run_block(self, block: Callable[..., Tensor], *args: Tensor) -> Tensor:
         """Evaluates one block, keeping its activations for the backward pass or not."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
@@ -107,6 +112,19 @@ class Network(nn.Module):
     def multiply_adds(self) -> dict[str, int]:
         """Multiply-adds of one forward of one image, by part (1 MAC = 1); linear maps and attention products only."""
         raise TypeError(f"{type(self).__name__} does not state its cost")
+
+    def multiply_adds_with_state(self) -> dict[str, int]:
+        """The same for an evaluation that is handed state; where there is nothing to reuse, nothing is saved."""
+        return self.multiply_adds()
+
+    def executed_multiply_adds(self, refresh: Iterable[bool]) -> int:
+        """Multiply-adds of a run of evaluations for one image.
+
+        Args:
+            refresh: one flag per evaluation: whether it starts from nothing, or is handed state.
+        """
+        cost = {True: sum(self.multiply_adds().values()), False: sum(self.multiply_adds_with_state().values())}
+        return sum(cost[bool(fresh)] for fresh in refresh)
 
     def layer_norm_elements(self) -> int:
         """Elements that pass through layer norms in one forward of one image; some publications count them."""

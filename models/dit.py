@@ -7,7 +7,7 @@ ViT: no class token, fixed 2-D sine-cosine positions, norms without parameters, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -51,6 +51,7 @@ class DiTConfig:
     class_dropout_prob: float = 0.1  # 0: no null class, no guidance
     num_classes: int = 1000
     learn_sigma: bool = True  # twice the output channels: epsilon, then variance values
+    cache_depth: int | None = None  # last blocks that a cached step still runs; None: no state is kept
 
     def __post_init__(self) -> None:
         """Refuses what cannot be built."""
@@ -65,6 +66,8 @@ class DiTConfig:
             raise ValueError(f"class_dropout_prob must lie in [0, 1), not {self.class_dropout_prob}")
         if int(self.hidden_size * self.mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves the MLP without channels")
+        if self.cache_depth is not None and not 1 <= self.cache_depth <= self.depth // 2:
+            raise ValueError(f"cache_depth {self.cache_depth} must lie in 1..{self.depth // 2}, half the depth")
 
 
 class DiTBlock(nn.Module):
@@ -88,6 +91,12 @@ class DiTBlock(nn.Module):
 class DiT(Network):
     """Diffusion transformer with adaLN-Zero blocks.
 
+    With `cache_depth` B set, the tokens that enter block L - B are handed out as state, and an evaluation that is given
+    them back runs the last B blocks on them, without a look at x. That is the baseline Skip-DiT is measured against.
+
+    Attributes:
+        cache_at: L - B, the index of the block whose input is remembered; None without `cache_depth`.
+
     Source: arXiv 2212.09748, section 3; sizes from table 1.
     """
 
@@ -102,6 +111,8 @@ class DiT(Network):
         self.input_size = config.input_size
         self.num_classes = config.num_classes
         self.class_dropout_prob = config.class_dropout_prob
+        self.cache_at = None if config.cache_depth is None else config.depth - config.cache_depth
+        self.keeps_state = self.cache_at is not None
 
         width, grid = config.hidden_size, config.input_size // config.patch_size
         # A parameter because checkpoints carry it and fine-tuning at another resolution replaces it; never trained.
@@ -138,29 +149,50 @@ class DiT(Network):
             x: (N, C, S, S) noisy latents, float.
             t: timestep on the index scale, 0..999; a number that all rows share, or an (N,) tensor; may be fractional.
             y: (N,) int64 labels in [0, num_classes], the last being the null class.
-            state: accepted for the contract; DiT keeps nothing between evaluations.
+            state: of an earlier evaluation of the same rows, to be reused; ignored without `cache_depth`.
             features_at: 1-based number of the block whose output tokens are returned as `features`.
 
         Returns:
-            `ModelOutput` with sample (N, C_out, S, S).
+            `ModelOutput` with sample (N, C_out, S, S); state (N, T, D) if `cache_depth` is set.
 
         Raises:
-            ValueError: if x has another size than the positions were made for, or there is no such block.
+            ValueError: if x has another size than the positions were made for, the state belongs to another number of
+                rows, or there is no such block among those that run.
+        """
+        state = state if self.keeps_state else None
+        blocks = self.blocks_to_run(reused=state is not None)
+        self.check_inputs(x, state, features_at, blocks)
+        features = None
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        x = self.x_embedder(x) + self.pos_embed if state is None else state  # (N, T, D)
+        for i in blocks:
+            if i == self.cache_at:
+                state = x
+            x = self.run_block(self.blocks[i], x, c)
+            if i + 1 == features_at:
+                features = x
+        x = self.final_layer(x, c)  # (N, T, p * p * C_out)
+        return ModelOutput(unpatchify(x, self.out_channels, self.config.patch_size), state, features=features)
+
+    def blocks_to_run(self, *, reused: bool) -> Sequence[int]:
+        """Indices of the blocks that an evaluation runs, with or without state, in order."""
+        return range(self.cache_at if reused and self.cache_at is not None else 0, self.config.depth)
+
+    def check_inputs(self, x: Tensor, state: Any, features_at: int | None, blocks: Sequence[int]) -> None:
+        """Refuses what an evaluation of these blocks cannot serve.
+
+        Raises:
+            ValueError: see `forward`.
         """
         if x.shape[-3:] != (self.in_channels, self.input_size, self.input_size):
             side = self.input_size
             raise ValueError(f"x is {tuple(x.shape)}; this network takes (N, {self.in_channels}, {side}, {side})")
+        if state is not None and len(state) != len(x):
+            raise ValueError(f"state of {len(state)} rows cannot be reused for {len(x)} rows")
         if features_at is not None and not 1 <= features_at <= len(self.blocks):
             raise ValueError(f"features_at must lie in 1..{len(self.blocks)}, not {features_at}")
-        features = None
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
-        for number, block in enumerate(self.blocks, start=1):
-            x = self.run_block(block, x, c)
-            if number == features_at:
-                features = x
-        x = self.final_layer(x, c)  # (N, T, p * p * C_out)
-        return ModelOutput(unpatchify(x, self.out_channels, self.config.patch_size), features=features)
+        if features_at is not None and features_at - 1 not in blocks:
+            raise ValueError(f"features_at {features_at}: that block does not run when state is reused")
 
     def for_sampling(self, times: Iterable[float]) -> Self:
         """Embeds all timesteps of a schedule in one call; parameters are shared with this network."""
@@ -175,16 +207,27 @@ class DiT(Network):
         Returns:
             Parts by name; layer norms, activations and softmax are not counted (see `layer_norm_elements`).
         """
+        return self.cost_of_blocks(self.config.depth)
+
+    def multiply_adds_with_state(self) -> dict[str, int]:
+        """The same for an evaluation that is handed state, which looks at no patch."""
+        parts = self.cost_of_blocks(len(self.blocks_to_run(reused=True)))
+        if self.keeps_state:
+            del parts["patch_embedding"]
+        return parts
+
+    def cost_of_blocks(self, count: int) -> dict[str, int]:
+        """Multiply-adds, by part, of an evaluation that runs this many blocks between embedders and final layer."""
         config, d = self.config, self.config.hidden_size
         tokens = self.pos_embed.shape[1]
         patch_values = config.patch_size**2
         return {
             "patch_embedding": tokens * d * patch_values * self.in_channels,
             "timestep_mlp": FREQUENCY_DIM * d + d * d,
-            "attention_linear": config.depth * 4 * tokens * d * d,
-            "attention_products": config.depth * 2 * tokens * tokens * d,
-            "mlp": config.depth * 2 * tokens * d * int(d * config.mlp_ratio),
-            "modulation": (config.depth * 6 + 2) * d * d,
+            "attention_linear": count * 4 * tokens * d * d,
+            "attention_products": count * 2 * tokens * tokens * d,
+            "mlp": count * 2 * tokens * d * int(d * config.mlp_ratio),
+            "modulation": (count * 6 + 2) * d * d,
             "final_linear": tokens * d * patch_values * self.out_channels,
         }
 
@@ -215,4 +258,5 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **{f"DiT-{size}/{patch}": {**SIZES[size], "patch_size": patch} for size in SIZES for patch in PATCH_SIZES},
     "DiT-debug/2": {**DEBUG, "patch_size": 2},
     "DiT-digits/2": {**DIGITS, "patch_size": 2},
+    "DiT-digits-deep/2": {**DIGITS, "depth": 8, "patch_size": 2},  # beside a Skip-DiT of that depth
 }

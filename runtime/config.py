@@ -11,13 +11,19 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from runtime.errors import UserError
 
 T = TypeVar("T")
+
+# Official model names that stand for a model of the registry and a sampling setting.
+ALIASES: dict[str, dict[str, Any]] = {
+    "DiT-skip": {"model": "Skip-DiT-XL/2"},
+    **{f"DiT-cache-{n}": {"model": "Skip-DiT-XL/2", "cache_interval": n} for n in range(2, 7)},
+}
 
 
 def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -58,9 +64,33 @@ def parse_config(cls: type[T], argv: Sequence[str], *, program: str, description
     path = given.pop("config")
     values = {**(_read(cls, path, hints) if path else {}), **given}
     try:
-        return cls(**values)
+        return cls(**expand_alias(values, hints))
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def expand_alias(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Replaces an official model name under "model" by the settings it stands for.
+
+    Args:
+        values: setting -> value, as far as given.
+        known: all settings that there are.
+
+    Returns:
+        The settings, those behind the name included; the same ones if the name is no alias.
+
+    Raises:
+        ValueError: if the name carries a setting that is unknown here, or contradicts one that is given.
+    """
+    name = values.get("model")
+    expansion = ALIASES.get(name, {}) if isinstance(name, str) else {}
+    for field, value in expansion.items():
+        if field not in known:
+            flag = f"{flag_name(field)} {value}"
+            raise ValueError(f"--model {name}: means {flag}, which has no effect here; use DiT-skip")
+        if field != "model" and values.get(field) not in (None, value):
+            raise ValueError(f"{flag_name(field)} {values[field]}: contradicts --model {name}, which means {value}")
+    return {**values, **expansion}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Counts parameters and multiply-adds of named models: one forward of one image, no guidance.
+"""Counts parameters and multiply-adds of named models: one forward of one image, no guidance; whole runs on request.
 
     python scripts/count_flops.py                                   all rows that were published
     python scripts/count_flops.py --model DiT-XL/2 --input-size 64 --check
+    python scripts/count_flops.py --model Skip-DiT-XL/2 --cache-interval 2 3 4 --num-sampling-steps 250
 
 The "Gflops" of the papers are multiply-adds. Some counts add the layer norms, by 1 or by 4 operations an element: that
 is the difference between 118.62, 118.64 and 118.69 for DiT-XL/2.
@@ -18,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion import create_diffusion, skip_cache
 from models import Network, create_model
-from runtime.config import parse_config, setting
+from runtime.config import flag_name, parse_config, setting
 from runtime.errors import UserError, blame, run
 
 # (model, side of the latent image), as published with arXiv 2212.09748: all sizes at 256 pixels, the largest at 512.
@@ -34,8 +36,34 @@ class CountConfig:
 
     model: tuple[str, ...] = setting((), "models to count; none: every published row")
     input_size: int | None = setting(None, "side of the (latent) image: 32 for 256 pixels, 64 for 512")
+    cache_depth: int | None = setting(None, "blocks kept at an end by steps that reuse state; the model's own")
+    cache_interval: tuple[int, ...] = setting((), "also count runs with Skip-Cache, state refreshed every N steps")
+    num_sampling_steps: str | None = setting(None, "step spec of those runs (250)")
     check: bool = setting(False, "count with PyTorch's own counter too; exit with status 1 where it disagrees")
     json: bool = setting(False, "print JSON instead of a table")
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant, before any work."""
+        if self.num_sampling_steps is not None and not self.cache_interval:
+            raise ValueError(f"--num-sampling-steps {self.num_sampling_steps}: has no effect without --cache-interval")
+
+
+class Run(NamedTuple):
+    """A sampling run with Skip-Cache, of one image without guidance.
+
+    Attributes:
+        interval: N.
+        full: steps that compute everything.
+        cached: steps that reuse state.
+        multiply_adds: executed in all steps.
+        speedup: multiply-adds of as many full steps over those.
+    """
+
+    interval: int
+    full: int
+    cached: int
+    multiply_adds: int
+    speedup: float
 
 
 class Count(NamedTuple):
@@ -49,7 +77,10 @@ class Count(NamedTuple):
         multiply_adds: linear maps and attention products.
         layer_norm_elements: elements that pass through layer norms.
         parts: `multiply_adds` by part.
-        torch_multiply_adds: the same as PyTorch counts it, if asked for.
+        multiply_adds_with_state: of a step that reuses state, if the network keeps any.
+        runs: with Skip-Cache, if asked for.
+        torch_multiply_adds: as PyTorch counts them, if asked for.
+        torch_multiply_adds_with_state: likewise.
     """
 
     model: str
@@ -59,18 +90,46 @@ class Count(NamedTuple):
     multiply_adds: int
     layer_norm_elements: int
     parts: dict[str, int]
+    multiply_adds_with_state: int | None
+    runs: list[Run]
     torch_multiply_adds: int | None
+    torch_multiply_adds_with_state: int | None
+
+    @property
+    def stated(self) -> tuple[int, int | None]:
+        """Without and with state, as the network says."""
+        return self.multiply_adds, self.multiply_adds_with_state
+
+    @property
+    def counted(self) -> tuple[int | None, int | None]:
+        """Without and with state, as PyTorch counted."""
+        return self.torch_multiply_adds, self.torch_multiply_adds_with_state
 
 
-def count(name: str, input_size: int | None, *, check: bool) -> Count:
+def count(
+    name: str,
+    overrides: dict[str, int],
+    *,
+    check: bool = False,
+    intervals: Sequence[int] = (),
+    steps: str = "250",
+) -> Count:
     """Counts one model, without memory for its weights.
 
+    Args:
+        name: in the registry.
+        overrides: of its config.
+        check: let PyTorch count too.
+        intervals: of the runs to count.
+        steps: step spec of the runs.
+
     Raises:
-        ValueError: for an unknown name, or a size that the model cannot have.
+        ValueError: for an unknown name, a size that the model cannot have, or a run that it cannot make.
     """
     with torch.device("meta"):
-        network = create_model(name, **({} if input_size is None else {"input_size": input_size}))
+        network = create_model(name, **overrides)
     parts = network.multiply_adds()
+    counted = torch_multiply_adds(network) if check else (None, None)
     return Count(
         model=name,
         input_size=network.input_size,
@@ -79,19 +138,36 @@ def count(name: str, input_size: int | None, *, check: bool) -> Count:
         multiply_adds=sum(parts.values()),
         layer_norm_elements=network.layer_norm_elements(),
         parts=parts,
-        torch_multiply_adds=torch_multiply_adds(network) if check else None,
+        multiply_adds_with_state=sum(network.multiply_adds_with_state().values()) if network.keeps_state else None,
+        runs=[count_run(network, interval, steps) for interval in intervals],
+        torch_multiply_adds=counted[0],
+        torch_multiply_adds_with_state=counted[1],
     )
 
 
+def count_run(network: Network, interval: int, steps: str) -> Run:
+    """Counts the steps of a sampling run and what they execute."""
+    times = create_diffusion(steps).ancestral(convention=network.time_convention).times
+    refresh = skip_cache(network, times, interval)
+    executed = network.executed_multiply_adds(refresh)
+    always = network.executed_multiply_adds([True] * len(refresh))
+    return Run(interval, sum(refresh), len(refresh) - sum(refresh), executed, always / executed)
+
+
 @torch.no_grad()
-def torch_multiply_adds(network: Network) -> int:
-    """What PyTorch's counter sees in one forward on the meta device; it counts a multiply-add as two operations."""
+def torch_multiply_adds(network: Network) -> tuple[int, int | None]:
+    """What PyTorch's counter sees in a forward on the meta device, without state and with it, if there is any.
+
+    It counts a multiply-add as two operations.
+    """
     side = network.input_size
     x = torch.empty(1, network.in_channels, side, side, device="meta")
     y = torch.zeros(1, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
-        network(x, 0, y)
-    return counter.get_total_flops() // 2
+        state = network(x, 0, y).state
+    with FlopCounterMode(display=False) as counter_with_state:
+        network(x, 0, y, state)
+    return counter.get_total_flops() // 2, counter_with_state.get_total_flops() // 2 if network.keeps_state else None
 
 
 def giga(number: int) -> str:
@@ -119,16 +195,29 @@ def summary(counts: Sequence[Count]) -> str:
         only = counts[0]
         parts = [[name.replace("_", " "), giga(n), f"{n / only.multiply_adds:.2%}"] for name, n in only.parts.items()]
         text += "\n\n" + table([["part", "G multiply-adds", "share"], *parts])
+    runs = [
+        [c.model, str(r.interval), str(r.full), str(r.cached), giga(r.multiply_adds), f"{r.speedup:.3f} x"]
+        for c in counts
+        for r in c.runs
+    ]
+    if runs:
+        text += "\n\n" + table([["run with Skip-Cache", "N", "full", "cached", "G multiply-adds", "fewer by"], *runs])
     return text
 
 
 def as_json(counts: Sequence[Count]) -> str:
-    """A list of rows; the recount only where it was asked for."""
-    rows: list[dict[str, Any]] = [c._asdict() for c in counts]
+    """A list of rows; the recount and the runs only where they were asked for."""
+    rows: list[dict[str, Any]] = [{**c._asdict(), "runs": [r._asdict() for r in c.runs]} for c in counts]
     for row in rows:
-        if row["torch_multiply_adds"] is None:
-            del row["torch_multiply_adds"]
+        for field in ("torch_multiply_adds", "torch_multiply_adds_with_state", "multiply_adds_with_state"):
+            if row[field] is None:
+                del row[field]
     return json.dumps(rows, indent=2)
+
+
+def _shown(without_and_with_state: tuple[int | None, int | None]) -> str:
+    plain, with_state = without_and_with_state
+    return f"{plain:,}" + ("" if with_state is None else f" and {with_state:,} with state")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -141,14 +230,19 @@ def main(argv: Sequence[str]) -> None:
         wanted = list(PUBLISHED)
     counts = []
     for name, input_size in wanted:
-        with blame(f"--model {name}" if input_size is None else f"--model {name} --input-size {input_size}"):
-            counts.append(count(name, input_size, check=config.check))
+        sizes = {"input_size": input_size, "cache_depth": config.cache_depth}
+        overrides = {field: value for field, value in sizes.items() if value is not None}
+        flags = "".join(f" {flag_name(field)} {value}" for field, value in overrides.items())
+        runs = " ".join(map(str, config.cache_interval))
+        with blame(f"--model {name}{flags}" + (f" --cache-interval {runs}" if runs else "")):
+            steps = config.num_sampling_steps or "250"
+            counts.append(count(name, overrides, check=config.check, intervals=config.cache_interval, steps=steps))
     print(as_json(counts) if config.json else summary(counts))
     if not config.check:
         return
-    wrong = [c for c in counts if c.multiply_adds != c.torch_multiply_adds]
+    wrong = [c for c in counts if c.counted != c.stated]
     for c in wrong:
-        found = f"{c.multiply_adds:,} stated, {c.torch_multiply_adds:,} counted by PyTorch"
+        found = f"{_shown(c.stated)} stated, {_shown(c.counted)} counted by PyTorch"
         print(f"{c.model} at {c.input_size}: {found}", file=sys.stderr)
     if wrong:
         sys.exit(1)

@@ -33,6 +33,18 @@ def debug_network(family: str, **overrides: Any) -> Network:
     return randomise(models.create_model(debug_name(family), **overrides))
 
 
+def variants() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Every family as it is, and once more with one cached block where it has that setting: name -> family, overrides.
+
+    A plain network keeps state only when `cache_depth` is set, and then the laws of state hold for it too.
+    """
+    cached = [f for f, row in models.FAMILIES.items() if "cache_depth" in row.network.config_class.__dataclass_fields__]
+    return {
+        **{family: (family, {}) for family in models.FAMILIES},
+        **{f"{family}, cache_depth 1": (family, {"cache_depth": 1}) for family in cached},
+    }
+
+
 def small_autoencoder(folder: Path) -> Any:
     """A random AutoencoderKL (factor 2, 4 latent channels, scale 0.25), saved in `folder` and returned."""
     from diffusers import AutoencoderKL

@@ -14,15 +14,16 @@ from models import Network
 from pipeline import SAMPLERS, SamplingConfig
 from tests.dispatch_trace import DispatchTrace
 from tests.golden_data import assert_close
-from tests.networks import debug_name, debug_network, randomise
+from tests.networks import debug_name, debug_network, randomise, variants
 from tests.source_words import families_named, identifiers, strings
 
 STEPS = 6
 
 
-@pytest.fixture(params=models.FAMILIES)
+@pytest.fixture(params=variants())
 def network(request: pytest.FixtureRequest) -> Network:
-    return debug_network(request.param)
+    family, overrides = variants()[request.param]
+    return debug_network(family, **overrides)
 
 
 def process_for(network: Network, steps: int = STEPS) -> GaussianDiffusion:
@@ -55,6 +56,7 @@ def test_reuse_identity(network: Network) -> None:
     fresh = network(x, t, y)
     assert torch.equal(network(x, t, y, state=fresh.state).sample, fresh.sample)
     assert fresh.sample.std() > 0.01
+    assert (fresh.state is not None) == network.keeps_state
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.schedules import endpoint_betas, index_to_network, named_betas, shift_time, space_timesteps
+from diffusion.schedules import (
+    endpoint_betas,
+    index_to_network,
+    named_betas,
+    network_to_index,
+    shift_time,
+    space_timesteps,
+)
 from tests.golden_data import arrays, table
 
 CASES = table("dit/diffusion/space_timesteps")
@@ -90,3 +97,12 @@ def test_index_scale_in_the_networks_units() -> None:
     torch.testing.assert_close(index_to_network(torch.tensor([0.0, 1000.0]), "unit"), torch.tensor([1.0, 0.0]))
     with pytest.raises(ValueError, match="unknown time convention 'sigma'; known: index, unit"):
         index_to_network(250, "sigma")
+
+
+def test_a_network_s_time_on_the_index_scale_comes_back_as_it_was() -> None:
+    for convention in ("index", "unit"):
+        for index in range(1001):
+            assert network_to_index(index_to_network(index, convention), convention) == index
+    assert network_to_index(0.3333, "unit") == 666.7
+    with pytest.raises(ValueError, match="unknown time convention 'sigma'; known: index, unit"):
+        network_to_index(0.5, "sigma")

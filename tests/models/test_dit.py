@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import create_model
+from models import create_model, model_config
 from models.dit import DiT
 from tests.golden_data import TINY_DITS, arrays, assert_close, assert_features_close, table, tiny_dit
 from tests.networks import debug_network
@@ -193,3 +193,73 @@ def test_costs_by_part_equal_the_official_terms() -> None:
     assert parts["patch_embedding"] == terms["patch_embed"]
     assert parts["final_linear"] == terms["final_linear"]
     assert parts["timestep_mlp"] == terms["t_mlp"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# State, with `cache_depth`
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache_depth", [1, 2])
+def test_a_cached_step_runs_the_last_blocks_on_the_remembered_tokens(cache_depth: int) -> None:
+    network = debug_network("DiT", cache_depth=cache_depth)
+    ran: list[tuple[int, Tensor, Tensor]] = []
+    for i, block in enumerate(network.blocks):
+        block.register_forward_hook(lambda _, arguments, output, i=i: ran.append((i, arguments[0], output)))
+    x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    fresh = network(x, 500.0, y)
+    assert [i for i, _, _ in ran] == [0, 1, 2, 3]
+    assert torch.equal(fresh.state, ran[-cache_depth][1])
+    ran.clear()
+    again = network(torch.randn(2, 4, 8, 8), 300.0, y, fresh.state)  # x is not looked at, time and label are
+    assert [i for i, _, _ in ran] == list(range(4 - cache_depth, 4))
+    assert torch.equal(ran[0][1], fresh.state) and again.state is fresh.state
+    assert torch.equal(network(x, 300.0, y, fresh.state).sample, again.sample)
+    assert not torch.equal(network(x, 100.0, y, fresh.state).sample, again.sample)
+    assert not torch.equal(network(x, 300.0, y.flip(0), fresh.state).sample, again.sample)
+
+
+@torch.no_grad()
+def test_caching_changes_neither_names_nor_fresh_outputs() -> None:
+    plain, cached = debug_network("DiT"), debug_network("DiT", cache_depth=1)
+    x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    assert list(plain.state_dict()) == list(cached.state_dict())
+    assert torch.equal(plain(x, 5.0, y).sample, cached(x, 5.0, y).sample)
+    assert plain(x, 5.0, y, cached(x, 5.0, y).state).state is None
+    assert (plain.keeps_state, cached.keeps_state) == (False, True)
+
+
+def test_a_cached_step_costs_the_last_blocks_and_no_patches() -> None:
+    plain, cached = create_model("DiT-debug/2"), create_model("DiT-debug/2", cache_depth=1)
+    full, rest = cached.multiply_adds(), cached.multiply_adds_with_state()
+    assert full == plain.multiply_adds() == plain.multiply_adds_with_state()
+    assert {name for name in full if name not in rest} == {"patch_embedding"}
+    for part in ("attention_linear", "attention_products", "mlp"):
+        assert full[part] == 4 * rest[part]
+    assert full["final_linear"] == rest["final_linear"] and full["timestep_mlp"] == rest["timestep_mlp"]
+    executed = cached.executed_multiply_adds([True, False, False, True])
+    assert executed == 2 * sum(full.values()) + 2 * sum(rest.values())
+
+
+@torch.no_grad()
+def test_features_of_a_block_that_does_not_run_are_refused() -> None:
+    network = debug_network("DiT", cache_depth=1)
+    x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    out = network(x, 5.0, y, features_at=4)
+    assert torch.equal(network(x, 5.0, y, out.state, features_at=4).features, out.features)
+    with pytest.raises(ValueError, match="features_at 3: that block does not run when state is reused"):
+        network(x, 5.0, y, out.state, features_at=3)
+
+
+@torch.no_grad()
+def test_state_of_other_rows_is_refused() -> None:
+    network = debug_network("DiT", cache_depth=1)
+    state = network(torch.randn(2, 4, 8, 8), 5.0, torch.tensor([1, 2])).state
+    with pytest.raises(ValueError, match="state of 2 rows cannot be reused for 4 rows"):
+        network(torch.randn(4, 4, 8, 8), 5.0, torch.tensor([1, 2, 3, 4]), state)
+
+
+@pytest.mark.parametrize("cache_depth", [0, 3, -1])
+def test_a_cache_depth_beyond_half_the_blocks_is_refused(cache_depth: int) -> None:
+    with pytest.raises(ValueError, match=rf"cache_depth {cache_depth} must lie in 1\.\.2, half the depth"):
+        model_config("DiT-debug/2", cache_depth=cache_depth)

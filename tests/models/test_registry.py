@@ -10,7 +10,7 @@ PUBLISHED = {f"DiT-{size}/{patch}": (*numbers, patch) for size, numbers in SIZES
 
 
 def test_every_published_size_the_debug_size_and_the_digits_are_registered() -> None:
-    assert set(list_models("DiT-*")) == {*PUBLISHED, "DiT-debug/2", "DiT-digits/2"}
+    assert set(list_models("DiT-*")) == {*PUBLISHED, "DiT-debug/2", "DiT-digits/2", "DiT-digits-deep/2"}
 
 
 def test_list_models_matches_shell_patterns() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.config import flag_name, parse_config, setting, to_dict
+from runtime.config import ALIASES, expand_alias, flag_name, parse_config, setting, to_dict
 from runtime.errors import UserError
 
 
@@ -104,3 +104,44 @@ def test_a_mistake_in_the_file_names_file_and_setting(tmp_path, text, words):
 
 def test_flag_name():
     assert flag_name("global_batch_size") == "--global-batch-size"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    model: str | None = setting(None, "a name")
+    cache_interval: int | None = setting(None, "an interval")
+
+
+def sampling(*argv: str) -> Sampling:
+    return parse_config(Sampling, argv, program="x", description="y")
+
+
+def test_official_names_stand_for_a_model_and_an_interval():
+    assert sampling("--model", "DiT-skip") == Sampling("Skip-DiT-XL/2", None)
+    for n in (2, 3, 4, 5, 6):
+        assert sampling("--model", f"DiT-cache-{n}") == Sampling("Skip-DiT-XL/2", n)
+    assert len(ALIASES) == 6
+
+
+def test_other_settings_are_left_alone():
+    models = ("DiT-XL/2", ("DiT-skip",), None, "DiT-cache-7")
+    for values in ({}, *({"model": model, "steps": 3} for model in models)):
+        assert expand_alias(values, ["model"]) == values
+
+
+def test_an_alias_may_be_repeated_by_its_flag_or_come_from_a_file(tmp_path):
+    (tmp_path / "x.json").write_text('{"model": "DiT-cache-4", "cache_interval": null}')
+    assert sampling("--model", "DiT-cache-3", "--cache-interval", "3") == Sampling("Skip-DiT-XL/2", 3)
+    assert sampling("--model", "DiT-skip", "--cache-interval", "5") == Sampling("Skip-DiT-XL/2", 5)
+    assert sampling("--config", str(tmp_path / "x.json")) == Sampling("Skip-DiT-XL/2", 4)
+
+
+def test_an_alias_that_contradicts_a_flag_is_refused():
+    with pytest.raises(UserError, match="--cache-interval 3: contradicts --model DiT-cache-2, which means 2"):
+        sampling("--model", "DiT-cache-2", "--cache-interval", "3")
+
+
+def test_an_alias_whose_setting_has_no_effect_is_refused():
+    with pytest.raises(ValueError, match="--model DiT-cache-2: means --cache-interval 2, which has no effect here"):
+        expand_alias({"model": "DiT-cache-2"}, ["model"])
+    assert expand_alias({"model": "DiT-skip"}, ["model"]) == {"model": "Skip-DiT-XL/2"}

@@ -27,6 +27,7 @@ from models.dit import DiT as Ours, DiTConfig
 
 class DiT(Ours):
     def __init__(self, **config):
+        assert "cache_depth" not in config  # the official constructor knows no such thing
         super().__init__(DiTConfig(**config))
 
     def forward(self, x, t, y):

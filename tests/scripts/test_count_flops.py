@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from models import DiT
+from models import DiT, SkipDiT
 from runtime.errors import run
 from scripts.count_flops import PUBLISHED, main
 from tests.golden_data import table
@@ -46,11 +46,47 @@ def test_a_single_model_is_shown_by_part(capsys: pytest.CaptureFixture[str]) -> 
     assert len(shares) == 7 and sum(shares) == pytest.approx(100, abs=0.05)
 
 
-@pytest.mark.parametrize("argv", [["DiT-S/2"], ["DiT-B/4", "DiT-XL/2"], ["DiT-XL/2", "--input-size", "64"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["DiT-S/2"],
+        ["DiT-B/4", "DiT-XL/2"],
+        ["DiT-XL/2", "--input-size", "64"],
+        ["Skip-DiT-S/4", "Skip-DiT-XL/2"],
+        ["DiT-S/2", "Skip-DiT-S/2", "--cache-depth", "2"],
+    ],
+)
 def test_pytorchs_own_counter_agrees_exactly(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert count("--check", "--json", "--model", *argv) == 0
     for row in json.loads(capsys.readouterr().out):
         assert row["torch_multiply_adds"] == row["multiply_adds"]
+        assert row.get("torch_multiply_adds_with_state") == row.get("multiply_adds_with_state")
+        keeps_state = "Skip" in row["model"] or "--cache-depth" in argv
+        assert row.get("multiply_adds_with_state", row["multiply_adds"]) <= row["multiply_adds"] - keeps_state
+
+
+def test_runs_with_skip_cache_cost_what_was_published(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model", "Skip-DiT-XL/2", "--cache-interval", *"23456"]
+    published = table("skip_dit/official_xl2_skip_keys")["schedule_cost"]
+    for steps in ("250", "50"):
+        assert count(*argv, "--num-sampling-steps", steps, "--json") == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        assert [r["interval"] for r in row["runs"]] == [2, 3, 4, 5, 6]
+        for cached in row["runs"]:
+            official = published[f"{steps}_N{cached['interval']}"]
+            assert (cached["full"], cached["cached"]) == (official["full"], official["cached"])
+            assert cached["multiply_adds"] == round(official["total_TMACs"] * 1e12)
+            assert cached["speedup"] == pytest.approx(official["theoretical_speedup_vs_skip"])
+    assert count(*argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-5].split() == ["Skip-DiT-XL/2", "2", "128", "122", "20,869.1601", "1.535", "x"]
+
+
+def test_a_plain_network_can_be_cached_at_the_same_place(capsys: pytest.CaptureFixture[str]) -> None:
+    assert count("--json", "--model", "DiT-XL/2", "--cache-depth", "4", "--cache-interval", "2") == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    (cached,) = row["runs"]
+    assert cached["multiply_adds"] == 128 * row["multiply_adds"] + 122 * row["multiply_adds_with_state"]
 
 
 def test_a_wrong_formula_is_found_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,6 +96,16 @@ def test_a_wrong_formula_is_found_out(monkeypatch: pytest.MonkeyPatch, capsys: p
         count("--check", "--model", "DiT-S/8")
     assert leaving.value.code == 1
     assert "DiT-S/8 at 32: 347,062,273 stated, 357,974,016 counted by PyTorch" in capsys.readouterr().err
+
+
+def test_a_wrong_formula_with_state_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(SkipDiT, "multiply_adds_with_state", lambda self: {"all": 7})
+    with pytest.raises(SystemExit) as leaving:
+        count("--check", "--model", "Skip-DiT-S/8")
+    assert leaving.value.code == 1
+    assert " and 7 with state stated, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -72,6 +118,19 @@ def test_a_wrong_formula_is_found_out(monkeypatch: pytest.MonkeyPatch, capsys: p
         ),
         (["--input-size", "64"], "--input-size 64: needs --model; the published rows have their own sizes"),
         (["--input-size", "large", "--model", "DiT-S/2"], "argument --input-size: invalid int value: 'large'"),
+        (
+            ["--model", "DiT-XL/2", "--cache-interval", "2"],
+            "--model DiT-XL/2 --cache-interval 2: this network keeps nothing to reuse; give it a cache_depth",
+        ),
+        (
+            ["--model", "Skip-DiT-XL/2", "--cache-interval", "2", "0"],
+            "--model Skip-DiT-XL/2 --cache-interval 2 0: the refresh interval must be at least 1, not 0",
+        ),
+        (
+            ["--model", "Skip-DiT-XL/2", "--cache-depth", "15"],
+            "--model Skip-DiT-XL/2 --cache-depth 15: cache_depth 15 must lie in 1..14, half the depth",
+        ),
+        (["--num-sampling-steps", "50"], "--num-sampling-steps 50: has no effect without --cache-interval"),
         (["--models", "DiT-S/2"], "unrecognized arguments: --models DiT-S/2"),
     ],
 )

@@ -1,0 +1,106 @@
+"""The caching benchmark: what runs, in which order, and what follows from the times. No test depends on a real time."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.caching import count_blocks, make_runner, make_runs, measure_runs
+from diffusion import create_diffusion
+from runtime.errors import run
+from scripts import benchmark_caching
+from tests.networks import debug_network
+
+ARGV = "--model Skip-DiT-debug/2 --hidden-size 64 --num-heads 4 --input-size 8 --device cpu --rounds 1".split()
+
+
+def main(*argv: str) -> int:
+    return run(benchmark_caching.main, "benchmark_caching.py", argv)
+
+
+def made(intervals: tuple[int, ...], steps: str = "12") -> tuple:
+    network, sampler = debug_network("Skip-DiT"), create_diffusion(steps).ancestral()
+    sample = make_runner(network, sampler, 2, torch.device("cpu"))
+    return network, make_runs(network, sampler, intervals, sample), sample
+
+
+def test_blocks_are_counted_while_they_run_and_not_after() -> None:
+    network = debug_network("Skip-DiT")
+    assert count_blocks(network, lambda: network(torch.randn(1, 4, 8, 8), 5.0, torch.tensor([1]))) == 8
+    assert not any(block._forward_hooks for block in network.blocks)
+
+
+def test_a_cached_step_runs_twice_the_cache_depth() -> None:
+    network, runs, _ = made((2, 3))
+    assert [r.name for r in runs] == ["every step", "N = 2", "N = 3"]
+    for one in runs:
+        full = sum(one.refresh)
+        assert one.blocks == 8 * full + 2 * network.config.cache_depth * (12 - full)
+        assert one.multiply_adds == network.executed_multiply_adds(one.refresh)
+    assert [sum(one.refresh) for one in runs] == [12, 6, 4]
+
+
+def test_runs_take_turns_and_ratios_are_those_of_neighbours() -> None:
+    _, runs, _ = made((2,))
+    order: list[int] = []
+    readings = iter([100.0, 100.0, 2.0, 1.0, 30.0, 10.0, 8.0, 2.0])  # the first two are the warm-up's
+
+    def clock(work) -> float:
+        work()
+        return next(readings)
+
+    every, second = measure_runs(runs, lambda refresh: order.append(sum(refresh)), 3, clock)
+    assert order == [12, 6] * 4
+    assert (every.rounds, second.rounds) == ([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])
+    assert (every.seconds, every.speedup, every.bound) == (8.0, 1.0, 1.0)
+    assert (second.seconds, second.speedup) == (2.0, 3.0)  # of 2, 3 and 4
+    assert second.bound == runs[0].multiply_adds / runs[1].multiply_adds
+    assert second.share == 3.0 / second.bound
+    assert (second.full_steps, second.cached_steps) == (6, 6)
+
+
+def test_smoke(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "new" / "result.json"
+    argv = ["--num-sampling-steps", "12", "--cache-interval", "2", "3", "--batch-size", "2"]
+    assert main(*ARGV, *argv, "--output", str(output)) == 0
+    document, printed = json.loads(output.read_text()), capsys.readouterr().out
+    assert [(r["full_steps"], r["cached_steps"], r["blocks"]) for r in document["rows"]] == [
+        (12, 0, 96),
+        (6, 6, 6 * 8 + 6 * 4),
+        (4, 8, 4 * 8 + 8 * 4),
+    ]
+    assert all(r["name"] in printed and r["seconds"] > 0 and len(r["rounds"]) == 1 for r in document["rows"])
+    assert document["machine"]["clock"] == "wall time" and str(tmp_path) not in output.read_text()
+
+
+@pytest.mark.parametrize(("share", "status"), [(0.96, 0), (0.94, 1)])
+def test_check_fails_below_the_goal(share: float, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*_) -> list:
+        _, runs, sample = made((2,))
+        seconds = iter([1.0, 1.0, 1.0, runs[1].multiply_adds / runs[0].multiply_adds / share])
+        return measure_runs(runs, lambda refresh: None, 1, lambda work: next(seconds))
+
+    monkeypatch.setattr(benchmark_caching, "measure", measured)
+    if status:
+        with pytest.raises(SystemExit) as leaving:
+            main(*ARGV, "--check")
+        assert leaving.value.code == status
+    else:
+        assert main(*ARGV, "--check") == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["--cache-interval", "0"], "--cache-interval 0: the refresh interval must be at least 1, not 0"),
+        (["--model", "DiT-debug/2"], "--cache-interval 2 3 4: this network keeps nothing to reuse"),
+        (["--model", "DiT-debug/3"], "--model DiT-debug/3: unknown model"),
+        (["--cache-depth", "5"], "--model Skip-DiT-debug/2: cache_depth 5 must lie in 1..4, half the depth"),
+        (["--num-sampling-steps", "fast"], "--num-sampling-steps fast: step spec 'fast' is not understood"),
+    ],
+)
+def test_mistakes_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(*ARGV, *argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
