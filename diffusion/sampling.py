@@ -17,7 +17,7 @@ from torch import Tensor
 from runtime.seeds import image_seed
 
 if TYPE_CHECKING:
-    from models.contract import ModelOutput, Network
+    from models.contract import ModelOutput
 
 NoiseFn = Callable[[Tensor], Tensor]
 StepHook = Callable[[int, Tensor, "ModelOutput"], None]
@@ -95,7 +95,7 @@ def check_refresh(refresh: Sequence[bool] | None, evaluations: int) -> None:
 
 
 def guided(
-    network: Network,
+    network: Callable[..., ModelOutput],
     y: Tensor,
     y_null: Tensor | int | None,
     scale: float,

@@ -1,4 +1,4 @@
-"""The one models module: `from models import create_model, list_models, DiT`.
+"""The one models module: `from models import create_model, list_models, DiT, DyDiT`.
 
 A family is a file with a config dataclass, a network, and a table of named configs; it enters the registry below by
 one row. Networks know nothing of noise processes, step numbers, guidance scales or cache intervals.
@@ -9,16 +9,20 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from models import dit
-from models.contract import ModelOutput, Network, Routing, TimeConvention
+from models import dit, dydit
+from models.contract import ModelOutput, Network, Pass, Routing, TimeConvention, TrainingRecipe
 from models.dit import DiT
+from models.dydit import DyDiT
 
 __all__ = [
     "DiT",
+    "DyDiT",
     "ModelOutput",
     "Network",
+    "Pass",
     "Routing",
     "TimeConvention",
+    "TrainingRecipe",
     "create_model",
     "family_of",
     "list_models",
@@ -35,6 +39,7 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     "DiT": Family(DiT, dit.CONFIGS),
+    "DyDiT": Family(DyDiT, dydit.CONFIGS),
 }
 
 

@@ -1,7 +1,8 @@
-"""Weights of one network as a start for another of the same family: other classes, another resolution."""
+"""Weights of one network as a start for another: other classes, another resolution, a family that grew from theirs."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -42,7 +43,20 @@ def adapt_weights(
     if LABEL_TABLE in adapted and (adapted[LABEL_TABLE].shape != own[LABEL_TABLE].shape or not same_names):
         adapted[LABEL_TABLE], note = _relabelled(own[LABEL_TABLE], adapted[LABEL_TABLE], old_classes, new_classes)
         notes.append(note)
+    added = [name for name in own if not {*network.added_parts}.isdisjoint(name.split("."))]
+    if added and not any(name in adapted for name in added):  # where some are there, others are missing: damaged
+        adapted.update((name, own[name]) for name in added)
+        notes.append(f"drawn anew, because the weights have none: {', '.join(_counted(added))}")
     return adapted, notes
+
+
+def _counted(names: Sequence[str]) -> list[str]:
+    """Parameter names with the numbers of their layers drawn together: "skip_norms.0..3.weight"."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        number = re.search(r"\.(\d+)\.", name)
+        layers.setdefault(re.sub(r"\.\d+\.", ".{}.", name, count=1), []).append(number[1] if number else "")
+    return [pattern.format("..".join(dict.fromkeys((found[0], found[-1])))) for pattern, found in layers.items()]
 
 
 def _relabelled(
