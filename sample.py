@@ -22,7 +22,7 @@ from data.autoencoder import open_autoencoder
 from data.pixels import enlarge, grid, save_png, to_picture
 from diffusion import GaussianDiffusion, ImageNoise, create_diffusion, guided, sample_loop
 from diffusion.sampling import Sampler
-from models import ModelOutput, TimeConvention, create_model
+from models import ModelOutput, TimeConvention, create_model, family_of, model_config
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.config import flag_name, parse_config, setting
@@ -119,7 +119,9 @@ class Pipeline:
             self._latent_shape = self._autoencoder.latent_shape(facts["image_shape"])
         with blame(f"--model {self.name}" if checkpoint.meta is None else f"--ckpt {config.ckpt}"):
             shape = {"input_size": self._latent_shape[-1], "in_channels": self._latent_shape[0]}
-            network = create_model(self.name, **{**facts["model"], **shape})
+            own = model_config(self.name, **facts["model"])
+            decided = family_of(self.name).network.settings_from(checkpoint.weights, own)
+            network = create_model(self.name, **{**facts["model"], **shape, **decided})
         load_weights(network, checkpoint.weights, f"--ckpt {config.ckpt} as {self.name}")
         network = network.to(device).eval().requires_grad_(False)
         channels, height, width = facts["image_shape"]

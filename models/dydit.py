@@ -224,7 +224,9 @@ class DyDiTRecipe(TrainingRecipe):
         """The ratio that step `step` (from 0) is held to: 1 for a hundred steps, then along a line down to lambda."""
         if step < HOLD_STEPS:
             return 1.0
-        return 1 - (1 - self.flops_target) * min(1.0, step / max(1, self.flops_warmup_steps))
+        if step >= self.flops_warmup_steps:
+            return self.flops_target
+        return 1 - (1 - self.flops_target) * step / self.flops_warmup_steps
 
     def statistic(self, network: Network, output: ModelOutput) -> Tensor:
         """(N,) share of the blocks' multiply-adds that each row kept on."""
