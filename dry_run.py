@@ -7,11 +7,11 @@ backward pass, on this device, in this precision, compiled or not; the rest is c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from diffusion import Batch
@@ -72,9 +72,10 @@ def kept_activations(setup: Setup, rows: int, device: torch.device) -> int:
             kept[_place(tensor)] = tensor.detach()
         return tensor
 
-    def run_block(block: nn.Module, *args: Tensor) -> Tensor:
+    def run_block(block: Callable[..., Any], *args: Tensor | None) -> Any:
         for tensor in args:
-            keep(tensor)  # a recomputed block holds on to them out of sight
+            if tensor is not None:
+                keep(tensor)  # a recomputed block holds on to them out of sight
         return type(network).run_block(network, block, *args)
 
     batch = Batch(torch.zeros(rows, *shape, device=device), *torch.zeros(2, rows, dtype=torch.long, device=device))

@@ -22,6 +22,7 @@ from diffusion.sampling import Sampler, StepHook
 from diffusion.schedules import index_to_network
 from models import FAMILIES, Network, TimeConvention, create_model
 from models.acceleration import Evaluate, GraphedNetwork, autocast, cast_weights_once
+from models.loading import check_family
 from models.recognise import Recognised, recognise
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
@@ -182,6 +183,7 @@ class Pipeline:
             self._latent_shape = self._autoencoder.latent_shape(facts.image_shape)
         with blame(f"--model {facts.model}" if checkpoint.meta is None else f"--ckpt {self.path}"):
             shape = {"input_size": self._latent_shape[-1], "in_channels": self._latent_shape[0]}
+            check_family(facts.model, checkpoint.weights)
             network = create_model(facts.model, **{**facts.config, **shape})
         load_weights(network, checkpoint.weights, f"--ckpt {self.path} as {facts.model}", _name_of)
         network = network.to(device).eval().requires_grad_(False)
@@ -207,6 +209,10 @@ class Pipeline:
         """The network for this schedule, in the precision and as fast as asked for."""
         if self.config.compile:
             network.compile_blocks()
+        if self.config.cuda_graphs and network.decides_by_input:
+            raise UserError(
+                f"--cuda-graphs: {self.config.model} decides by its input what to compute; leave the flag out"
+            )
         prepared = network.for_sampling(self.sampler.times)
         evaluate: Evaluate = prepared
         if self.config.precision == "bf16":
@@ -293,7 +299,7 @@ def find_facts(config: SamplingConfig, checkpoint: Checkpoint, release: Release 
     chosen = config.vae or vae or preset.vae
     told = recognise(checkpoint.weights) or Recognised("DiT-XL/2", {})
     model = config.model or (release.model if release is not None else told.name)
-    fields = {**(told.config if told.name == model else {}), **(release.config if release is not None else {})}
+    fields = {**(release.config if release is not None else {}), **(told.config if told.name == model else {})}
     side, channels = fields.pop("input_size", None), fields.pop("in_channels", None)
     size = config.image_size or (side * (1 if chosen == "none" else OFFICIAL_FACTOR) if side else 256)
     fields["num_classes"] = config.num_classes or fields.get("num_classes", 1000)

@@ -26,10 +26,10 @@ from data import DATASETS, ImageDataset, open_dataset, open_digits, open_encoder
 from diffusion import Objective, create_diffusion
 from diffusion.schedules import BETA_SCHEDULES
 from dry_run import print_dry_run
-from models import create_model, model_config
+from models import FAMILIES, TrainingRecipe, create_model, family_of, model_config
 from models.transfer import adapt_weights
 from runtime import distributed
-from runtime.checkpoint import load_weights, read_checkpoint
+from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.config import flag_name, parse_config, setting, to_dict
 from runtime.distributed import World
 from runtime.errors import UserError, blame, run
@@ -41,6 +41,12 @@ from trainer import Setup, Trainer
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 NON_FINITE = ("fatal", "skip")
+GRAD_NORM_MODES = ("clip", "skip")
+# Settings of some network's config, and of some family's recipe; None, as everywhere, is the model's own.
+NETWORK_SETTINGS = (
+    "num_classes class_dropout_prob learn_sigma router_layout width_router_bias token_router_bias".split()
+)
+RECIPE_SETTINGS = sorted({f.name for row in FAMILIES.values() for f in dataclasses.fields(row.network.recipe_class)})
 # Settings that say how a run is carried out, not what it computes: they may change when it is resumed.
 FREE_ON_RESUME = frozenset(
     "results_dir resume init_from data_path strict epochs max_steps grad_accum grad_checkpointing compile non_finite "
@@ -69,6 +75,18 @@ class TrainConfig:
     vae: str | None = setting(
         None, "autoencoder: ema, mse, a local folder, or none for pixels (ema; digits: none; latents: their own)"
     )
+    router_layout: str | None = setting(None, "DyDiT: first_always_on or all_heads; as in --init-from, or the first")
+    width_router_bias: float | None = setting(None, "DyDiT: initial bias of width routers (15)")
+    token_router_bias: float | None = setting(None, "DyDiT: initial bias of token routers (35)")
+    # what the model's family trains for
+    flops_target: float | None = setting(None, "DyDiT: share of the blocks' multiply-adds to come down to (0.5)")
+    flops_warmup_steps: int | None = setting(None, "DyDiT: steps over which that target falls from 1 (1000)")
+    flops_weight: float | None = setting(None, "DyDiT: weight of the squared distance from the target (2)")
+    complete_loss_steps: int | None = setting(None, "DyDiT: steps that also train the network unrouted; all")
+    stratified_t: bool | None = setting(None, "DyDiT: times of a batch cover the four quarters evenly (no)")
+    rank_by_magnitude: bool | None = setting(
+        None, "DyDiT: sort the heads and MLP channels of --init-from, largest first (no)"
+    )
     # process
     noise_schedule: str = setting("linear", "betas", BETA_SCHEDULES)
     predict_xstart: bool = setting(False, "predict the clean image instead of the noise")
@@ -78,6 +96,7 @@ class TrainConfig:
     global_batch_size: int = setting(256, "images per step over all processes")
     grad_accum: int = setting(1, "micro-batches per step and process; the step's result is the same")
     grad_clip: float | None = setting(None, "largest norm of the gradient; none")
+    grad_norm_mode: str = setting("clip", "what happens to a larger one: clip it, or skip the update", GRAD_NORM_MODES)
     grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
     precision: str = setting("tf32", "of matrix products: fp32, tf32 (CUDA; as official), bf16 autocast", PRECISIONS)
     compile: bool = setting(False, "compile every block (on a CPU this needs a C++ compiler)")
@@ -141,8 +160,12 @@ class TrainConfig:
             raise ValueError(f"--lr-final-ratio {self.lr_final_ratio}: has no effect without --lr-schedule cosine")
         if self.data_path is not None and self.dataset == "digits":
             raise ValueError(f"--data-path {self.data_path}: has no effect with --dataset digits")
-        if self.resume is not None and self.init_from is not None:
-            raise ValueError(f"--init-from {self.init_from}: has no effect with --resume")
+        if self.resume not in (None, "auto") and self.init_from is not None:
+            raise ValueError(f"--init-from {self.init_from}: has no effect with --resume {self.resume}")
+        if self.rank_by_magnitude and self.init_from is None and self.resume is None:
+            raise ValueError("--rank-by-magnitude: has no effect without --init-from")
+        if self.grad_norm_mode == "skip" and self.grad_clip is None:
+            raise ValueError("--grad-norm-mode skip: needs --grad-clip, the norm from which updates are skipped")
         if self.compile and self.device != "cuda" and not torch.cuda.is_available() and not _has_compiler():
             raise ValueError("--compile: on a CPU it needs a C++ compiler (g++ or clang++), and none is found")
         shares = distributed.world_size() * self.grad_accum
@@ -174,10 +197,26 @@ def _has_compiler() -> bool:
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
-def set_up(config: TrainConfig, device: torch.device) -> Setup:
-    """Opens the data, builds network and process, and checks that they fit; nothing is written yet."""
+def set_up(config: TrainConfig, device: torch.device, start: Checkpoint | None = None) -> Setup:
+    """Opens the data, builds network and process, and checks that they fit; nothing is written yet.
+
+    Args:
+        config: of the run.
+        device: where it computes.
+        start: weights to start from, which may decide something about the network.
+    """
     with blame(f"--model {config.model}"):
         wanted = network_settings(config)
+    if start is not None:
+        with blame(f"--init-from {config.init_from} as {config.model}"):
+            decided = family_of(config.model).network.settings_from(start.weights, model_config(config.model, **wanted))
+        for name, found in decided.items():
+            if getattr(config, name) not in (None, found):
+                raise UserError(
+                    f"{flag_name(name)} {getattr(config, name)}: --init-from {config.init_from} has {found}"
+                )
+        wanted |= decided
+    recipe = training_recipe(config)
     channels = (1 if config.dataset == "digits" else 3) if config.in_channels is None else config.in_channels
     with blame("--dataset digits" if config.dataset == "digits" else "--data-path"):
         dataset = open_dataset(
@@ -213,13 +252,14 @@ def set_up(config: TrainConfig, device: torch.device) -> Setup:
         vae=vae,
         image_size=dataset.image_shape[-1],
         in_channels=dataset.image_shape[0],
-        num_classes=network.num_classes,
-        class_dropout_prob=network.class_dropout_prob,
-        learn_sigma=settings["learn_sigma"],
+        **{name: getattr(network.config, name) for name in wanted},
+        **dataclasses.asdict(recipe),
     )
     network.grad_checkpointing = config.grad_checkpointing
     autocast = torch.bfloat16 if config.precision == "bf16" else None
-    objective = Objective(network.to(device), create_diffusion(**settings), seed=config.global_seed, autocast=autocast)
+    objective = Objective(
+        network.to(device), create_diffusion(**settings), recipe=recipe, seed=config.global_seed, autocast=autocast
+    )
     total = max(1, config.epochs * len(dataset) // config.global_batch_size)
     total = min(total, config.max_steps) if config.max_steps else total
     return Setup(resolved, dataset, held_out, autoencoder, latent_shape, objective, total, settings)
@@ -257,27 +297,50 @@ def network_settings(config: TrainConfig) -> dict[str, Any]:
     """What the flags say about the network's config; the model's own values where they are silent."""
     named = model_config(config.model)
     settings = {}
-    for field in ("num_classes", "class_dropout_prob", "learn_sigma"):
+    for field in NETWORK_SETTINGS:
         if getattr(config, field) is not None:
             settings[field] = getattr(config, field)
         elif hasattr(named, field):  # not every family predicts a variance
             settings[field] = getattr(named, field)
+    model_config(config.model, **settings)  # refuses what does not fit
     return settings
 
 
-def initialise(setup: Setup, path: Path) -> list[str]:
-    """Starts from the weights in a file; returns what had to be changed to fit.
+def training_recipe(config: TrainConfig) -> TrainingRecipe:
+    """The recipe of the model's family, as the flags have it.
 
     Raises:
-        UserError: if the file is unusable, or its network is another.
+        UserError: for a setting that the family does not have, a value that it refuses, or too small a batch for it.
     """
-    checkpoint = read_checkpoint(path, flag="--init-from")
+    recipe_class = family_of(config.model).network.recipe_class
+    own = {field.name for field in dataclasses.fields(recipe_class)}
+    given = {name: getattr(config, name) for name in RECIPE_SETTINGS if getattr(config, name) is not None}
+    for name, value in given.items():
+        if name not in own:
+            raise UserError(f"{flag_name(name)} {value}: has no effect on {config.model}")
+    with blame(" ".join(f"{flag_name(name)} {value}" for name, value in given.items())):
+        recipe = recipe_class(**given)
+    ranks, strata = distributed.world_size(), recipe.time_strata
+    if config.global_batch_size // ranks % strata:
+        raise UserError(
+            f"--stratified-t: {config.global_batch_size // ranks} images per process do not cover {strata} parts of "
+            f"the schedule evenly; choose --global-batch-size as a multiple of {ranks * strata}"
+        )
+    return recipe
+
+
+def initialise(setup: Setup, checkpoint: Checkpoint) -> list[str]:
+    """Starts from the weights of --init-from; returns what had to be changed to fit.
+
+    Raises:
+        UserError: if its network is another.
+    """
     old_classes = None if checkpoint.meta is None else checkpoint.meta["data"].get("classes")
     weights, notes = adapt_weights(
         setup.network, checkpoint.weights, old_classes=old_classes, new_classes=setup.dataset.classes
     )
-    load_weights(setup.network, weights, f"--init-from {path} as {setup.config.model}")
-    return notes
+    load_weights(setup.network, weights, f"--init-from {setup.config.init_from} as {setup.config.model}")
+    return notes + setup.objective.recipe.start(setup.network)
 
 
 def find_run(setup: Setup) -> Resumable | None:
@@ -292,6 +355,8 @@ def find_run(setup: Setup) -> Resumable | None:
         return None
     # A cosine spans all steps: with another number of them, the steps already taken would have been others.
     free = FREE_ON_RESUME if config.lr_schedule == "constant" else FREE_ON_RESUME - {"epochs", "max_steps"}
+    if config.init_from is not None:
+        free -= {"init_from"}  # with --resume auto: the run that began there, or a new one
     if config.resume == "auto":
         return find_resumable(config.results_dir, settings, free, partial(print, file=sys.stderr))
     resumable = read_resumable(Path(config.resume))
@@ -323,15 +388,17 @@ def main(argv: Sequence[str]) -> None:
         check_folder(config.results_dir, "--results-dir")
     with distributed.world(config.device, config.dist_timeout) as world:
         distributed.allow_tf32(config.precision != "fp32")
-        setup = set_up(config, world.device)
-        notes = initialise(setup, config.init_from) if config.init_from else []
+        start = read_checkpoint(config.init_from, flag="--init-from") if config.init_from else None
+        setup = set_up(config, world.device, start)
+        notes = initialise(setup, start) if start else []
+        del start  # a second copy of all weights
         if config.dry_run:
             print_dry_run(setup, world)
             return
         resumable = find_run(setup)
         distributed.barrier()  # every rank has looked before the main one makes a new folder
         folder = open_run(setup, world, resumable)
-        for note in notes:
+        for note in notes if resumable is None else ():
             RunLog(folder).line(f"--init-from: {note}")
         Trainer(setup, world, folder, resumable).run()
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -127,12 +128,14 @@ class LossMeter:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._counts: Counter[str] = Counter()  # some losses end before others
         self._steps, self._since = 0, time.perf_counter()
 
     def add(self, losses: dict[str, Tensor]) -> None:
         """Counts one step's per-sample losses."""
         for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().mean()
+        self._counts.update(losses.keys())
         self._steps += 1
 
     def pause(self, seconds: float) -> None:
@@ -141,11 +144,11 @@ class LossMeter:
 
     def read(self) -> dict[str, float]:
         """Means over steps and processes, and steps per second; starts anew."""
-        means = distributed.mean_over_ranks(torch.stack(list(self._sums.values())) / self._steps).tolist()
-        values = dict(zip(self._sums, means, strict=True))
+        sums = distributed.mean_over_ranks(torch.stack(list(self._sums.values()))).tolist()
+        values = {name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)}
         now = time.perf_counter()
         values["steps_per_sec"] = self._steps / (now - self._since)
-        self._sums, self._steps, self._since = {}, 0, now
+        self._sums, self._counts, self._steps, self._since = {}, Counter(), 0, now
         return values
 
 
@@ -226,18 +229,20 @@ class Trainer:
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, step, self.setup.total_steps)
         state.optimizer.zero_grad(set_to_none=True)
+        batch_mean = self.setup.objective.mean_statistic(pieces, step) if len(pieces) > 1 else None
         seen: list[dict[str, Tensor]] = []
         for number, (batch, draws) in enumerate(pieces, start=1):
             with averaging(self.objective, wanted=number == len(pieces)):
-                losses = self.objective(batch, step, draws)
+                losses = self.objective(batch, step, draws, batch_mean)
                 (losses["loss"].mean() / len(pieces)).backward()
             seen.append(losses)
         losses = {name: torch.cat([piece[name].detach() for piece in seen]) for name in seen[0]}
         gradients = [p.grad for p in state.trained.values() if p.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if config.grad_clip is not None:
+        if config.grad_clip is not None and config.grad_norm_mode == "clip":
             torch.nn.utils.clip_grads_with_norm_(state.trained.values(), config.grad_clip, grad_norm)
-        self.guard.watch(step, losses["loss"].mean(), grad_norm)
+        limit = config.grad_clip if config.grad_norm_mode == "skip" else None
+        self.guard.watch(step, losses["loss"].mean(), grad_norm, limit)
         state.optimizer.step()
         state.ema.update()
         self.meter.add(losses)
@@ -250,6 +255,8 @@ class Trainer:
         self.log.line(
             f"(step={step:07d}) Train Loss: {values['loss']:.4f}, Train Steps/Sec: {values['steps_per_sec']:.2f}"
         )
+        if self.config.grad_norm_mode == "skip":
+            values["updates_skipped"] = self.guard.count_too_large()
         self.log.metrics(step=step, lr=rate, grad_norm=float(grad_norm), **values)
         self.check_finite()
 

@@ -122,14 +122,17 @@ def markdown(document: dict[str, Any]) -> str:
     cells = {title: [text(row) for row in rows] for title, text in columns.items()}
     cells = {title: texts for title, texts in cells.items() if any(texts)}
     named = {"group": [r["group"] for r in rows], "case": [r["name"] for r in rows], **cells}
-    widths = [max(map(len, [title, *texts])) for title, texts in named.items()]
-    rule = ["-" * widths[0], "-" * widths[1], *("-" * (w - 1) + ":" for w in widths[2:])]
-    lines = []
-    for line in (list(named), rule, *zip(*named.values(), strict=True)):
-        left = [text.ljust(width) for text, width in zip(line[:2], widths, strict=False)]
-        right = [text.rjust(width) for text, width in zip(line[2:], widths[2:], strict=True)]
-        lines.append(f"| {' | '.join(left + right)} |")
-    return "\n".join([*lines, *(f"\nNot run: {word}" for word in document["skipped"])])
+    lines = aligned(list(named), list(map(list, zip(*named.values(), strict=True))), left=2)
+    return "\n".join([lines, *(f"\nNot run: {word}" for word in document["skipped"])])
+
+
+def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """A Markdown table that is aligned as text, too: the first `left` columns to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    rule = ["-" * width if place < left else "-" * (width - 1) + ":" for place, width in enumerate(widths)]
+    pads = [str.ljust if place < left else str.rjust for place in range(len(widths))]
+    lines = [map(lambda pad, text, width: pad(text, width), pads, line, widths) for line in (titles, rule, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _shown(value: float | None, form: str, scale: float = 1.0) -> str:

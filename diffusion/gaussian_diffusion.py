@@ -129,6 +129,13 @@ class GaussianDiffusion:
         """(count,) int64 indices, uniform, on the generator's device."""
         return torch.randint(self.num_timesteps, (count,), generator=generator, device=generator.device)
 
+    def stratified_times(self, count: int, strata: int, generator: torch.Generator) -> Tensor:
+        """(count,) int64 indices, row i uniform over part i mod `strata` of the schedule, on the generator's device."""
+        part = torch.arange(count, device=generator.device) % strata
+        first, end = part * self.num_timesteps // strata, (part + 1) * self.num_timesteps // strata
+        uniform = torch.rand(count, generator=generator, dtype=torch.float64, device=generator.device)
+        return first + (uniform * (end - first)).long()
+
     def network_times(self, t: Tensor, convention: TimeConvention = "index") -> Tensor:
         """What a network is told at these indices: original timesteps, in the units it declares."""
         return index_to_network(self.device_tables(t.device)["timesteps"][t], convention)

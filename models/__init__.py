@@ -1,4 +1,4 @@
-"""The one models module: `from models import create_model, list_models, DiT, SkipDiT`.
+"""The one models module: `from models import create_model, list_models, DiT, DyDiT, SkipDiT`.
 
 A family is a file with a config dataclass, a network, and a table of named configs; it enters the registry below by
 one row. Networks know nothing of noise processes, step numbers, guidance scales or cache intervals.
@@ -9,18 +9,22 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from models import dit, skip_dit
-from models.contract import ModelOutput, Network, Routing, TimeConvention
+from models import dit, dydit, skip_dit
+from models.contract import ModelOutput, Network, Pass, Routing, TimeConvention, TrainingRecipe
 from models.dit import DiT
+from models.dydit import DyDiT
 from models.skip_dit import SkipDiT
 
 __all__ = [
     "DiT",
+    "DyDiT",
     "ModelOutput",
     "Network",
+    "Pass",
     "Routing",
     "SkipDiT",
     "TimeConvention",
+    "TrainingRecipe",
     "create_model",
     "family_of",
     "list_models",
@@ -37,6 +41,7 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     "DiT": Family(DiT, dit.CONFIGS),
+    "DyDiT": Family(DyDiT, dydit.CONFIGS),
     "Skip-DiT": Family(SkipDiT, skip_dit.CONFIGS),
 }
 

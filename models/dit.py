@@ -121,9 +121,13 @@ class DiT(Network):
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, width)
         self.t_embedder: TimestepEmbedder | TimestepTable = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(config.num_classes, width, null_class=config.class_dropout_prob > 0)
-        self.blocks = nn.ModuleList(DiTBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(self.make_block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, config.patch_size, self.out_channels)
         self.reset_parameters()
+
+    def make_block(self, config: DiTConfig) -> DiTBlock:
+        """One block, as the constructor wants `depth` of them."""
+        return DiTBlock(config.hidden_size, config.num_heads, config.mlp_ratio)
 
     def reset_parameters(self) -> None:
         """Draws all weights anew: Xavier for linear maps, small normals for embedders, zeros for gates and output."""

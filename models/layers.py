@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +60,19 @@ def timestep_features(
     frequencies = torch.exp(-math.log(max_period) * steps / half)
     angles = t.float()[:, None] * frequencies if isinstance(t, Tensor) else (frequencies * t)[None]
     return functional.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which operations on the device of x keep the dtypes that they are given."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def attention_heads(qkv: Tensor, num_heads: int) -> Tensor:
+    """Softmax attention by PyTorch's fused kernels: [q | k | v] (N, T, 3 D) -> every head's output (N, T, H, D / H)."""
+    n, t, width = qkv.shape
+    q, k, v = qkv.view(n, t, 3, num_heads, width // 3 // num_heads).permute(2, 0, 3, 1, 4).unbind()
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def sincos_position_table(width: int, grid: int) -> Tensor:
@@ -200,7 +215,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention through PyTorch's fused kernels; rows of `qkv` are [q | k | v], heads contiguous."""
+    """Multi-head self-attention; rows of `qkv` are [q | k | v], heads contiguous."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -208,12 +223,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, T, D) -> (N, T, D)."""
-        n, t, d = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4).unbind()
-        x = functional.scaled_dot_product_attention(q, k, v)  # (N, H, T, D / H)
-        return self.proj(x.transpose(1, 2).reshape(n, t, d))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, T, D) -> (N, T, D); a mask (N, H) or (1, H) silences heads, in front of the output's map."""
+        heads = attention_heads(self.qkv(x), self.num_heads)  # (N, T, H, D / H)
+        if mask is not None:
+            heads = heads * mask[:, None, :, None].to(heads.dtype)
+        return self.proj(heads.flatten(2))
 
 
 class Mlp(nn.Module):
@@ -224,9 +239,12 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, T, D) -> (N, T, D)."""
-        return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, T, D) -> (N, T, D); a mask (N, H) or (1, H) silences channels, in H groups of neighbours."""
+        inner = self.fc1(x)
+        if mask is not None:  # in front of GELU, which keeps zeros: the place decides the gradient of the mask
+            inner = (inner.unflatten(2, (mask.shape[1], -1)) * mask[:, None, :, None].to(inner.dtype)).flatten(2)
+        return self.fc2(functional.gelu(inner, approximate="tanh"))
 
 
 class AdaLNModulation(nn.Sequential):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from models import FAMILIES, Network, create_model, family_of, list_models, model_config
+from models.recognise import recognise
 from runtime.checkpoint import Checkpoint, load_weights
 from runtime.errors import UserError, blame
 
@@ -41,7 +41,7 @@ def restore(checkpoint: Checkpoint, source: str, model: str | None = None, **ove
 def settings_of(checkpoint: Checkpoint, source: str, model: str | None = None) -> tuple[str, dict[str, Any]]:
     """Registry name and overrides of the network that a checkpoint was made with.
 
-    Our files say them. For foreign ones it is the user's name, or else the model of their sizes, with its own settings.
+    Our files say them. For foreign ones it is the user's name, or else the model that has their names and shapes.
 
     Raises:
         UserError: if the name is unknown, or not the one given.
@@ -52,25 +52,13 @@ def settings_of(checkpoint: Checkpoint, source: str, model: str | None = None) -
         if model not in (None, name):
             raise UserError(f"--model {model}: {source} was trained as {name}")
         return name, settings
-    name = model or model_of_weights(checkpoint.weights)
-    if name is None:
+    found = recognise(checkpoint.weights)
+    if found is not None and model in (None, found.name):
+        return found
+    if model is None:
         raise UserError(f"{source}: its names and sizes are those of no model in the registry")
-    return name, {}
-
-
-def model_of_weights(weights: Mapping[str, Tensor]) -> str | None:
-    """Finds the published model with these names, width, depth and patch size; None if there is none."""
-    family, patches = family_of_weights(weights), weights.get("x_embedder.proj.weight")
-    if family is None or patches is None or patches.ndim != 4:
-        return None
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    width, _, patch, _ = patches.shape
-    sizes = {"depth": depth, "hidden_size": width, "patch_size": patch}
-    for name in FAMILIES[family].configs:
-        config = model_config(name)
-        if all(getattr(config, field, None) == size for field, size in sizes.items()):
-            return name
-    return None
+    with blame(f"{source} as {model}"):
+        return model, family_of(model).network.settings_from(checkpoint.weights, model_config(model))
 
 
 def family_of_weights(names: Iterable[str]) -> str | None:
@@ -103,8 +91,9 @@ def check_family(model: str, names: Iterable[str]) -> None:
     assert found is not None
     (ours, *_), theirs = _layouts(wanted), _without_numbers(names)
     differences = [
-        *(f"without {part}" for part in _parts(ours - theirs)),
-        *(f"with {part}" for part in _parts(theirs - ours)),
+        f"{word} {', '.join(parts)}"
+        for word, parts in (("without", _parts(ours, theirs)), ("with", _parts(theirs, ours)))
+        if parts
     ]
     sibling = found + model.removeprefix(wanted)
     choice = sibling if sibling in list_models() else f"a {found} model"
@@ -124,5 +113,12 @@ def _without_numbers(names: Iterable[str]) -> frozenset[str]:
     return frozenset(re.sub(r"\.\d+(?=\.|$)", "", name) for name in names)
 
 
-def _parts(names: Iterable[str]) -> list[str]:
-    return sorted({name.split(".")[0] for name in names})
+def _parts(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """What is in some of these names and in none of the others, as far from the end of a name as can be said."""
+    known = {".".join(name.split(".")[:n]) for name in others for n in range(1, name.count(".") + 2)}
+    found = set()
+    for name in names:
+        words = name.split(".")
+        prefixes = (".".join(words[:n]) for n in range(1, len(words) + 1))
+        found.add(next((prefix for prefix in prefixes if prefix not in known), ""))
+    return sorted(found - {""})

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models import FAMILIES, create_model
+from models import FAMILIES, create_model, model_config
 
 LABELS, PATCHES, POSITIONS = "y_embedder.embedding_table.weight", "x_embedder.proj.weight", "pos_embed"
 OUTPUT = "final_layer.linear.weight"
@@ -45,12 +45,13 @@ def recognise(weights: Mapping[str, Tensor]) -> Recognised | None:
             if any(named.get(field, value) != value for field, value in body.items()):
                 continue  # building it would take longer
             try:
+                settings = config | family.network.settings_from(weights, model_config(name, **config))
                 with torch.device("meta"):
-                    network = create_model(name, **config)
+                    network = create_model(name, **settings)
             except ValueError:
                 continue
             if {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()} == shapes:
-                return Recognised(name, config)
+                return Recognised(name, settings)
     return None
 
 

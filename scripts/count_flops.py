@@ -3,6 +3,7 @@
     python scripts/count_flops.py                                   all rows that were published
     python scripts/count_flops.py --model DiT-XL/2 --input-size 64 --check
     python scripts/count_flops.py --model Skip-DiT-XL/2 --cache-interval 2 3 4 --num-sampling-steps 250
+    python scripts/count_flops.py --model DyDiT-XL/2 --keep 0.625 0.625 0.75
 
 The "Gflops" of the papers are multiply-adds. Some counts add the layer norms, by 1 or by 4 operations an element: that
 is the difference between 118.62, 118.64 and 118.69 for DiT-XL/2.
@@ -20,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import create_diffusion, skip_cache
-from models import Network, create_model
+from models import DyDiT, Network, Routing, create_model
 from runtime.config import flag_name, parse_config, setting
 from runtime.errors import UserError, blame, run
 
@@ -39,6 +40,9 @@ class CountConfig:
     cache_depth: int | None = setting(None, "blocks kept at an end by steps that reuse state; the model's own")
     cache_interval: tuple[int, ...] = setting((), "also count runs with Skip-Cache, state refreshed every N steps")
     num_sampling_steps: str | None = setting(None, "step spec of those runs (250)")
+    keep: tuple[float, float, float] | None = setting(
+        None, "shares of heads, MLP groups and tokens that a DyDiT keeps on"
+    )
     check: bool = setting(False, "count with PyTorch's own counter too; exit with status 1 where it disagrees")
     json: bool = setting(False, "print JSON instead of a table")
 
@@ -46,6 +50,10 @@ class CountConfig:
         """Refuses what cannot be meant, before any work."""
         if self.num_sampling_steps is not None and not self.cache_interval:
             raise ValueError(f"--num-sampling-steps {self.num_sampling_steps}: has no effect without --cache-interval")
+        if self.keep is not None and not all(0 <= share <= 1 for share in self.keep):
+            raise ValueError(f"--keep {' '.join(map(str, self.keep))}: shares lie in [0, 1]")
+        if self.keep is not None and not self.model:
+            raise ValueError("--keep: needs --model")
 
 
 class Run(NamedTuple):
@@ -76,7 +84,7 @@ class Count(NamedTuple):
         trainable: those that training changes.
         multiply_adds: linear maps and attention products.
         layer_norm_elements: elements that pass through layer norms.
-        parts: `multiply_adds` by part.
+        parts: `multiply_adds` by part; with --keep at those shares, rounded.
         multiply_adds_with_state: of a step that reuses state, if the network keeps any.
         runs: with Skip-Cache, if asked for.
         torch_multiply_adds: as PyTorch counts them, if asked for.
@@ -113,6 +121,7 @@ def count(
     check: bool = False,
     intervals: Sequence[int] = (),
     steps: str = "250",
+    keep: tuple[float, float, float] | None = None,
 ) -> Count:
     """Counts one model, without memory for its weights.
 
@@ -122,13 +131,19 @@ def count(
         check: let PyTorch count too.
         intervals: of the runs to count.
         steps: step spec of the runs.
+        keep: shares of heads, MLP groups and tokens that are on.
 
     Raises:
-        ValueError: for an unknown name, a size that the model cannot have, or a run that it cannot make.
+        ValueError: for an unknown name, a size that the model cannot have, a run that it cannot make, or shares of a
+            model that has no routers.
     """
     with torch.device("meta"):
         network = create_model(name, **overrides)
     parts = network.multiply_adds()
+    if keep is not None:
+        if not isinstance(network, DyDiT):
+            raise ValueError("has no routers; --keep is for DyDiT")
+        parts = {part: round(found) for part, found in network.multiply_adds_at(constant_routing(*keep)).items()}
     counted = torch_multiply_adds(network) if check else (None, None)
     return Count(
         model=name,
@@ -143,6 +158,11 @@ def count(
         torch_multiply_adds=counted[0],
         torch_multiply_adds_with_state=counted[1],
     )
+
+
+def constant_routing(heads: float, groups: float, tokens: float) -> Routing:
+    """Masks that have these means everywhere."""
+    return Routing(*(torch.full((1, 1, 1), share, dtype=torch.float64) for share in (heads, groups, tokens)))
 
 
 def count_run(network: Network, interval: int, steps: str) -> Run:
@@ -170,7 +190,7 @@ def torch_multiply_adds(network: Network) -> tuple[int, int | None]:
     return counter.get_total_flops() // 2, counter_with_state.get_total_flops() // 2 if network.keeps_state else None
 
 
-def giga(number: int) -> str:
+def giga(number: float) -> str:
     """Billions with four decimals."""
     return f"{number / 1e9:,.4f}"
 
@@ -236,7 +256,11 @@ def main(argv: Sequence[str]) -> None:
         runs = " ".join(map(str, config.cache_interval))
         with blame(f"--model {name}{flags}" + (f" --cache-interval {runs}" if runs else "")):
             steps = config.num_sampling_steps or "250"
-            counts.append(count(name, overrides, check=config.check, intervals=config.cache_interval, steps=steps))
+            counts.append(
+                count(
+                    name, overrides, check=config.check, intervals=config.cache_interval, steps=steps, keep=config.keep
+                )
+            )
     print(as_json(counts) if config.json else summary(counts))
     if not config.check:
         return

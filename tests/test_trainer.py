@@ -229,8 +229,8 @@ def poisoned(monkeypatch):
     """The loss of step 3 (the fourth) is NaN."""
     original = Objective.forward
 
-    def forward(self, batch, step, draws=None):
-        losses = original(self, batch, step, draws)
+    def forward(self, batch, step, *more):
+        losses = original(self, batch, step, *more)
         return {k: v * float("nan") if step == 3 else v for k, v in losses.items()}
 
     monkeypatch.setattr(Objective, "forward", forward)
@@ -270,7 +270,7 @@ def test_mistakes_are_one_line(whole, tmp_path, capsys):
     cases = {
         ("--resume", "nothing.safetensors"): "--resume nothing.safetensors: no such file",
         ("--init-from", "nothing.pt"): "--init-from nothing.pt: no such file",
-        ("--init-from", "x", "--resume", "auto"): "--init-from x: has no effect with --resume",
+        ("--init-from", "x", "--resume", "y"): "--init-from x: has no effect with --resume y",
         ("--init-from", str(checkpoint(whole, 12)), "--model", "DiT-debug/2", "--num-classes", "10"): "do not fit",
         ("--grad-accum", "5"): "--global-batch-size 12: not divisible by the 1 processes times 5 micro-batches",
         ("--grad-clip", "0"): "--grad-clip 0.0: must be positive",

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import models
-from models import create_model
-from models.loading import check_family, family_of_weights, model_of_weights, restore, settings_of
+from models import create_model, model_config
+from models.loading import check_family, family_of_weights, restore, settings_of
 from runtime.checkpoint import Checkpoint
 from runtime.errors import UserError
 from tests.networks import debug_name, debug_network
@@ -44,12 +44,12 @@ def test_weights_of_the_family_pass_and_unknown_ones_are_left_to_a_strict_load(f
         (
             "DiT-S/2",
             "Skip-DiT-S/2",
-            r"weights of a DiT \(without skip_linears, without skip_norms\), not of Skip-DiT-S/2; choose DiT-S/2",
+            r"weights of a DiT \(without skip_linears, skip_norms\), not of Skip-DiT-S/2; choose DiT-S/2",
         ),
         (
             "Skip-DiT-S/4",
             "DiT-S/4",
-            r"weights of a Skip-DiT \(with skip_linears, with skip_norms\), not of DiT-S/4; choose Skip-DiT-S/4",
+            r"weights of a Skip-DiT \(with skip_linears, skip_norms\), not of DiT-S/4; choose Skip-DiT-S/4",
         ),
         ("Skip-DiT-S/2", "DiT-digits-deep/2", r"not of DiT-digits-deep/2; choose a Skip-DiT model"),
     ],
@@ -90,13 +90,14 @@ def test_a_foreign_file_is_named_by_the_user() -> None:
 def test_a_foreign_file_is_known_by_names_and_sizes(name: str) -> None:
     with torch.device("meta"):
         weights = create_model(name).state_dict()
-    assert model_of_weights(weights) == name
-    assert settings_of(Checkpoint(weights, None), "x") == (name, {})
+    found, settings = settings_of(Checkpoint(weights, None), "x")
+    assert found == name and model_config(found, **settings) == model_config(name)
 
 
 def test_sizes_of_nobody_are_nobody_s() -> None:
-    assert model_of_weights(create_model("DiT-debug/2", depth=3).state_dict()) is None
-    assert model_of_weights({"blocks.0.weight": torch.zeros(1)}) is None
+    for weights in (create_model("DiT-debug/2", depth=3).state_dict(), {"blocks.0.weight": torch.zeros(1)}):
+        with pytest.raises(UserError, match="no model in the registry"):
+            settings_of(Checkpoint(weights, None), "x")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_sizes_of_nobody_are_nobody_s() -> None:
             False,
             "Skip-DiT-debug/2",
             {},
-            r"^--ckpt x: weights of a DiT \(without skip_linears, without skip_norms\), not of Skip-DiT-debug/2; "
+            r"^--ckpt x: weights of a DiT \(without skip_linears, skip_norms\), not of Skip-DiT-debug/2; "
             r"choose DiT-debug/2$",
         ),
         ("DiT-debug/2", True, None, {"cache_depth": 3}, r"^--ckpt x: cache_depth 3 must lie in 1\.\.2"),

@@ -89,6 +89,31 @@ def test_a_plain_network_can_be_cached_at_the_same_place(capsys: pytest.CaptureF
     assert cached["multiply_adds"] == 128 * row["multiply_adds"] + 122 * row["multiply_adds_with_state"]
 
 
+def test_routers_are_counted_and_without_them_it_is_the_plain_network(capsys: pytest.CaptureFixture[str]) -> None:
+    assert count("--json", "--model", "DyDiT-XL/2", "DyDiT-B/2", "DyDiT-S/2") == 0
+    for row, published in zip(json.loads(capsys.readouterr().out), (118.69, 23.02, 6.07), strict=True):
+        bare = row["multiply_adds"] - row["parts"]["routers"] + 4 * row["layer_norm_elements"]
+        assert round(bare / 1e9, 2) == published
+        assert bare - 4 * row["layer_norm_elements"] == OFFICIAL[row["model"].removeprefix("Dy")]["macs"]
+
+
+@pytest.mark.parametrize("name", ["DyDiT-S/2", "DyDiT-B/8"])
+def test_pytorchs_own_counter_agrees_with_routers(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert count("--check", "--json", "--model", name) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["torch_multiply_adds"] == row["multiply_adds"]
+
+
+def test_shares_that_are_on_scale_the_blocks_parts_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = []
+    for keep in ([], ["--keep", "0.5", "0.25", "0.8"]):
+        assert count("--json", "--model", "DyDiT-S/2", *keep) == 0
+        parts.append(json.loads(capsys.readouterr().out)[0]["parts"])
+    dense, kept = parts
+    shares = {"attention_linear": 0.5, "attention_products": 0.5, "mlp": 0.25 * 0.8}
+    assert kept == {part: round(number * shares.get(part, 1)) for part, number in dense.items()}
+
+
 def test_a_wrong_formula_is_found_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right = DiT.multiply_adds
     monkeypatch.setattr(DiT, "multiply_adds", lambda self: {**right(self), "modulation": 1})
@@ -132,6 +157,9 @@ def test_a_wrong_formula_with_state_is_found_out(
         ),
         (["--num-sampling-steps", "50"], "--num-sampling-steps 50: has no effect without --cache-interval"),
         (["--models", "DiT-S/2"], "unrecognized arguments: --models DiT-S/2"),
+        (["--model", "DyDiT-S/2", "--keep", "1", "1", "1.5"], "--keep 1.0 1.0 1.5: shares lie in [0, 1]"),
+        (["--keep", "1", "1", "1"], "--keep: needs --model"),
+        (["--model", "DiT-S/2", "--keep", "1", "1", "1"], "--model DiT-S/2: has no routers; --keep is for DyDiT"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

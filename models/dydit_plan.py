@@ -1,0 +1,258 @@
+"""What a sampling run of a DyDiT leaves out.
+
+All rows of a sampling step share their timestep, so which heads and channel groups it runs follows from the schedule:
+width masks of all evaluations are computed once, in float32, and read to the host before sampling starts. A block then
+works with the weights of what is on, and attention sees only heads that are on. Copies of weights are shared by all
+evaluations with the same pattern and kept within a number of bytes.
+
+Which tokens go through the MLP depends on the images, and is known only once the block's attention is done. Those of
+the whole batch are packed into one matrix for norm, modulation and MLP, and added to the residual stream.
+
+Packing needs the number of tokens on the host, to shape that matrix: one read in a block. On a CPU it waits for nobody.
+A GPU idles for some tens of microseconds, until the host, having waited for the count, has launched the next kernels;
+against that stands the part of an MLP that is saved. So few tokens are not packed but masked, and nothing is read.
+(A fixed capacity would need no read, but what exceeds it would be lost, or be a second pass that everybody pays for.)
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from models.contract import Routing
+from models.layers import attention_heads, gated_add, modulate
+
+if TYPE_CHECKING:
+    from models.dydit import DyDiT, DyDiTBlock
+
+Weights = TypeVar("Weights", bound="tuple[Tensor, ...]")
+Active = tuple[int, ...]  # heads or groups that are on, ascending
+
+EPS = 1e-6  # of DiT's layer norms
+# Tokens in a batch from which packing pays. The second is an estimate for XL on an H100: a wait of 40 us, 1/4 skipped.
+PACK_FROM = {"cpu": 128, "cuda": 4096}
+
+
+class Modulation(NamedTuple):
+    """One of adaLN's two triples, (N, D) each."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+class AttentionWeights(NamedTuple):
+    """Of the h heads that are on; d = D / H."""
+
+    qkv: Tensor  # (3 h d, D)
+    qkv_bias: Tensor  # (3 h d,)
+    proj: Tensor  # (D, h d)
+    proj_bias: Tensor  # (D,)
+
+
+class MlpWeights(NamedTuple):
+    """Of the k channels that are on."""
+
+    fc1: Tensor  # (k, D)
+    fc1_bias: Tensor  # (k,)
+    fc2: Tensor  # (D, k)
+    fc2_bias: Tensor  # (D,)
+
+
+class Evaluation(NamedTuple):
+    """The width of one evaluation.
+
+    Attributes:
+        heads: (1, L, H) float32 mask.
+        groups: (1, L, H) float32 mask.
+        active: (heads, groups) of each block.
+    """
+
+    heads: Tensor
+    groups: Tensor
+    active: tuple[tuple[Active, Active], ...]
+
+
+class BoundedCache:
+    """Tensors made on demand; beyond a number of bytes, those not used for longest are given up."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used = limit, 0
+        self._kept: OrderedDict[Hashable, tuple[tuple[Tensor, ...], int]] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Weights]) -> Weights:
+        """The tensors of a key, made anew if they are not there. What exceeds the limit alone is not kept."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key][0]  # type: ignore[return-value]  # a key always stands for the same kind
+        made = make()
+        size = sum(tensor.nbytes for tensor in made)
+        if size <= self.limit:
+            while self.used + size > self.limit:
+                self.used -= self._kept.popitem(last=False)[1][1]
+            self._kept[key] = made, size
+            self.used += size
+        return made
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+class RoutingPlan:
+    """A schedule's routing, and blocks that follow it; a snapshot of the network's weights.
+
+    Args:
+        network: prepared for the timesteps, so that embedding them costs nothing.
+        times: of the schedule; repeats are routed once.
+        cache_bytes: limit for copies of weights.
+        compile_backend: compiles what runs instead of blocks, for any number of heads, groups and tokens; or None.
+
+    Attributes:
+        evaluations: time -> its width.
+        cache: copies of weights.
+        pack_from: tokens in a batch from which they are packed.
+    """
+
+    def __init__(self, network: DyDiT, times: Iterable[float], cache_bytes: int, compile_backend: str | None) -> None:
+        self.blocks: list[DyDiTBlock] = list(network.blocks)  # type: ignore[arg-type]  # ModuleList has no item type
+        self.num_heads, self.cache = network.config.num_heads, BoundedCache(cache_bytes)
+        self.pack_from = PACK_FROM.get(network.pos_embed.device.type, PACK_FROM["cuda"])
+        distinct = sorted(set(times))
+        self.evaluations = dict(zip(distinct, self._route(network, distinct), strict=True))
+        patterns = {active for found in self.evaluations.values() for both in found.active for active in both}
+        device = network.pos_embed.device
+        self._indices = {active: torch.tensor(active, dtype=torch.int64, device=device) for active in patterns}
+        compiled = partial(_compiled, backend=compile_backend)
+        self._attend, self._mlp, self._packed_mlp = compiled(attend), compiled(masked_mlp), compiled(packed_mlp)
+
+    @torch.no_grad()
+    def _route(self, network: DyDiT, times: list[float]) -> Iterable[Evaluation]:
+        """Evaluates all width routers at all times; one read."""
+        if not times:
+            return
+        e = torch.cat([network.t_embedder(t) for t in times])  # (K, D)
+        heads = torch.stack([block.attn_rate(e) for block in self.blocks], dim=1)  # (K, L, H)
+        groups = torch.stack([block.mlp_rate(e) for block in self.blocks], dim=1)
+        on = torch.stack([heads, groups], dim=2).tolist()  # (K, L, 2, H)
+        for k, blocks in enumerate(on):
+            active = tuple((_active(both[0]), _active(both[1])) for both in blocks)
+            yield Evaluation(heads[k : k + 1], groups[k : k + 1], active)
+
+    def run_block(self, i: int, x: Tensor, c: Tensor, evaluation: Evaluation) -> tuple[Tensor, Routing]:
+        """What block i of the network computes by masks, without what is off.
+
+        Args:
+            i: index of the block.
+            x: (N, T, D) tokens.
+            c: (N, D) conditioning.
+            evaluation: of the timestep.
+
+        Returns:
+            Tokens (N, T, D), and masks (1, H), (1, H), (N, T).
+        """
+        block, (heads, groups) = self.blocks[i], evaluation.active[i]
+        modulations = block.adaLN_modulation(c)
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        attention = self.cache.get((i, "attn", heads, dtype), lambda: self.attention_weights(i, heads, dtype))
+        x = self._attend(x, Modulation(*modulations[:3]), attention, block.attn.qkv.in_features // self.num_heads)
+        tokens = block.token_selection(x)  # (N, T)
+        mlp = self.cache.get((i, "mlp", groups, dtype), lambda: self.mlp_weights(i, groups, dtype))
+        x = self.run_mlp(x, tokens, Modulation(*modulations[3:]), mlp)
+        return x, Routing(evaluation.heads[:, i], evaluation.groups[:, i], tokens)
+
+    def run_mlp(self, x: Tensor, tokens: Tensor, modulation: Modulation, weights: MlpWeights) -> Tensor:
+        """Residual MLP of the tokens (N, T) that are on; overwrites x (N, T, D)."""
+        if tokens.numel() < self.pack_from:
+            return self._mlp(x, tokens, modulation, weights)
+        rows = tokens.flatten().nonzero().squeeze(1)  # the one read: how many
+        if len(rows) == tokens.numel():
+            return self._mlp(x, None, modulation, weights)
+        return self._packed_mlp(x, rows, modulation, weights) if len(rows) else x
+
+    def attention_weights(self, i: int, heads: Active, dtype: torch.dtype) -> AttentionWeights:
+        """Block i's weights of these heads; the block's own, uncopied, if they are all."""
+        attention, index = self.blocks[i].attn, self._indices[heads]
+        every = AttentionWeights(attention.qkv.weight, attention.qkv.bias, attention.proj.weight, attention.proj.bias)
+        if len(heads) < self.num_heads:
+            every = AttentionWeights(
+                every.qkv.unflatten(0, (3, self.num_heads, -1)).index_select(1, index).flatten(0, 2),
+                every.qkv_bias.unflatten(0, (3, self.num_heads, -1)).index_select(1, index).flatten(),
+                every.proj.unflatten(1, (self.num_heads, -1)).index_select(1, index).flatten(1),
+                every.proj_bias,
+            )
+        return AttentionWeights(*(tensor.detach().to(dtype) for tensor in every))
+
+    def mlp_weights(self, i: int, groups: Active, dtype: torch.dtype) -> MlpWeights:
+        """Block i's weights of these channel groups; the block's own, uncopied, if they are all."""
+        mlp, index = self.blocks[i].mlp, self._indices[groups]
+        every = MlpWeights(mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+        if len(groups) < self.num_heads:
+            every = MlpWeights(
+                every.fc1.unflatten(0, (self.num_heads, -1)).index_select(0, index).flatten(0, 1),
+                every.fc1_bias.unflatten(0, (self.num_heads, -1)).index_select(0, index).flatten(),
+                every.fc2.unflatten(1, (self.num_heads, -1)).index_select(1, index).flatten(1),
+                every.fc2_bias,
+            )
+        return MlpWeights(*(tensor.detach().to(dtype) for tensor in every))
+
+
+def _compiled(function: Callable[..., Tensor], backend: str | None) -> Callable[..., Tensor]:
+    """Compiled for any sizes; as it is without a backend."""
+    return function if backend is None else torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
+
+
+def _active(mask: list[float]) -> Active:
+    return tuple(place for place, on in enumerate(mask) if on)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What runs instead of a block: functions of tensors alone, so that all blocks share what is compiled
+
+
+def attend(x: Tensor, modulation: Modulation, weights: AttentionWeights, head_dim: int) -> Tensor:
+    """Attention behind its norm and gate, by the heads that are on: (N, T, D) -> (N, T, D), a new tensor.
+
+    With no head on, the output map's bias remains.
+    """
+    num_heads = weights.proj.shape[1] // head_dim
+    if num_heads == 0:
+        return gated_add(x, modulation.gate, weights.proj_bias)
+    h = modulate(_normed(x), modulation.shift, modulation.scale)
+    heads = attention_heads(functional.linear(h, weights.qkv, weights.qkv_bias), num_heads)
+    return gated_add(x, modulation.gate, functional.linear(heads.flatten(2), weights.proj, weights.proj_bias))
+
+
+def masked_mlp(x: Tensor, tokens: Tensor | None, modulation: Modulation, weights: MlpWeights) -> Tensor:
+    """MLP of all tokens, added to those that are on (None: to all): (N, T, D) -> (N, T, D)."""
+    update = _mlp(modulate(_normed(x), modulation.shift, modulation.scale), weights)
+    if tokens is not None:
+        update = update * tokens.unsqueeze(-1).to(update.dtype)
+    return gated_add(x, modulation.gate, update)
+
+
+def packed_mlp(x: Tensor, rows: Tensor, modulation: Modulation, weights: MlpWeights) -> Tensor:
+    """MLP of some tokens: rows (M,) of the flattened batch. Overwrites and returns x (N, T, D)."""
+    flat = x.view(-1, x.shape[-1])  # (N T, D)
+    image = rows // x.shape[1]
+    shift, scale = modulation.shift.index_select(0, image), (1 + modulation.scale).index_select(0, image)
+    h = torch.addcmul(shift, _normed(flat.index_select(0, rows)), scale)  # (M, D)
+    update = _mlp(h, weights) * modulation.gate.index_select(0, image)
+    flat.index_add_(0, rows, update.to(x.dtype))
+    return x
+
+
+def _normed(x: Tensor) -> Tensor:
+    return functional.layer_norm(x, x.shape[-1:], eps=EPS)
+
+
+def _mlp(x: Tensor, weights: MlpWeights) -> Tensor:
+    inner = functional.gelu(functional.linear(x, weights.fc1, weights.fc1_bias), approximate="tanh")
+    return functional.linear(inner, weights.fc2, weights.fc2_bias)

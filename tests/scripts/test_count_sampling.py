@@ -1,0 +1,59 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from models import create_model
+from runtime.checkpoint import save_checkpoint
+from runtime.errors import run
+from scripts.count_sampling import BLOCK_PARTS, main
+from tests.networks import randomise
+
+
+def count(*argv: str) -> int:
+    return run(main, "count_sampling.py", argv)
+
+
+@pytest.fixture
+def routed_checkpoint(tmp_path: Path) -> Path:
+    """A DyDiT for the digits with gates of both kinds, as train.py writes it."""
+    network = randomise(create_model("DyDiT-digits/2"))
+    meta = {
+        "model": {"name": "DyDiT-digits/2", **dataclasses.asdict(network.config)},
+        "process": {"name": "gaussian", "noise_schedule": "linear", "predict_xstart": False, "learn_sigma": False},
+        "data": {"vae": "none", "image_shape": [1, 8, 8]},
+    }
+    save_checkpoint(tmp_path / "0000001.safetensors", {"ema": network.state_dict()}, meta)
+    return tmp_path / "0000001.safetensors"
+
+
+def test_a_checkpoints_sampling_is_counted_as_it_went(
+    routed_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--ckpt", str(routed_checkpoint), *"--num-sampling-steps 5 --images 6 --sampler ddim".split()]
+    assert count(*argv, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["images"], found["evaluations_per_image"]) == ("DyDiT-digits/2", 6, 10)  # guided
+    dense = create_model("DyDiT-digits/2").multiply_adds()
+    assert found["dense_parts"] == dense and found["dense_multiply_adds"] == sum(dense.values())
+    blocks = [sum(found[key][part] for part in BLOCK_PARTS) for key in ("parts", "dense_parts")]
+    assert found["block_ratio"] == pytest.approx(blocks[0] / blocks[1]) and 0.2 < found["block_ratio"] < 0.9
+    assert found["multiply_adds_per_image"] == pytest.approx(10 * sum(found["parts"].values()))
+    assert count(*argv) == 0
+    text = capsys.readouterr().out
+    assert f"share of the blocks' work: {found['block_ratio']:.3f}" in text and "routers" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ckpt", "nothing.pt"], "--ckpt nothing.pt: no such file"),
+        (["--ckpt", "nothing.pt", "--cfg-scale", "0"], "--cfg-scale 0.0: must be at least 1"),
+        (["--ckpt", "nothing.pt", "--images", "0"], "--images 0: must be at least 1"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert count(*argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
