@@ -1,4 +1,4 @@
-"""The one models module: `from models import create_model, list_models, DiT`.
+"""The one models module: `from models import create_model, list_models, DiT, DDT`.
 
 A family is a file with a config dataclass, a network, and a table of named configs; it enters the registry below by
 one row. Networks know nothing of noise processes, step numbers, guidance scales or cache intervals.
@@ -9,11 +9,13 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from models import dit
+from models import ddt, dit
 from models.contract import ModelOutput, Network, Routing, TimeConvention
+from models.ddt import DDT
 from models.dit import DiT
 
 __all__ = [
+    "DDT",
     "DiT",
     "ModelOutput",
     "Network",
@@ -35,6 +37,7 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     "DiT": Family(DiT, dit.CONFIGS),
+    "DDT": Family(DDT, ddt.CONFIGS),
 }
 
 

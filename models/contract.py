@@ -56,6 +56,7 @@ class Network(nn.Module):
         training_passes: keyword arguments of the forward passes that one training step consists of.
         blocks: the transformer blocks, in order; what is compiled and recomputed piece by piece.
         grad_checkpointing: recompute each block's activations in the backward pass instead of keeping them.
+        keeps_state: whether evaluations hand out state that a later one can reuse.
     """
 
     time_convention: ClassVar[TimeConvention] = "index"
@@ -65,6 +66,7 @@ class Network(nn.Module):
     config: Any
     blocks: nn.ModuleList
     grad_checkpointing: bool = False
+    keeps_state: bool = False
     in_channels: int
     out_channels: int
     input_size: int
@@ -102,6 +104,19 @@ class Network(nn.Module):
     def multiply_adds(self) -> dict[str, int]:
         """Multiply-adds of one forward of one image, by part (1 MAC = 1); linear maps and attention products only."""
         raise TypeError(f"{type(self).__name__} does not state its cost")
+
+    def multiply_adds_with_state(self) -> dict[str, int]:
+        """The same for an evaluation that is handed state; where there is nothing to reuse, nothing is saved."""
+        return self.multiply_adds()
+
+    def executed_multiply_adds(self, refresh: Iterable[bool]) -> int:
+        """Multiply-adds of a run of evaluations for one image.
+
+        Args:
+            refresh: one flag per evaluation: whether it starts from nothing, or is handed state.
+        """
+        cost = {True: sum(self.multiply_adds().values()), False: sum(self.multiply_adds_with_state().values())}
+        return sum(cost[bool(fresh)] for fresh in refresh)
 
     def layer_norm_elements(self) -> int:
         """Elements that pass through layer norms in one forward of one image; some publications count them."""
