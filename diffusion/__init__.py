@@ -1,5 +1,6 @@
 """Noise processes and sampling; knows no family by name."""
 
+from diffusion.flow_matching import FlowMatching
 from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
 from diffusion.objective import Batch, Draws, Objective
 from diffusion.sampling import ImageNoise, guided, sample_loop
@@ -8,6 +9,7 @@ from diffusion.schedules import space_timesteps
 __all__ = [
     "Batch",
     "Draws",
+    "FlowMatching",
     "GaussianDiffusion",
     "ImageNoise",
     "Objective",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 
 class Process(Protocol):
-    """What training needs from a noise process; `GaussianDiffusion` has it."""
+    """What training needs from a noise process; `GaussianDiffusion` and `FlowMatching` have it.
+
+    Attributes:
+        name: in checkpoints and flags.
+    """
+
+    name: ClassVar[str]
 
     def output_channels(self, in_channels: int) -> int:
         """Channels that a network must put out."""

@@ -33,6 +33,20 @@ def debug_network(family: str, **overrides: Any) -> Network:
     return randomise(models.create_model(debug_name(family), **overrides))
 
 
+# Settings that make another network of a family, and the value that does: the laws hold for that one too.
+VARIED: dict[str, Any] = {"learn_sigma": False, "encoder_depth": None}
+
+
+def variants() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Every family as it is, and once more for each setting of `VARIED` that it has: name -> family, overrides."""
+    return {family: (family, {}) for family in models.FAMILIES} | {
+        f"{family}, {field} {value}": (family, {field: value})
+        for family, row in models.FAMILIES.items()
+        for field, value in VARIED.items()
+        if field in row.network.config_class.__dataclass_fields__
+    }
+
+
 def small_autoencoder(folder: Path) -> Any:
     """A random AutoencoderKL (factor 2, 4 latent channels, scale 0.25), saved in `folder` and returned."""
     from diffusers import AutoencoderKL
