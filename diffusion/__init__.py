@@ -5,9 +5,11 @@ from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
 from diffusion.objective import Batch, Draws, Objective
 from diffusion.sampling import ImageNoise, guided, sample_loop
 from diffusion.schedules import space_timesteps
+from diffusion.sharing import Calibration
 
 __all__ = [
     "Batch",
+    "Calibration",
     "Draws",
     "FlowMatching",
     "GaussianDiffusion",
