@@ -73,6 +73,20 @@ class FlowMatching:
             t = torch.randn(count, generator=generator, device=generator.device).sigmoid()
         return shift_time(t, self.shift)
 
+    def stratified_times(self, count: int, strata: int, generator: torch.Generator) -> Tensor:
+        """The same, but row i from part i mod `strata` of the index scale, cut into equal parts from 0 (clean) up.
+
+        Within its part a time has the distribution of `draw_times`.
+        """
+        part = torch.arange(count, device=generator.device) % strata
+        uniform = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
+        clean, noisy = (shift_time(1 - (part + k).double() / strata, 1 / self.shift) for k in (0, 1))  # unshifted
+        if self.times == "uniform":
+            return shift_time(torch.lerp(clean, noisy, uniform), self.shift).float()
+        clean, noisy = (torch.special.ndtr(bound.logit()) for bound in (clean, noisy))
+        t = torch.special.ndtri(torch.lerp(clean, noisy, uniform)).sigmoid()
+        return shift_time(t, self.shift).float()
+
     def network_times(self, t: Tensor, convention: TimeConvention = "unit") -> Tensor:
         """What a network is told at these unit times, in the units it declares."""
         return unit_to_network(t, convention)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffusion.alignment import Alignment
 from runtime.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -95,14 +96,21 @@ class Objective(nn.Module):
         network: to be trained.
         process: how images are noised and what is predicted.
         seed: of all training draws.
-        autocast: lower precision that the network, and nothing else, runs in; None is the weights' own.
+        autocast: lower precision that the networks, and nothing else, run in; None is the weights' own.
+        alignment: of the network's features with those of a vision encoder, from the batch's raw images.
 
     Raises:
         ValueError: if the network does not put out what the process needs.
     """
 
     def __init__(
-        self, network: Network, process: Process, *, seed: int = 0, autocast: torch.dtype | None = None
+        self,
+        network: Network,
+        process: Process,
+        *,
+        seed: int = 0,
+        autocast: torch.dtype | None = None,
+        alignment: Alignment | None = None,
     ) -> None:
         super().__init__()
         wanted = process.output_channels(network.in_channels)
@@ -112,6 +120,7 @@ class Objective(nn.Module):
                 f"{network.in_channels} input channels; check --learn-sigma on both sides"
             )
         self.network, self.process, self.seed, self.autocast = network, process, seed, autocast
+        self.alignment = alignment
 
     def draw(self, step: int, count: int, shape: Sequence[int], device: torch.device | str = "cpu") -> Draws:
         """Makes the draws of one step's global batch; the same on every rank.
@@ -150,8 +159,13 @@ class Objective(nn.Module):
             y = batch.y
             if self.network.class_dropout_prob > 0:
                 y = torch.where(dropped, self.network.null_class, y)
+            if self.alignment is not None:
+                options = {**options, "features_at": self.alignment.block}
             with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
                 out = self.network(x_t, t, y, **options)
             losses = self.process.losses(out.sample, x_start, x_t, draws.t, draws.noise)
+            if self.alignment is not None:
+                with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
+                    losses = self.alignment.add_to(losses, out.features, batch.image)
             total = {name: total.get(name, 0) + value for name, value in losses.items()}
         return total

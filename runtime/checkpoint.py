@@ -27,6 +27,8 @@ METADATA_KEY = "dit_family"
 CHECKSUMS_KEY = "crc32"
 # Where the official releases keep weights, best first; a file without any of these is the state dict itself.
 OFFICIAL_GROUPS = ("ema", "model", "state_dict")
+# Trainers that keep both in one state dict tell them apart by what stands in front.
+GROUP_PREFIXES = {"ema": "ema_denoiser.", "model": "denoiser."}
 # What wrappers put in front of a parameter's name.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
@@ -77,8 +79,8 @@ def read_checkpoint(path: Path, group: str = "ema", flag: str = "--ckpt") -> Che
     """Reads one group of weights from any supported file.
 
     Args:
-        path: ours (safetensors), or an official .pt / .pth: a flat state dict, or one under "ema", "model" or
-            "state_dict", beside whatever else.
+        path: ours (safetensors), or an official .pt, .pth or .ckpt: a flat state dict, or one under "ema", "model" or
+            "state_dict", beside whatever else; in it one set of weights, or two told apart by `GROUP_PREFIXES`.
         group: "ema" or "model". Official files without that group give what they have.
         flag: for messages.
 
@@ -158,7 +160,12 @@ def _read_official(path: Path, group: str, flag: str) -> dict[str, Tensor]:
                 break
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{flag} {path}: a PyTorch file, but not one of weights by name")
-    return _unwrapped({name: value for name, value in content.items() if isinstance(value, Tensor)})
+    weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    for prefix in (GROUP_PREFIXES.get(group, group), *GROUP_PREFIXES.values()):
+        grouped = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if grouped:
+            return _unwrapped(grouped)
+    return _unwrapped(weights)
 
 
 def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,5 +30,5 @@ def golden_ddt(name: str) -> DDT:
 def assert_within(actual: Tensor, reference: Tensor, tolerance: float) -> None:
     """Asserts equal shapes and max|actual - reference| <= tolerance; NaN is never close."""
     assert actual.shape == reference.shape
-    error = float((actual.double() - reference.double()).abs().max())
+    error = float((actual.detach().double() - reference.double()).abs().max())
     assert error <= tolerance, f"differs by {error:.2e}; allowed: {tolerance:.0e}"

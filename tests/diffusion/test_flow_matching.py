@@ -99,6 +99,20 @@ def test_a_shift_moves_the_drawn_times_towards_noise(times: Any) -> None:
     assert_close(shifted, t / (t + (1 - t) * 2), 1e-6)
 
 
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+@pytest.mark.parametrize("times", DISTRIBUTIONS)
+def test_stratified_times_stay_in_their_parts_with_the_distribution_they_have_there(times: Any, shift: float) -> None:
+    process = FlowMatching(times=times, shift=shift)
+    t = process.stratified_times(40_000, 4, torch.Generator().manual_seed(0)).view(-1, 4)
+    free = draw(process, 400_000)
+    for part in range(4):
+        low, high = 1 - (part + 1) / 4, 1 - part / 4  # part 0 is the cleanest
+        assert low <= t[:, part].min() and t[:, part].max() <= high
+        inside = free[(low < free) & (free < high)]
+        levels = torch.tensor([0.1, 0.5, 0.9])
+        assert t[:, part].quantile(levels).tolist() == pytest.approx(inside.quantile(levels).tolist(), abs=0.01)
+
+
 def test_times_are_told_in_the_networks_units() -> None:
     t = torch.tensor([0.0, 0.25, 1.0])
     assert FlowMatching().network_times(t, "unit") is t
