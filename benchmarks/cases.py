@@ -34,14 +34,14 @@ class Inputs(NamedTuple):
     target: Tensor
 
 
-def filled_network(name: str, device: torch.device) -> Network:
+def filled_network(name: str, device: torch.device, **overrides: Any) -> Network:
     """A network in eval mode whose zero-initialised weights are drawn too: else its output would be 0.
 
     In eval mode the official network drops no labels; ours leaves that to the objective. Nothing else depends on it.
     """
     torch.manual_seed(0)
     with device:
-        network = create_model(name)
+        network = create_model(name, **overrides)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.requires_grad and not parameter.any():
