@@ -18,16 +18,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from data import DATASETS, ImageDataset, open_dataset, open_digits, open_encoder
-from diffusion import Objective, create_diffusion
+from diffusion import PROCESSES, Objective, create_diffusion
+from diffusion.flow_matching import LossWeight, TimeDistribution
 from diffusion.schedules import BETA_SCHEDULES
 from dry_run import print_dry_run
 from models import FAMILIES, TrainingRecipe, create_model, family_of, model_config
 from models.transfer import adapt_weights
+from objective_setup import check_alignment, open_alignment, process_name, process_settings, resolved_process
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.config import flag_name, parse_config, setting, to_dict
@@ -44,14 +46,14 @@ NON_FINITE = ("fatal", "skip")
 GRAD_NORM_MODES = ("clip", "skip")
 # Settings of some network's config, and of some family's recipe; None, as everywhere, is the model's own.
 NETWORK_SETTINGS = (
-    "num_classes class_dropout_prob learn_sigma router_layout width_router_bias token_router_bias".split()
+    "num_classes class_dropout_prob learn_sigma encoder_depth router_layout width_router_bias token_router_bias".split()
 )
 RECIPE_SETTINGS = sorted({f.name for row in FAMILIES.values() for f in dataclasses.fields(row.network.recipe_class)})
 # Settings that say how a run is carried out, not what it computes: they may change when it is resumed.
 FREE_ON_RESUME = frozenset(
     "results_dir resume init_from data_path strict epochs max_steps grad_accum grad_checkpointing compile non_finite "
     "num_workers log_every ckpt_every keep_last eval_every eval_data_path eval_images eval_samples eval_steps "
-    "eval_cfg_scale tensorboard profile dry_run dist_timeout device".split()
+    "eval_cfg_scale tensorboard profile dry_run align_ckpt dist_timeout device".split()
 )
 
 
@@ -71,7 +73,8 @@ class TrainConfig:
     in_channels: int | None = setting(None, "channels without an autoencoder: 3 for RGB, 1 for grey; the model's own")
     num_classes: int | None = setting(None, "number of classes, which the data must have; the model's own (1000)")
     class_dropout_prob: float | None = setting(None, "share of labels dropped for guidance; the model's own (0.1)")
-    learn_sigma: bool | None = setting(None, "predict the variance too; the model's own (yes)")
+    learn_sigma: bool | None = setting(None, "predict the variance too; the model's own (yes), no for a flow")
+    encoder_depth: int | None = setting(None, "blocks of a divided network's encoder, of all its blocks; its own")
     vae: str | None = setting(
         None, "autoencoder: ema, mse, a local folder, or none for pixels (ema; digits: none; latents: their own)"
     )
@@ -88,8 +91,19 @@ class TrainConfig:
         None, "DyDiT: sort the heads and MLP channels of --init-from, largest first (no)"
     )
     # process
+    process: str | None = setting(None, "how images are noised; what the family is published with", tuple(PROCESSES))
     noise_schedule: str = setting("linear", "betas", BETA_SCHEDULES)
     predict_xstart: bool = setting(False, "predict the clean image instead of the noise")
+    flow_times: str | None = setting(None, "distribution of a flow's times (logit_normal)", get_args(TimeDistribution))
+    flow_shift: float | None = setting(None, "shift of a flow's times, above 1 towards noise (1)")
+    flow_weight: str | None = setting(None, "weight of a flow's loss at its times (constant)", get_args(LossWeight))
+    flow_direction: float | None = setting(None, "weight of 1 - cosine between a flow's velocities (0)")
+    # alignment with a vision encoder
+    align: str | None = setting(None, "align features with this encoder's: dinov2_vitb14, ..., or a ViT of timm; none")
+    align_ckpt: Path | None = setting(None, "the encoder's weights in a local file; else the hub or its cache")
+    align_block: int = setting(8, "number of the block whose features are aligned, from 1")
+    align_weight: float = setting(0.5, "weight of the alignment loss")
+    align_width: int | None = setting(None, "width inside the projector; the network's")
     # optimisation
     epochs: int = setting(1400, "passes over the data")
     max_steps: int | None = setting(None, "stop after this many steps, whatever the epochs")
@@ -156,6 +170,7 @@ class TrainConfig:
                 f"--eval-cfg-scale {self.eval_cfg_scale}: must be at least 1 (1 is no guidance), and finite"
             )
         self._check_validation()
+        check_alignment(self)
         if self.lr_final_ratio and self.lr_schedule == "constant":
             raise ValueError(f"--lr-final-ratio {self.lr_final_ratio}: has no effect without --lr-schedule cosine")
         if self.data_path is not None and self.dataset == "digits":
@@ -245,20 +260,23 @@ def set_up(config: TrainConfig, device: torch.device, start: Checkpoint | None =
     torch.manual_seed(derive_seed("weights", config.global_seed))  # fresh weights are the same on every rank
     with blame(f"--image-size {dataset.image_shape[-1]}"):
         network = create_model(config.model, **wanted, input_size=latent_shape[-1], in_channels=latent_shape[0])
-    settings: dict[str, Any] = {"noise_schedule": config.noise_schedule, "predict_xstart": config.predict_xstart}
-    settings["learn_sigma"] = network.out_channels != network.in_channels
+    settings = process_settings(config, network)
+    settled: dict[str, Any] = {name: getattr(network.config, name, None) for name in wanted}
     resolved = dataclasses.replace(
         config,
+        **settled,
+        **resolved_process(config, settings),
         vae=vae,
         image_size=dataset.image_shape[-1],
         in_channels=dataset.image_shape[0],
-        **{name: getattr(network.config, name) for name in wanted},
         **dataclasses.asdict(recipe),
     )
     network.grad_checkpointing = config.grad_checkpointing
     autocast = torch.bfloat16 if config.precision == "bf16" else None
+    alignment = open_alignment(config, dataset, network, device)
+    process = PROCESSES[process_name(config)].make(**settings)
     objective = Objective(
-        network.to(device), create_diffusion(**settings), recipe=recipe, seed=config.global_seed, autocast=autocast
+        network.to(device), process, recipe=recipe, seed=config.global_seed, autocast=autocast, alignment=alignment
     )
     total = max(1, config.epochs * len(dataset) // config.global_batch_size)
     total = min(total, config.max_steps) if config.max_steps else total
@@ -297,6 +315,10 @@ def network_settings(config: TrainConfig) -> dict[str, Any]:
     """What the flags say about the network's config; the model's own values where they are silent."""
     named = model_config(config.model)
     settings = {}
+    if process_name(config) == "flow" and hasattr(named, "learn_sigma"):
+        if config.learn_sigma:
+            raise UserError("--learn-sigma: a flow has no variance; use --process gaussian")
+        named = dataclasses.replace(named, learn_sigma=False)
     for field in NETWORK_SETTINGS:
         if getattr(config, field) is not None:
             settings[field] = getattr(config, field)

@@ -35,7 +35,7 @@ from runtime.ema import EMA
 from runtime.errors import FAILED_STATUS
 from runtime.finite import FiniteGuard
 from runtime.profiling import trace_steps
-from runtime.resume import Resumable
+from runtime.resume import ALIGNMENT, Resumable
 from runtime.run_log import RunLog
 from runtime.stopping import INTERRUPTED_STATUS, stop_on_signal
 from validation import Validation
@@ -79,7 +79,7 @@ def checkpoint_meta(setup: Setup, step: int) -> dict[str, Any]:
         "format": 1,
         "step": step,
         "model": {"name": setup.config.model, **dataclasses.asdict(setup.network.config)},
-        "process": {"name": "gaussian", **setup.process_settings},
+        "process": {"name": setup.objective.process.name, **setup.process_settings},
         "data": {"vae": setup.config.vae, "image_shape": setup.dataset.image_shape, "classes": setup.dataset.classes},
         "train": to_dict(setup.config),
     }
@@ -91,6 +91,9 @@ class TrainingState:
     def __init__(self, setup: Setup) -> None:
         config, self.network, self.step = setup.config, setup.network, 0
         self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        self.alignment = setup.objective.alignment
+        if self.alignment is not None:
+            self.trained |= {f"{ALIGNMENT}.{name}": p for name, p in self.alignment.named_parameters()}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay, fused=True
         )
@@ -103,7 +106,8 @@ class TrainingState:
             for name, parameter in self.trained.items()
             for key, value in self.optimizer.state[parameter].items()
         }
-        return {"model": self.network.state_dict(), "ema": self.ema.network.state_dict(), "optimizer": moments}
+        groups = {"model": self.network.state_dict(), "ema": self.ema.network.state_dict(), "optimizer": moments}
+        return groups if self.alignment is None else {**groups, ALIGNMENT: self.alignment.state_dict()}
 
     def restore(self, resumable: Resumable) -> None:
         """Takes a checkpoint's place in the run.
@@ -114,6 +118,8 @@ class TrainingState:
         source = f"--resume {resumable.folder}"
         load_weights(self.network, resumable.groups["model"], source)
         load_weights(self.ema.network, resumable.groups["ema"], source)
+        if self.alignment is not None:
+            load_weights(self.alignment, resumable.groups[ALIGNMENT], source)
         for name, parameter in self.trained.items():
             moments = {
                 key: resumable.groups["optimizer"][f"{name}/{key}"].to(parameter.device)
@@ -323,5 +329,6 @@ def batches(setup: Setup, world: World, first_step: int) -> Iterator[tuple[int, 
             rows = slice(start, start + piece)
             own = draws.rows(first_row + start, first_row + start + piece)
             latents = setup.autoencoder.encode(pixels[rows], own.encoder_noise)
-            pieces.append((Batch(latents, labels[rows], index[rows]), own))
+            raw = None if setup.objective.alignment is None else pixels[rows].float() / 255
+            pieces.append((Batch(latents, labels[rows], index[rows], raw), own))
         yield step, pieces

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from data import ImageDataset
 from data.pixels import enlarge, grid, save_png, to_picture, to_uint8
-from diffusion import Batch, ImageNoise, Objective, create_diffusion, guided, sample_loop
+from diffusion import PROCESSES, Batch, ImageNoise, Objective, guided, sample_loop
 from models import ModelOutput, Network
 from runtime import distributed
 from runtime.distributed import World
@@ -144,10 +144,14 @@ class Validation:
 
     @torch.no_grad()
     def pixels(self, labels: Tensor) -> Tensor:
-        """Images of these labels by DDIM, each process drawing its share: (N, C, H, W) float32 on every process."""
+        """Images of these labels, each rank drawing its share: (N, C, H, W) float32 on every rank."""
         config, device, autocast = self.config, self.world.device, self.objective.autocast
-        process = create_diffusion(str(config.eval_steps), **self.setup.process_settings)
-        sampler = process.ddim(clip_denoised=config.vae == "none", convention=self.network.time_convention)
+        sampler = PROCESSES[self.objective.process.name].plain_sampler(
+            config.eval_steps,
+            clip_denoised=config.vae == "none",
+            convention=self.network.time_convention,
+            **self.setup.process_settings,
+        )
         network = self.network.for_sampling(sampler.times)
         guidable = network.class_dropout_prob > 0
         scale, null_class = (config.eval_cfg_scale, network.null_class) if guidable else (1.0, None)

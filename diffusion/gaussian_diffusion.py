@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args, overload
 
 import numpy as np
 import torch
@@ -91,6 +91,8 @@ class GaussianDiffusion:
     Raises:
         ValueError: for an unknown choice, naming it.
     """
+
+    name: ClassVar[str] = "gaussian"
 
     def __init__(
         self,

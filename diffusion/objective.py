@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from diffusion.alignment import Alignment
 from runtime import distributed
 from runtime.seeds import derive_seed
 
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
 
 
 class Process(Protocol):
-    """What training needs from a noise process; `GaussianDiffusion` has it."""
+    """What training needs from a noise process; `GaussianDiffusion` and `FlowMatching` have it.
+
+    Attributes:
+        name: in checkpoints and flags.
+    """
+
+    name: ClassVar[str]
 
     def output_channels(self, in_channels: int) -> int:
         """Channels that a network must put out."""
@@ -98,7 +105,8 @@ class Objective(nn.Module):
         process: how images are noised and what is predicted.
         recipe: the family's, what a training step consists of; None is one plain pass, without noise in any gate.
         seed: of all training draws.
-        autocast: lower precision that the network, and nothing else, runs in; None is the weights' own.
+        autocast: lower precision that the networks, and nothing else, run in; None is the weights' own.
+        alignment: of the network's features with those of a vision encoder, from the batch's raw images.
 
     Raises:
         ValueError: if the network does not put out what the process needs.
@@ -112,6 +120,7 @@ class Objective(nn.Module):
         recipe: TrainingRecipe | None = None,
         seed: int = 0,
         autocast: torch.dtype | None = None,
+        alignment: Alignment | None = None,
     ) -> None:
         super().__init__()
         wanted = process.output_channels(network.in_channels)
@@ -122,6 +131,7 @@ class Objective(nn.Module):
             )
         self.network, self.process, self.seed, self.autocast = network, process, seed, autocast
         self.recipe = network.plain_recipe if recipe is None else recipe
+        self.alignment = alignment
 
     def draw(self, step: int, count: int, shape: Sequence[int], device: torch.device | str = "cpu") -> Draws:
         """Makes the draws of one step's global batch; the same on every rank.
@@ -172,6 +182,9 @@ class Objective(nn.Module):
         for number, one in enumerate(self.recipe.passes(step)):
             out = self._evaluate(one, number, batch, x_t, draws)
             found = self.process.losses(out.sample, batch.x_start, x_t, draws.t, draws.noise)
+            if self.alignment is not None:
+                with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
+                    found = self.alignment.add_to(found, out.features, batch.image)
             losses |= {one.prefix + key: value for key, value in found.items()}
             total = total + found["loss"]
             if number == 0 and name is not None:
@@ -210,6 +223,8 @@ class Objective(nn.Module):
             y = torch.where(draws.label_dropped[number], self.network.null_class, y)
         if one.noisy_gates:
             options["gate_noise"] = draws.gate_noise
+        if self.alignment is not None:
+            options["features_at"] = self.alignment.block
         with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
             return self.network(x_t, t, y, **options)
 

@@ -103,6 +103,7 @@ def guided(
     interval: tuple[float, float] | None = None,
     times: Sequence[float] | None = None,
     refresh: Sequence[bool] | None = None,
+    always_both: bool = False,
 ) -> Denoise:
     """Binds labels and classifier-free guidance (Ho and Salimans, 2022) to a network: the only place that doubles rows.
 
@@ -118,6 +119,7 @@ def guided(
         times: the sampler's times; needed with an interval.
         refresh: the refresh schedule in use, if any. State made on N rows cannot serve 2 N rows, so within a reuse
             window (a refresh up to the next) both halves run if any evaluation of the window is guided.
+        always_both: run both halves whatever the interval, so that all states are of the same rows.
 
     Returns:
         A `Denoise` of N rows whose `state` belongs to the rows that were evaluated.
@@ -131,7 +133,7 @@ def guided(
         raise ValueError(f"guidance scale {scale} needs a null class")
     if interval is not None and times is None:
         raise ValueError("a guidance interval needs the sampler's times")
-    both_halves = None if interval is None else _halves_by_evaluation(times or (), interval, refresh)
+    both_halves = None if interval is None or always_both else _halves_by_evaluation(times or (), interval, refresh)
 
     def runs_both(t: float | Tensor, fresh: bool) -> bool:
         if both_halves is None:

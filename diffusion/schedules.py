@@ -136,16 +136,55 @@ def _integers(texts: Sequence[str | int], spec: str | Sequence[int]) -> list[int
         raise ValueError(f"step spec {spec!r} is not understood; examples: '250', '10,15,20', 'ddim50'") from None
 
 
-def shift_time(t: float, shift: float) -> float:
+def shift_time(t: Time, shift: float) -> Time:
     """Moves unit time towards noise: t / (t + (1 - t) * shift), with 0 = noise and 1 = data.
 
     Args:
         t: in [0, 1].
-        shift: 1 leaves t alone; above 1, more of the steps are spent near the noise.
+        shift: positive; 1 leaves t alone; above 1, more of the steps are spent near the noise.
 
     Source: Esser et al., 2024 (arXiv 2403.03206), section 5.3.2, written for data at 1.
     """
     return t / (t + (1 - t) * shift)
+
+
+def unit_grid(num_steps: int, shift: float = 1.0, last_step: float | None = None) -> tuple[float, ...]:
+    """Unit times from noise to data: `num_steps` starts at equal distances, then 1; all moved by `shift_time`.
+
+    Args:
+        num_steps: N.
+        shift: of time.
+        last_step: length of the last step before the shift; None, or a single step, makes all steps equally long.
+
+    Returns:
+        N + 1 times, the first 0 and the last 1.
+
+    Raises:
+        ValueError: naming the number that makes no grid.
+    """
+    if num_steps < 1:
+        raise ValueError(f"the number of steps must be at least 1, not {num_steps}")
+    if not 0 < shift < float("inf"):
+        raise ValueError(f"the time shift must be positive and finite, not {shift}")
+    if last_step is None or num_steps == 1:
+        last_step = 1 / num_steps
+    elif not 0 < last_step < 1:
+        raise ValueError(f"the last step must lie in (0, 1), not {last_step}")
+    starts = np.linspace(0, 1 - last_step, num_steps).tolist()
+    return tuple(shift_time(t, shift) for t in (*starts, 1.0))
+
+
+def unit_to_network(t: Time, convention: TimeConvention) -> Time:
+    """Says a unit time (0 = noise, 1 = data) in a network's units ("index": 1000 (1 - t), 0 = clean).
+
+    Raises:
+        ValueError: for an unknown convention.
+    """
+    if convention == "unit":
+        return t
+    if convention == "index":
+        return 1000 * (1 - t)
+    raise ValueError(f"unknown time convention {convention!r}; known: index, unit")
 
 
 def index_to_network(index: Time, convention: TimeConvention) -> Time:

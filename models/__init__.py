@@ -1,4 +1,4 @@
-"""The one models module: `from models import create_model, list_models, DiT, DyDiT, SkipDiT`.
+"""The one models module: `from models import create_model, list_models, DiT, DyDiT, DDT, SkipDiT`.
 
 A family is a file with a config dataclass, a network, and a table of named configs; it enters the registry below by
 one row. Networks know nothing of noise processes, step numbers, guidance scales or cache intervals.
@@ -9,13 +9,15 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from models import dit, dydit, skip_dit
+from models import ddt, dit, dydit, skip_dit
 from models.contract import ModelOutput, Network, Pass, Routing, TimeConvention, TrainingRecipe
+from models.ddt import DDT
 from models.dit import DiT
 from models.dydit import DyDiT
 from models.skip_dit import SkipDiT
 
 __all__ = [
+    "DDT",
     "DiT",
     "DyDiT",
     "ModelOutput",
@@ -42,6 +44,7 @@ class Family(NamedTuple):
 FAMILIES: dict[str, Family] = {
     "DiT": Family(DiT, dit.CONFIGS),
     "DyDiT": Family(DyDiT, dydit.CONFIGS),
+    "DDT": Family(DDT, ddt.CONFIGS),
     "Skip-DiT": Family(SkipDiT, skip_dit.CONFIGS),
 }
 

@@ -164,9 +164,11 @@ def _read_official(path: Path, group: str, flag: str) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{flag} {path}: a PyTorch file, but not one of weights by name")
     weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    prefix = GROUP_PREFIXES.get(group, group)
-    grouped = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    return _unwrapped(grouped or weights)
+    for prefix in (GROUP_PREFIXES.get(group, group), *GROUP_PREFIXES.values()):
+        grouped = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if grouped:
+            return _unwrapped(grouped)
+    return _unwrapped(weights)
 
 
 def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from runtime.errors import UserError
 from runtime.files import atomic_path
 
 GROUPS = ("model", "ema", "optimizer")
+ALIGNMENT = "alignment"  # the projector's group, in the checkpoints of runs with one
 
 
 class Resumable(NamedTuple):
@@ -22,7 +23,7 @@ class Resumable(NamedTuple):
 
     Attributes:
         folder: of the run.
-        groups: "model", "ema" and "optimizer", name -> tensor.
+        groups: "model", "ema" and "optimizer", and "alignment" if the run has one, name -> tensor.
         meta: the checkpoint's JSON document.
     """
 
@@ -40,6 +41,8 @@ def read_resumable(path: Path) -> Resumable:
     groups, meta = read_groups(path, GROUPS, "--resume")
     if meta is None:
         raise UserError(f"--resume {path}: not a checkpoint of train.py; to start from weights alone use --init-from")
+    if meta["train"].get("align") is not None:
+        groups |= read_groups(path, [ALIGNMENT], "--resume")[0]
     return Resumable(path.parent.parent, groups, meta)
 
 

@@ -34,20 +34,19 @@ def debug_network(family: str, **overrides: Any) -> Network:
     return randomise(models.create_model(debug_name(family), **overrides))
 
 
-def variants() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Every family as it is, and once more with one cached block where it has that setting: name -> family, overrides.
+# Settings that make another network of a family, and the value that does: the laws hold for that one too.
+VARIED: dict[str, Any] = {"cache_depth": 1, "learn_sigma": False, "encoder_depth": None}
 
-    A plain network keeps state only when `cache_depth` is set, and then the laws of state hold for it too.
-    """
-    cached = []
+
+def variants() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Every family as it is, and once more for each setting of `VARIED` that it takes: name -> family, overrides."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in models.FAMILIES}
     for family in models.FAMILIES:
-        with suppress(ValueError):  # of families that do not know the setting, or refuse it
-            models.model_config(debug_name(family), cache_depth=1)
-            cached.append(family)
-    return {
-        **{family: (family, {}) for family in models.FAMILIES},
-        **{f"{family}, cache_depth 1": (family, {"cache_depth": 1}) for family in cached},
-    }
+        for field, value in VARIED.items():
+            with suppress(ValueError):  # of families that do not know the setting, or refuse the value
+                models.model_config(debug_name(family), **{field: value})
+                found[f"{family}, {field} {value}"] = family, {field: value}
+    return found
 
 
 def small_autoencoder(folder: Path) -> Any:

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 import models
-from diffusion import GaussianDiffusion, ImageNoise, create_diffusion, guided, sample_loop
+from diffusion import FlowMatching, ImageNoise, create_diffusion, guided, sample_loop
 from diffusion.refresh import every_nth
 from diffusion.sampling import Sampler
 from models import Network
-from pipeline import SAMPLERS, SamplingConfig
 from tests.dispatch_trace import DispatchTrace
 from tests.golden_data import assert_close
 from tests.networks import debug_name, debug_network, randomise, variants
@@ -20,20 +19,37 @@ from tests.source_words import families_named, identifiers, strings
 STEPS = 6
 
 
-@pytest.fixture(params=variants())
-def network(request: pytest.FixtureRequest) -> Network:
-    family, overrides = variants()[request.param]
+def variant(name: str) -> Network:
+    family, overrides = variants()[name]
     return debug_network(family, **overrides)
 
 
-def process_for(network: Network, steps: int = STEPS) -> GaussianDiffusion:
-    return create_diffusion(str(steps), learn_sigma=network.out_channels == 2 * network.in_channels)
+@pytest.fixture(params=variants())
+def network(request: pytest.FixtureRequest) -> Network:
+    return variant(request.param)
 
 
 def samplers_for(network: Network, steps: int = STEPS) -> dict[str, Sampler]:
-    """Every sampler of the command line."""
-    process, config = process_for(network, steps), SamplingConfig(ckpt=Path("any"))
-    return {name: row.make(process, config, False, network.time_convention) for name, row in SAMPLERS.items()}
+    """Samplers of every process whose output channels are the network's; about `steps` evaluations each."""
+    convention, flow = network.time_convention, FlowMatching()
+    gaussian = create_diffusion(str(steps), learn_sigma=network.out_channels == 2 * network.in_channels)
+    made: dict[str, Sampler] = {
+        "ancestral": gaussian.ancestral(convention=convention),
+        "ddim": gaussian.ddim(convention=convention),
+    }
+    if network.out_channels == flow.output_channels(network.in_channels):
+        made |= {
+            "euler": flow.euler(steps, shift=1.5, convention=convention),
+            "euler_sde": flow.euler(steps, kind="sde_preserve", convention=convention),
+            "heun": flow.heun(steps, convention=convention),
+            "heun_exact": flow.heun(steps // 2 + 1, exact=True, convention=convention),
+            "adams": flow.adams(steps, order=3, convention=convention),
+        }
+    return made
+
+
+# Every variant with every sampler that fits it.
+RUNS = [(name, sampler) for name in variants() for sampler in samplers_for(variant(name))]
 
 
 def inputs(network: Network, rows: int = 3) -> tuple[Tensor, float, Tensor]:
@@ -60,9 +76,11 @@ def test_reuse_identity(network: Network) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_refreshing_at_every_evaluation_is_no_caching(network: Network, sampler: str, scale: float) -> None:
+@pytest.mark.parametrize(("name", "sampler"), RUNS)
+def test_refreshing_at_every_evaluation_is_no_caching(name: str, sampler: str, scale: float) -> None:
+    network = variant(name)
     y, run = torch.tensor([1, 2]), samplers_for(network)[sampler]
+    evaluations = len(run.times)
     denoise = guided(network, y, network.null_class, scale)
 
     def run_with(denoise: object, refresh: tuple[bool, ...] | None) -> Tensor:
@@ -71,8 +89,8 @@ def test_refreshing_at_every_evaluation_is_no_caching(network: Network, sampler:
 
     forgetful = run_with(lambda x, t, state: denoise(x, t)._replace(state=None), None)
     assert torch.equal(run_with(denoise, None), forgetful)
-    assert torch.equal(run_with(denoise, every_nth(STEPS, 1)), forgetful)
-    assert run_with(denoise, every_nth(STEPS, 2)).isfinite().all()
+    assert torch.equal(run_with(denoise, every_nth(evaluations, 1)), forgetful)
+    assert run_with(denoise, every_nth(evaluations, 2)).isfinite().all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,8 +132,10 @@ def test_evaluating_leaves_arguments_and_weights_alone(network: Network) -> None
 
 
 @torch.no_grad()
-def test_results_do_not_depend_on_how_a_batch_is_cut(network: Network) -> None:
-    y, run = torch.tensor([1, 2, 3, 4, 5]), samplers_for(network)["ddpm"]
+@pytest.mark.parametrize(("name", "sampler"), RUNS)
+def test_results_do_not_depend_on_how_a_batch_is_cut(name: str, sampler: str) -> None:
+    network = variant(name)
+    y, run = torch.tensor([1, 2, 3, 4, 5]), samplers_for(network)[sampler]
     prepared = network.for_sampling(run.times)
 
     def sampled(indices: list[int]) -> Tensor:
@@ -162,13 +182,13 @@ def test_an_evaluation_at_a_number_makes_nobody_wait(network: Network) -> None:
     assert trace.waits() == []
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_sampling_step_makes_nobody_wait(network: Network, sampler: str) -> None:
+@pytest.mark.parametrize(("name", "sampler"), RUNS)
+def test_a_sampling_step_makes_nobody_wait(name: str, sampler: str) -> None:
     """No value is read back, no tensor made of Python data, none moved between devices or dtypes."""
-    steps = 2 * ImageNoise.STEPS_PER_DRAW
+    network, steps = variant(name), 2 * ImageNoise.STEPS_PER_DRAW
     run = samplers_for(network, steps)[sampler]
     noise = ImageNoise(0, [0, 1], (network.in_channels, network.input_size, network.input_size))
-    x, trace, refresh = noise.initial(), DispatchTrace(), every_nth(steps, 2)
+    x, trace, refresh = noise.initial(), DispatchTrace(), every_nth(len(run.times), 2)
     prepared = network.for_sampling(run.times)
     interval = {"index": (300, 700), "unit": (0.3, 0.7)}[network.time_convention]
     denoise = guided(
@@ -180,9 +200,10 @@ def test_a_sampling_step_makes_nobody_wait(network: Network, sampler: str) -> No
     assert trace.waits() == []
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_sampling_step_touches_one_device(network: Network, sampler: str) -> None:
+@pytest.mark.parametrize(("name", "sampler"), RUNS)
+def test_a_sampling_step_touches_one_device(name: str, sampler: str) -> None:
     """On the meta device a tensor from elsewhere cannot hide: everything must be there already."""
+    network = variant(name)
     run = samplers_for(network)[sampler]
     y = torch.tensor([1, 2], device="meta")
     x = torch.empty(2, network.in_channels, network.input_size, network.input_size, device="meta")

@@ -1,0 +1,108 @@
+"""Frozen vision transformers whose tokens a network's features are aligned with: DINOv2, or any of timm's.
+
+They are loaded from a local file or through timm from the hub's cache; nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from runtime.checkpoint import load_weights, read_checkpoint
+
+# Names of the releases -> timm's.
+OFFICIAL_ENCODERS = {
+    "dinov2_vits14": "vit_small_patch14_dinov2",
+    "dinov2_vitb14": "vit_base_patch14_dinov2",
+    "dinov2_vitl14": "vit_large_patch14_dinov2",
+    "dinov2_vitg14": "vit_giant_patch14_dinov2",
+}
+PIXELS_PER_TOKEN = 16  # of the image, whatever the encoder's patch: 16 x 16 tokens at 256 pixels, 32 x 32 at 512
+
+
+class VisionEncoder:
+    """A frozen vision transformer at one image size.
+
+    It sees images resized so that each of its patches covers 16 x 16 of their pixels (DINOv2: 224 for 256, 448 for
+    512); its positions are resampled to that grid once.
+
+    Args:
+        name: a key of `OFFICIAL_ENCODERS`, or a vision transformer of timm.
+        image_size: side of the images.
+        weights: local file, of timm or the official release; None takes timm's from the hub or its cache.
+        device: where it runs.
+
+    Attributes:
+        width: channels of a token.
+        grid: tokens per side.
+
+    Raises:
+        ValueError: for an unknown name, a size without whole tokens, or weights that cannot be had.
+        UserError: naming the file, if it is unusable or of another network.
+    """
+
+    def __init__(
+        self, name: str, image_size: int, weights: Path | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        import timm  # heavy, and only alignment needs it
+        from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+        architecture = OFFICIAL_ENCODERS.get(name, name)
+        if not timm.is_model(architecture):
+            raise ValueError(f"unknown; give {', '.join(OFFICIAL_ENCODERS)}, or a vision transformer of timm")
+        if image_size % PIXELS_PER_TOKEN or image_size < PIXELS_PER_TOKEN:
+            raise ValueError(f"needs images whose side is a multiple of {PIXELS_PER_TOKEN}, not {image_size}")
+        with torch.device("meta"):
+            probe = timm.create_model(architecture, num_classes=0)
+        if not isinstance(probe, VisionTransformer):
+            raise ValueError(f"{architecture} is no plain vision transformer")
+        self.grid = image_size // PIXELS_PER_TOKEN
+        self._side = self.grid * probe.patch_embed.patch_size[0]
+        settings = {"num_classes": 0, "img_size": self._side}
+        if weights is None:
+            vit = _from_hub(architecture, settings)
+        else:
+            vit = timm.create_model(architecture, **settings)
+            found = read_checkpoint(weights, flag="--align-ckpt").weights
+            found = {key: value for key, value in found.items() if not key.startswith("head.")}
+            load_weights(vit, checkpoint_filter_fn(found, vit), f"--align-ckpt {weights} as {architecture}")
+        self._vit: Any = vit.to(device).eval().requires_grad_(False)
+        self.width: int = self._vit.num_features
+        self._mean, self._std = (
+            torch.tensor(self._vit.pretrained_cfg[key], device=device).view(3, 1, 1) for key in ("mean", "std")
+        )
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """What the encoder sees: normalised, then resized bicubically without antialiasing, as in REPA.
+
+        Args:
+            images: (N, 3, H, W) float in [0, 1].
+        """
+        normalised = (images - self._mean) / self._std
+        return functional.interpolate(normalised, size=(self._side, self._side), mode="bicubic")
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normed tokens (N, grid * grid, width) of the patches of images (N, 3, H, W) in [0, 1]."""
+        return self._vit.forward_features(self.prepare(images))[:, self._vit.num_prefix_tokens :]
+
+
+def _from_hub(architecture: str, settings: dict[str, Any]) -> Any:
+    """Timm's own weights, from its cache or the hub.
+
+    Raises:
+        ValueError: in one line, if they are in neither.
+    """
+    import timm
+
+    try:
+        return timm.create_model(architecture, pretrained=True, **settings)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"cannot load the weights of {architecture} from cache or hub; without network give a file by --align-ckpt "
+            f"({str(error).splitlines()[0]})"
+        ) from error

@@ -1,0 +1,124 @@
+"""Layers that came to image transformers from language models: RMSNorm, SwiGLU, rotary positions in two dimensions.
+
+Shapes: N batch, T tokens, D width, H heads, d = D / H. Parameter names are those of the official DDT.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+SPAN = 16.0  # of the positions along an axis, whatever the number of tokens: weights fit every resolution
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square, taken in float32, and a learned scale (Zhang and Sennrich, 2019).
+
+    Args:
+        width: length of the last axis.
+        scale_in_float32: where rounding to the input's dtype happens: behind the scale (the improved DiT), or before
+            it (DDT; the result then has the promoted dtype). In float32 it is the same.
+    """
+
+    def __init__(self, width: int, *, scale_in_float32: bool = False) -> None:
+        super().__init__()
+        self.scale_in_float32 = scale_in_float32
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def reset_parameters(self) -> None:
+        """Scale 1."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width)."""
+        normalised = functional.rms_norm(x.float(), self.weight.shape, eps=1e-6)
+        if self.scale_in_float32:
+            return (normalised * self.weight).to(x.dtype)
+        return normalised.to(x.dtype) * self.weight
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP (Shazeer, 2020): w2(silu(w1 x) * w3 x), without biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, D) -> (N, T, D)."""
+        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+
+
+def rotary_table(rows: int, columns: int, head_width: int, device: torch.device | None = None) -> Tensor:
+    """Angles of rotary positions on a grid, as cosines and sines.
+
+    Both axes run from 0 to `SPAN`, end points included; an axis of one token stays at 0. Angle 2 k is the column's
+    position times 10000^(-4 k / d), angle 2 k + 1 the row's.
+
+    Args:
+        rows: tokens down.
+        columns: tokens across; token index = row * columns + column.
+        head_width: d, a multiple of 4.
+        device: where it is computed.
+
+    Returns:
+        (T, d / 2, 2) float32, cosine before sine.
+    """
+    frequencies = 10_000.0 ** (-4 / head_width * torch.arange(head_width // 4, dtype=torch.float32, device=device))
+    down, across = (
+        torch.arange(n, dtype=torch.float32, device=device) * (SPAN / max(n - 1, 1)) for n in (rows, columns)
+    )
+    angles = torch.stack(
+        [
+            (across[:, None] * frequencies).expand(rows, -1, -1),
+            (down[:, None, None] * frequencies).expand(-1, columns, -1),
+        ],
+        dim=-1,
+    ).view(rows * columns, head_width // 2)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns pairs of neighbouring channels by the angles of their token: (a, b) -> (a cos - b sin, a sin + b cos).
+
+    As complex products this is one pass over memory. `torch.compile` makes no code for those; there it is written out,
+    to be fused with what stands around it.
+
+    Args:
+        x: (N, T, H, d) float32.
+        table: (T, d / 2, 2) from `rotary_table`.
+
+    Returns:
+        (N, T, H, d) float32.
+    """
+    pairs, turns = x.unflatten(-1, (-1, 2)), table[:, None]
+    if not torch.compiler.is_compiling():
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)
+    (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
+class RotaryAttention(nn.Module):
+    """Self-attention with normalised queries and keys, turned by their positions.
+
+    Rows of `qkv` are [q | k | v], heads contiguous; one learned scale serves all heads.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, scale_in_float32: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm = RMSNorm(width // num_heads, scale_in_float32=scale_in_float32)
+        self.k_norm = RMSNorm(width // num_heads, scale_in_float32=scale_in_float32)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """Tokens (N, T, D) and the table of their positions -> (N, T, D)."""
+        n, t, d = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, d // self.num_heads).unbind(2)
+        q, k = (rotate(norm(part).float(), table).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
+        heads = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.proj(heads.transpose(1, 2).reshape(n, t, d))
