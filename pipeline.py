@@ -205,8 +205,6 @@ class Pipeline:
 
     def _prepare(self, network: Network) -> Evaluate:
         """The network for this schedule, in the precision and as fast as asked for."""
-        if self.config.compile:
-            network.compile_blocks()
         prepared = network.for_sampling(self.sampler.times)
         evaluate: Evaluate = prepared
         if self.config.precision == "bf16":
@@ -214,6 +212,8 @@ class Pipeline:
             x = torch.zeros(1, *self._latent_shape, device=self._device)
             y, time = torch.zeros(1, dtype=torch.int64, device=self._device), self.sampler.times[0]
             cast_weights_once(prepared, torch.bfloat16, lambda: evaluate(x, time, y, None))
+        if self.config.compile:
+            network.compile_blocks()  # for the weights and rows it will see from here on
         return GraphedNetwork(evaluate) if self.config.cuda_graphs else evaluate
 
     def denoise(self, seed: int, indices: Sequence[int], labels: Tensor, on_step: StepHook | None = None) -> Tensor:

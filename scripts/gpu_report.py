@@ -37,9 +37,11 @@ from benchmarks.cases import (
     optimizer_cases,
 )
 from benchmarks.report import headline, machine_info, markdown, report, write_report
+from benchmarks.sampling import SAMPLERS, diffusers_case, guided_case, sampling_facts
 from benchmarks.timing import BF16, Case, Clock, Row, choose_clock, measure
 from diffusion import Batch, Objective, create_diffusion
-from models import Network
+from models import DiT, Network, family_of
+from models.acceleration import CudaCapture
 from runtime.config import parse_config, setting
 from runtime.ema import EMA
 from runtime.errors import UserError, run
@@ -71,6 +73,9 @@ class Sizes(NamedTuple):
         train: (images per step, steps per timed run, timed runs) of each training case.
         rows: of the forward pass; 64 is 32 guided images.
         rounds: timed runs of everything else.
+        drawn: images of a sampling batch; each is two rows.
+        steps: sampling steps of a timed run.
+        spec: steps of the trajectories whose precision is compared.
         gemm_side: of the square matrix product.
     """
 
@@ -79,10 +84,14 @@ class Sizes(NamedTuple):
     rows: int
     rounds: int
     gemm_side: int
+    drawn: int = 32
+    steps: int = 8
+    spec: str = "ddim50"
 
 
 FULL = Sizes("DiT-XL/2", ((256, 4, 5), (32, 20, 5)), rows=64, rounds=15, gemm_side=GEMM_SIDE["cuda"])
-SMOKE = Sizes("DiT-debug/2", ((4, 1, 1), (2, 1, 1)), rows=4, rounds=1, gemm_side=64)
+SMOKE = Sizes("DiT-debug/2", ((4, 1, 1), (2, 1, 1)), rows=4, rounds=1, gemm_side=64, drawn=2, steps=2, spec="ddim5")
+SAMPLING_ROUNDS = 5
 
 
 class Training:
@@ -175,6 +184,33 @@ def alone(make: Callable[[], Case]) -> list[Case]:
     return [make()]
 
 
+def sampling_cases(sizes: Sizes, device: torch.device, compiler: str | None) -> Iterator[Callable[[], list[Case]]]:
+    """Guided sampling in bf16: every sampler, compiled, one image at a time, and as diffusers does it.
+
+    The cases of a group share a network.
+    """
+
+    def every_sampler(kind: str | None) -> list[Case]:
+        network = filled_network(sizes.model, device)
+        return [guided_case(network, sizes.drawn, name, sizes.steps, compiler=kind) for name in SAMPLERS]
+
+    def one_image() -> list[Case]:
+        network = filled_network(sizes.model, device)
+        graphs = [CudaCapture()] if device.type == "cuda" else []
+        return [guided_case(network, 1, "DDIM", sizes.steps, capture=capture) for capture in (None, *graphs)]
+
+    def diffusers() -> list[Case]:
+        network = filled_network(sizes.model, device)
+        assert isinstance(network, DiT)
+        return [diffusers_case(network, sizes.drawn, sizes.steps)]
+
+    for kind in dict.fromkeys((None, compiler)):
+        yield partial(every_sampler, kind)
+    yield one_image
+    if importlib.util.find_spec("diffusers") is not None and family_of(sizes.model).network is DiT:
+        yield diffusers
+
+
 def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> Iterator[Measurement]:
     """What is measured, most wanted first; networks are made when their turn comes."""
     side, bf16 = sizes.gemm_side, torch.bfloat16
@@ -186,6 +222,8 @@ def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> It
     for dtype, kind in dict.fromkeys(((None, None), (bf16, None), (bf16, compiler))):
         make = partial(forward_case, sizes, device, dtype, kind)
         yield Measurement("forward", partial(alone, make), sizes.rounds)
+    for made in sampling_cases(sizes, device, compiler):
+        yield Measurement("sampling", made, min(SAMPLING_ROUNDS, sizes.rounds))
     yield Measurement("optimizer", lambda: optimizer_cases(filled_network(sizes.model, device)), sizes.rounds)
 
 
@@ -251,7 +289,8 @@ def file_stem(device_name: str, date: datetime.date) -> str:
 
 def as_text(document: dict[str, Any]) -> str:
     """The Markdown file."""
-    return f"{headline(document)}\n\nTests marked gpu: {document['gpu_tests']}\n\n{markdown(document)}\n"
+    facts = "".join(f"\n{name}: {value:.2%}" for name, value in document["sampling"].items())
+    return f"{headline(document)}\n\nTests marked gpu: {document['gpu_tests']}{facts}\n\n{markdown(document)}\n"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -272,8 +311,10 @@ def main(argv: Sequence[str]) -> None:
     rows, skipped = measure_all(measurements(sizes, device, compiler), device, clock, deadline)
     if compiler is None:
         skipped.append("compiled blocks: Triton is not installed")
+    facts, lacking = sampling_facts(sizes.model, device, sizes.drawn, sizes.steps, sizes.spec, deadline)
+    skipped += lacking
     settings = {"smoke": config.smoke, "seconds": config.seconds, **sizes._asdict()}
-    document = report(settings, machine, rows, skipped) | {"gpu_tests": tests}
+    document = report(settings, machine, rows, skipped) | {"gpu_tests": tests, "sampling": facts}
     write_report(document, path)
     with atomic_path(path.with_suffix(".md")) as temporary:
         temporary.write_text(as_text(document))
