@@ -21,7 +21,7 @@ from diffusion import GaussianDiffusion, ImageNoise, create_diffusion, guided, s
 from diffusion.sampling import Sampler, StepHook
 from diffusion.schedules import index_to_network
 from models import FAMILIES, Network, TimeConvention, create_model
-from models.acceleration import Evaluate, GraphedNetwork, autocast, cast_weights_once
+from models.acceleration import Evaluate, GraphedNetwork, autocast, can_compile, cast_weights_once
 from models.recognise import Recognised, recognise
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
@@ -124,8 +124,11 @@ class SamplingConfig:
         if self.num_sampling_steps is not None:
             with blame(f"--num-sampling-steps {self.num_sampling_steps}"):
                 PROCESSES[SAMPLERS[self.sampler or OURS.sampler].process](self.num_sampling_steps, {}, True)
-        if self.cuda_graphs and (self.device == "cpu" or not torch.cuda.is_available()):
+        on_gpu = self.device != "cpu" and torch.cuda.is_available()
+        if self.cuda_graphs and not on_gpu:
             raise ValueError("--cuda-graphs: needs a CUDA device")
+        if self.compile and not can_compile("cuda" if on_gpu else "cpu"):
+            raise ValueError("--compile: on a CPU it needs a C++ compiler (g++ or clang++), and none is found")
 
 
 class Facts(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,11 @@ from models.contract import ModelOutput
 
 Evaluate = Callable[..., ModelOutput]  # called as (x, t, y, state)
 Capture = Callable[[Callable[[], ModelOutput]], tuple[Callable[[], None], ModelOutput]]
+
+
+def can_compile(device_type: str) -> bool:
+    """Whether torch.compile finds what it generates code with: on a CPU a C++ compiler."""
+    return device_type != "cpu" or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def autocast(network: Evaluate, device: torch.device, dtype: torch.dtype) -> Evaluate:

@@ -189,6 +189,12 @@ def test_compiled_blocks_are_asked_for_by_a_flag(ckpt: Path, monkeypatch: pytest
     assert compiled == [1]
 
 
+def test_compiling_without_a_compiler_is_refused(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match=r"--compile: on a CPU it needs a C\+\+ compiler"):
+        SamplingConfig(ckpt=ckpt, compile=True, device="cpu")
+
+
 def test_recordings_are_asked_for_by_a_flag(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.models.test_acceleration import rerun
 

@@ -71,7 +71,12 @@ OPTIONS = "--num-fid-samples 23 --num-sampling-steps 6 --per-proc-batch-size 5".
 
 
 @pytest.mark.parametrize(
-    ("ranks", "sampler"), [(2, ["--sampler", "ddim", "--eta", "0.5"]), (3, ["--sampler", "dpm++"])]
+    ("ranks", "sampler"),
+    [
+        pytest.param(2, ["--sampler", "ddim", "--eta", "0.5"], marks=pytest.mark.slow),
+        (3, ["--sampler", "ddim", "--eta", "0.5"]),
+        pytest.param(3, ["--sampler", "dpm++"], marks=pytest.mark.slow),
+    ],
 )
 def test_any_number_of_processes_writes_the_same_bytes(ckpt, tmp_path, ranks, sampler):
     draw(ckpt, tmp_path / "one.npz", *sampler)
