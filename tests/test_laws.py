@@ -11,7 +11,7 @@ from diffusion import GaussianDiffusion, ImageNoise, create_diffusion, guided, s
 from diffusion.refresh import every_nth
 from diffusion.sampling import Sampler
 from models import Network
-from pipeline import SAMPLERS, SamplingConfig
+from sampling_config import SAMPLERS, SamplingConfig
 from tests.dispatch_trace import DispatchTrace
 from tests.golden_data import assert_close
 from tests.networks import debug_name, debug_network, randomise

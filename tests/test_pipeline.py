@@ -8,15 +8,17 @@ import pytest
 import torch
 
 import pipeline
+import sampling_config
 from diffusion import guided
 from models import Network, create_model
 from models.acceleration import GraphedNetwork
 from models.layers import TimestepEmbedder
-from pipeline import Pipeline, SamplingConfig
+from pipeline import Pipeline
 from runtime import releases
 from runtime.checkpoint import save_checkpoint
 from runtime.errors import UserError
 from runtime.releases import Preset, Release
+from sampling_config import SamplingConfig
 from tests.golden_data import relative_error
 from tests.networks import randomise, small_autoencoder
 from tests.test_sampling_scripts import write_checkpoint
@@ -29,12 +31,12 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("run") / "0000001.safetensors")
 
 
-def make(ckpt: Path, **settings: object) -> Pipeline:
+def make(ckpt: Path, **settings: object) -> Pipeline[SamplingConfig]:
     defaults = {"num_sampling_steps": "4", "cfg_scale": 2.0}
     return Pipeline(SamplingConfig(ckpt=ckpt, **{**defaults, **settings}), CPU)  # type: ignore[arg-type]
 
 
-def draw(made: Pipeline, rows: int = 2) -> torch.Tensor:
+def draw(made: Pipeline[SamplingConfig], rows: int = 2) -> torch.Tensor:
     return made.denoise(0, range(rows), torch.arange(rows))
 
 
@@ -127,9 +129,9 @@ def test_flags_that_contradict_a_release_are_refused(release: Release, tmp_path:
 
 
 def test_a_sampler_of_another_process_is_refused(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = pipeline.SAMPLERS["ddpm"]._replace(process="other")
-    monkeypatch.setitem(pipeline.SAMPLERS, "elsewhere", row)
-    monkeypatch.setitem(pipeline.PROCESSES, "other", pipeline.PROCESSES["gaussian"])
+    row = sampling_config.SAMPLERS["ddpm"]._replace(process="other")
+    monkeypatch.setitem(sampling_config.SAMPLERS, "elsewhere", row)
+    monkeypatch.setitem(sampling_config.PROCESSES, "other", sampling_config.PROCESSES["gaussian"])
     with pytest.raises(UserError, match=r"trained under 'gaussian'; choose from ddpm, ddim, dpm\+\+$"):
         make(ckpt, sampler="elsewhere")
 
@@ -138,7 +140,7 @@ def test_a_sampler_of_another_process_is_refused(ckpt: Path, monkeypatch: pytest
 # What is computed
 
 
-@pytest.mark.parametrize("sampler", pipeline.SAMPLERS)
+@pytest.mark.parametrize("sampler", sampling_config.SAMPLERS)
 def test_timesteps_are_embedded_in_one_call_for_all_runs(
     ckpt: Path, sampler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
