@@ -66,9 +66,10 @@ class Pipeline(Generic[C]):
         name, settings = facts.process
         assert config.sampler is not None and config.num_sampling_steps is not None  # `resolve` saw to it
         process = PROCESSES[name](config.num_sampling_steps, settings, network.out_channels != network.in_channels)
-        clip = facts.vae == "none" if config.clip_denoised is None else config.clip_denoised
         with blame(f"--eta {config.eta}"):
-            self.sampler = SAMPLERS[config.sampler].make(process, config, clip, network.time_convention)
+            self.sampler = SAMPLERS[config.sampler].make(
+                process, config, bool(config.clip_denoised), network.time_convention
+            )
         with blame(f"--cfg-scale {config.cfg_scale}"):
             self._null_class = network.null_class if config.cfg_scale != 1 else None
         self._interval = _in_network_time(config.guidance_interval, network.time_convention)

@@ -213,7 +213,9 @@ def _facts_of_ours(config: SamplingConfig, meta: Mapping[str, Any]) -> Facts:
     if name not in PROCESSES:
         raise UserError(f"--ckpt {config.ckpt}: trained under {name!r}, a process unknown here")
     _agree(config, {"model": model, "num_classes": fields["num_classes"], "image_size": width})
-    return Facts(model, fields, (name, process), config.vae or meta["data"]["vae"], (channels, height, width), OURS)
+    sampler, row = next((sampler, row) for sampler, row in SAMPLERS.items() if row.process == name)
+    preset = OURS._replace(sampler=sampler, steps=row.steps)
+    return Facts(model, fields, (name, process), config.vae or meta["data"]["vae"], (channels, height, width), preset)
 
 
 def _agree(config: SamplingConfig, known: Mapping[str, Any]) -> None:
@@ -243,9 +245,12 @@ def resolve(config: C, facts: Facts) -> C:
     return dataclasses.replace(
         config,
         model=facts.model,
+        image_size=facts.image_shape[-1],
+        num_classes=facts.config["num_classes"],
         vae=facts.vae,
         sampler=sampler,
         num_sampling_steps=config.num_sampling_steps or (preset.steps if sampler == preset.sampler else row.steps),
+        clip_denoised=facts.vae == "none" if config.clip_denoised is None else config.clip_denoised,
         cfg_scale=preset.cfg_scale if scale_of_preset else config.cfg_scale,
         guidance_channels=config.guidance_channels or preset.channels,
         guidance_interval=config.guidance_interval or (preset.interval if scale_of_preset else None),

@@ -50,6 +50,7 @@ def test_our_checkpoint_and_the_defaults_decide_everything(ckpt: Path) -> None:
         "DiT-digits/2", "none", "ddpm", "250",
     )  # fmt: skip
     assert (config.cfg_scale, config.guidance_channels, config.guidance_interval) == (1.5, None, None)
+    assert (config.image_size, config.num_classes, config.clip_denoised) == (8, 10, True)
 
 
 @pytest.mark.parametrize(
