@@ -197,7 +197,7 @@ def find_facts(config: SamplingConfig, checkpoint: Checkpoint, release: Release 
     chosen = config.vae or vae or preset.vae
     told = recognise(checkpoint.weights) or Recognised("DiT-XL/2", {})
     model = config.model or (release.model if release is not None else told.name)
-    fields = {**(told.config if told.name == model else {}), **(release.config if release is not None else {})}
+    fields = {**(release.config if release is not None else {}), **(told.config if told.name == model else {})}
     side, channels = fields.pop("input_size", None), fields.pop("in_channels", None)
     size = config.image_size or (side * (1 if chosen == "none" else OFFICIAL_FACTOR) if side else 256)
     fields["num_classes"] = config.num_classes or fields.get("num_classes", 1000)

@@ -59,7 +59,7 @@ def load_official_diffusion(folder: Path) -> ModuleType:
     path, name = folder / "diffusion" / "__init__.py", "official_dit_diffusion"
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[str(path.parent)])
     if not path.is_file() or spec is None or spec.loader is None:
-        raise ImportError("no diffusion package in the checkout")
+        raise ImportError("the checkout has no diffusion package")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # its own modules import each other relatively
     try:

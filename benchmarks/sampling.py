@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +23,8 @@ from benchmarks.official import load_official_diffusion
 from benchmarks.timing import BF16, SAME, Case
 from diffusion import GaussianDiffusion, ImageNoise, create_diffusion, guided, sample_loop
 from diffusion.sampling import NoiseFn, Sampler
-from models import DiT, ModelOutput, Network
-from models.acceleration import Capture, Evaluate, GraphedNetwork, autocast, cast_weights_once
+from models import DiT, ModelOutput, Network, family_of
+from models.acceleration import Capture, CudaCapture, Evaluate, GraphedNetwork, autocast, cast_weights_once
 from runtime.background import Background
 
 NPZ_IMAGES, NPZ_SIDE, NPZ_CHUNK = 1000, 256, 32
@@ -278,6 +279,43 @@ def diffusers_case(network: DiT, images: int, steps: int) -> Case:
         precision="bf16",
         steps=steps,
     )
+
+
+def sampling_groups(
+    model: str, images: int, steps: int, device: torch.device, compiler: str | None
+) -> Iterator[Callable[[], list[Case]]]:
+    """Guided sampling in bf16: every sampler, compiled, one image at a time, and as diffusers does it.
+
+    Args:
+        model: registry name.
+        images: of a batch; each is two rows.
+        steps: of a timed run.
+        device: where.
+        compiler: backend for the blocks; None leaves them as they are.
+
+    Yields:
+        Makers of cases that share a network.
+    """
+
+    def every_sampler(kind: str | None) -> list[Case]:
+        network = filled_network(model, device)
+        return [guided_case(network, images, name, steps, compiler=kind) for name in SAMPLERS]
+
+    def one_image() -> list[Case]:
+        network = filled_network(model, device)
+        graphs = [CudaCapture()] if device.type == "cuda" else []
+        return [guided_case(network, 1, "DDIM", steps, capture=capture) for capture in (None, *graphs)]
+
+    def diffusers() -> list[Case]:
+        network = filled_network(model, device)
+        assert isinstance(network, DiT)
+        return [diffusers_case(network, images, steps)]
+
+    for kind in dict.fromkeys((None, compiler)):
+        yield partial(every_sampler, kind)
+    yield one_image
+    if importlib.util.find_spec("diffusers") is not None and family_of(model).network is DiT:
+        yield diffusers
 
 
 def half_precision_error(model: str, images: int, spec: str, device: torch.device) -> float:

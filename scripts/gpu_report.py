@@ -37,11 +37,10 @@ from benchmarks.cases import (
     optimizer_cases,
 )
 from benchmarks.report import headline, machine_info, markdown, report, write_report
-from benchmarks.sampling import SAMPLERS, diffusers_case, guided_case, sampling_facts
+from benchmarks.sampling import sampling_facts, sampling_groups
 from benchmarks.timing import BF16, Case, Clock, Row, choose_clock, measure
 from diffusion import Batch, Objective, create_diffusion
-from models import DiT, Network, family_of
-from models.acceleration import CudaCapture
+from models import Network
 from runtime.config import parse_config, setting
 from runtime.ema import EMA
 from runtime.errors import UserError, run
@@ -184,33 +183,6 @@ def alone(make: Callable[[], Case]) -> list[Case]:
     return [make()]
 
 
-def sampling_cases(sizes: Sizes, device: torch.device, compiler: str | None) -> Iterator[Callable[[], list[Case]]]:
-    """Guided sampling in bf16: every sampler, compiled, one image at a time, and as diffusers does it.
-
-    The cases of a group share a network.
-    """
-
-    def every_sampler(kind: str | None) -> list[Case]:
-        network = filled_network(sizes.model, device)
-        return [guided_case(network, sizes.drawn, name, sizes.steps, compiler=kind) for name in SAMPLERS]
-
-    def one_image() -> list[Case]:
-        network = filled_network(sizes.model, device)
-        graphs = [CudaCapture()] if device.type == "cuda" else []
-        return [guided_case(network, 1, "DDIM", sizes.steps, capture=capture) for capture in (None, *graphs)]
-
-    def diffusers() -> list[Case]:
-        network = filled_network(sizes.model, device)
-        assert isinstance(network, DiT)
-        return [diffusers_case(network, sizes.drawn, sizes.steps)]
-
-    for kind in dict.fromkeys((None, compiler)):
-        yield partial(every_sampler, kind)
-    yield one_image
-    if importlib.util.find_spec("diffusers") is not None and family_of(sizes.model).network is DiT:
-        yield diffusers
-
-
 def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> Iterator[Measurement]:
     """What is measured, most wanted first; networks are made when their turn comes."""
     side, bf16 = sizes.gemm_side, torch.bfloat16
@@ -222,8 +194,8 @@ def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> It
     for dtype, kind in dict.fromkeys(((None, None), (bf16, None), (bf16, compiler))):
         make = partial(forward_case, sizes, device, dtype, kind)
         yield Measurement("forward", partial(alone, make), sizes.rounds)
-    for made in sampling_cases(sizes, device, compiler):
-        yield Measurement("sampling", made, min(SAMPLING_ROUNDS, sizes.rounds))
+    for cases in sampling_groups(sizes.model, sizes.drawn, sizes.steps, device, compiler):
+        yield Measurement("sampling", cases, min(SAMPLING_ROUNDS, sizes.rounds))
     yield Measurement("optimizer", lambda: optimizer_cases(filled_network(sizes.model, device)), sizes.rounds)
 
 

@@ -90,7 +90,7 @@ def sampling_error() -> type[Exception]:
 
 
 def test_a_checkout_without_a_diffusion_package_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ImportError, match="no diffusion package"):
+    with pytest.raises(ImportError, match="the checkout has no diffusion package"):
         load_official_diffusion(tmp_path)
     cases, skipped = loop_cases(CPU, 2, tmp_path)
     assert len(cases) == 4 and len(skipped) == 2 and not any(case.reference for case in cases)
