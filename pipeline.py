@@ -1,155 +1,30 @@
-"""A checkpoint made ready to draw images: what sample.py and sample_ddp.py have in common.
-
-A flag decides; where none is given, the checkpoint does (ours know their model, process and autoencoder; released ones
-have a preset in runtime/releases.py); where it does not know, the official default.
-"""
+"""A checkpoint made ready to draw images: what sample.py and sample_ddp.py have in common."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
-from data.autoencoder import OFFICIAL_FACTOR, open_autoencoder
-from diffusion import GaussianDiffusion, ImageNoise, create_diffusion, guided, sample_loop
-from diffusion.sampling import Sampler, StepHook
+from data.autoencoder import open_autoencoder
+from diffusion import ImageNoise, guided, sample_loop, skip_cache
+from diffusion.refresh import cheapest, every_nth, sharing_budget
+from diffusion.sampling import StepHook
 from diffusion.schedules import index_to_network
-from models import FAMILIES, Network, TimeConvention, create_model
+from diffusion.sharing import Calibration
+from models import Network, TimeConvention, create_model
 from models.acceleration import Evaluate, GraphedNetwork, autocast, cast_weights_once
 from models.loading import check_family
-from models.recognise import Recognised, recognise
+from models.recognise import recognise
 from runtime import distributed
-from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
-from runtime.config import flag_name, setting
-from runtime.download import obtain
+from runtime.checkpoint import load_weights, read_checkpoint
 from runtime.errors import UserError, blame
-from runtime.releases import Preset, Release, find_release, release_of_model
-
-PRECISIONS = ("fp32", "tf32", "bf16")
-# How the official code samples from files without a preset of their own: it guides the first 3 of 4 latent channels.
-FOREIGN = Preset("ddpm", "250", 1.5, channels=3)
-OURS = FOREIGN._replace(channels=None)
+from sampling_config import PROCESSES, SAMPLERS, C, find_facts, locate, resolve
 
 
-class SamplerRow(NamedTuple):
-    """A sampler by its name on the command line.
-
-    Attributes:
-        process: the process it belongs to, as checkpoints call it.
-        steps: what it takes where nobody says.
-        make: from a process, the settings, whether clean images are clipped, and the network's time convention.
-    """
-
-    process: str
-    steps: str
-    make: Callable[[GaussianDiffusion, SamplingConfig, bool, TimeConvention], Sampler]
-
-
-# A new sampler is one row, and so is a new process: how it is made from steps, a checkpoint's settings, learn_sigma.
-SAMPLERS = {
-    "ddpm": SamplerRow("gaussian", "250", lambda process, config, clip, time: process.ancestral(clip, convention=time)),
-    "ddim": SamplerRow(
-        "gaussian", "ddim50", lambda process, config, clip, time: process.ddim(config.eta, clip, convention=time)
-    ),
-    "dpm++": SamplerRow(
-        "gaussian", "20", lambda process, config, clip, time: process.dpm_solver(clip, convention=time)
-    ),
-}
-PROCESSES: dict[str, Callable[[str, Mapping[str, Any], bool], GaussianDiffusion]] = {
-    "gaussian": lambda steps, settings, learn_sigma: create_diffusion(steps, learn_sigma=learn_sigma, **settings),
-}
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """Settings that say which images a checkpoint draws; shared by sample.py and sample_ddp.py."""
-
-    ckpt: Path | None = setting(None, "checkpoint: ours, an official file, or the name of a released one")
-    weights: str = setting("ema", "which weights of a training checkpoint", ("ema", "model"))
-    model: str | None = setting(
-        None, "name in the registry, told by the weights; without --ckpt: its released checkpoint"
-    )
-    image_size: int | None = setting(None, "side in pixels, told by the weights; without --ckpt: 256")
-    num_classes: int | None = setting(None, "number of classes; told by the weights")
-    vae: str | None = setting(None, "autoencoder: ema, mse, a local folder, or none; our checkpoints know it")
-    pretrained_dir: Path = setting(Path("pretrained_models"), "where released checkpoints are downloaded to")
-    sampler: str | None = setting(
-        None, "ancestral, DDIM, or DPM-Solver++(2M); ddpm, or a release's own", tuple(SAMPLERS)
-    )
-    num_sampling_steps: str | None = setting(
-        None, "step spec, such as 250, 10,15,20 or ddim50; by the sampler 250, ddim50, 20, or a release's own"
-    )
-    eta: float = setting(0.0, "noise of DDIM: 0 none, 1 as much as DDPM")
-    clip_denoised: bool | None = setting(
-        None, "clamp predicted clean images to [-1, 1]; yes for pixels, no for latents"
-    )
-    cfg_scale: float | None = setting(None, "guidance scale; 1 is none (1.5, or a release's own)")
-    guidance_channels: int | None = setting(None, "guide this many leading channels; 3 for official files, else all")
-    guidance_interval: tuple[float, float] | None = setting(
-        None, "guide only strictly between these timesteps (0 clean, 1000 noise); everywhere, or a release's own"
-    )
-    precision: str = setting("tf32", "of the network: fp32, tf32 (CUDA; as official), bf16 autocast", PRECISIONS)
-    tf32: bool = setting(True, "TF32 for whatever is in float32, with --precision tf32 or bf16 (CUDA)")
-    compile: bool = setting(False, "compile every block (on a CPU this needs a C++ compiler)")
-    cuda_graphs: bool = setting(False, "record evaluations as CUDA graphs: faster small batches, slower first one")
-    vae_precision: str = setting("fp32", "of the autoencoder; bf16 decodes about three times as fast", ("fp32", "bf16"))
-    vae_batch_size: int = setting(16, "images decoded at a time")
-    device: str | None = setting(None, "cuda where there is one, else cpu", ("cuda", "cpu"))
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot be meant, before any work."""
-        if self.ckpt is None and self.model is None and self.image_size is None:
-            raise ValueError(
-                "--ckpt: required; give a checkpoint of train.py, an official file, or a released one by its name; "
-                "or --model for a model's released checkpoint"
-            )
-        if self.cfg_scale is not None and not 1 <= self.cfg_scale < float("inf"):
-            raise ValueError(f"--cfg-scale {self.cfg_scale}: must be at least 1 (1 is no guidance), and finite")
-        if self.eta and self.sampler != "ddim":
-            raise ValueError(f"--eta {self.eta}: has an effect with --sampler ddim only")
-        for name in ("guidance_channels", "vae_batch_size", "image_size", "num_classes"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
-        if self.guidance_interval is not None:
-            low, high = self.guidance_interval
-            if not 0 <= low < high <= 1000:
-                raise ValueError(f"--guidance-interval {low} {high}: must be two timesteps, 0 <= LOW < HIGH <= 1000")
-            if self.cfg_scale == 1:
-                raise ValueError(f"--guidance-interval {low} {high}: has no effect with --cfg-scale 1")
-        if self.num_sampling_steps is not None:
-            with blame(f"--num-sampling-steps {self.num_sampling_steps}"):
-                PROCESSES[SAMPLERS[self.sampler or OURS.sampler].process](self.num_sampling_steps, {}, True)
-        if self.cuda_graphs and (self.device == "cpu" or not torch.cuda.is_available()):
-            raise ValueError("--cuda-graphs: needs a CUDA device")
-
-
-class Facts(NamedTuple):
-    """What is known about a checkpoint once it is read.
-
-    Attributes:
-        model: name in the registry.
-        config: fields of the model's config that differ from those of its name.
-        process: name of the process, and its settings.
-        vae: autoencoder, by the value of `--vae`.
-        image_shape: (C, H, W).
-        preset: how to sample where no flag says it.
-    """
-
-    model: str
-    config: dict[str, Any]
-    process: tuple[str, dict[str, Any]]
-    vae: str
-    image_shape: tuple[int, int, int]
-    preset: Preset
-
-
-class Pipeline:
+class Pipeline(Generic[C]):
     """A checkpoint made ready to draw images: network, process, sampler, guidance, autoencoder.
 
     Args:
@@ -165,18 +40,20 @@ class Pipeline:
         num_classes: number of classes.
         image_shape: (H, W, C) of the images.
         sampler: the sampler.
+        refresh: which evaluations compute the state that the others reuse; None: all.
         multiply_adds: of one evaluation for one image.
 
     Raises:
         UserError: for anything about checkpoint and flags that does not fit.
     """
 
-    def __init__(self, config: SamplingConfig, device: torch.device, vae: str | None = None) -> None:
+    def __init__(self, config: C, device: torch.device, vae: str | None = None) -> None:
         self.path, self.release = locate(config)
         checkpoint = read_checkpoint(self.path, config.weights)
         self.step: int | None = (checkpoint.meta or {}).get("step")
         facts = find_facts(config, checkpoint, self.release, vae)
-        self.config = config = resolve(config, facts)
+        self.config: C = resolve(config, facts)
+        config = self.config
         precise = torch.float32 if config.vae_precision == "fp32" else torch.bfloat16
         with blame(f"--vae {facts.vae}"):
             self._autoencoder = open_autoencoder(facts.vae, facts.image_shape[-1], device, precise)
@@ -184,7 +61,8 @@ class Pipeline:
         with blame(f"--model {facts.model}" if checkpoint.meta is None else f"--ckpt {self.path}"):
             shape = {"input_size": self._latent_shape[-1], "in_channels": self._latent_shape[0]}
             check_family(facts.model, checkpoint.weights)
-            network = create_model(facts.model, **{**facts.config, **shape})
+            own = facts.config if config.cache_depth is None else {**facts.config, "cache_depth": config.cache_depth}
+            network = create_model(facts.model, **{**own, **shape})
         load_weights(network, checkpoint.weights, f"--ckpt {self.path} as {facts.model}", _name_of)
         network = network.to(device).eval().requires_grad_(False)
         self.num_classes, self.multiply_adds = network.num_classes, sum(network.multiply_adds().values())
@@ -194,25 +72,58 @@ class Pipeline:
         name, settings = facts.process
         assert config.sampler is not None and config.num_sampling_steps is not None  # `resolve` saw to it
         process = PROCESSES[name](config.num_sampling_steps, settings, network.out_channels != network.in_channels)
-        clip = facts.vae == "none" if config.clip_denoised is None else config.clip_denoised
-        with blame(f"--eta {config.eta}"):
-            self.sampler = SAMPLERS[config.sampler].make(process, config, clip, network.time_convention)
+        with blame(f"--eta {config.eta}" if config.eta else f"--num-sampling-steps {config.num_sampling_steps}"):
+            self.sampler = SAMPLERS[config.sampler].make(
+                process, config, bool(config.clip_denoised), network.time_convention
+            )
         with blame(f"--cfg-scale {config.cfg_scale}"):
             self._null_class = network.null_class if config.cfg_scale != 1 else None
         self._interval = _in_network_time(config.guidance_interval, network.time_convention)
-        self._refresh: Sequence[bool] | None = None  # a schedule for state that is kept between evaluations
         self._device = device
         distributed.allow_tf32(config.tf32 and config.precision != "fp32")
+        self.refresh = self._schedule(network, facts.process)
         self._evaluate = self._prepare(network)
+
+    def _schedule(self, network: Network, process: tuple[str, dict[str, Any]]) -> Sequence[bool] | None:
+        """Which evaluations compute the state that the others reuse; None: all.
+
+        Raises:
+            UserError: for a network that keeps none, or a schedule that the sampler cannot follow.
+        """
+        config, times = self.config, self.sampler.times
+        if config.cache_interval is not None:
+            with blame(f"--cache-interval {config.cache_interval}"):
+                return skip_cache(network, times, config.cache_interval)
+        if config.refresh_rate is None:
+            if config.cache_depth is not None:
+                raise UserError(f"--cache-depth {config.cache_depth}: has no effect without --cache-interval")
+            return None
+        with blame(f"--refresh-rate {config.refresh_rate}"):
+            if not network.keeps_state:
+                raise ValueError(f"{config.model} keeps no state between evaluations")
+            budget = sharing_budget(len(times), config.refresh_rate)
+            if config.sharing == "uniform":
+                return every_nth(len(times), config.refresh_rate)
+            assert config.cfg_scale is not None  # `resolve` saw to it
+            chosen = ("sampler", "sde", "heun_exact", "adams_order", "eta", "time_shift", "last_step", "clip_denoised")
+            calibration = Calibration(
+                network=network.for_sampling(times),
+                sampler=self.sampler,
+                sampling={**{name: getattr(config, name) for name in chosen}, "process": process},
+                scale=config.cfg_scale,
+                channels=config.guidance_channels,
+                interval=self._interval,
+                shape=self._latent_shape,
+                autocast=torch.bfloat16 if config.precision == "bf16" else None,
+            )
+            similarity = distributed.by_main(lambda: calibration.similarity(config.sharing_dir).tolist())
+            return cheapest(similarity, budget)
 
     def _prepare(self, network: Network) -> Evaluate:
         """The network for this schedule, in the precision and as fast as asked for."""
-        if self.config.compile:
-            network.compile_blocks()
         if self.config.cuda_graphs and network.decides_by_input:
-            raise UserError(
-                f"--cuda-graphs: {self.config.model} decides by its input what to compute; leave the flag out"
-            )
+            model = self.config.model
+            raise UserError(f"--cuda-graphs: {model} decides by its input what to compute; leave the flag out")
         prepared = network.for_sampling(self.sampler.times)
         evaluate: Evaluate = prepared
         if self.config.precision == "bf16":
@@ -220,6 +131,8 @@ class Pipeline:
             x = torch.zeros(1, *self._latent_shape, device=self._device)
             y, time = torch.zeros(1, dtype=torch.int64, device=self._device), self.sampler.times[0]
             cast_weights_once(prepared, torch.bfloat16, lambda: evaluate(x, time, y, None))
+        if self.config.compile:
+            network.compile_blocks()  # for the weights and rows it will see from here on
         return GraphedNetwork(evaluate) if self.config.cuda_graphs else evaluate
 
     def denoise(self, seed: int, indices: Sequence[int], labels: Tensor, on_step: StepHook | None = None) -> Tensor:
@@ -244,114 +157,14 @@ class Pipeline:
             config.guidance_channels,
             self._interval,
             self.sampler.times,
-            self._refresh,
+            self.refresh,
         )
-        return sample_loop(denoise, self.sampler, noise.initial(), self._refresh, noise, on_step)
+        return sample_loop(denoise, self.sampler, noise.initial(), self.refresh, noise, on_step)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (N, C, H, W) float32, about [-1, 1], of latents; `vae_batch_size` at a time."""
         return torch.cat([self._autoencoder.decode(piece) for piece in latents.split(self.config.vae_batch_size)])
-
-
-def locate(config: SamplingConfig) -> tuple[Path, Release | None]:
-    """The checkpoint's file, downloaded if it is a released one that is not here; and which release it is.
-
-    Raises:
-        UserError: if it cannot be had, or nothing here could sample from it.
-    """
-    if config.ckpt is not None and config.ckpt.exists():
-        return config.ckpt, find_release(config.ckpt.name)
-    if config.ckpt is not None:
-        release = find_release(str(config.ckpt))
-        if release is None:
-            return config.ckpt, None  # reading it will say that it is not there
-    else:
-        release = release_of_model(config.model or "DiT-XL/2", config.image_size)
-    _check_family(release)
-    path = distributed.by_main(lambda: obtain(release, config.pretrained_dir))
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        obtain(release, config.pretrained_dir)  # on a node that does not see the first one's disk
-    distributed.barrier()
-    return path, release
-
-
-def _check_family(release: Release) -> None:
-    if release.family not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise UserError(
-            f"--ckpt {release.name}: is of the family {release.family}, which is not here yet; here: {known}"
-        )
-
-
-def find_facts(config: SamplingConfig, checkpoint: Checkpoint, release: Release | None, vae: str | None) -> Facts:
-    """Model, process, autoencoder, image shape and preset, from flags and checkpoint.
-
-    Raises:
-        UserError: if they contradict each other, or the process is unknown.
-    """
-    if checkpoint.meta is not None:
-        return _facts_of_ours(config, checkpoint.meta)
-    if release is not None:
-        _check_family(release)
-        _agree(config, {"model": release.model, "image_size": release.image_size})
-    preset = release.preset if release is not None else FOREIGN
-    chosen = config.vae or vae or preset.vae
-    told = recognise(checkpoint.weights) or Recognised("DiT-XL/2", {})
-    model = config.model or (release.model if release is not None else told.name)
-    fields = {**(release.config if release is not None else {}), **(told.config if told.name == model else {})}
-    side, channels = fields.pop("input_size", None), fields.pop("in_channels", None)
-    size = config.image_size or (side * (1 if chosen == "none" else OFFICIAL_FACTOR) if side else 256)
-    fields["num_classes"] = config.num_classes or fields.get("num_classes", 1000)
-    shape = (channels or 3 if chosen == "none" else 3, size, size)
-    return Facts(model, fields, ("gaussian", {}), chosen, shape, preset)
-
-
-def _facts_of_ours(config: SamplingConfig, meta: Mapping[str, Any]) -> Facts:
-    fields, process = dict(meta["model"]), dict(meta["process"])
-    channels, height, width = meta["data"]["image_shape"]
-    model, name = fields.pop("name"), process.pop("name")
-    process.pop("learn_sigma", None)  # the network's output says it
-    if name not in PROCESSES:
-        raise UserError(f"--ckpt {config.ckpt}: trained under {name!r}, a process unknown here")
-    _agree(config, {"model": model, "num_classes": fields["num_classes"], "image_size": width})
-    return Facts(model, fields, (name, process), config.vae or meta["data"]["vae"], (channels, height, width), OURS)
-
-
-def _agree(config: SamplingConfig, known: Mapping[str, Any]) -> None:
-    """Refuses flags that say otherwise than the checkpoint."""
-    for field, value in known.items():
-        if getattr(config, field) not in (None, value):
-            raise UserError(
-                f"{flag_name(field)} {getattr(config, field)}: --ckpt {config.ckpt} was trained with {value}"
-            )
-
-
-def resolve(config: SamplingConfig, facts: Facts) -> SamplingConfig:
-    """The settings with nothing left to the checkpoint.
-
-    A preset's interval belongs to its scale: with another scale it is not taken over.
-
-    Raises:
-        UserError: if the sampler is not one of the checkpoint's process.
-    """
-    preset = facts.preset
-    sampler = config.sampler or preset.sampler
-    row = SAMPLERS[sampler]
-    if row.process != facts.process[0]:
-        fitting = ", ".join(name for name, other in SAMPLERS.items() if other.process == facts.process[0])
-        raise UserError(f"--sampler {sampler}: --ckpt was trained under {facts.process[0]!r}; choose from {fitting}")
-    scale_of_preset = config.cfg_scale is None
-    return dataclasses.replace(
-        config,
-        model=facts.model,
-        vae=facts.vae,
-        sampler=sampler,
-        num_sampling_steps=config.num_sampling_steps or (preset.steps if sampler == preset.sampler else row.steps),
-        cfg_scale=preset.cfg_scale if scale_of_preset else config.cfg_scale,
-        guidance_channels=config.guidance_channels or preset.channels,
-        guidance_interval=config.guidance_interval or (preset.interval if scale_of_preset else None),
-    )
 
 
 def _in_network_time(interval: tuple[float, float] | None, convention: TimeConvention) -> tuple[float, float] | None:

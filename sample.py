@@ -14,17 +14,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from data.pixels import Images, enlarge, grid, save_gif, save_png, to_picture
 from models import ModelOutput
-from pipeline import Pipeline, SamplingConfig
+from pipeline import Pipeline
 from runtime import distributed
 from runtime.config import parse_config, setting
 from runtime.errors import UserError, run
 from runtime.files import check_writable
+from sampling_config import SamplingConfig
 
 OFFICIAL_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 LOOKED_AT = 64  # digits are too small to look at: enlarged to about this many pixels
@@ -66,13 +68,13 @@ def check_labels(labels: Sequence[int], num_classes: int) -> None:
             raise UserError(f"--class-labels {label}: the model has classes 0 to {num_classes - 1}")
 
 
-def draw(pipeline: Pipeline, config: SampleConfig, labels: Sequence[int]) -> list[Tensor]:
+def draw(pipeline: Pipeline[SampleConfig], labels: Sequence[int]) -> list[Tensor]:
     """Latents (N, C, h, w) of the images, shown with a progress bar.
 
     Returns:
         The last one being the result: after as many evenly spaced steps as the trajectory shows, or after the last.
     """
-    steps = len(pipeline.sampler.times)
+    config, steps = pipeline.config, len(pipeline.sampler.times)
     frames = min(config.trajectory_frames, steps) if config.trajectory else 1
     shown = {steps - 1 - round(k * (steps - 1) / max(1, frames - 1)) for k in range(frames)}
     kept: list[Tensor] = []
@@ -92,8 +94,8 @@ def save_trajectory(moments: Sequence[Images], columns: int, path: Path) -> None
     if path.suffix.lower() == ".gif":
         save_gif([grid(images, columns)[0] for images in moments], path)
     else:
-        rows = [image for images in zip(*moments, strict=True) for image in images]
-        save_png(grid(torch.stack([torch.from_numpy(image) for image in rows]).numpy(), len(moments))[0], path)
+        rows = np.stack([image for images in zip(*moments, strict=True) for image in images])
+        save_png(grid(rows, len(moments))[0], path)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -110,8 +112,7 @@ def main(argv: Sequence[str]) -> None:
         columns = config.columns or (4 if len(labels) == len(OFFICIAL_LABELS) else min(len(labels), 10))
         factor = max(1, LOOKED_AT // pipeline.image_shape[0])
         moments = [
-            enlarge(to_picture(pipeline.decode(latents)).cpu().numpy(), factor)
-            for latents in draw(pipeline, config, labels)
+            enlarge(to_picture(pipeline.decode(latents)).cpu().numpy(), factor) for latents in draw(pipeline, labels)
         ]
         save_png(grid(moments[-1], columns)[0], config.output)
         print(f"Saved {len(labels)} images to {config.output}")

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from data.pixels import save_png, to_uint8
 from data.sample_file import SampleFile
-from pipeline import Pipeline, SamplingConfig
+from pipeline import Pipeline
 from runtime import distributed
 from runtime.background import Background
 from runtime.config import flag_name, parse_config, setting, to_dict
@@ -37,13 +38,14 @@ from runtime.download import read_record, sha256_of
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
 from runtime.seeds import derive_seed
+from sampling_config import SamplingConfig
 
 # Processes wait for the slowest at the end, and for the first one's download at the start.
 PATIENCE_SECONDS = 24 * 3600.0
 AUTO_MULTIPLY_ADDS = 64 * 118.6e9  # of a batch: 64 images of XL/2 at 256 pixels, which takes 118.62 G each
 LARGEST_AUTO = 256
 # Settings that say where and how a job runs, not what its images are.
-FREE = frozenset("ckpt sample_dir output overwrite pretrained_dir device".split())
+FREE = frozenset("ckpt sample_dir output overwrite pretrained_dir sharing_dir device".split())
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def deciding_settings(config: SampleDDPConfig, device: torch.device, checkpoint_
     return {"--ckpt": checkpoint_hash, "--device": device.type, **settings}
 
 
-def output_path(config: SampleDDPConfig, pipeline: Pipeline, settings: dict[str, Any]) -> Path:
+def output_path(config: SampleDDPConfig, pipeline: Pipeline[SampleDDPConfig], settings: dict[str, Any]) -> Path:
     """The official folder name, extended by sampler, steps, and a digest of everything else that decides the images."""
     if config.output is not None:
         return config.output
@@ -124,29 +126,29 @@ def begin(config: SampleDDPConfig, file: SampleFile, settings: dict[str, Any], f
 
 
 def sample_chunks(
-    config: SampleDDPConfig, pipeline: Pipeline, labels: Tensor, file: SampleFile, missing: Sequence[int], world: World
+    pipeline: Pipeline[SampleDDPConfig], labels: Tensor, file: SampleFile, missing: Sequence[int], world: World
 ) -> None:
     """Draws this process's share of the missing chunks; while one is denoised, the one before is decoded and written.
 
     A chunk always has the same number of rows (the last one is padded), whoever draws it.
     """
-    size, images = file.chunk, min(len(missing) * file.chunk, len(labels))
-    bar = tqdm(total=len(labels), initial=len(labels) - images, disable=None if world.is_main else True, unit="image")
+    config, left = pipeline.config, sum(map(file.rows_in, missing))
+    bar = tqdm(total=len(labels), initial=len(labels) - left, disable=None if world.is_main else True, unit="image")
 
     def store(chunk: int, latents: Tensor) -> None:
-        images = to_uint8(pipeline.decode(latents)).cpu().numpy()
+        images = to_uint8(pipeline.decode(latents)).cpu().numpy()[: file.rows_in(chunk)]
         if config.save_png:
-            for index, image in zip(range(chunk * size, len(labels)), images, strict=False):
+            for index, image in enumerate(images, start=chunk * file.chunk):
                 save_png(image, file.path.with_suffix("") / f"{index:06d}.png")
         file.write(chunk, images)
-        bar.update(min(size * world.size, len(labels) - bar.n))
+        bar.update(min(len(images) * world.size, len(labels) - bar.n))
 
     with bar, Background(world.device) as behind:
         for chunk in missing[world.rank :: world.size]:
-            indices = range(chunk * size, (chunk + 1) * size)
+            indices = range(chunk * file.chunk, (chunk + 1) * file.chunk)
             padded = labels[[i % len(labels) for i in indices]]
             latents = pipeline.denoise(config.global_seed, indices, padded)
-            behind.submit(lambda chunk=chunk, latents=latents: store(chunk, latents))  # type: ignore[misc]
+            behind.submit(partial(store, chunk, latents))
 
 
 def fingerprint(path: Path) -> str:
@@ -162,7 +164,9 @@ def fingerprint(path: Path) -> str:
     return digest
 
 
-def document(config: SampleDDPConfig, pipeline: Pipeline, settings: dict[str, Any], run: dict[str, Any]) -> str:
+def document(
+    config: SampleDDPConfig, pipeline: Pipeline[SampleDDPConfig], settings: dict[str, Any], timings: dict[str, Any]
+) -> str:
     """The JSON beside the samples."""
     release = pipeline.release
     told = {
@@ -180,7 +184,7 @@ def document(config: SampleDDPConfig, pipeline: Pipeline, settings: dict[str, An
             "numpy": np.__version__,
             "cuda": torch.version.cuda if settings["--device"] == "cuda" else None,
         },
-        "run": run,
+        "run": timings,
     }
     return json.dumps(told, indent=2) + "\n"
 
@@ -191,27 +195,22 @@ def main(argv: Sequence[str]) -> None:
     began = time.perf_counter()
     with distributed.world(config.device, PATIENCE_SECONDS) as world:
         pipeline = Pipeline(config, world.device)
-        config = dataclasses.replace(
-            config,
-            **{field.name: getattr(pipeline.config, field.name) for field in dataclasses.fields(SamplingConfig)},
-            per_proc_batch_size=config.per_proc_batch_size or auto_batch_size(pipeline.multiply_adds),
-        )
+        batch_size = config.per_proc_batch_size or auto_batch_size(pipeline.multiply_adds)
+        config = dataclasses.replace(pipeline.config, per_proc_batch_size=batch_size)
         settings = deciding_settings(config, world.device, fingerprint(pipeline.path))
         path = output_path(config, pipeline, settings)
         flag = "--output" if config.output else "--sample-dir"
         check_writable(path, flag)
         labels = draw_labels(config, pipeline.num_classes)
-        assert config.per_proc_batch_size is not None
-        shape = (config.num_fid_samples, *pipeline.image_shape)
-        file = SampleFile(path, shape, config.per_proc_batch_size, world.rank)
+        file = SampleFile(path, (config.num_fid_samples, *pipeline.image_shape), batch_size, world.rank)
         missing = distributed.by_main(lambda: begin(config, file, settings, flag))
         started = time.perf_counter()
-        sample_chunks(config, pipeline, labels, file, missing, world)
+        sample_chunks(pipeline, labels, file, missing, world)
         distributed.barrier()
         if world.is_main:
-            seconds, images = time.perf_counter() - started, min(len(missing) * file.chunk, len(labels))
+            seconds, images = time.perf_counter() - started, sum(map(file.rows_in, missing))
             file.finish(labels.numpy())
-            facts = {
+            timings = {
                 "world_size": world.size,
                 "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
                 "images": images,
@@ -221,7 +220,7 @@ def main(argv: Sequence[str]) -> None:
                 "seconds_after": round(time.perf_counter() - started - seconds, 2),
             }
             with atomic_path(path.with_suffix(".json")) as temporary:
-                temporary.write_text(document(dataclasses.replace(config, output=path), pipeline, settings, facts))
+                temporary.write_text(document(dataclasses.replace(config, output=path), pipeline, settings, timings))
             print(f"Saved {config.num_fid_samples:,} images to {path}")
         distributed.barrier()
 

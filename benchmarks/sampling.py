@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -21,8 +23,8 @@ from benchmarks.official import load_official_diffusion
 from benchmarks.timing import BF16, SAME, Case
 from diffusion import GaussianDiffusion, ImageNoise, create_diffusion, guided, sample_loop
 from diffusion.sampling import NoiseFn, Sampler
-from models import DiT, ModelOutput, Network
-from models.acceleration import Capture, Evaluate, GraphedNetwork, autocast, cast_weights_once
+from models import DiT, ModelOutput, Network, family_of
+from models.acceleration import Capture, CudaCapture, Evaluate, GraphedNetwork, autocast, cast_weights_once
 from runtime.background import Background
 
 NPZ_IMAGES, NPZ_SIDE, NPZ_CHUNK = 1000, 256, 32
@@ -190,8 +192,6 @@ def prepare(
     process = create_diffusion(spec, learn_sigma=network.out_channels != network.in_channels)
     sampler = Beginning(make(process), steps)
     network = network.requires_grad_(False)
-    if compiler is not None:
-        network.compile_blocks(compiler)
     prepared = network.for_sampling(sampler.times)
     evaluate: Evaluate = prepared
     labels = torch.arange(images, device=device) % network.num_classes
@@ -200,6 +200,8 @@ def prepare(
         evaluate = autocast(prepared, device, dtype)
         x = torch.zeros(1, *shape, device=device)
         cast_weights_once(prepared, dtype, lambda: evaluate(x, sampler.times[0], labels[:1]))
+    if compiler is not None:
+        network.compile_blocks(compiler)
     if capture is not None:
         evaluate = GraphedNetwork(evaluate, capture)
     return Ready(evaluate, sampler, labels, network.null_class, shape)
@@ -211,7 +213,7 @@ def guided_case(
     """Some guided steps in bf16; images per second are those of a whole trajectory of such steps."""
     spec, make = SAMPLERS[name]
     length = create_diffusion(spec).num_timesteps
-    title = f"{name}-{length}, {images} guided, bf16"
+    title = f"{name}-{length}, {_guided(images)}, bf16"
     kind = ", blocks compiled" if compiler else ", CUDA graphs" if capture else ""
     return Case(
         title + kind,
@@ -225,6 +227,10 @@ def guided_case(
         precision="bf16",
         steps=steps,
     )
+
+
+def _guided(images: int) -> str:
+    return f"{images} guided image{'s' if images > 1 else ''}"
 
 
 def diffusers_case(network: DiT, images: int, steps: int) -> Case:
@@ -241,7 +247,7 @@ def diffusers_case(network: DiT, images: int, steps: int) -> Case:
     device = next(network.parameters()).device
 
     def ready() -> tuple[Any, Any, Tensor, Tensor]:
-        twin = diffusers_twin(network).to(device, torch.bfloat16)
+        twin = nn.Module.to(diffusers_twin(network), device, torch.bfloat16)  # its own way to move would warn
         twin.pos_embed.pos_embed.copy_(network.pos_embed)  # type: ignore[union-attr,operator]
         scheduler: Any = DDIMScheduler(beta_start=1e-4, beta_end=2e-2, clip_sample=False)
         scheduler.set_timesteps(create_diffusion(spec).num_timesteps)
@@ -262,17 +268,54 @@ def diffusers_case(network: DiT, images: int, steps: int) -> Case:
 
     length = create_diffusion(spec).num_timesteps
     return Case(
-        f"DDIM-{length}, {images} guided, diffusers, bf16",
+        f"DDIM-{length}, {_guided(images)}, diffusers, bf16",
         ready,
         run,
         outcome=_result,
-        reference=f"DDIM-{length}, {images} guided, bf16",
+        reference=f"DDIM-{length}, {_guided(images)}, bf16",
         tolerance=BF16,
         flop=steps * forward_flop(network, 2 * images),
         images=images * steps / length,
         precision="bf16",
         steps=steps,
     )
+
+
+def sampling_groups(
+    model: str, images: int, steps: int, device: torch.device, compiler: str | None
+) -> Iterator[Callable[[], list[Case]]]:
+    """Guided sampling in bf16: every sampler, compiled, one image at a time, and as diffusers does it.
+
+    Args:
+        model: registry name.
+        images: of a batch; each is two rows.
+        steps: of a timed run.
+        device: where.
+        compiler: backend for the blocks; None leaves them as they are.
+
+    Yields:
+        Makers of cases that share a network.
+    """
+
+    def every_sampler(kind: str | None) -> list[Case]:
+        network = filled_network(model, device)
+        return [guided_case(network, images, name, steps, compiler=kind) for name in SAMPLERS]
+
+    def one_image() -> list[Case]:
+        network = filled_network(model, device)
+        graphs = [CudaCapture()] if device.type == "cuda" else []
+        return [guided_case(network, 1, "DDIM", steps, capture=capture) for capture in (None, *graphs)]
+
+    def diffusers() -> list[Case]:
+        network = filled_network(model, device)
+        assert isinstance(network, DiT)
+        return [diffusers_case(network, images, steps)]
+
+    for kind in dict.fromkeys((None, compiler)):
+        yield partial(every_sampler, kind)
+    yield one_image
+    if importlib.util.find_spec("diffusers") is not None and family_of(model).network is DiT:
+        yield diffusers
 
 
 def half_precision_error(model: str, images: int, spec: str, device: torch.device) -> float:
@@ -350,7 +393,7 @@ def _to_host(pixels: Tensor) -> None:
     (127.5 * pixels).add_(128.0).clamp_(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu()
 
 
-def random_decoder(device: torch.device, batch: int) -> Callable[[Tensor], Tensor]:
+def random_decoder(device: torch.device, channels: int, batch: int) -> Callable[[Tensor], Tensor]:
     """A decoder of the official autoencoder's size with random weights, in bf16, `batch` images at a time.
 
     Raises:
@@ -362,12 +405,54 @@ def random_decoder(device: torch.device, batch: int) -> Callable[[Tensor], Tenso
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     groups = 32 if device.type == "cuda" else 4
     vae: Any = AutoencoderKL(
-        block_out_channels=widths, down_block_types=down, up_block_types=up, layers_per_block=2, norm_num_groups=groups
-    )
-    vae = vae.to(device, torch.bfloat16).to(memory_format=torch.channels_last).eval()
+        block_out_channels=widths, down_block_types=down, up_block_types=up, layers_per_block=2, norm_num_groups=groups,
+        latent_channels=channels,
+    )  # fmt: skip
+    vae = nn.Module.to(vae, device, torch.bfloat16).to(memory_format=torch.channels_last).eval()
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
         return torch.cat([vae.decode(piece.bfloat16()).sample.float() for piece in latents.split(batch)])
 
     return decode
+
+
+def sampling_facts(
+    model: str, device: torch.device, images: int, steps: int, spec: str, deadline: float
+) -> tuple[dict[str, float], list[str]]:
+    """Shares that no timed run gives: how long the device idles, and how far bf16 is from float32.
+
+    Args:
+        model: registry name.
+        device: where.
+        images: of a batch.
+        steps: of a traced chunk.
+        spec: steps of the trajectories whose precision is compared.
+        deadline: on the monotonic clock; nothing is begun after it.
+
+    Returns:
+        Shares by what they are, and a word on each that there was no time or no package for.
+    """
+    facts: dict[str, float] = {}
+    skipped: list[str] = []
+
+    def idle() -> float:
+        ready = prepare(filled_network(model, device), images, *SAMPLERS["DDIM"], steps)
+        return idle_while_sampling(ready, 2, random_decoder(device, ready.shape[0], images // 2))
+
+    wanted: dict[str, Callable[[], float]] = {
+        f"device idle while chunks of {images} images are drawn, decoded and fetched": idle,
+        f"bf16 latents against float32, {spec}, median over images": lambda: half_precision_error(
+            model, max(2, images // 4), spec, device
+        ),
+    }
+    for name, measure in wanted.items():
+        if time.monotonic() > deadline:
+            skipped.append(f"{name}: the time is up")
+            continue
+        try:
+            facts[name] = measure()
+        except (ImportError, torch.cuda.OutOfMemoryError) as error:
+            skipped.append(f"{name}: {error}")
+        gc.collect()
+    return facts, skipped

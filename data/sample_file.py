@@ -119,6 +119,11 @@ class SampleFile:
         pieces = self._pieces()
         return [k for k in range(self.chunks) if k not in pieces or pieces[k] != self._npz.read_piece(*self._rows(k))]
 
+    def rows_in(self, chunk: int) -> int:
+        """How many images a chunk has."""
+        start, stop = self._rows(chunk)
+        return stop - start
+
     def _rows(self, chunk: int) -> tuple[int, int]:
         return chunk * self.chunk, min((chunk + 1) * self.chunk, self.images)
 

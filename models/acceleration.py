@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,11 @@ from models.contract import ModelOutput
 
 Evaluate = Callable[..., ModelOutput]  # called as (x, t, y, state)
 Capture = Callable[[Callable[[], ModelOutput]], tuple[Callable[[], None], ModelOutput]]
+
+
+def can_compile(device_type: str) -> bool:
+    """Whether torch.compile finds what it generates code with: on a CPU a C++ compiler."""
+    return device_type != "cpu" or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def autocast(network: Evaluate, device: torch.device, dtype: torch.dtype) -> Evaluate:
@@ -119,10 +125,10 @@ def _place(leaf: Any) -> Hashable:
 
 
 class CudaCapture:
-    """Records CUDA graphs that share one pool of memory."""
+    """Records CUDA graphs that share one pool of memory, on one stream of its own."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], ModelOutput]) -> tuple[Callable[[], None], ModelOutput]:
         """Runs once to set up kernels, then records a second run.
@@ -130,15 +136,16 @@ class CudaCapture:
         Returns:
             What replays it, and the output that replays overwrite.
         """
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        before, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-        beside.wait_stream(before)
-        with torch.cuda.stream(beside):
+        before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
             run()
-        before.wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        # Another thread may decode and copy meanwhile; its allocations are none of this recording's business.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = run()
+            self._stream.synchronize()
+            # Another thread may decode and copy meanwhile; what it allocates is none of this recording's business.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                output = run()
+            finally:
+                graph.capture_end()
+        before.wait_stream(self._stream)
         return graph.replay, output

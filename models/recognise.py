@@ -31,48 +31,54 @@ def recognise(weights: Mapping[str, Tensor]) -> Recognised | None:
     """The first model of the registry whose parameters have exactly these names and shapes; None if there is none.
 
     Data may differ from the named config: number of classes, channels, size and variance are read off the shapes. What
-    leaves no trace there, such as the number of heads, is the named config's.
+    leaves no trace there, such as the number of heads, is the named config's. Where patches of p x p values in C channels
+    cannot be told from others (DDT), the model with the channels of its name is meant.
 
     Note:
         The label table of a network without a null class looks like that of one with a class less.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    data, body = _data_traces(shapes), _body_traces(shapes)
+    found: Recognised | None = None
     for family in FAMILIES.values():
         fields = family.network.config_class.__dataclass_fields__
-        config = {field: value for field, value in data.items() if field in fields}
         for name, named in family.configs.items():
-            if any(named.get(field, value) != value for field, value in body.items()):
+            traces = _traces(shapes, named["patch_size"])
+            if any(named.get(field, value) != value for field, value in traces.body.items()):
                 continue  # building it would take longer
+            data = {field: value for field, value in traces.data.items() if field in fields}
             try:
-                settings = config | family.network.settings_from(weights, model_config(name, **config))
+                settings = data | family.network.settings_from(weights, model_config(name, **data))
                 with torch.device("meta"):
                     network = create_model(name, **settings)
             except ValueError:
                 continue
             if {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()} == shapes:
-                return Recognised(name, settings)
-    return None
-
-
-def _body_traces(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """What names and shapes say about the network's size."""
-    if PATCHES not in shapes:
-        return {}
-    width, _, patch, _ = shapes[PATCHES]
-    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-    return {"hidden_size": width, "patch_size": patch, "depth": len(blocks)}
-
-
-def _data_traces(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What shapes say about the data that the weights were trained on."""
-    found: dict[str, Any] = {}
-    if LABELS in shapes:
-        found["num_classes"] = shapes[LABELS][0] - 1  # the last row is the null class
-    if PATCHES in shapes:
-        _, found["in_channels"], patch, _ = shapes[PATCHES]
-        if OUTPUT in shapes:
-            found["learn_sigma"] = shapes[OUTPUT][0] == 2 * found["in_channels"] * patch**2
-        if POSITIONS in shapes:
-            found["input_size"] = math.isqrt(shapes[POSITIONS][1]) * patch
+                found = found or Recognised(name, settings)
+                if network.in_channels == model_config(name).in_channels:
+                    return Recognised(name, settings)
     return found
+
+
+class _Traces(NamedTuple):
+    """Fields of a config that names and shapes decide: of the network's size, and of the data it was trained on."""
+
+    body: dict[str, int]
+    data: dict[str, Any]
+
+
+def _traces(shapes: Mapping[str, tuple[int, ...]], patch: int) -> _Traces:
+    """What shows if patches have this side: maps of patches are (D, C, p, p), or (D, C p p) in some families."""
+    body: dict[str, int] = {}
+    data: dict[str, Any] = {}
+    if LABELS in shapes:
+        data["num_classes"] = shapes[LABELS][0] - 1  # the last row is the null class
+    if PATCHES in shapes:
+        width, channels, *sides = shapes[PATCHES]
+        blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+        body = {"hidden_size": width, "patch_size": sides[0] if sides else patch, "depth": len(blocks)}
+        data["in_channels"] = channels if sides else channels // patch**2
+        if OUTPUT in shapes:
+            data["learn_sigma"] = shapes[OUTPUT][0] == 2 * data["in_channels"] * patch**2
+        if POSITIONS in shapes:
+            data["input_size"] = math.isqrt(shapes[POSITIONS][1]) * patch
+    return _Traces(body, data)

@@ -22,10 +22,11 @@ from torch.nn.modules.module import register_module_forward_hook
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pipeline.py is in no package
 
 from models import ModelOutput, Network
-from pipeline import Pipeline, SamplingConfig
+from pipeline import Pipeline
 from runtime import distributed
 from runtime.config import parse_config, setting
 from runtime.errors import run
+from sampling_config import SamplingConfig
 
 BLOCK_PARTS = ("attention_linear", "attention_products", "mlp")
 

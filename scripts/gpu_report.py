@@ -37,6 +37,7 @@ from benchmarks.cases import (
     optimizer_cases,
 )
 from benchmarks.report import headline, machine_info, markdown, report, write_report
+from benchmarks.sampling import sampling_facts, sampling_groups
 from benchmarks.timing import BF16, Case, Clock, Row, choose_clock, measure
 from data.autoencoder import Pixels
 from data.image_folder import ArrayImages
@@ -76,6 +77,9 @@ class Sizes(NamedTuple):
         train: (images per step, steps per timed run, timed runs) of each training case.
         rows: of the forward pass; 64 is 32 guided images.
         rounds: timed runs of everything else.
+        drawn: images of a sampling batch; each is two rows.
+        steps: sampling steps of a timed run.
+        spec: steps of the trajectories whose precision is compared.
         gemm_side: of the square matrix product.
     """
 
@@ -84,10 +88,14 @@ class Sizes(NamedTuple):
     rows: int
     rounds: int
     gemm_side: int
+    drawn: int = 32
+    steps: int = 8
+    spec: str = "ddim50"
 
 
 FULL = Sizes("DiT-XL/2", ((256, 4, 5), (32, 20, 5)), rows=64, rounds=15, gemm_side=GEMM_SIDE["cuda"])
-SMOKE = Sizes("DiT-debug/2", ((4, 1, 1), (2, 1, 1)), rows=4, rounds=1, gemm_side=64)
+SMOKE = Sizes("DiT-debug/2", ((4, 1, 1), (2, 1, 1)), rows=4, rounds=1, gemm_side=64, drawn=2, steps=2, spec="ddim5")
+SAMPLING_ROUNDS = 5
 
 
 class Training:
@@ -189,6 +197,8 @@ def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> It
     for dtype, kind in dict.fromkeys(((None, None), (bf16, None), (bf16, compiler))):
         make = partial(forward_case, sizes, device, dtype, kind)
         yield Measurement("forward", partial(alone, make), sizes.rounds)
+    for cases in sampling_groups(sizes.model, sizes.drawn, sizes.steps, device, compiler):
+        yield Measurement("sampling", cases, min(SAMPLING_ROUNDS, sizes.rounds))
     yield Measurement("optimizer", lambda: optimizer_cases(filled_network(sizes.model, device)), sizes.rounds)
 
 
@@ -254,7 +264,8 @@ def file_stem(device_name: str, date: datetime.date) -> str:
 
 def as_text(document: dict[str, Any]) -> str:
     """The Markdown file."""
-    return f"{headline(document)}\n\nTests marked gpu: {document['gpu_tests']}\n\n{markdown(document)}\n"
+    facts = "".join(f"\n{name}: {value:.2%}" for name, value in document["sampling"].items())
+    return f"{headline(document)}\n\nTests marked gpu: {document['gpu_tests']}{facts}\n\n{markdown(document)}\n"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -275,8 +286,10 @@ def main(argv: Sequence[str]) -> None:
     rows, skipped = measure_all(measurements(sizes, device, compiler), device, clock, deadline)
     if compiler is None:
         skipped.append("compiled blocks: Triton is not installed")
+    facts, lacking = sampling_facts(sizes.model, device, sizes.drawn, sizes.steps, sizes.spec, deadline)
+    skipped += lacking
     settings = {"smoke": config.smoke, "seconds": config.seconds, **sizes._asdict()}
-    document = report(settings, machine, rows, skipped) | {"gpu_tests": tests}
+    document = report(settings, machine, rows, skipped) | {"gpu_tests": tests, "sampling": facts}
     write_report(document, path)
     with atomic_path(path.with_suffix(".md")) as temporary:
         temporary.write_text(as_text(document))

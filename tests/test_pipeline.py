@@ -8,15 +8,17 @@ import pytest
 import torch
 
 import pipeline
+import sampling_config
 from diffusion import guided
 from models import Network, create_model
 from models.acceleration import GraphedNetwork
 from models.layers import TimestepEmbedder
-from pipeline import Pipeline, SamplingConfig
+from pipeline import Pipeline
 from runtime import releases
 from runtime.checkpoint import save_checkpoint
 from runtime.errors import UserError
 from runtime.releases import Preset, Release
+from sampling_config import SamplingConfig
 from tests.golden_data import relative_error
 from tests.networks import randomise, small_autoencoder
 from tests.test_sampling_scripts import write_checkpoint
@@ -29,12 +31,12 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("run") / "0000001.safetensors")
 
 
-def make(ckpt: Path, **settings: object) -> Pipeline:
+def make(ckpt: Path, **settings: object) -> Pipeline[SamplingConfig]:
     defaults = {"num_sampling_steps": "4", "cfg_scale": 2.0}
     return Pipeline(SamplingConfig(ckpt=ckpt, **{**defaults, **settings}), CPU)  # type: ignore[arg-type]
 
 
-def draw(made: Pipeline, rows: int = 2) -> torch.Tensor:
+def draw(made: Pipeline[SamplingConfig], rows: int = 2) -> torch.Tensor:
     return made.denoise(0, range(rows), torch.arange(rows))
 
 
@@ -48,6 +50,7 @@ def test_our_checkpoint_and_the_defaults_decide_everything(ckpt: Path) -> None:
         "DiT-digits/2", "none", "ddpm", "250",
     )  # fmt: skip
     assert (config.cfg_scale, config.guidance_channels, config.guidance_interval) == (1.5, None, None)
+    assert (config.image_size, config.num_classes, config.clip_denoised) == (8, 10, True)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +130,9 @@ def test_flags_that_contradict_a_release_are_refused(release: Release, tmp_path:
 
 
 def test_a_sampler_of_another_process_is_refused(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = pipeline.SAMPLERS["ddpm"]._replace(process="other")
-    monkeypatch.setitem(pipeline.SAMPLERS, "elsewhere", row)
-    monkeypatch.setitem(pipeline.PROCESSES, "other", pipeline.PROCESSES["gaussian"])
+    row = sampling_config.SAMPLERS["ddpm"]._replace(process="other")
+    monkeypatch.setitem(sampling_config.SAMPLERS, "elsewhere", row)
+    monkeypatch.setitem(sampling_config.PROCESSES, "other", sampling_config.PROCESSES["gaussian"])
     with pytest.raises(UserError, match=r"trained under 'gaussian'; choose from ddpm, ddim, dpm\+\+$"):
         make(ckpt, sampler="elsewhere")
 
@@ -138,7 +141,9 @@ def test_a_sampler_of_another_process_is_refused(ckpt: Path, monkeypatch: pytest
 # What is computed
 
 
-@pytest.mark.parametrize("sampler", pipeline.SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler", [name for name, row in sampling_config.SAMPLERS.items() if row.process == "gaussian"]
+)
 def test_timesteps_are_embedded_in_one_call_for_all_runs(
     ckpt: Path, sampler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +192,12 @@ def test_compiled_blocks_are_asked_for_by_a_flag(ckpt: Path, monkeypatch: pytest
     )
     assert relative_error(draw(make(ckpt, compile=True)), draw(make(ckpt))) < 1e-5
     assert compiled == [1]
+
+
+def test_compiling_without_a_compiler_is_refused(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match=r"--compile: on a CPU it needs a C\+\+ compiler"):
+        SamplingConfig(ckpt=ckpt, compile=True, device="cpu")
 
 
 def test_recordings_are_asked_for_by_a_flag(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:

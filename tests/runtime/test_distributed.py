@@ -36,6 +36,7 @@ def refuse() -> int:
     raise UserError("no")
 
 
+@pytest.mark.slow
 def test_its_result_and_its_error_are_everybody_s(tmp_path: Path) -> None:
     (tmp_path / "two.py").write_text(TWO)
     done = run_script(tmp_path / "two.py", ranks=2, folder=tmp_path)

@@ -15,6 +15,7 @@ import torch
 from benchmarks import cases as benchmark_cases
 from benchmarks import official
 from benchmarks import report as benchmark_report
+from benchmarks import sampling as benchmark_sampling
 from benchmarks.report import markdown, report
 from benchmarks.timing import Case, Row, interleave, measure, relative_error
 from runtime.errors import UserError, run
@@ -174,6 +175,8 @@ def checkout(folder: Path, source: str = OFFICIAL) -> Path:
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "find_compiler", lambda device: "eager")
     monkeypatch.setitem(benchmark_cases.GEMM_SIDE, "cpu", 16)
+    monkeypatch.setattr(benchmark_sampling, "NPZ_IMAGES", 40)
+    monkeypatch.setattr(benchmark_sampling, "NPZ_SIDE", 8)
     output = tmp_path / "new" / "result.json"
     argv = ["--model", "DiT-debug/2", "--batch-size", "2", "--rounds", "1", "--device", "cpu"]
     argv += ["--against", str(checkout(tmp_path / "official")), "--output", str(output)]
@@ -190,6 +193,10 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert {name: r["flop"] for name, r in first.items()}["train_step"] == 3 * first["forward"]["flop"]
     assert {"fp32", "bf16"} < document["peak_flop_per_second"].keys()
     assert {"device", "cpu", "cpu_features", "threads", "torch", "commit"} < document["machine"].keys()
+    assert [r["seconds_per_step"] > 0 for r in rows if r["group"] == "sampling" and "steps" in r["name"]] == [True] * 4
+    assert document["skipped"] == [
+        f"official {name} loop: the checkout has no diffusion package" for name in ("DDPM", "DDIM")
+    ]
     assert all(r["name"] in printed for r in rows)
     assert str(tmp_path) not in output.read_text()  # whose machine it was is nobody's business
 
@@ -231,6 +238,7 @@ def test_an_official_checkout_that_will_not_do(
         (["--only", "forward,speed"], "unknown group 'speed'; choose from forward, train_step"),
         (["--model", "DiT-debug/3"], "--model DiT-debug/3: unknown model"),
         (["--against", "nowhere", "--only", "loader"], "--against nowhere: has no effect without"),
+        (["--threads", "0", "--only", "sampling"], "--threads 0: must be at least 1"),
         (["--model", "DiT-debug/2", "--only", "forward", "--against", "nowhere"], "no models.py there"),
     ],
 )
@@ -259,10 +267,15 @@ def test_gpu_report_smoke(gpu_report: ModuleType, tmp_path: Path, capsys: pytest
     assert run(gpu_report.main, "gpu_report.py", ["--smoke", "--output-dir", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "smoke.json").read_text())
     rows = document["rows"]
-    assert [r["group"] for r in rows] == ["peak"] * 2 + ["training"] * 4 + ["forward"] * 3 + ["optimizer"] * 4
+    groups = {"peak": 2, "training": 4, "forward": 3, "sampling": 8, "optimizer": 4}
+    assert [r["group"] for r in rows] == [group for group, count in groups.items() for _ in range(count)]
     training = rows[2:6]
     assert [r["images"] for r in training] == [4, 2, 4, 2]
     assert [r["reference"] for r in training] == [None, None, "bf16, batch 4", "bf16, batch 2"]
+    drawn = [r for r in rows if r["group"] == "sampling"]
+    assert [round(r["images"], 3) for r in drawn] == [0.016, 0.08, 0.2] * 2 + [0.04, 0.08], "shares of a trajectory"
+    assert drawn[-1]["name"] == "DDIM-50, 2 guided images, diffusers, bf16" and drawn[-1]["error"] < 0.1
+    assert all(0 < share < 1 for share in document["sampling"].values()) and len(document["sampling"]) == 2
     assert document["skipped"] == [] and document["gpu_tests"].startswith("not run")
     assert (tmp_path / "smoke.md").read_text().strip() == capsys.readouterr().out.strip()
 
@@ -272,7 +285,7 @@ def test_gpu_report_names_what_it_had_no_time_for(gpu_report: ModuleType, tmp_pa
     assert run(gpu_report.main, "gpu_report.py", argv) == 0
     document = json.loads((tmp_path / "smoke.json").read_text())
     assert document["rows"] == []
-    assert len(document["skipped"]) == 9 and all("the time is up" in word for word in document["skipped"])
+    assert len(document["skipped"]) == 9 + 4 + 2 and all("the time is up" in word for word in document["skipped"])
 
 
 def test_gpu_report_goes_on_after_a_measurement_that_did_not_fit(gpu_report: ModuleType) -> None:

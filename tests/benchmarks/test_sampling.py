@@ -1,0 +1,165 @@
+"""What the sampling benchmark compares, and the share of idle time it reads off a trace."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import sampling
+from benchmarks.cases import filled_network
+from benchmarks.official import load_official_diffusion
+from benchmarks.sampling import Beginning, diffusers_case, file_cases, guided_case, idle_share, loop_cases, prepare
+from benchmarks.timing import check, relative_error
+from diffusion import create_diffusion
+from models import DiT, Network
+from tests.models.test_acceleration import rerun
+
+CPU = torch.device("cpu")
+# An official checkout's loops, as far as the benchmark calls them: written with ours, drawing like theirs.
+LOOPS = """
+import torch
+import diffusion as ours
+from models import ModelOutput
+
+class Process:
+    def __init__(self, spec):
+        self.process = ours.create_diffusion(spec)
+
+    def _run(self, sampler, model, noise):
+        denoise = lambda x, t, state: ModelOutput(model(x, torch.full((len(x),), t)))
+        return ours.sample_loop(denoise, sampler, noise)
+
+    def p_sample_loop(self, model, shape, noise, clip_denoised, device):
+        assert not clip_denoised and tuple(shape) == noise.shape and device == noise.device
+        return self._run(self.process.ancestral(), model, noise)
+
+    def ddim_sample_loop(self, model, shape, noise, clip_denoised, device):
+        return FACTOR * self._run(self.process.ddim(), model, noise)
+
+def create_diffusion(spec):
+    return Process(spec)
+"""
+
+
+def checkout(folder: Path, factor: float = 1.0) -> Path:
+    (folder / "diffusion").mkdir(parents=True)
+    (folder / "diffusion" / "__init__.py").write_text("from .loops import create_diffusion\n")
+    (folder / "diffusion" / "loops.py").write_text(LOOPS.replace("FACTOR", str(factor)))
+    return folder
+
+
+def network() -> Network:
+    return filled_network("DiT-debug/2", CPU)
+
+
+def outcomes(cases: list[sampling.Case]) -> dict[str, list[torch.Tensor]]:
+    found = {}
+    for case in cases:
+        state = case.prepare()
+        if case.outcome is not None:
+            found[case.name] = list(case.outcome(state, case.run(state)))
+    return found
+
+
+def test_loops_are_compared_with_the_official_ones_draw_by_draw(tmp_path: Path) -> None:
+    cases, skipped = loop_cases(CPU, 2, checkout(tmp_path))
+    assert [(case.name, case.steps) for case in cases] == [
+        ("official DDPM, 250 steps, 2 images", 250),
+        ("DDPM, 250 steps, 2 images", 250),
+        ("DDPM, 250 steps, 2 images, noise of each image's own", 250),
+        ("official DDIM, 50 steps, 2 images", 50),
+        ("DDIM, 50 steps, 2 images", 50),
+        ("DPM-Solver++, 20 steps, 2 images", 20),
+    ]
+    assert skipped == []
+    found = outcomes(cases)
+    assert [check(case, found) for case in cases if case.reference] == [0, 0]
+    assert "official_dit_diffusion" not in sys.modules
+    wrong, _ = loop_cases(CPU, 2, checkout(tmp_path / "wrong", 1.001))
+    found = outcomes(wrong)
+    with pytest.raises(sampling_error(), match="DDIM, 50 steps, 2 images differs from official DDIM"):
+        check(wrong[4], found)
+
+
+def sampling_error() -> type[Exception]:
+    from runtime.errors import UserError
+
+    return UserError
+
+
+def test_a_checkout_without_a_diffusion_package_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ImportError, match="the checkout has no diffusion package"):
+        load_official_diffusion(tmp_path)
+    cases, skipped = loop_cases(CPU, 2, tmp_path)
+    assert len(cases) == 4 and len(skipped) == 2 and not any(case.reference for case in cases)
+
+
+def test_both_writers_leave_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "NPZ_IMAGES", 70)
+    monkeypatch.setattr(sampling, "NPZ_SIDE", 8)
+    plain, ours = file_cases(tmp_path)
+    for case in (plain, ours):
+        for _ in range(2):  # every round writes the file again
+            case.run(case.prepare())
+    with np.load(plain.prepare()) as a, np.load(ours.prepare()) as b:
+        assert np.array_equal(a["arr_0"], b["arr_0"]) and np.array_equal(a["arr_1"], b["arr_1"])
+        assert a["arr_0"].shape == (70, 8, 8, 3)
+
+
+def test_a_beginning_is_the_first_steps_and_the_rest_is_extrapolated() -> None:
+    whole = create_diffusion("20").dpm_solver()
+    assert Beginning(whole, 3).times == whole.times[:3]
+    case = guided_case(network(), 2, "DPM-Solver++", 5)
+    assert case.images == 2 * 5 / 20 and case.steps == 5 and case.reference is None
+    assert case.run(case.prepare()).shape == (2, 4, 8, 8)
+
+
+@pytest.mark.parametrize("options", [{"compiler": "eager"}, {"capture": rerun}])
+def test_variants_are_compared_with_the_plain_run(options: dict[str, object]) -> None:
+    plain = guided_case(network(), 2, "DDIM", 3)
+    other = guided_case(network(), 2, "DDIM", 3, **options)  # type: ignore[arg-type]
+    assert other.reference == plain.name != other.name
+    assert check(other, outcomes([plain, other])) == pytest.approx(0, abs=1e-3)
+
+
+def test_diffusers_takes_the_same_steps() -> None:
+    made = network()
+    assert isinstance(made, DiT)
+    plain, theirs = guided_case(network(), 2, "DDIM", 3), diffusers_case(made, 2, 3)
+    assert theirs.reference == plain.name
+    error = check(theirs, outcomes([plain, theirs]))
+    assert error is not None and 0 < error < 0.02
+
+
+def test_half_precision_is_compared_on_the_same_noise() -> None:
+    error = sampling.half_precision_error("DiT-debug/2", 2, "ddim5", CPU)
+    assert 0 < error < 0.1
+    ready = [prepare(network(), 2, "ddim5", sampling.SAMPLERS["DDIM"][1], 5, dtype=None) for _ in range(2)]
+    assert relative_error([ready[0].run()], [ready[1].run()]) == 0
+
+
+@pytest.mark.parametrize(
+    ("intervals", "share"),
+    [
+        ([(0, 10)], 0.0),
+        ([(0, 4), (6, 10)], 0.2),
+        ([(6, 10), (0, 4)], 0.2),
+        ([(0, 10), (2, 3), (5, 12), (15, 20)], 0.15),
+        ([(0, 1), (0, 1), (3, 4)], 0.5),
+    ],
+)
+def test_idle_share_is_the_time_in_which_nothing_ran(intervals: list[tuple[float, float]], share: float) -> None:
+    assert idle_share(intervals) == pytest.approx(share)
+
+
+def test_a_trace_without_events_is_no_idle_device() -> None:
+    with pytest.raises(ValueError, match="nothing ran"):
+        idle_share([])
+
+
+def test_decoding_happens_while_the_next_chunk_is_drawn() -> None:
+    ready, decoded = prepare(network(), 2, *sampling.SAMPLERS["DDIM"], 2), []
+    share = sampling.idle_while_sampling(ready, 3, lambda latents: decoded.append(len(latents)) or latents)  # type: ignore[func-returns-value]
+    assert 0 <= share < 1 and decoded == [2] * 4
