@@ -31,8 +31,8 @@ def recognise(weights: Mapping[str, Tensor]) -> Recognised | None:
     """The first model of the registry whose parameters have exactly these names and shapes; None if there is none.
 
     Data may differ from the named config: number of classes, channels, size and variance are read off the shapes. What
-    leaves no trace there, such as the number of heads, is the named config's. Where patches of p x p values in C channels
-    cannot be told from others (DDT), the model with the channels of its name is meant.
+    leaves no trace there, such as the number of heads, is the named config's. Where a patch's side cannot be told from
+    its channels (DDT), the model with the channels of its name is meant.
 
     Note:
         The label table of a network without a null class looks like that of one with a class less.
