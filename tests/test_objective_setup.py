@@ -194,6 +194,18 @@ def test_two_processes_align_as_one(material: Path, tmp_path: Path) -> None:
         assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-4)
 
 
+def test_weights_of_one_resolution_start_another_as_they_are(material: Path, tmp_path: Path) -> None:
+    assert start(tmp_path / "small", *aligned(material, "--max-steps", 2, "--image-size", 16)) == 0
+    small = last_checkpoint(tmp_path / "small")
+    argv = aligned(material, "--max-steps", 1, "--lr", 1e-12, "--init-from", small, "--precision", "bf16")
+    assert start(tmp_path / "large", *argv) == 0
+    old, new = (read_checkpoint(path, "model").weights for path in (small, last_checkpoint(tmp_path / "large")))
+    ema = read_checkpoint(small).weights  # what --init-from takes
+    assert old.keys() == new.keys()
+    assert all(torch.allclose(new[name], ema[name], atol=1e-9) for name in new)
+    assert "drawn anew" not in (tmp_path / "large" / "000-DDT-debug-2" / "log.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
