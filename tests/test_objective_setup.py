@@ -75,7 +75,7 @@ def test_a_resolved_config_given_back_repeats_the_run(tmp_path: Path) -> None:
 
 def test_a_flow_is_learned(tmp_path: Path) -> None:
     argv = "--dataset digits --device cpu --num-workers 0 --global-batch-size 32 --log-every 20 --lr 2e-3".split()
-    assert start(tmp_path, *argv, "--model", "DDT-digits/2", "--max-steps", "80") == 0
+    assert start(tmp_path, *argv, "--model", "DDT-digits/2", "--max-steps", "60") == 0
     losses = [m["loss"] for m in metrics(tmp_path / "000-DDT-digits-2")]
     assert losses[-1] < 0.7 * losses[0]
 
@@ -178,7 +178,7 @@ def test_the_projector_is_no_part_of_the_model(material: Path, tmp_path: Path) -
 
 
 def test_alignment_is_learned(material: Path, tmp_path: Path) -> None:
-    assert start(tmp_path, *aligned(material, "--max-steps", 60, "--align-weight", 2)) == 0
+    assert start(tmp_path, *aligned(material, "--max-steps", 40, "--align-weight", 2)) == 0
     values = [m["align"] for m in metrics(next(tmp_path.iterdir()))]
     assert np.mean(values[-5:]) < 0.9 * np.mean(values[:5])
 

@@ -17,6 +17,7 @@ def digits_ddt(folder: Path, *argv: str, **settings: str) -> subprocess.Complete
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_short_run_leaves_both_networks_and_their_tables(tmp_path: Path) -> None:
     done = digits_ddt(tmp_path, DIGITS_STEPS="2", DIGITS_SAMPLES="10")
     assert done.returncode == 0, done.stderr
