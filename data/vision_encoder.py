@@ -63,6 +63,7 @@ class VisionEncoder:
         self.grid = image_size // PIXELS_PER_TOKEN
         self._side = self.grid * probe.patch_embed.patch_size[0]
         settings = {"num_classes": 0, "img_size": self._side}
+        vit: Any
         if weights is None:
             vit = _from_hub(architecture, settings)
         else:

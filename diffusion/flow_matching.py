@@ -169,7 +169,7 @@ class FlowMatching:
         *,
         convention: TimeConvention = "unit",
     ) -> EulerSampler:
-        """Euler steps; the published DDT results are those of 250 with a last step of 0.04.
+        """Euler steps; published results (arXiv 2504.05741) are those of 250 with a last step of 0.04.
 
         Args:
             num_steps: N; as many evaluations.
@@ -224,7 +224,7 @@ class FlowMatching:
     def few_steps(self, num_steps: int = 8, *, convention: TimeConvention = "unit") -> AdamsSampler:
         """The preset for 5 to 12 evaluations: second order, time shifted by 2.
 
-        DDT's published few-step results are best at that shift for every one of these numbers of steps.
+        The few-step results published with arXiv 2504.05741 are best at that shift for each of these numbers.
         """
         return self.adams(num_steps, shift=FEW_STEPS_SHIFT, convention=convention)
 

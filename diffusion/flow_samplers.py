@@ -37,7 +37,7 @@ class EulerSampler:
     Raises:
         ValueError: for an unknown kind.
 
-    Source: Ma et al., 2024 (SiT, arXiv 2401.08740), section 2.4, for a diffusion of free strength.
+    Source: Ma et al., 2024 (SiT, arXiv 2401.08740), whose diffusion may have any strength.
     """
 
     def __init__(self, grid: Sequence[float], *, kind: Kind = "ode", convention: TimeConvention) -> None:

@@ -147,7 +147,7 @@ def cheapest(similarity: npt.ArrayLike, refreshes: int) -> tuple[bool, ...]:
     Raises:
         ValueError: if the matrix is not square and finite, or there are not so many evaluations.
 
-    Source: DDT (arXiv 2504.05741), section 3.4.
+    Source: arXiv 2504.05741, encoder sharing.
     """
     error = 1 - np.asarray(similarity, dtype=np.float64)
     count = len(error)

@@ -125,12 +125,14 @@ def guided(
         A `Denoise` of N rows whose `state` belongs to the rows that were evaluated.
 
     Raises:
-        ValueError: if an interval comes without times, or guidance without a null class.
+        ValueError: if an interval is empty or comes without times, or guidance without a null class.
     """
     if scale == 1:
         return lambda x, t, state=None, /: network(x, t, y, state)
     if y_null is None:
         raise ValueError(f"guidance scale {scale} needs a null class")
+    if interval is not None and not interval[0] < interval[1]:
+        raise ValueError(f"the guidance interval ({interval[0]:g}, {interval[1]:g}) is empty")
     if interval is not None and times is None:
         raise ValueError("a guidance interval needs the sampler's times")
     both_halves = None if interval is None or always_both else _halves_by_evaluation(times or (), interval, refresh)

@@ -145,7 +145,7 @@ class VelocityHead(nn.Module):
 class DDT(Network):
     """Decoupled diffusion transformer; undivided if the config's `encoder_depth` is None.
 
-    Source: arXiv 2504.05741, section 3; the split of blocks from its section 4.
+    Source: arXiv 2504.05741.
     """
 
     time_convention = "unit"

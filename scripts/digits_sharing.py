@@ -44,7 +44,7 @@ class SharingConfig:
     rates: tuple[int, ...] = setting((1, 2, 4, 10), "steps to each encoder call, on average")
     num_samples: int = setting(1000, "images of each row")
     num_sampling_steps: int = setting(50, "Euler steps")
-    cfg_scale: float = setting(1.1, "guidance scale; 1 is none")
+    cfg_scale: float = setting(1.0, "guidance scale; 1 is none")
     seed: int = setting(0, "seed of noise and calibration")
     output: Path | None = setting(None, "JSON file for the results")
 

@@ -75,7 +75,7 @@ def test_a_resolved_config_given_back_repeats_the_run(tmp_path: Path) -> None:
 
 def test_a_flow_is_learned(tmp_path: Path) -> None:
     argv = "--dataset digits --device cpu --num-workers 0 --global-batch-size 32 --log-every 20 --lr 2e-3".split()
-    assert start(tmp_path, *argv, "--model", "DDT-digits/2", "--max-steps", "80") == 0
+    assert start(tmp_path, *argv, "--model", "DDT-digits/2", "--max-steps", "60") == 0
     losses = [m["loss"] for m in metrics(tmp_path / "000-DDT-digits-2")]
     assert losses[-1] < 0.7 * losses[0]
 
@@ -178,7 +178,7 @@ def test_the_projector_is_no_part_of_the_model(material: Path, tmp_path: Path) -
 
 
 def test_alignment_is_learned(material: Path, tmp_path: Path) -> None:
-    assert start(tmp_path, *aligned(material, "--max-steps", 60, "--align-weight", 2)) == 0
+    assert start(tmp_path, *aligned(material, "--max-steps", 40, "--align-weight", 2)) == 0
     values = [m["align"] for m in metrics(next(tmp_path.iterdir()))]
     assert np.mean(values[-5:]) < 0.9 * np.mean(values[:5])
 
@@ -192,6 +192,18 @@ def test_two_processes_align_as_one(material: Path, tmp_path: Path) -> None:
     for mine, theirs in zip(one, two, strict=True):
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
         assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-4)
+
+
+def test_weights_of_one_resolution_start_another_as_they_are(material: Path, tmp_path: Path) -> None:
+    assert start(tmp_path / "small", *aligned(material, "--max-steps", 2, "--image-size", 16)) == 0
+    small = last_checkpoint(tmp_path / "small")
+    argv = aligned(material, "--max-steps", 1, "--lr", 1e-12, "--init-from", small, "--precision", "bf16")
+    assert start(tmp_path / "large", *argv) == 0
+    old, new = (read_checkpoint(path, "model").weights for path in (small, last_checkpoint(tmp_path / "large")))
+    ema = read_checkpoint(small).weights  # what --init-from takes
+    assert old.keys() == new.keys()
+    assert all(torch.allclose(new[name], ema[name], atol=1e-9) for name in new)
+    assert "drawn anew" not in (tmp_path / "large" / "000-DDT-debug-2" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def test_every_token_covers_sixteen_pixels(weights: Path, size: int) -> None:
     assert encoder(torch.rand(1, 3, size, size)).shape == (1, (size // 16) ** 2, 64)
 
 
+@torch.no_grad()
 def test_positions_are_resampled_to_the_grid(weights: Path) -> None:
     from timm.layers import resample_abs_pos_embed
 

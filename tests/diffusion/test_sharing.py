@@ -157,6 +157,12 @@ def test_rows_outside_the_interval_are_conditional_alone_between_refreshes_too()
         rows.clear()
 
 
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (1.0, 0.3), (float("nan"), 1.0)])
+def test_an_empty_interval_is_refused_before_anything_runs(interval: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=rf"the guidance interval \({interval[0]:g}, {interval[1]:g}\) is empty"):
+        guided(debug_network("DDT"), torch.tensor([1]), 10, 2.0, None, interval, FLOW.euler(4).times)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Similarities
 

@@ -11,8 +11,8 @@ from data import load_digits
 from runtime.errors import run
 from scripts import digits_sharing
 
-SHORT = "--dataset digits --device cpu --num-workers 0 --global-batch-size 16 --max-steps 12 --lr 5e-3".split()
-SHORT += ["--ema-decay", "0"]
+SHORT = "--dataset digits --device cpu --num-workers 0 --global-batch-size 16 --max-steps 12".split()
+SHORT += "--lr 5e-3 --ema-decay 0".split()
 
 
 TRAINED = {"DDT-digits/2": "", "DiT-digits/2": "--process flow", "IDiT-digits/2": "--process gaussian"}
@@ -31,7 +31,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def table(ckpt: Path, *argv: str) -> int:
-    given = ["--ckpt", str(ckpt), "--num-samples", "20", "--num-sampling-steps", "8", "--rates", "1", *argv]
+    given = [
+        "--ckpt",
+        str(ckpt),
+        "--num-samples",
+        "20",
+        "--num-sampling-steps",
+        "8",
+        "--rates",
+        "1",
+        "--cfg-scale",
+        "1.1",
+        *argv,
+    ]
     return run(digits_sharing.main, "digits_sharing.py", given)
 
 
