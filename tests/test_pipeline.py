@@ -19,6 +19,7 @@ from runtime.checkpoint import save_checkpoint
 from runtime.errors import UserError
 from runtime.releases import Preset, Release
 from sampling_config import SamplingConfig
+from tests.file_server import serving
 from tests.golden_data import relative_error
 from tests.networks import randomise, small_autoencoder
 from tests.test_sampling_scripts import write_checkpoint
@@ -109,6 +110,24 @@ def test_a_release_brings_its_preset(how: str, release: Release, tmp_path: Path)
     assert made.path == folder / "tiny.pt" and made.release == release
     assert (config.sampler, config.num_sampling_steps, config.vae) == ("ddim", "ddim5", "none")
     assert (config.cfg_scale, config.guidance_channels, config.guidance_interval) == (3.0, 2, (100, 900))
+
+
+def test_a_release_is_downloaded_by_its_name_and_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    official_file(tmp_path / "there.pt", in_channels=3)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with serving() as server:
+        server.content, server.cut = (tmp_path / "there.pt").read_bytes(), [1000]  # the connection breaks off once
+        preset = Preset("dpm++", "3", 2.0, channels=3, vae="none")
+        row = Release("tiny.pt", "DiT", "DiT-debug/2", 8, "training", server.url, None, None, preset)
+        monkeypatch.setattr(releases, "RELEASES", (row,))
+        config = SamplingConfig(ckpt=Path("tiny"), pretrained_dir=tmp_path / "pretrained")
+        for _ in range(2):
+            made = Pipeline(config, CPU)
+            assert draw(made).shape == (2, 3, 8, 8) and made.config.sampler == "dpm++"
+        assert server.ranges == ["", "bytes=1000-"], "downloaded once, and gone on with"
+    assert capsys.readouterr().out.startswith(f"Downloading {server.url}/tiny.pt")
 
 
 def test_flags_outdo_a_preset_and_its_interval_belongs_to_its_scale(release: Release, tmp_path: Path) -> None:

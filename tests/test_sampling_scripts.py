@@ -322,6 +322,7 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
         ("", "--ckpt: required; give a checkpoint of train.py, an official file, or a released one"),
         ("--model DiT-S/2", "--model DiT-S/2: no checkpoint of it for 256 pixels was released"),
         ("--model DiT-XL/2 --image-size 250", "for 250 pixels was released"),
+        ("--image-size 512", "DiT/models/DiT-XL-2-512x512.pt by other means and put it"),
         ("--model DyDiT-XL/2", "several checkpoints of it were released; choose by --ckpt: dydit_0.7"),
         ("--ckpt ucf101-skip", "--ckpt ucf101-skip: is of the family Latte, which is not here yet"),
         (
