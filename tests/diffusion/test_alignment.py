@@ -104,6 +104,7 @@ def test_without_images_there_is_nothing_to_align_with() -> None:
         objective(Batch(batch.x_start, batch.y, batch.index), 0, draws)
 
 
+@torch.no_grad()
 def test_other_families_can_be_aligned_too() -> None:
     network = debug_network("DiT", learn_sigma=False)
     alignment = Alignment(Replay(torch.randn(2, 4, 12)), 64, block=2)
