@@ -105,6 +105,13 @@ def test_losses_that_end_are_averaged_over_the_steps_that_have_them(tmp_path: Pa
     assert line["complete_mse"] == pytest.approx(line["mse"], rel=0.5)  # not a quarter of it
 
 
+def test_recomputed_blocks_route_as_they_did(at_once: None, tmp_path: Path) -> None:
+    for name, flags in (("kept", []), ("recomputed", ["--grad-checkpointing"])):
+        assert start(tmp_path / name, *ROUTED, "--max-steps", 2, *flags) == 0
+    kept, recomputed = state(tmp_path / "kept", 2), state(tmp_path / "recomputed", 2)
+    assert [name for name, tensor in kept.items() if not torch.equal(tensor, recomputed[name])] == []
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Gradients that are too large
 
@@ -212,6 +219,7 @@ def test_training_goes_on_from_the_layout_of_the_file_and_resumes_in_it(tmp_path
             "--router-layout first_always_on: --init-from {v1} has all_",
         ),
         ("--init-from {v1} --model DiT-debug/2", "unexpected blocks.0.attn_rate.router.weight"),
+        ("--init-from {v1} --rank-by-magnitude", "rank_by_magnitude is for weights without routers"),
         ("--init-from {six}", "--init-from {six} as DyDiT-debug/2: routers of 6 gates; 4 heads need 3 or 4"),
     ],
 )
