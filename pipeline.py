@@ -95,8 +95,6 @@ class Pipeline(Generic[C]):
             with blame(f"--cache-interval {config.cache_interval}"):
                 return skip_cache(network, times, config.cache_interval)
         if config.refresh_rate is None:
-            if config.cache_depth is not None:
-                raise UserError(f"--cache-depth {config.cache_depth}: has no effect without --cache-interval")
             return None
         with blame(f"--refresh-rate {config.refresh_rate}"):
             if not network.keeps_state:

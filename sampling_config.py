@@ -209,6 +209,8 @@ class SamplingConfig:
         for name in ("cache_depth", "cache_interval", "refresh_rate"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
+        if self.cache_depth is not None and self.cache_interval is None and self.refresh_rate is None:
+            raise ValueError(f"--cache-depth {self.cache_depth}: has no effect without --cache-interval")
         if self.cache_interval is not None and self.refresh_rate is not None:
             raise ValueError(f"--refresh-rate {self.refresh_rate}: has no effect with --cache-interval")
         if self.sharing != "uniform" and self.refresh_rate is None:
@@ -331,18 +333,21 @@ def resolve(config: C, facts: Facts) -> C:
         raise UserError(f"--sampler {sampler}: --ckpt was trained under {facts.process[0]!r}; choose from {fitting}")
     scale_of_preset = config.cfg_scale is None
     options = preset.options if sampler == preset.sampler else {}
-    return dataclasses.replace(
-        config,
-        model=facts.model,
-        image_size=facts.image_shape[-1],
-        num_classes=facts.config["num_classes"],
-        vae=facts.vae,
-        sampler=sampler,
-        num_sampling_steps=config.num_sampling_steps or (preset.steps if sampler == preset.sampler else row.steps),
-        time_shift=options.get("shift") if config.time_shift is None else config.time_shift,
-        last_step=options.get("last_step") if config.last_step is None else config.last_step,
-        clip_denoised=facts.vae == "none" if config.clip_denoised is None else config.clip_denoised,
-        cfg_scale=preset.cfg_scale if scale_of_preset else config.cfg_scale,
-        guidance_channels=config.guidance_channels or preset.channels,
-        guidance_interval=config.guidance_interval or (preset.interval if scale_of_preset else None),
-    )
+    try:
+        return dataclasses.replace(
+            config,
+            model=facts.model,
+            image_size=facts.image_shape[-1],
+            num_classes=facts.config["num_classes"],
+            vae=facts.vae,
+            sampler=sampler,
+            num_sampling_steps=config.num_sampling_steps or (preset.steps if sampler == preset.sampler else row.steps),
+            time_shift=options.get("shift") if config.time_shift is None else config.time_shift,
+            last_step=options.get("last_step") if config.last_step is None else config.last_step,
+            clip_denoised=facts.vae == "none" if config.clip_denoised is None else config.clip_denoised,
+            cfg_scale=preset.cfg_scale if scale_of_preset else config.cfg_scale,
+            guidance_channels=config.guidance_channels or preset.channels,
+            guidance_interval=config.guidance_interval or (preset.interval if scale_of_preset else None),
+        )
+    except ValueError as error:  # flags that do not go with what the checkpoint decides
+        raise UserError(str(error)) from error

@@ -362,7 +362,8 @@ def initialise(setup: Setup, checkpoint: Checkpoint) -> list[str]:
         setup.network, checkpoint.weights, old_classes=old_classes, new_classes=setup.dataset.classes
     )
     load_weights(setup.network, weights, f"--init-from {setup.config.init_from} as {setup.config.model}")
-    return notes + setup.objective.recipe.start(setup.network)
+    with blame(f"--init-from {setup.config.init_from}"):
+        return notes + setup.objective.recipe.start(setup.network, checkpoint.weights)
 
 
 def find_run(setup: Setup) -> Resumable | None:

@@ -88,8 +88,16 @@ class TrainingRecipe:
         """What is added to the loss for the statistic's mean over the GLOBAL batch: a scalar for a scalar."""
         raise TypeError(f"{type(self).__name__} has no penalty")
 
-    def start(self, network: Network) -> list[str]:
-        """Prepares weights that came from a file for the first step, in place; says what it did."""
+    def start(self, network: Network, weights: Mapping[str, Tensor]) -> list[str]:
+        """Prepares a network that was filled from a file for the first step, in place; says what it did.
+
+        Args:
+            network: with everything that the file lacked drawn anew.
+            weights: what the file holds.
+
+        Raises:
+            ValueError: if a setting cannot be followed with these weights.
+        """
         return []
 
 

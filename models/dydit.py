@@ -239,10 +239,16 @@ class DyDiTRecipe(TrainingRecipe):
         """Squared distance of the global batch's ratio from the target."""
         return self.flops_weight * (mean - self.target(step)) ** 2
 
-    def start(self, network: Network) -> list[str]:
-        """Ranks heads and channels where that was asked for."""
+    def start(self, network: Network, weights: Mapping[str, Tensor]) -> list[str]:
+        """Ranks heads and channels where that was asked for.
+
+        Raises:
+            ValueError: if there are routers, which know heads and groups by their place.
+        """
         if not self.rank_by_magnitude:
             return []
+        if FIRST_WIDTH_ROUTER in weights:
+            raise ValueError("rank_by_magnitude is for weights without routers, and these have some")
         network.load_state_dict(rank_by_magnitude(network.state_dict(), network.config.num_heads))
         return ["heads and MLP channels ranked by magnitude, largest first"]
 

@@ -161,11 +161,10 @@ class RoutingPlan:
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        attention = self.cache.get((i, "attn", heads, dtype), lambda: self.attention_weights(i, heads, dtype))
+        attention = self.attention_weights(i, heads, dtype)
         x = self._attend(x, Modulation(*modulations[:3]), attention, block.attn.qkv.in_features // self.num_heads)
         tokens = block.token_selection(x)  # (N, T)
-        mlp = self.cache.get((i, "mlp", groups, dtype), lambda: self.mlp_weights(i, groups, dtype))
-        x = self.run_mlp(x, tokens, Modulation(*modulations[3:]), mlp)
+        x = self.run_mlp(x, tokens, Modulation(*modulations[3:]), self.mlp_weights(i, groups, dtype))
         return x, Routing(evaluation.heads[:, i], evaluation.groups[:, i], tokens)
 
     def run_mlp(self, x: Tensor, tokens: Tensor, modulation: Modulation, weights: MlpWeights) -> Tensor:
@@ -179,29 +178,40 @@ class RoutingPlan:
 
     def attention_weights(self, i: int, heads: Active, dtype: torch.dtype) -> AttentionWeights:
         """Block i's weights of these heads; the block's own, uncopied, if they are all."""
-        attention, index = self.blocks[i].attn, self._indices[heads]
-        every = AttentionWeights(attention.qkv.weight, attention.qkv.bias, attention.proj.weight, attention.proj.bias)
-        if len(heads) < self.num_heads:
-            every = AttentionWeights(
-                every.qkv.unflatten(0, (3, self.num_heads, -1)).index_select(1, index).flatten(0, 2),
-                every.qkv_bias.unflatten(0, (3, self.num_heads, -1)).index_select(1, index).flatten(),
-                every.proj.unflatten(1, (self.num_heads, -1)).index_select(1, index).flatten(1),
-                every.proj_bias,
+        attention = self.blocks[i].attn
+        qkv, proj = attention.qkv, attention.proj
+        own = AttentionWeights(*(w.detach() for w in (qkv.weight, qkv.bias, proj.weight, proj.bias)))
+        if len(heads) == self.num_heads and own.qkv.dtype == dtype:
+            return own
+
+        def make() -> AttentionWeights:
+            index = self._indices[heads]
+            return AttentionWeights(
+                own.qkv.unflatten(0, (3, self.num_heads, -1)).index_select(1, index).flatten(0, 2).to(dtype),
+                own.qkv_bias.unflatten(0, (3, self.num_heads, -1)).index_select(1, index).flatten().to(dtype),
+                own.proj.unflatten(1, (self.num_heads, -1)).index_select(1, index).flatten(1).to(dtype),
+                own.proj_bias.to(dtype),
             )
-        return AttentionWeights(*(tensor.detach().to(dtype) for tensor in every))
+
+        return self.cache.get((i, "attn", heads, dtype), make)
 
     def mlp_weights(self, i: int, groups: Active, dtype: torch.dtype) -> MlpWeights:
         """Block i's weights of these channel groups; the block's own, uncopied, if they are all."""
-        mlp, index = self.blocks[i].mlp, self._indices[groups]
-        every = MlpWeights(mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
-        if len(groups) < self.num_heads:
-            every = MlpWeights(
-                every.fc1.unflatten(0, (self.num_heads, -1)).index_select(0, index).flatten(0, 1),
-                every.fc1_bias.unflatten(0, (self.num_heads, -1)).index_select(0, index).flatten(),
-                every.fc2.unflatten(1, (self.num_heads, -1)).index_select(1, index).flatten(1),
-                every.fc2_bias,
+        fc1, fc2 = self.blocks[i].mlp.fc1, self.blocks[i].mlp.fc2
+        own = MlpWeights(*(w.detach() for w in (fc1.weight, fc1.bias, fc2.weight, fc2.bias)))
+        if len(groups) == self.num_heads and own.fc1.dtype == dtype:
+            return own
+
+        def make() -> MlpWeights:
+            index = self._indices[groups]
+            return MlpWeights(
+                own.fc1.unflatten(0, (self.num_heads, -1)).index_select(0, index).flatten(0, 1).to(dtype),
+                own.fc1_bias.unflatten(0, (self.num_heads, -1)).index_select(0, index).flatten().to(dtype),
+                own.fc2.unflatten(1, (self.num_heads, -1)).index_select(1, index).flatten(1).to(dtype),
+                own.fc2_bias.to(dtype),
             )
-        return MlpWeights(*(tensor.detach().to(dtype) for tensor in every))
+
+        return self.cache.get((i, "mlp", groups, dtype), make)
 
 
 def _compiled(function: Callable[..., Tensor], backend: str | None) -> Callable[..., Tensor]:

@@ -38,6 +38,8 @@ def recognise(weights: Mapping[str, Tensor]) -> Recognised | None:
         The label table of a network without a null class looks like that of one with a class less.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if PATCHES not in shapes:
+        return None
     found: Recognised | None = None
     for family in FAMILIES.values():
         fields = family.network.config_class.__dataclass_fields__
@@ -68,17 +70,14 @@ class _Traces(NamedTuple):
 
 def _traces(shapes: Mapping[str, tuple[int, ...]], patch: int) -> _Traces:
     """What shows if patches have this side: maps of patches are (D, C, p, p), or (D, C p p) in some families."""
-    body: dict[str, int] = {}
-    data: dict[str, Any] = {}
+    width, channels, *sides = shapes[PATCHES]
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    body = {"hidden_size": width, "patch_size": sides[0] if sides else patch, "depth": len(blocks)}
+    data: dict[str, Any] = {"in_channels": channels if sides else channels // patch**2}
     if LABELS in shapes:
         data["num_classes"] = shapes[LABELS][0] - 1  # the last row is the null class
-    if PATCHES in shapes:
-        width, channels, *sides = shapes[PATCHES]
-        blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-        body = {"hidden_size": width, "patch_size": sides[0] if sides else patch, "depth": len(blocks)}
-        data["in_channels"] = channels if sides else channels // patch**2
-        if OUTPUT in shapes:
-            data["learn_sigma"] = shapes[OUTPUT][0] == 2 * data["in_channels"] * patch**2
-        if POSITIONS in shapes:
-            data["input_size"] = math.isqrt(shapes[POSITIONS][1]) * patch
+    if OUTPUT in shapes:
+        data["learn_sigma"] = shapes[OUTPUT][0] == 2 * data["in_channels"] * patch**2
+    if POSITIONS in shapes:
+        data["input_size"] = math.isqrt(shapes[POSITIONS][1]) * patch
     return _Traces(body, data)

@@ -1,7 +1,6 @@
 """train.py and sample.py with a family that routes: its recipe's flags, its checkpoints, and what cannot be."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,12 @@ def metrics(results: Path, number: int = 0) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder(results, number) / "metrics.jsonl").read_text().splitlines()]
 
 
-def state(results: Path, step: int, number: int = 0) -> dict[str, Tensor]:
-    path = folder(results, number) / "checkpoints" / f"{step:07d}.safetensors"
-    groups, _ = read_groups(path, ["model", "ema", "optimizer"])
+def checkpoint(results: Path, step: int) -> Path:
+    return folder(results) / "checkpoints" / f"{step:07d}.safetensors"
+
+
+def state(results: Path, step: int) -> dict[str, Tensor]:
+    groups, _ = read_groups(checkpoint(results, step), ["model", "ema", "optimizer"])
     return {f"{g}/{n}": t for g, tensors in groups.items() for n, t in tensors.items()}
 
 
@@ -63,33 +65,25 @@ def test_micro_batches_change_nothing_but_rounding(at_once: None, tmp_path: Path
     assert one[0]["flops_ratio_penalty"] == pytest.approx(2 * (one[0]["flops_ratio"] - 0.3) ** 2, rel=1e-5)
 
 
-def test_two_processes_are_one_but_for_rounding(tmp_path: Path) -> None:
+def test_two_processes_are_one_but_for_rounding(at_once: None, tmp_path: Path) -> None:
     """Gate noise and quarters of the time belong to rows of the global batch; the penalty sees all of it."""
-    argv = [*BASE, *ROUTED, "--stratified-t", "--max-steps", str(STEPS), "--results-dir"]
-    for ranks in (1, 2):
-        done = train_at_once([*argv, str(tmp_path / str(ranks))], ranks, tmp_path)
-        assert done.returncode == 0, done.stderr
-    one, two = (metrics(tmp_path / str(ranks)) for ranks in (1, 2))
-    for name in ("loss", "flops_ratio", "flops_ratio_penalty", "mse", "complete_mse", "grad_norm"):
-        assert [m[name] for m in two] == pytest.approx([m[name] for m in one], rel=1e-4), name
-    assert one[-1]["flops_ratio_penalty"] > 1e-3
-    weights = {ranks: read_checkpoint(checkpoint(tmp_path / str(ranks)), "model").weights for ranks in (1, 2)}
-    for name, tensor in weights[1].items():
-        torch.testing.assert_close(weights[2][name], tensor, rtol=0, atol=2e-5)
-
-
-def checkpoint(results: Path) -> Path:
-    return folder(results) / "checkpoints" / f"{STEPS:07d}.safetensors"
-
-
-def train_at_once(argv: list[str], ranks: int, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """train.py in processes of its own, with lambda as the target from the first step on."""
+    argv = [*ROUTED, "--stratified-t", "--max-steps", STEPS]
+    assert start(tmp_path / "1", *argv) == 0
     program = tmp_path / "train_at_once.py"
     program.write_text(
         "import sys, models.dydit, train\nfrom runtime.errors import run\n"
         "models.dydit.HOLD_STEPS = 0\nsys.exit(run(train.main, 'train.py'))\n"
     )
-    return run_script(program, *argv, ranks=ranks, folder=tmp_path)
+    options = [*BASE, *map(str, argv), "--results-dir", str(tmp_path / "2")]
+    done = run_script(program, *options, ranks=2, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = (metrics(tmp_path / str(ranks)) for ranks in (1, 2))
+    for name in ("loss", "flops_ratio", "flops_ratio_penalty", "mse", "complete_mse", "grad_norm"):
+        assert [m[name] for m in two] == pytest.approx([m[name] for m in one], rel=1e-4), name
+    assert one[-1]["flops_ratio_penalty"] > 1e-3
+    weights = {n: read_checkpoint(checkpoint(tmp_path / str(n), STEPS), "model").weights for n in (1, 2)}
+    for name, tensor in weights[1].items():
+        torch.testing.assert_close(weights[2][name], tensor, rtol=0, atol=2e-5)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(at_once: None, tmp_path: Path) -> None:
@@ -109,6 +103,13 @@ def test_losses_that_end_are_averaged_over_the_steps_that_have_them(tmp_path: Pa
     assert start(tmp_path, "--max-steps", 4, "--complete-loss-steps", 1, "--log-every", 4) == 0
     (line,) = metrics(tmp_path)
     assert line["complete_mse"] == pytest.approx(line["mse"], rel=0.5)  # not a quarter of it
+
+
+def test_recomputed_blocks_route_as_they_did(at_once: None, tmp_path: Path) -> None:
+    for name, flags in (("kept", []), ("recomputed", ["--grad-checkpointing"])):
+        assert start(tmp_path / name, *ROUTED, "--max-steps", 2, *flags) == 0
+    kept, recomputed = state(tmp_path / "kept", 2), state(tmp_path / "recomputed", 2)
+    assert [name for name, tensor in kept.items() if not torch.equal(tensor, recomputed[name])] == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,15 +185,11 @@ def test_training_goes_on_from_the_layout_of_the_file_and_resumes_in_it(tmp_path
     assert start(tmp_path / "runs", *argv, "--max-steps", 1) == 0
     assert start(tmp_path / "runs", *argv, "--max-steps", 2) == 0
     assert [m["step"] for m in metrics(tmp_path / "runs")] == [1, 2]
-    found = read_checkpoint(checkpoint_of(tmp_path / "runs", 2))
+    found = read_checkpoint(checkpoint(tmp_path / "runs", 2))
     assert found.meta is not None and found.meta["model"]["router_layout"] == "all_heads"
     assert found.weights["blocks.0.attn_rate.router.weight"].shape == (4, 64)
-    argv = ["--ckpt", str(checkpoint_of(tmp_path / "runs", 2)), "--output", str(tmp_path / "a.png"), "--device", "cpu"]
+    argv = ["--ckpt", str(checkpoint(tmp_path / "runs", 2)), "--output", str(tmp_path / "a.png"), "--device", "cpu"]
     assert run(sample.main, "sample.py", [*argv, "--num-sampling-steps", "3"]) == 0
-
-
-def checkpoint_of(results: Path, step: int) -> Path:
-    return folder(results) / "checkpoints" / f"{step:07d}.safetensors"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,10 +218,8 @@ def checkpoint_of(results: Path, step: int) -> Path:
             "--init-from {v1} --router-layout first_always_on",
             "--router-layout first_always_on: --init-from {v1} has all_",
         ),
-        (
-            "--init-from {v1} --model DiT-debug/2",
-            "unexpected blocks.0.attn_rate.router.weight",
-        ),
+        ("--init-from {v1} --model DiT-debug/2", "unexpected blocks.0.attn_rate.router.weight"),
+        ("--init-from {v1} --rank-by-magnitude", "rank_by_magnitude is for weights without routers"),
         ("--init-from {six}", "--init-from {six} as DyDiT-debug/2: routers of 6 gates; 4 heads need 3 or 4"),
     ],
 )

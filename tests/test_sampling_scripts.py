@@ -338,7 +338,7 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
         ("--ckpt {ckpt} --cache-interval 2", "--cache-interval 2: this network keeps nothing to reuse"),
         ("--ckpt {ckpt} --refresh-rate 2", "--refresh-rate 2: DiT-digits/2 keeps no state between evaluations"),
         ("--ckpt {ckpt} --cache-depth 1", "--cache-depth 1: has no effect without --cache-interval"),
-        ("--ckpt {ckpt} --cache-depth 9 --cache-interval 2", "cache_depth 9 must lie in 1..2"),
+        ("--ckpt {ckpt} --cache-depth 9 --cache-interval 2", "cache_depth 9 must lie in 1..0, half the depth"),
         ("--ckpt {ckpt} --sharing cheapest", "--sharing cheapest: has no effect without --refresh-rate"),
         ("--ckpt {ckpt} --guidance-interval 700 300", "--guidance-interval 700.0 300.0: must be two timesteps"),
         ("--ckpt {ckpt} --guidance-interval 0 700 --cfg-scale 1", "has no effect with --cfg-scale 1"),

@@ -226,15 +226,25 @@ def test_width_routers_are_asked_once_for_the_whole_schedule() -> None:
 def test_patterns_that_repeat_share_one_copy_of_weights() -> None:
     network, x, y = routed_network(), *inputs()
     ready, plan = prepared(network)
-    made: list[tuple[int, tuple[int, ...]]] = []
-    make = plan.attention_weights
-    plan.attention_weights = lambda i, heads, dtype: made.append((i, heads)) or make(i, heads, dtype)  # type: ignore
+    made: list[tuple[Any, ...]] = []
+    get = plan.cache.get
+
+    def recording(key: Any, make: Any) -> Any:
+        return get(key, lambda: made.append(key[:3]) or make())
+
+    plan.cache.get = recording  # type: ignore[method-assign]
     for _ in range(2):
         for t in TIMES:
             ready(x, t, y)
-    patterns = {(i, both[0]) for found in plan.evaluations.values() for i, both in enumerate(found.active)}
-    assert len(made) == len(set(made)) and set(made) == patterns
-    assert 4 < len(patterns) < 4 * len(TIMES)
+    parts = {
+        (i, part, both[k])
+        for found in plan.evaluations.values()
+        for i, both in enumerate(found.active)
+        for k, part in enumerate(("attn", "mlp"))
+        if len(both[k]) < network.config.num_heads
+    }
+    assert len(made) == len(set(made)) and set(made) == parts
+    assert 8 < len(parts) < 8 * len(TIMES)
 
 
 @torch.no_grad()

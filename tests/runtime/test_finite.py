@@ -39,3 +39,18 @@ def test_a_gradient_that_overflows_under_a_finite_loss_is_told_apart(parts):
     step(parts, 0, 1.0, float("inf"))
     step(parts, 1, 1.0, float("inf"))
     assert parts[2].report() == "non-finite gradient of a finite loss; 2 optimizer steps skipped"
+
+
+def test_gradients_of_the_limit_or_more_are_skipped_and_counted_by_themselves():
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    guard = FiniteGuard(optimizer, torch.device("cpu"))
+    moved = []
+    for step, norm in enumerate((1.0, 2.0, 1.999, 3.0, float("nan"))):
+        before, weight.grad = weight.detach().clone(), torch.tensor([norm])
+        guard.watch(step, torch.tensor(0.0), torch.tensor(norm), limit=2.0)
+        optimizer.step()
+        moved.append(not torch.equal(weight.detach(), before))
+    assert moved == [True, False, True, False, False]
+    assert guard.count_too_large() == 2 and guard.count_too_large() == 0
+    assert guard.report() == "non-finite gradient of a finite loss; 1 optimizer step skipped"
