@@ -36,6 +36,7 @@ from benchmarks.cases import (
     make_inputs,
     optimizer_cases,
 )
+from benchmarks.families import family_groups
 from benchmarks.report import headline, machine_info, markdown, report, write_report
 from benchmarks.sampling import sampling_facts, sampling_groups
 from benchmarks.timing import BF16, Case, Clock, Row, choose_clock, measure
@@ -81,6 +82,7 @@ class Sizes(NamedTuple):
         steps: sampling steps of a timed run.
         spec: steps of the trajectories whose precision is compared.
         gemm_side: of the square matrix product.
+        family_steps: sampling steps in which the families leave work out.
     """
 
     model: str
@@ -91,10 +93,21 @@ class Sizes(NamedTuple):
     drawn: int = 32
     steps: int = 8
     spec: str = "ddim50"
+    family_steps: int = 20
 
 
 FULL = Sizes("DiT-XL/2", ((256, 4, 5), (32, 20, 5)), rows=64, rounds=15, gemm_side=GEMM_SIDE["cuda"])
-SMOKE = Sizes("DiT-debug/2", ((4, 1, 1), (2, 1, 1)), rows=4, rounds=1, gemm_side=64, drawn=2, steps=2, spec="ddim5")
+SMOKE = Sizes(
+    "DiT-debug/2",
+    ((4, 1, 1), (2, 1, 1)),
+    rows=4,
+    rounds=1,
+    gemm_side=64,
+    drawn=2,
+    steps=2,
+    spec="ddim5",
+    family_steps=4,
+)
 SAMPLING_ROUNDS = 5
 
 
@@ -199,6 +212,10 @@ def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> It
         yield Measurement("forward", partial(alone, make), sizes.rounds)
     for cases in sampling_groups(sizes.model, sizes.drawn, sizes.steps, device, compiler):
         yield Measurement("sampling", cases, min(SAMPLING_ROUNDS, sizes.rounds))
+    for group, cases in family_groups(
+        sizes.model.removeprefix("DiT-"), sizes.drawn, sizes.family_steps, device, compiler
+    ):
+        yield Measurement(group, cases, min(SAMPLING_ROUNDS, sizes.rounds))
     yield Measurement("optimizer", lambda: optimizer_cases(filled_network(sizes.model, device)), sizes.rounds)
 
 
