@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -267,10 +268,16 @@ def test_gpu_report_smoke(gpu_report: ModuleType, tmp_path: Path, capsys: pytest
     assert run(gpu_report.main, "gpu_report.py", ["--smoke", "--output-dir", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "smoke.json").read_text())
     rows = document["rows"]
-    groups = {"peak": 2, "training": 4, "forward": 3, "sampling": 8, "optimizer": 4}
+    groups = {"peak": 2, "training": 4, "forward": 3, "sampling": 8}
+    groups |= {"routing": 4, "caching": 4, "sharing": 3, "optimizer": 4}
     assert [r["group"] for r in rows] == [group for group, count in groups.items() for _ in range(count)]
     training = rows[2:6]
-    assert [r["images"] for r in training] == [4, 2, 4, 2]
+    assert [r["images"] for r in training] == [4, 2, 4, 2] and all(r["predicted_memory"] > 0 for r in training)
+    routed = {r["name"]: r["flop"] for r in rows if r["group"] == "routing"}
+    assert routed["DyDiT, routed"] < 0.7 * routed["plain DiT"]
+    for group in ("caching", "sharing"):
+        work = [r["flop"] for r in rows if r["group"] == group]
+        assert all(less <= more for more, less in pairwise(work)) and work[-1] < work[0], group
     assert [r["reference"] for r in training] == [None, None, "bf16, batch 4", "bf16, batch 2"]
     drawn = [r for r in rows if r["group"] == "sampling"]
     assert [round(r["images"], 3) for r in drawn] == [0.016, 0.08, 0.2] * 2 + [0.04, 0.08], "shares of a trajectory"
@@ -285,7 +292,7 @@ def test_gpu_report_names_what_it_had_no_time_for(gpu_report: ModuleType, tmp_pa
     assert run(gpu_report.main, "gpu_report.py", argv) == 0
     document = json.loads((tmp_path / "smoke.json").read_text())
     assert document["rows"] == []
-    assert len(document["skipped"]) == 9 + 4 + 2 and all("the time is up" in word for word in document["skipped"])
+    assert len(document["skipped"]) == 9 + 4 + 3 + 2 and all("the time is up" in word for word in document["skipped"])
 
 
 def test_gpu_report_goes_on_after_a_measurement_that_did_not_fit(gpu_report: ModuleType) -> None:
