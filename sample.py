@@ -24,9 +24,9 @@ from models import ModelOutput
 from pipeline import Pipeline
 from runtime import distributed
 from runtime.config import parse_config, setting
-from runtime.errors import UserError, run
+from runtime.errors import run
 from runtime.files import check_writable
-from sampling_config import SamplingConfig
+from sampling_config import SamplingConfig, check_labels
 
 OFFICIAL_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 LOOKED_AT = 64  # digits are too small to look at: enlarged to about this many pixels
@@ -55,17 +55,6 @@ class SampleConfig(SamplingConfig):
             raise ValueError(f"--trajectory {self.trajectory}: must end in .png (a strip) or .gif")
         if self.trajectory_frames < 2:
             raise ValueError(f"--trajectory-frames {self.trajectory_frames}: must be at least 2")
-
-
-def check_labels(labels: Sequence[int], num_classes: int) -> None:
-    """Refuses labels that the network has no row for.
-
-    Raises:
-        UserError: naming the first.
-    """
-    for label in labels:
-        if not 0 <= label < num_classes:
-            raise UserError(f"--class-labels {label}: the model has classes 0 to {num_classes - 1}")
 
 
 def draw(pipeline: Pipeline[SampleConfig], labels: Sequence[int]) -> list[Tensor]:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from runtime.download import read_record, sha256_of
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
 from runtime.seeds import derive_seed
-from sampling_config import SamplingConfig
+from sampling_config import SamplingConfig, check_labels
 
 # Processes wait for the slowest at the end, and for the first one's download at the start.
 PATIENCE_SECONDS = 24 * 3600.0
@@ -61,6 +61,10 @@ class SampleDDPConfig(SamplingConfig):
     )
     global_seed: int = setting(0, "seed of noise and labels")
     balanced_labels: bool = setting(False, "every class equally often, instead of drawn at random")
+    class_labels: tuple[int, ...] | None = setting(None, "draw these classes only")
+    class_seeds: tuple[int, ...] | None = setting(
+        None, "one image of each class for each of these numbers, which give the noise; decides --num-fid-samples"
+    )
     save_png: bool = setting(False, "write the images as PNG too, in a folder of the .npz's name")
 
     def __post_init__(self) -> None:
@@ -71,6 +75,11 @@ class SampleDDPConfig(SamplingConfig):
                 raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         if self.output is not None and self.output.suffix != ".npz":
             raise ValueError(f"--output {self.output}: must end in .npz")
+        if self.class_seeds is not None:
+            if not all(0 <= number < 2**32 for number in self.class_seeds):
+                raise ValueError(f"--class-seeds {' '.join(map(str, self.class_seeds))}: must lie in [0, 2^32)")
+            if self.balanced_labels:
+                raise ValueError("--balanced-labels: has no effect with --class-seeds")
 
 
 def auto_batch_size(multiply_adds: int) -> int:
@@ -100,12 +109,34 @@ def output_path(config: SampleDDPConfig, pipeline: Pipeline[SampleDDPConfig], se
     return config.sample_dir / f"{'-'.join(map(str, parts)).replace('/', '-')}.npz"
 
 
-def draw_labels(config: SampleDDPConfig, num_classes: int) -> Tensor:
-    """(N,) int64 labels of the whole job, the same on every process."""
+class Job(NamedTuple):
+    """What is drawn, the same on every process.
+
+    Attributes:
+        labels: (N,) int64.
+        noise: N numbers; images with the same one have the same noise.
+    """
+
+    labels: Tensor
+    noise: Sequence[int]
+
+
+def plan(config: SampleDDPConfig, num_classes: int) -> Job:
+    """Labels and noise of all images.
+
+    Raises:
+        UserError: for a class that the model does not have.
+    """
+    check_labels(config.class_labels or (), num_classes)
+    classes = torch.tensor(config.class_labels or range(num_classes))
+    if config.class_seeds is not None:
+        count = len(config.class_seeds)
+        return Job(classes.repeat_interleave(count), list(config.class_seeds) * len(classes))
+    every = range(config.num_fid_samples)
     if config.balanced_labels:
-        return torch.arange(config.num_fid_samples) % num_classes
+        return Job(classes[torch.tensor(every) % len(classes)], every)
     generator = torch.Generator().manual_seed(derive_seed("labels", config.global_seed))
-    return torch.randint(num_classes, (config.num_fid_samples,), generator=generator)
+    return Job(classes[torch.randint(len(classes), (len(every),), generator=generator)], every)
 
 
 def begin(config: SampleDDPConfig, file: SampleFile, settings: dict[str, Any], flag: str) -> list[int]:
@@ -126,14 +157,14 @@ def begin(config: SampleDDPConfig, file: SampleFile, settings: dict[str, Any], f
 
 
 def sample_chunks(
-    pipeline: Pipeline[SampleDDPConfig], labels: Tensor, file: SampleFile, missing: Sequence[int], world: World
+    pipeline: Pipeline[SampleDDPConfig], job: Job, file: SampleFile, missing: Sequence[int], world: World
 ) -> None:
     """Draws this process's share of the missing chunks; while one is denoised, the one before is decoded and written.
 
     A chunk always has the same number of rows (the last one is padded), whoever draws it.
     """
-    config, left = pipeline.config, sum(map(file.rows_in, missing))
-    bar = tqdm(total=len(labels), initial=len(labels) - left, disable=None if world.is_main else True, unit="image")
+    config, left, total = pipeline.config, sum(map(file.rows_in, missing)), len(job.labels)
+    bar = tqdm(total=total, initial=total - left, disable=None if world.is_main else True, unit="image")
 
     def store(chunk: int, latents: Tensor) -> None:
         images = to_uint8(pipeline.decode(latents)).cpu().numpy()[: file.rows_in(chunk)]
@@ -141,13 +172,12 @@ def sample_chunks(
             for index, image in enumerate(images, start=chunk * file.chunk):
                 save_png(image, file.path.with_suffix("") / f"{index:06d}.png")
         file.write(chunk, images)
-        bar.update(min(len(images) * world.size, len(labels) - bar.n))
+        bar.update(min(len(images) * world.size, total - bar.n))
 
     with bar, Background(world.device) as behind:
         for chunk in missing[world.rank :: world.size]:
-            indices = range(chunk * file.chunk, (chunk + 1) * file.chunk)
-            padded = labels[[i % len(labels) for i in indices]]
-            latents = pipeline.denoise(config.global_seed, indices, padded)
+            rows = [i % total for i in range(chunk * file.chunk, (chunk + 1) * file.chunk)]
+            latents = pipeline.denoise(config.global_seed, [job.noise[i] for i in rows], job.labels[rows])
             behind.submit(partial(store, chunk, latents))
 
 
@@ -196,20 +226,21 @@ def main(argv: Sequence[str]) -> None:
     with distributed.world(config.device, PATIENCE_SECONDS) as world:
         pipeline = Pipeline(config, world.device)
         batch_size = config.per_proc_batch_size or auto_batch_size(pipeline.multiply_adds)
-        config = dataclasses.replace(pipeline.config, per_proc_batch_size=batch_size)
+        job = plan(pipeline.config, pipeline.num_classes)
+        count = len(job.labels)
+        config = dataclasses.replace(pipeline.config, per_proc_batch_size=batch_size, num_fid_samples=count)
         settings = deciding_settings(config, world.device, fingerprint(pipeline.path))
         path = output_path(config, pipeline, settings)
         flag = "--output" if config.output else "--sample-dir"
         check_writable(path, flag)
-        labels = draw_labels(config, pipeline.num_classes)
         file = SampleFile(path, (config.num_fid_samples, *pipeline.image_shape), batch_size, world.rank)
         missing = distributed.by_main(lambda: begin(config, file, settings, flag))
         started = time.perf_counter()
-        sample_chunks(pipeline, labels, file, missing, world)
+        sample_chunks(pipeline, job, file, missing, world)
         distributed.barrier()
         if world.is_main:
             seconds, images = time.perf_counter() - started, sum(map(file.rows_in, missing))
-            file.finish(labels.numpy())
+            file.finish(job.labels.numpy())
             timings = {
                 "world_size": world.size,
                 "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",

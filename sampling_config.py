@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast, get_args
@@ -351,3 +351,14 @@ def resolve(config: C, facts: Facts) -> C:
         )
     except ValueError as error:  # flags that do not go with what the checkpoint decides
         raise UserError(str(error)) from error
+
+
+def check_labels(labels: Sequence[int], num_classes: int) -> None:
+    """Refuses labels that the network has no row for.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise UserError(f"--class-labels {label}: the model has classes 0 to {num_classes - 1}")

@@ -419,3 +419,16 @@ def test_guidance_of_a_network_without_null_class_is_refused(tmp_path, capsys):
     assert run(sample.main, "sample.py", argv) == 2
     assert "--cfg-scale 4.0: class_dropout_prob is 0" in capsys.readouterr().err
     assert run(sample.main, "sample.py", [*argv, "--cfg-scale", "1"]) == 0
+
+
+def test_selected_classes_and_seeds_of_each(ckpt, tmp_path):
+    chosen = ["--class-labels", "3", "7"]
+    _, labels = draw(ckpt, tmp_path / "a.npz", *chosen)
+    assert set(labels.tolist()) == {3, 7}
+    _, labels = draw(ckpt, tmp_path / "b.npz", *chosen, "--balanced-labels", "--num-fid-samples", "5")
+    assert labels.tolist() == [3, 7, 3, 7, 3]
+    images, labels = draw(ckpt, tmp_path / "c.npz", *chosen, "--class-seeds", "5", "1", "9")
+    assert labels.tolist() == [3, 3, 3, 7, 7, 7]
+    reseeded, _ = draw(ckpt, tmp_path / "d.npz", "--class-labels", "7", "--class-seeds", "1", "5")
+    assert np.abs(reseeded.astype(int) - images[[4, 3]]).max() <= 1, "a number gives a class the same image in any job"
+    assert json.loads((tmp_path / "c.json").read_text())["config"]["num_fid_samples"] == 6
