@@ -6,27 +6,9 @@
 #
 # DIGITS_STEPS and DIGITS_SAMPLES make it shorter; DIGITS_PYTHON uses an environment of your own.
 set -euo pipefail
-case "${1:-}" in
-    -*)
-        sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
-esac
-for number in "${DIGITS_STEPS:-1}" "${DIGITS_SAMPLES:-1}"; do
-    if ! [[ "$number" =~ ^[1-9][0-9]*$ ]]; then
-        echo "digits_ddt: DIGITS_STEPS and DIGITS_SAMPLES must be positive numbers, not '$number'" >&2
-        exit 2
-    fi
-done
-out=$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../digits_ddt_out}")
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python="${DIGITS_PYTHON:-}"
-if [ -z "$python" ]; then
-    bash scripts/setup.sh
-    python=.venv/bin/python
-fi
+source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
+begin "${BASH_SOURCE[0]}" digits_ddt_out "${DIGITS_PYTHON:-}" "DIGITS_STEPS DIGITS_SAMPLES" "$@"
 samples="${DIGITS_SAMPLES:-1000}"
-mkdir -p "$out"
 
 train() {
     local steps="${DIGITS_STEPS:-$2}"

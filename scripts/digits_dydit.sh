@@ -9,32 +9,18 @@
 # runs first. DIGITS_STEPS, DIGITS_SAMPLES and DIGITS_TARGETS ("0.7 0.5") change the rest; QUICKSTART_PYTHON uses an
 # environment of your own.
 set -euo pipefail
-case "${1:-}" in
-    -*)
-        sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
-esac
-for number in "${DIGITS_STEPS:-1}" "${DIGITS_SAMPLES:-1}"; do
-    if ! [[ "$number" =~ ^[1-9][0-9]*$ ]]; then
-        echo "digits_dydit: DIGITS_STEPS and DIGITS_SAMPLES must be positive numbers, not '$number'" >&2
-        exit 2
-    fi
-done
-out=$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../digits_dydit_out}")
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
+begin "${BASH_SOURCE[0]}" digits_dydit_out "${QUICKSTART_PYTHON:-}" "DIGITS_STEPS DIGITS_SAMPLES" "$@"
 start="${DIGITS_DIT:-}"
 if [ -z "$start" ]; then
     newest() { find quickstart_out/runs -path '*DiT-digits-2/checkpoints/*.safetensors' 2>/dev/null | sort | tail -n 1; }
     [ -n "$(newest)" ] || bash scripts/quickstart.sh
     start=$(realpath "$(newest)")
 fi
-python="${QUICKSTART_PYTHON:-.venv/bin/python}"
 export PYTHONPATH=.
 steps="${DIGITS_STEPS:-1500}"
 samples="${DIGITS_SAMPLES:-1000}"
 read -r -a targets <<<"${DIGITS_TARGETS:-0.7 0.5}"
-mkdir -p "$out"
 
 sample() { # CHECKPOINT FOLDER
     local how=(--sampler ddim --num-sampling-steps ddim50 --cfg-scale 1.1)

@@ -8,26 +8,9 @@
 #
 # DIGITS_STEPS, DIGITS_SAMPLES and DIGITS_SEEDS ("0 1 2") make it shorter; DIGITS_PYTHON uses another environment.
 set -euo pipefail
-case "${1:-}" in
-    -*)
-        sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
-esac
+source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
+begin "${BASH_SOURCE[0]}" digits_skip_dit_out "${DIGITS_PYTHON:-}" "DIGITS_STEPS DIGITS_SAMPLES" "$@"
 steps="${DIGITS_STEPS:-3000}" samples="${DIGITS_SAMPLES:-1000}" seeds="${DIGITS_SEEDS:-0 1 2}"
-for number in "$steps" "$samples"; do
-    if ! [[ "$number" =~ ^[1-9][0-9]*$ ]]; then
-        echo "digits_skip_dit: DIGITS_STEPS and DIGITS_SAMPLES must be positive numbers, not '$number'" >&2
-        exit 2
-    fi
-done
-out=$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../results/digits_skip_dit}")
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python="${DIGITS_PYTHON:-}"
-if [ -z "$python" ]; then
-    bash scripts/setup.sh
-    python=.venv/bin/python
-fi
 
 checkpoints=()
 for seed in $seeds; do

@@ -7,28 +7,10 @@
 #
 # QUICKSTART_STEPS and QUICKSTART_SAMPLES make it shorter; QUICKSTART_PYTHON uses an environment of your own.
 set -euo pipefail
-case "${1:-}" in
-    -*)
-        sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
-esac
-for number in "${QUICKSTART_STEPS:-1}" "${QUICKSTART_SAMPLES:-1}"; do
-    if ! [[ "$number" =~ ^[1-9][0-9]*$ ]]; then
-        echo "quickstart: QUICKSTART_STEPS and QUICKSTART_SAMPLES must be positive numbers, not '$number'" >&2
-        exit 2
-    fi
-done
-out=$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../quickstart_out}")
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python="${QUICKSTART_PYTHON:-}"
-if [ -z "$python" ]; then
-    bash scripts/setup.sh
-    python=.venv/bin/python
-fi
+source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
+begin "${BASH_SOURCE[0]}" quickstart_out "${QUICKSTART_PYTHON:-}" "QUICKSTART_STEPS QUICKSTART_SAMPLES" "$@"
 steps="${QUICKSTART_STEPS:-3000}"
 samples="${QUICKSTART_SAMPLES:-1000}"
-mkdir -p "$out"
 
 echo "== 1/3  Training a DiT on 1,297 digits for $steps steps"
 "$python" train.py --dataset digits --model DiT-digits/2 --results-dir "$out/runs" \

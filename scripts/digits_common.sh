@@ -1,0 +1,31 @@
+# What the digits' scripts begin with; sourced by them.
+
+# begin SCRIPT DEFAULT_FOLDER PYTHON "NAMES OF NUMBERS" [OUTPUT_FOLDER | --help]
+#
+# Prints the script's own header where help is asked for, refuses numbers that are none, goes to the repository's root, and
+# sets $out (made if need be) and $python: PYTHON, or where that is empty the one of .venv, which is set up.
+begin() {
+    local script=$1 folder=$2 own=$3 names=$4 name value
+    shift 4
+    case "${1:-}" in
+        -*)
+            sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "$script"
+            exit 0
+            ;;
+    esac
+    for name in $names; do
+        value="${!name:-1}"
+        if ! [[ "$value" =~ ^[1-9][0-9]*$ ]]; then
+            echo "$(basename "$script" .sh): $name must be a positive number, not '$value'" >&2
+            exit 2
+        fi
+    done
+    out=$(realpath -m "${1:-$(dirname "$script")/../$folder}")
+    cd "$(dirname "$script")/.."
+    python=$own
+    if [ -z "$python" ]; then
+        bash scripts/setup.sh
+        python=.venv/bin/python
+    fi
+    mkdir -p "$out"
+}
