@@ -98,8 +98,7 @@ def gate(logits: Tensor, noise: Tensor | None = None) -> Tensor:
 
 def float32_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """A linear map in float32 whatever runs around it: rounding a logit would switch gates at random."""
-    bias = None if layer.bias is None else layer.bias.float()
-    return functional.linear(x.float(), layer.weight.float(), bias)
+    return functional.linear(x.float(), layer.weight.float(), layer.bias.float())
 
 
 class WidthRouter(nn.Module):
@@ -377,7 +376,8 @@ class DyDiT(DiT):
         Without gradients, and at one of the times, given as a number. Everything else is evaluated by masks, as before.
         """
         times = tuple(times)
-        prepared = super().for_sampling(times)
+        with without_autocast(self.pos_embed):
+            prepared = super().for_sampling(times)
         if not self.pos_embed.is_meta:  # weights without values decide nothing
             prepared.plan = RoutingPlan(prepared, times, self.slice_cache_bytes, self.compile_backend)
         return prepared
