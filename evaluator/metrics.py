@@ -140,6 +140,11 @@ class StatisticsAccumulator:
         if other.count:
             self._absorb(other.count, other._mean.to(self._mean.device), other._scatter.to(self._mean.device))
 
+    def to(self, device: torch.device | str) -> StatisticsAccumulator:
+        """Moves the sums to a device, as before sending them to another rank; returns itself."""
+        self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
+        return self
+
     def result(self) -> Statistics:
         """Returns the statistics of all rows so far.
 
@@ -294,6 +299,51 @@ def _eigenvector_factor(covariance: Tensor) -> Tensor:
         raise ValueError(f"not a covariance: its eigenvalues reach from {float(values[0]):.3g} to {largest:.3g}")
     kept = values > largest * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernel distance
+
+
+def kernel_distance(a: Array, b: Array, *, block_size: int = ADM_BLOCK_SIZE) -> float:
+    """Computes the squared maximum mean discrepancy for the kernel (x y / D + 1)^3, the D in KID.
+
+    Unlike FID it has no bias from few rows: its expectation does not depend on their number.
+
+    Args:
+        a: (N, D) features, N >= 2.
+        b: (M, D) features, M >= 2.
+        block_size: rows and columns of products held at a time; bounds memory.
+
+    Returns:
+        The unbiased estimate over all pairs of rows; near 0, on either side, for sets of one distribution.
+
+    Raises:
+        ValueError: for different widths, a single row, NaN or infinity.
+
+    Source: Binkowski et al., "Demystifying MMD GANs", 2018, section 4.
+
+    Note:
+        Published values are means over random subsets of 1,000 rows, with the same expectation, often times 1,000.
+    """
+    a, b = _as_rows(a, "features a"), _as_rows(b, "features b")
+    _require_same_width(a.shape[1], b.shape[1])
+    _require_two_rows(min(len(a), len(b)))
+
+    def kernel_sum(u: Tensor, v: Tensor) -> float:
+        total = 0.0
+        for rows in u.float().split(block_size):
+            for columns in v.float().split(block_size):
+                with full_float32():
+                    products = rows @ columns.T
+                total += float(products.double().div_(u.shape[1]).add_(1).pow_(3).sum())
+        return total
+
+    def own_mean(u: Tensor) -> float:
+        with_themselves = float(u.double().square().sum(dim=1).div(u.shape[1]).add(1).pow(3).sum())
+        return (kernel_sum(u, u) - with_themselves) / (len(u) * (len(u) - 1))
+
+    return own_mean(a) + own_mean(b) - 2 * kernel_sum(a, b) / (len(a) * len(b))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -469,7 +519,7 @@ def _distance_blocks(
         rows = slice(start, start + block_size)
         for other in range(0, len(v), block_size):
             columns = slice(other, other + block_size)
-            with _full_float32_products():
+            with full_float32():
                 distances = _squared_distances(u[rows].float(), v[columns].float(), precision)
             yield rows, columns, distances
 
@@ -496,9 +546,17 @@ def _expanded_square(u: Tensor, v: Tensor) -> Tensor:
 
 
 @contextmanager
-def _full_float32_products() -> Iterator[None]:
-    """Switches TF32 and bfloat16 off: a difference of large products needs every bit, whatever training has chosen."""
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+def full_float32() -> Iterator[None]:
+    """Switches TF32 and bfloat16 off inside the block, whatever training has chosen for products and convolutions.
+
+    A distance is a difference of large products, and features stand behind every published number: both need all bits.
+    """
+    settings = (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+        torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+    )
     chosen = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

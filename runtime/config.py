@@ -31,6 +31,11 @@ def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> An
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
+def positional(help: str) -> Any:
+    """A dataclass field without a default that is given by its place, not by a flag."""
+    return dataclasses.field(metadata={"help": help, "choices": None})
+
+
 def flag_name(field: str) -> str:
     """The flag of a field: `global_batch_size` -> "--global-batch-size"."""
     return "--" + field.replace("_", "-")
@@ -45,7 +50,8 @@ def parse_config(cls: type[T], argv: Sequence[str], *, program: str, description
     """Reads a config from the command line, on top of `--config FILE` where given.
 
     Args:
-        cls: a dataclass whose fields come from `setting`; it validates itself in `__post_init__` by ValueError.
+        cls: a dataclass whose fields come from `setting` and `positional`; it validates itself in `__post_init__` by
+            ValueError.
         argv: arguments behind the program's name.
         program: name in the help text.
         description: first paragraph of the help text.
@@ -109,6 +115,9 @@ def _split_optional(hint: Any) -> tuple[Any, bool]:
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
     kind, optional = _split_optional(hint)
     help_text = field.metadata["help"].replace("%", "%%")
+    if field.default is dataclasses.MISSING:
+        parser.add_argument(field.name, type=kind, help=help_text)
+        return
     if field.default is not None:
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         help_text += f" (default: {shown})"

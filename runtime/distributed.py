@@ -173,3 +173,43 @@ def mean_over_ranks(x: Tensor) -> Tensor:
         dist.all_reduce(x)
         x /= dist.get_world_size()
     return x
+
+
+def objects_from_all_ranks(value: T) -> list[T]:
+    """Every process's value in the order of ranks, on every process; small picklable objects."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Work that may fail on one process: the `UserError` of any is raised on all; all must enter the block."""
+    found: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        found = error
+    messages = objects_from_all_ranks(None if found is None else str(found))
+    for message in messages:
+        if message is not None:
+            raise UserError(message) from found
+
+
+def rows_on_main(rows: Tensor) -> Tensor | None:
+    """Joins the rows of all processes in the order of ranks: (n_r, ...) -> (sum of n_r, ...) on main, else None."""
+    if not dist.is_initialized():
+        return rows
+    counts = from_all_ranks(torch.tensor(len(rows), device=rows.device)).tolist()
+    if dist.get_rank() != 0:
+        if len(rows):
+            dist.send(rows.contiguous(), dst=0)
+        return None
+    parts = [rows]
+    for rank, count in enumerate(counts[1:], start=1):
+        if count:
+            parts.append(rows.new_empty((count, *rows.shape[1:])))
+            dist.recv(parts[-1], src=rank)
+    return torch.cat(parts)

@@ -20,6 +20,7 @@ from evaluator.metrics import (
     frechet_distance,
     frechet_distance_from_features,
     inception_score,
+    kernel_distance,
     manifold_radii,
     precision_recall,
 )
@@ -58,11 +59,11 @@ def rng():
 
 def test_fixtures_are_whole_and_no_case_is_forgotten():
     others = {"inception_score", "inception_score_underflow", "manifold_chunked_clamped"}
-    of_the_reader_and_the_network = {"readers", "tf1_resize_and_scale"}
+    of_the_reader_and_the_network = {"readers", "tf1_resize_and_scale"}  # in test_npz.py, inception/test_network.py
     assert set(CASES) == set(PAIRS) | others | of_the_reader_and_the_network
-    copied = {path.name for path in GOLDEN.glob("*.npz")}
-    assert copied == {CASES[name]["file"] for name in {*PAIRS, *others}}
-    for name in copied:
+    ours = {"manifest.json", "synthetic_features.npz"}
+    assert {path.name for path in GOLDEN.iterdir()} - ours == MANIFEST["files"].keys()
+    for name in MANIFEST["files"]:
         assert hashlib.sha256((GOLDEN / name).read_bytes()).hexdigest() == MANIFEST["files"][name]["sha256"], name
 
 
@@ -231,7 +232,7 @@ def test_ranks_merge_into_one(rng):
     for rank in range(3):
         part = StatisticsAccumulator()
         part.update(features[rank::3])
-        parts.append(pickle.loads(pickle.dumps(part)))
+        parts.append(pickle.loads(pickle.dumps(part.to("cpu"))))
     idle, total = StatisticsAccumulator(), StatisticsAccumulator()
     before = parts[1].result()
     for part in (parts[0], idle, parts[1], parts[2]):
@@ -549,6 +550,39 @@ def test_cuda_gives_the_numbers_of_the_cpu(rng, precision):
     a, b = torch.from_numpy(reference).cuda(), torch.from_numpy(samples).cuda()
     for route in (by_statistics, frechet_distance_from_features):
         assert route(a, b) == pytest.approx(route(reference, samples), rel=1e-10)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernel distance
+
+
+def kernel_distance_by_loops(a, b):
+    def mean(u, v, same):
+        values = [(x @ y / len(x) + 1) ** 3 for i, x in enumerate(u) for j, y in enumerate(v) if not same or i != j]
+        return np.mean(values)
+
+    return mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
+
+
+@pytest.mark.parametrize("block_size", [3, 10_000])
+def test_kernel_distance_by_its_definition(rng, block_size):
+    a, b = rng.normal(size=(12, 5)), rng.normal(size=(9, 5)) + 0.5
+    found = kernel_distance(a.astype(np.float32), b.astype(np.float32), block_size=block_size)
+    assert found == pytest.approx(kernel_distance_by_loops(a, b), rel=1e-5, abs=1e-6)
+    assert kernel_distance(b, a) == pytest.approx(found, rel=1e-5)
+
+
+def test_kernel_distance_has_no_bias(rng):
+    same = [kernel_distance(rng.normal(size=(20, 8)), rng.normal(size=(30, 8))) for _ in range(300)]
+    assert min(same) < 0 and abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(len(same))
+    assert kernel_distance(rng.normal(size=(20, 8)), rng.normal(size=(30, 8)) + 2) > 10 * max(same)
+
+
+def test_kernel_distance_refuses_what_it_cannot_use(rng):
+    with pytest.raises(ValueError, match="at least 2 rows of features, not 1"):
+        kernel_distance(rng.normal(size=(5, 3)), rng.normal(size=(1, 3)))
+    with pytest.raises(ValueError, match="different numbers of features: 3 and 4"):
+        kernel_distance(rng.normal(size=(5, 3)), rng.normal(size=(5, 4)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,50 @@
+"""What the evaluator asks of an Inception network, whoever runs it, and the graph's names for it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy.typing as npt
+from torch import Tensor
+
+# Nodes of the frozen graph, as ADM's evaluator uses them
+IMAGES = "ExpandDims"  # (N, H, W, 3) float32 in [0, 255]; the graph itself resizes and scales
+POOL = "pool_3"  # (N, 1, 1, 2048)
+SPATIAL = "mixed_6/conv"  # (N, 17, 17, 192), behind normalisation and ReLU
+SPATIAL_CHANNELS = 7  # the first ones, so that 17 * 17 * 7 = 2023 is about as wide as the pool
+SOFTMAX_PRODUCT = "softmax/logits/MatMul"  # its second input holds the classifier's weights (2048, 1008)
+
+
+class Features(NamedTuple):
+    """Features of N images.
+
+    Attributes:
+        pool: (N, 2048) float32, for FID, Inception Score, precision and recall.
+        spatial: (N, 2023) float32, for sFID: row by row, column by column, and the 7 channels of a place side by side.
+    """
+
+    pool: Tensor
+    spatial: Tensor
+
+
+class Backend(Protocol):
+    """Runs the network of one weight file."""
+
+    def features(self, images: npt.NDArray[Any]) -> Features:
+        """Computes both kinds of features, where the backend computes.
+
+        Args:
+            images: (N, H, W, 3) uint8, of any size.
+        """
+        ...
+
+    def probabilities(self, pool: Tensor) -> Tensor:
+        """Computes the class probabilities of the Inception Score.
+
+        Args:
+            pool: (N, 2048) float32.
+
+        Returns:
+            (N, 1008) float32, the softmax of pool @ weights. The classifier's bias is left out, as ADM does.
+        """
+        ...

@@ -1,0 +1,225 @@
+"""Images in .npz files, read batch by batch: 50,000 of them never sit in memory.
+
+The layout is that of ADM's evaluation: `arr_0` holds images (N, H, W, 3) uint8; `mu`, `sigma`, `mu_s`, `sigma_s`, where
+present, are statistics to be used instead of computing them. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from evaluator.metrics import Statistics
+from runtime.errors import UserError
+
+IMAGES = "arr_0"
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+LOCAL_HEADER = 30  # bytes of a zip entry's own header, before its name; two lengths stand at 26
+BYTES_PER_SKIP = 1 << 20
+
+Images = npt.NDArray[np.uint8]
+
+
+class BadImageFile(UserError, ValueError):
+    """A file is not what it should be; the message names it and says why."""
+
+
+class StoredStatistics(NamedTuple):
+    """Statistics that somebody computed before: of pool features, and of spatial ones."""
+
+    pool: Statistics
+    spatial: Statistics
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where and how the images lie in the file.
+
+    Attributes:
+        shape: (N, H, W, 3).
+        fortran_order: whether the first index runs fastest.
+        offset: of the first pixel in the file; None where they are compressed.
+        header_bytes: what stands before the first pixel within the entry.
+    """
+
+    shape: tuple[int, int, int, int]
+    fortran_order: bool
+    offset: int | None
+    header_bytes: int
+
+
+class ImageFile:
+    """An .npz that is known to hold images, statistics or both.
+
+    Opening reads headers only, and finds most of what can be wrong. Compressed images in Fortran order are the one
+    layout that cannot be cut into batches; they are decompressed as a whole.
+
+    Args:
+        path: the file.
+
+    Raises:
+        BadImageFile: if it is missing, cut short, no .npz, or holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+                self._layout = self._read_layout(archive) if IMAGES in names else None
+        except FileNotFoundError:
+            raise BadImageFile(f"{path}: there is no such file") from None
+        except OSError as error:
+            raise BadImageFile(f"{path}: cannot be read ({error.strerror})") from error
+        except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError) as error:
+            raise BadImageFile(f"{path}: not an .npz file, or cut short ({error})") from error
+        self.has_statistics = STATISTICS[0] in names
+        missing = [name for name in STATISTICS if name not in names]
+        if self.has_statistics and missing:
+            raise BadImageFile(
+                f"{path}: has {STATISTICS[0]} but not {', '.join(missing)}; ADM's references have all four"
+            )
+        if self._layout is None and not self.has_statistics:
+            raise BadImageFile(f"{path}: has no array {IMAGES} (the images), only {', '.join(names) or 'nothing'}")
+
+    @property
+    def count(self) -> int:
+        """Number of images; 0 in a file of statistics alone."""
+        return 0 if self._layout is None else self._layout.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the images, where there are any."""
+        return None if self._layout is None else self._layout.shape[1:3]
+
+    @cached_property
+    def statistics(self) -> StoredStatistics | None:
+        """The statistics in the file, where there are any.
+
+        Raises:
+            BadImageFile: if they are damaged, or no mean and covariance.
+        """
+        if not self.has_statistics:
+            return None
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                mu, sigma, mu_s, sigma_s = (torch.from_numpy(file[name].astype(np.float64)) for name in STATISTICS)
+            return StoredStatistics(Statistics(mu, sigma), Statistics(mu_s, sigma_s))
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise BadImageFile(f"{self.path}: its statistics cannot be used ({error})") from error
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[Images]:
+        """Reads images start .. stop - 1.
+
+        Args:
+            start: first image, >= 0.
+            stop: behind the last one, at most `count`.
+            size: images at a time, >= 1; the last batch may be shorter.
+
+        Yields:
+            (n, H, W, 3) uint8 arrays of their own memory.
+
+        Raises:
+            BadImageFile: if the data ends early or is damaged.
+        """
+        if self._layout is None or not 0 <= start <= stop <= self.count:
+            raise ValueError(f"images {start} to {stop} of {self.count}")
+        read = self._in_fortran_order if self._layout.fortran_order else self._in_order
+        edges = [*range(start, stop, size), stop]
+        try:
+            yield from read(self._layout, list(zip(edges, edges[1:], strict=False)))
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise BadImageFile(f"{self.path}: its images are damaged or cut short ({error})") from error
+
+    def _in_order(self, layout: _Layout, slices: list[tuple[int, int]]) -> Iterator[Images]:
+        row = math.prod(layout.shape[1:])
+        with self._pixels(layout, slices[0][0] * row if slices else 0) as file:
+            for begin, end in slices:
+                batch = np.empty((end - begin, *layout.shape[1:]), np.uint8)
+                _fill(file, batch)
+                yield batch
+
+    def _pixels(self, layout: _Layout, skip: int) -> IO[bytes]:
+        """The pixels as a stream, from a given one on."""
+        if layout.offset is not None:
+            stored = self.path.open("rb")
+            stored.seek(layout.offset + skip)
+            return stored
+        with zipfile.ZipFile(self.path) as archive:
+            stream = archive.open(f"{IMAGES}.npy")  # keeps the file open by itself
+        to_skip = layout.header_bytes + skip
+        while to_skip:
+            skipped = len(stream.read(min(to_skip, BYTES_PER_SKIP)))
+            if not skipped:
+                raise EOFError("it ends early")
+            to_skip -= skipped
+        return stream
+
+    def _in_fortran_order(self, layout: _Layout, slices: list[tuple[int, int]]) -> Iterator[Images]:
+        if layout.offset is not None:
+            images: Images = np.memmap(self.path, np.uint8, "r", layout.offset, layout.shape, order="F")
+        else:
+            with self._pixels(layout, 0) as stream:
+                images = np.frombuffer(stream.read(), np.uint8).reshape(layout.shape, order="F")
+        for begin, end in slices:
+            yield np.array(images[begin:end], order="C")
+
+    def _read_layout(self, archive: zipfile.ZipFile) -> _Layout:
+        info = archive.getinfo(f"{IMAGES}.npy")
+        with archive.open(info) as entry:
+            try:
+                version = np.lib.format.read_magic(entry)
+                # 3.0 differs from 2.0 in the alphabet of field names alone
+                read_header = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
+                shape, fortran_order, dtype = read_header(entry)
+            except ValueError as error:
+                raise BadImageFile(f"{self.path}: {IMAGES} is no NumPy array ({error})") from error
+            header_bytes = entry.tell()
+        self._check_images(shape, dtype)
+        count, height, width, channels = shape
+        wanted, there = math.prod(shape), info.file_size - header_bytes
+        if there != wanted:
+            raise BadImageFile(f"{self.path}: {IMAGES} is cut short: {there:,} of {wanted:,} bytes of pixels")
+        offset = None
+        if info.compress_type == zipfile.ZIP_STORED:
+            with self.path.open("rb") as file:
+                file.seek(info.header_offset + 26)
+                lengths = np.frombuffer(file.read(4), "<u2")
+            offset = info.header_offset + LOCAL_HEADER + int(lengths.sum()) + header_bytes
+            if offset + wanted > self.path.stat().st_size:
+                raise BadImageFile(f"{self.path}: the file ends inside {IMAGES}")
+        return _Layout((count, height, width, channels), fortran_order, offset, header_bytes)
+
+    def _check_images(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        where = f"{self.path}: {IMAGES}"
+        if dtype != np.uint8:
+            raise BadImageFile(
+                f"{where} is {dtype}; expected uint8 pixels, 0 to 255 (scale and round pixels of another range first)"
+            )
+        if len(shape) != 4 or shape[3] != 3:
+            first = " (channels come last: transpose it)" if len(shape) == 4 and shape[1] == 3 else ""
+            raise BadImageFile(f"{where} is of shape {shape}; expected (N, H, W, 3){first}")
+        if 0 in shape:
+            raise BadImageFile(f"{where} is empty: its shape is {shape}")
+
+
+def _fill(file: IO[bytes], batch: Images) -> None:
+    """Reads until an array is full."""
+    rest = batch.reshape(-1).data
+    while len(rest):
+        count = file.readinto(rest)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError("it ends early")
+        rest = rest[count:]
