@@ -1,4 +1,6 @@
-# What the digits' scripts begin with; sourced by them.
+#!/usr/bin/env bash
+# What the scripts for the digits begin with; sourced by them.
+set -euo pipefail
 
 # begin SCRIPT DEFAULT_FOLDER PYTHON "NAMES OF NUMBERS" [OUTPUT_FOLDER | --help]
 #
