@@ -71,7 +71,7 @@ class VisionEncoder:
             found = read_checkpoint(weights, flag="--align-ckpt").weights
             found = {key: value for key, value in found.items() if not key.startswith("head.")}
             load_weights(vit, checkpoint_filter_fn(found, vit), f"--align-ckpt {weights} as {architecture}")
-        self._vit: Any = vit.to(device).eval().requires_grad_(False)
+        self._vit = vit.to(device).eval().requires_grad_(False)
         self.width: int = self._vit.num_features
         self._mean, self._std = (
             torch.tensor(self._vit.pretrained_cfg[key], device=device).view(3, 1, 1) for key in ("mean", "std")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # DDT from scratch on the embedded digits in the quick start's budget of time, with a table of what sharing its encoder
-# between steps saves and costs; beside it the quick start's DiT, trained as a flow. About four minutes on two cores.
+# between steps saves and costs; beside it the quick start's DiT, trained as a flow. About five minutes on one core.
 #
 #   bash scripts/digits_ddt.sh [OUTPUT_FOLDER]
 #
