@@ -193,9 +193,11 @@ def fail_together() -> Iterator[None]:
     except UserError as error:
         found = error
     messages = objects_from_all_ranks(None if found is None else str(found))
+    if found is not None:
+        raise found
     for message in messages:
         if message is not None:
-            raise UserError(message) from found
+            raise UserError(message)
 
 
 def rows_on_main(rows: Tensor) -> Tensor | None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from tqdm import tqdm
@@ -78,7 +78,7 @@ def find_weights(given: Path | None, cache: Path, *, offline: bool) -> Path:
         raise UserError(f"--offline: {looked}; {advice()}")
     try:
         return download(URL, places[-1], size=SIZE)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise UserError(f"{looked}, and downloading it failed ({error}); {advice()}") from error
 
 

@@ -1,0 +1,377 @@
+"""The evaluator's command from end to end on a narrow network, and everything a user can get wrong."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluator import evaluation
+from evaluator.__main__ import main
+from evaluator.inception.graph_def import read_graph
+from evaluator.inception.network import load_network
+from evaluator.inception.synthetic import synthetic_graph
+from evaluator.metrics import (
+    feature_statistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from runtime.errors import run
+from tests.inception_files import NARROW, make_images, write_npz
+from tests.processes import ROOT, run_script
+
+LABELS = ["Inception Score", "FID", "sFID", "Precision", "Recall"]  # ADM's, in ADM's order
+QUICK = ("--metrics", "is,fid,pr")  # sFID's 2,023 eigenvalues take a second
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty working directory, and no weights from outside."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DIT_EVAL_INCEPTION", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def files(folder, pair):
+    """Copies of the reference and the samples, so that results lie here."""
+    for name, path in zip(("ref.npz", "samples.npz"), pair, strict=True):
+        (folder / name).write_bytes(path.read_bytes())
+    return folder
+
+
+def evaluate(graph, *argv, reference="ref.npz", samples="samples.npz"):
+    fixed = ["--weights", str(graph), "--cache-dir", "cache", "--device", "cpu"]
+    return run(main, "evaluator", [reference, samples, *fixed, *argv])
+
+
+def result(name="samples.scores.json"):
+    return json.loads(Path(name).read_text())
+
+
+def features(graph, path, count=None):
+    with np.load(path) as file:
+        return load_network(graph).features(file["arr_0"][:count])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def test_five_numbers_in_adm_s_layout_and_a_json_with_the_whole_protocol(files, graph, capsys):
+    protocol = {"config": {"sampler": "ddpm", "cfg_scale": 1.5, "global_seed": 0}, "run": {"seconds": 3}}
+    (files / "samples.json").write_text(json.dumps(protocol))
+    assert evaluate(graph) == 0
+    out, err = capsys.readouterr()
+    lines = [line.split(": ") for line in out.splitlines()]
+    assert [label for label, _ in lines] == LABELS
+    document = result()
+    scores = document["scores"]
+    assert list(scores) == ["inception_score", "fid", "sfid", "precision", "recall"]
+    assert [float(value) for _, value in lines] == pytest.approx(list(scores.values()), abs=1e-6)
+
+    reference, samples = features(graph, "ref.npz"), features(graph, "samples.npz")
+    for name, kind in (("fid", "pool"), ("sfid", "spatial")):
+        sides = (feature_statistics(getattr(side, kind)) for side in (reference, samples))
+        assert scores[name] == pytest.approx(frechet_distance(*sides), rel=1e-4)
+    probabilities = load_network(graph).probabilities(samples.pool)
+    assert scores["inception_score"] == pytest.approx(inception_score(probabilities), rel=1e-6)
+    assert (scores["precision"], scores["recall"]) == precision_recall(reference.pool, samples.pool)
+
+    assert document["protocol"] == protocol
+    for side, path, count in (("reference", "ref.npz", 14), ("samples", "samples.npz", 11)):
+        described = document[side]
+        assert described["sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        assert (described["path"], described["images"], described["statistics"]) == (path, count, "computed")
+        assert described["image_size"] == [32, 32]
+    assert document["network"]["weights_sha256"] == hashlib.sha256(graph.read_bytes()).hexdigest()
+    assert document["network"]["backend"] == "torch" and document["network"]["precision"] == "float32"
+    assert document["versions"] == {
+        "python": sys.version.split()[0], "numpy": np.__version__, "torch": torch.__version__
+    }  # fmt: skip
+    assert document["seconds"].keys() == {"weights", "reference", "samples", "metrics", "total"}
+    assert document["config"]["pr_precision"] == "adm"
+    assert len(document["remarks"]) == 2 and all(f"note: {remark}" in err for remark in document["remarks"])
+    assert "compare with nobody's" in err and "here 11, in papers 50,000" in err
+
+
+def test_the_reference_s_features_are_kept(files, graph, capsys, monkeypatch):
+    seen = []
+    real = evaluation.extract_features
+
+    def watched(file, *args, **options):
+        seen.append(file.path.name)
+        return real(file, *args, **options)
+
+    monkeypatch.setattr(evaluation, "extract_features", watched)
+    assert evaluate(graph, *QUICK) == 0
+    first = result()["scores"]
+    assert evaluate(graph, *QUICK) == 0
+    assert seen == ["ref.npz", "samples.npz", "samples.npz"] and result()["scores"] == first
+    (kept,) = (files / "cache" / "features").iterdir()
+    kept.write_bytes(kept.read_bytes()[:100])  # damaged: made again
+    assert evaluate(graph, *QUICK) == 0
+    assert seen[3:] == ["ref.npz", "samples.npz"] and result()["scores"] == first
+    write_npz(files / "ref.npz", make_images(14, seed=5))  # another reference of the same name
+    assert evaluate(graph, *QUICK) == 0
+    assert seen[5:] == ["ref.npz", "samples.npz"] and result()["scores"] != first
+
+
+def test_a_prefix_of_the_samples(files, graph, capsys):
+    assert evaluate(graph, *QUICK, "--num-samples", "7", "--json", "prefix.json") == 0
+    with np.load("samples.npz") as file:
+        write_npz(files / "seven.npz", file["arr_0"][:7])
+    assert evaluate(graph, *QUICK, samples="seven.npz") == 0
+    prefix, seven = result("prefix.json"), result("seven.scores.json")
+    assert prefix["scores"] == pytest.approx(seven["scores"], rel=1e-6)
+    assert (prefix["samples"]["images"], prefix["samples"]["images_in_file"]) == (7, 11)
+
+
+def test_distances_in_float32_and_the_kernel_distance_by_flag(files, graph, capsys):
+    assert evaluate(graph, "--metrics", "kid,pr", "--pr-precision", "float32") == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["Precision", "Recall", "KID"]
+    reference, samples = features(graph, "ref.npz").pool, features(graph, "samples.npz").pool
+    scores = result()["scores"]
+    assert (scores["precision"], scores["recall"]) == precision_recall(reference, samples, precision="float32")
+    assert scores["kid"] == pytest.approx(kernel_distance(reference, samples), rel=1e-3)
+
+
+def stored(graph, path, count=None):
+    found = {}
+    for kind, names in (("pool", ("mu", "sigma")), ("spatial", ("mu_s", "sigma_s"))):
+        statistics = feature_statistics(getattr(features(graph, path, count), kind))
+        found |= dict(zip(names, (statistics.mean.numpy(), statistics.covariance.numpy()), strict=True))
+    return found
+
+
+def test_stored_statistics_go_before_computed_ones(files, graph, capsys):
+    assert evaluate(graph, *QUICK, "--json", "computed.json") == 0
+    with np.load("ref.npz") as file:
+        images = file["arr_0"]
+    write_npz(files / "stats.npz", images[:6], **stored(graph, "ref.npz"))  # of all 14, beside 6 images
+    write_npz(files / "six.npz", images[:6])
+    assert evaluate(graph, *QUICK, "--json", "stored.json", reference="stats.npz") == 0
+    assert evaluate(graph, *QUICK, "--json", "six.json", reference="six.npz") == 0
+    computed, with_stored, six = (result(f"{name}.json") for name in ("computed", "stored", "six"))
+    assert with_stored["scores"]["fid"] == pytest.approx(computed["scores"]["fid"], rel=1e-6)
+    assert with_stored["scores"]["fid"] != pytest.approx(six["scores"]["fid"], rel=1e-2)
+    for name in ("precision", "recall"):
+        assert with_stored["scores"][name] == six["scores"][name]
+    assert with_stored["reference"]["statistics"] == "stored in the file"
+
+
+def test_statistics_alone_serve_as_a_reference_for_what_needs_no_images(files, graph, capsys):
+    np.savez("stats.npz", **stored(graph, "ref.npz"))
+    assert evaluate(graph, reference="stats.npz") == 2
+    assert "stats.npz: no images to use, but metric pr needs at least 4 in the reference" in capsys.readouterr().err
+    assert evaluate(graph, "--metrics", "is,fid", reference="stats.npz") == 0
+    assert result()["reference"]["images"] == 0
+
+
+def test_statistics_of_the_samples_are_not_those_of_a_prefix(files, graph, capsys):
+    with np.load("samples.npz") as file:
+        write_npz(files / "with.npz", file["arr_0"], **stored(graph, "ref.npz"))
+    for argv, wanted in (((), "stored in the file"), (("--num-samples", "8"), "computed")):
+        assert evaluate(graph, "--metrics", "fid", *argv, samples="with.npz") == 0
+        document = result("with.scores.json")
+        assert document["samples"]["statistics"] == wanted
+        assert (document["scores"]["fid"] < 1e-6) == (wanted != "computed")  # they are the reference's
+
+
+def test_a_file_against_itself(files, graph, capsys):
+    assert evaluate(graph, *QUICK, samples="ref.npz") == 0
+    scores = result("ref.scores.json")["scores"]
+    assert scores["fid"] == pytest.approx(0, abs=1e-6)
+    assert (scores["precision"], scores["recall"]) == (1, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As a user runs it
+
+
+def test_the_file_and_the_module_run_from_any_directory(files, graph):
+    argv = ["ref.npz", "samples.npz", "--weights", str(graph), "--cache-dir", "cache", "--metrics", "is,pr"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    commands = {
+        "file": ([str(ROOT / "evaluator" / "evaluator.py")], environment),
+        "module": (["-m", "evaluator"], environment | {"PYTHONPATH": str(ROOT)}),
+    }
+    outputs = set()
+    for words, variables in commands.values():
+        command = [sys.executable, *words, *argv]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        outputs.add(done.stdout)
+    assert len(outputs) == 1 and outputs.pop().startswith("Inception Score: ")
+
+
+def test_two_processes_give_the_scores_of_one(files, graph, capsys):
+    flags = ("--batch-size", "3", *QUICK)
+    assert evaluate(graph, *flags, "--json", "one.json") == 0
+    argv = ("ref.npz", "samples.npz", "--weights", str(graph), "--cache-dir", "other", *flags, "--json", "two.json")
+    done = run_script("evaluator/evaluator.py", *argv, ranks=2, folder=files)
+    assert done.returncode == 0, done.stderr
+    found = [line.split(":")[0] for line in done.stdout.splitlines()]
+    assert found == [label for label in LABELS if label != "sFID"]
+    one, two = result("one.json"), result("two.json")
+    assert two["scores"] == pytest.approx(one["scores"], rel=1e-9) and two["network"]["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_an_error_under_torchrun_is_one_line_and_status_2(files, graph):
+    argv = ("ref.npz", "gone.npz", "--weights", str(graph))
+    done = run_script("evaluator/evaluator.py", *argv, ranks=2, folder=files)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "gone.npz" in line]
+    assert lines == ["evaluator: error: gone.npz: there is no such file"]
+    assert re.search(r"exitcode\s*: 2", done.stderr)
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as done:
+        run(main, "evaluator", ["--help"])
+    assert done.value.code == 0
+    out = capsys.readouterr().out
+    flags = "num-samples pr-precision weights offline cache-dir json batch-size".split()
+    for word in ("ref_batch", "sample_batch", *(f"--{flag}" for flag in flags)):
+        assert word in out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def save(name, **arrays):
+    np.savez(name, **arrays)
+
+
+def cut(name):
+    content = Path("ref.npz").read_bytes()
+    Path(name).write_bytes(content[: len(content) // 2])
+
+
+def other_resolution(name):
+    save(name, arr_0=make_images(14, (64, 32)))
+
+
+NAN_STATISTICS = {"mu": np.full(3, np.nan), "sigma": np.eye(3), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
+OTHER_NETWORK = {"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
+
+# what is written before, the arguments, and the message
+WRONG = {
+    "wrong key": (lambda: save("a.npz", images=make_images(5)), {"samples": "a.npz"}, (), "a.npz: has no array arr_0"),
+    "float images": (
+        lambda: save("a.npz", arr_0=make_images(5) / 255), {"samples": "a.npz"}, (), "a.npz: arr_0 is float64",
+    ),
+    "grey images": (
+        lambda: save("a.npz", arr_0=make_images(5)[..., :1]), {"samples": "a.npz"}, (), r"a.npz: arr_0 is of shape",
+    ),
+    "truncated": (lambda: cut("a.npz"), {"reference": "a.npz"}, (), "a.npz: not an .npz file, or cut short"),
+    "missing file": (lambda: None, {"reference": "a.npz"}, (), "a.npz: there is no such file"),
+    "another resolution": (
+        lambda: other_resolution("a.npz"), {"reference": "a.npz"}, (),
+        "samples.npz: images of 32 x 32 pixels, but a.npz has 64 x 32",
+    ),
+    "too few images for neighbours": (
+        lambda: save("a.npz", arr_0=make_images(3)), {"samples": "a.npz"}, (),
+        "a.npz: 3 images to use, but metric pr needs at least 4 in the samples",
+    ),
+    "too few images for a covariance": (
+        lambda: save("a.npz", arr_0=make_images(1)), {"reference": "a.npz"}, ("--metrics", "fid"),
+        "a.npz: 1 images to use, but metric fid needs at least 2 in the reference",
+    ),
+    "a prefix that is too long": (lambda: None, {}, ("--num-samples", "12"), "--num-samples 12: samples.npz has 11"),
+    "a prefix that is too short": (lambda: None, {}, ("--num-samples", "3"), "samples.npz: 3 images to use, but"),
+    "no samples": (lambda: None, {}, ("--num-samples", "0"), "--num-samples 0: must be at least 1"),
+    "no batch": (lambda: None, {}, ("--batch-size", "-1"), "--batch-size -1: must be at least 1"),
+    "unknown metric": (lambda: None, {}, ("--metrics", "fid,fvd"), "--metrics fid,fvd: choose from is, fid"),
+    "no metric": (lambda: None, {}, ("--metrics", ","), "--metrics ,: choose from"),
+    "unknown backend": (lambda: None, {}, ("--backend", "jax"), "backend: invalid choice"),
+    "NaN in statistics": (
+        lambda: save("a.npz", arr_0=make_images(5), **NAN_STATISTICS), {"reference": "a.npz"}, (),
+        "a.npz: its statistics cannot be used .*NaN",
+    ),
+    "statistics of another network": (
+        lambda: save("a.npz", **OTHER_NETWORK), {"reference": "a.npz"}, ("--metrics", "fid"),
+        "samples.npz against a.npz: the two sets have different numbers of features: 3 and 128",
+    ),
+    "protocol that is no JSON": (
+        lambda: Path("samples.json").write_text("{sampler"), {}, (), "samples.json: says how the samples were made",
+    ),
+    "result over the samples": (lambda: None, {}, ("--json", "samples.npz"), "--json samples.npz: the evaluation"),
+    "result over the protocol": (lambda: None, {}, ("--json", "./samples.json"), "the evaluation reads this file"),
+    "result in a file": (lambda: None, {}, ("--json", "ref.npz/a.json"), "--json ref.npz/a.json: cannot write there"),
+    "cache in a file": (lambda: None, {}, ("--cache-dir", "ref.npz"), r"--cache-dir ref.npz: cannot write there"),
+    "missing weights": (lambda: None, {}, ("--weights", "no.pb"), "--weights no.pb: there is no such file; get it"),
+    "weights that are no graph": (
+        lambda: Path("a.pb").write_text("<html>not found</html>"), {}, ("--weights", "a.pb"),
+        "a.pb: not a frozen TensorFlow graph, or damaged",
+    ),
+    "weights of another network": (
+        lambda: Path("a.pb").write_bytes(b"\x0a\x0d\x0a\x04Relu\x12\x05Relu6"), {}, ("--weights", "a.pb"),
+        "a.pb: it has no node pool_3",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_are_one_line_and_status_2_before_any_work(files, graph, capsys, monkeypatch, name):
+    prepare, paths, argv, message = WRONG[name]
+    prepare()
+    before = sorted(path.name for path in files.iterdir())
+    if name != "statistics of another network":  # which shows only when both are known
+        monkeypatch.setattr(evaluation, "extract_features", lambda *args, **options: pytest.fail("work began"))
+    assert evaluate(graph, *argv, **paths) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith(("samples:", "reference:"))]
+    assert out == "" and len(lines) == 1 and re.match(f"evaluator: error: .*{message}", lines[0]), err
+    assert [each for each in sorted(path.name for path in files.iterdir()) if each != "cache"] == before
+
+
+def test_weights_nowhere_and_no_network(files, capsys, monkeypatch):
+    assert run(main, "evaluator", ["ref.npz", "samples.npz", "--offline", "--cache-dir", "cache"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error: --offline: classify_image_graph_def.pb is neither here nor in cache; get it from http" in line
+    assert not (files / "samples.scores.json").exists()
+
+
+def test_both_files_must_be_named(capsys):
+    assert run(main, "evaluator", ["ref.npz"]) == 2
+    assert "evaluator: error: the following arguments are required: sample_batch" in capsys.readouterr().err
+
+
+def test_weights_with_nan_leave_no_result(files, capsys):
+    content = synthetic_graph(divisor=NARROW)
+    (files / "good.pb").write_bytes(content)
+    beta = read_graph(files / "good.pb")["mixed_10/conv/batchnorm/beta"].array().tobytes()
+    assert content.count(beta) == 1
+    (files / "nan.pb").write_bytes(content.replace(beta, np.full(len(beta) // 4, np.nan, np.float32).tobytes()))
+    assert evaluate("nan.pb", *QUICK) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluator"))
+    assert "ref.npz: features of 14 image(s) are NaN or infinite, first of image 0; are the weights damaged?" in line
+    assert not (files / "samples.scores.json").exists() and not list((files / "cache").rglob("*.safetensors"))
+
+
+def test_samples_damaged_in_the_middle_leave_no_result(files, graph, capsys):
+    path = write_npz(files / "a.npz", make_images(40), compressed=True)
+    content = bytearray(path.read_bytes())
+    content[60_000:60_040] = bytes(40)
+    path.write_bytes(content)
+    assert evaluate(graph, *QUICK, samples="a.npz") == 2
+    assert "evaluator: error: a.npz: its images are damaged or cut short" in capsys.readouterr().err
+    assert not (files / "a.scores.json").exists()
+
+
+def test_tensorflow_where_there_is_none(files, graph, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    assert evaluate(graph, "--backend", "tensorflow") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--backend tensorflow: TensorFlow is not installed here; bash scripts/setup_tensorflow.sh" in line
