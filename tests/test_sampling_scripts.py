@@ -136,7 +136,7 @@ def test_a_killed_job_goes_on_by_the_same_command(ckpt, tmp_path, ranks, before_
     monkeypatch.setattr(
         pipeline.Pipeline,
         "denoise",
-        lambda self, seed, indices, labels: made.append(indices.start // 5) or denoise(self, seed, indices, labels),
+        lambda self, seed, indices, labels: made.append(indices[0] // 5) or denoise(self, seed, indices, labels),
     )
     assert run(sample_ddp.main, "sample_ddp.py", argv) == 0
     assert made == sorted(set(range(5)) - finished)
