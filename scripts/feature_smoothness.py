@@ -273,6 +273,7 @@ def draw_surfaces(found: dict[str, Findings], path: Path) -> None:
             alpha, beta = np.meshgrid(*2 * (np.linspace(-1, 1, len(values)),), indexing="ij")
             axis.plot_surface(alpha, beta, values, cmap="viridis", vmin=lowest, vmax=1)
             axis.set_zlim(lowest, 1)
+            axis.tick_params(axis="z", pad=10)
             axis.set_title(f"{name}, step {step}", fontsize=10)
             axis.set_xlabel(r"$\alpha$")
             axis.set_ylabel(r"$\beta$")
