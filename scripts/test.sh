@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
-# Sets up .venv if need be and runs the tests; arguments go to pytest (for example: -m slow, or -k sampling).
+# Sets up .venv if need be and runs the tests; arguments go to pytest (for example: -m slow, or -k sampling). Without any,
+# the tests marked tf follow in a process of their own, in an environment with TensorFlow (scripts/setup_tensorflow.sh).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 # Tiny networks: one thread a process is fastest, and the two workers then have a core each.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec .venv/bin/python -m pytest -q -n 2 "$@"
+.venv/bin/python -m pytest -q -n 2 "$@"
+if [ $# -eq 0 ]; then
+    bash scripts/setup_tensorflow.sh
+    exec .venv-tensorflow/bin/python -m pytest -q -m "tf and not slow" tests/evaluator/tensorflow
+fi

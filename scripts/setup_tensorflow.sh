@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Makes ./.venv-tensorflow from requirements-tensorflow.lock, once: TensorFlow on top of what lies in .venv.
+# It is an environment of its own because TensorFlow must not be where TensorBoard or Triton would meet it; only
+# `--backend tensorflow` of the evaluator and the tests marked tf use it:
+#
+#   .venv-tensorflow/bin/python evaluator/evaluator.py REF.npz SAMPLES.npz --backend tensorflow
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+
+stamp=$(cat requirements.lock requirements-tensorflow.lock | cksum)
+if [ -x .venv-tensorflow/bin/python ] && [ "$(cat .venv-tensorflow/.stamp 2>/dev/null)" = "$stamp" ]; then
+    exit 0
+fi
+
+echo "setup: installing TensorFlow into .venv-tensorflow (1.3 GB, once)"
+where='import sysconfig; print(sysconfig.get_path("purelib"))'
+if command -v uv >/dev/null 2>&1; then
+    uv venv --quiet --allow-existing --python .venv/bin/python .venv-tensorflow
+    uv pip install --quiet --python .venv-tensorflow/bin/python --no-deps -r requirements-tensorflow.lock
+else
+    .venv/bin/python -m venv .venv-tensorflow
+    .venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-tensorflow.lock
+fi
+.venv/bin/python -c "$where" > "$(.venv-tensorflow/bin/python -c "$where")/layer.pth"
+echo "$stamp" > .venv-tensorflow/.stamp
