@@ -16,6 +16,7 @@ from evaluator.metrics import (
     Statistics,
     feature_statistics,
     frechet_distance,
+    frechet_distance_from_features,
     inception_score,
     kernel_distance,
     precision_recall,
@@ -64,6 +65,8 @@ def _inception_score(reference: ImageSet, samples: ImageSet, precision: Distance
 
 
 def _fid(reference: ImageSet, samples: ImageSet, precision: DistancePrecision) -> dict[str, float]:
+    if reference.pool_statistics is None and samples.pool_statistics is None:
+        return {"FID": frechet_distance_from_features(_pool(reference), _pool(samples))}
     return {"FID": frechet_distance(_statistics(reference), _statistics(samples))}
 
 

@@ -8,6 +8,7 @@ no longer fits into the time allowed is named, not run.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import gc
 import importlib.util
@@ -36,6 +37,8 @@ from benchmarks.cases import (
     make_inputs,
     optimizer_cases,
 )
+from benchmarks.evaluation import GROUP as EVALUATOR
+from benchmarks.evaluation import PUBLISHED, TINY, EvaluatorSizes, evaluator_cases, extrapolated_seconds
 from benchmarks.families import family_groups
 from benchmarks.report import headline, machine_info, markdown, report, write_report
 from benchmarks.sampling import sampling_facts, sampling_groups
@@ -83,6 +86,7 @@ class Sizes(NamedTuple):
         spec: steps of the trajectories whose precision is compared.
         gemm_side: of the square matrix product.
         family_steps: sampling steps in which the families leave work out.
+        evaluator: of the evaluator's cases.
     """
 
     model: str
@@ -94,6 +98,7 @@ class Sizes(NamedTuple):
     steps: int = 8
     spec: str = "ddim50"
     family_steps: int = 20
+    evaluator: EvaluatorSizes = PUBLISHED
 
 
 FULL = Sizes("DiT-XL/2", ((256, 4, 5), (32, 20, 5)), rows=64, rounds=15, gemm_side=GEMM_SIDE["cuda"])
@@ -107,8 +112,9 @@ SMOKE = Sizes(
     steps=2,
     spec="ddim5",
     family_steps=4,
+    evaluator=TINY,
 )
-SAMPLING_ROUNDS = 5
+SAMPLING_ROUNDS, EVALUATOR_ROUNDS = 5, 3
 
 
 class Training:
@@ -217,6 +223,8 @@ def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> It
     ):
         yield Measurement(group, cases, min(SAMPLING_ROUNDS, sizes.rounds))
     yield Measurement("optimizer", lambda: optimizer_cases(filled_network(sizes.model, device)), sizes.rounds)
+    rounds = min(EVALUATOR_ROUNDS, sizes.rounds)
+    yield Measurement(EVALUATOR, lambda: evaluator_cases(device, sizes.evaluator), rounds)
 
 
 def comparable(cases: Sequence[Case], known: Mapping[str, Sequence[Tensor]]) -> list[Case]:
@@ -282,6 +290,11 @@ def file_stem(device_name: str, date: datetime.date) -> str:
 def as_text(document: dict[str, Any]) -> str:
     """The Markdown file."""
     facts = "".join(f"\n{name}: {value:.2%}" for name, value in document["sampling"].items())
+    if document["evaluator_seconds"] is not None:
+        facts += (
+            f"\nevaluating {document['settings']['evaluator']['samples']:,} images, extrapolated, without reading: "
+        )
+        facts += f"{document['evaluator_seconds']:.1f} s"
     return f"{headline(document)}\n\nTests marked gpu: {document['gpu_tests']}{facts}\n\n{markdown(document)}\n"
 
 
@@ -306,7 +319,9 @@ def main(argv: Sequence[str]) -> None:
     facts, lacking = sampling_facts(sizes.model, device, sizes.drawn, sizes.steps, sizes.spec, deadline)
     skipped += lacking
     settings = {"smoke": config.smoke, "seconds": config.seconds, **sizes._asdict()}
+    settings["evaluator"] = dataclasses.asdict(sizes.evaluator)
     document = report(settings, machine, rows, skipped) | {"gpu_tests": tests, "sampling": facts}
+    document["evaluator_seconds"] = extrapolated_seconds(rows, sizes.evaluator)
     write_report(document, path)
     with atomic_path(path.with_suffix(".md")) as temporary:
         temporary.write_text(as_text(document))

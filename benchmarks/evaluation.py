@@ -1,0 +1,312 @@
+"""The evaluator's stages, timed: on a GPU as cases of the report, on a CPU each in a process of its own.
+
+Weights are made up (evaluator/inception/synthetic.py): speed does not depend on them. Features behind the network are
+random numbers of the real shapes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from benchmarks.timing import Case, Row
+from evaluator.features import extract_features
+from evaluator.inception.backend import Backend, Features
+from evaluator.inception.network import InceptionNetwork, load_network
+from evaluator.inception.synthetic import write_synthetic_graph
+from evaluator.metrics import (
+    DistancePrecision,
+    Statistics,
+    feature_statistics,
+    frechet_distance,
+    frechet_distance_from_features,
+    inception_score,
+    precision_recall,
+)
+from evaluator.npz import ImageFile
+from evaluator.report import sha256_of
+from evaluator.scores import ADM_METRICS, ImageSet, compute_scores
+from runtime.distributed import World
+
+GROUP = "evaluator"  # of the report's rows
+REAL_BATCHES = 2  # of a rehearsal, which the network really sees, so that it takes its memory
+
+
+@dataclass(frozen=True)
+class EvaluatorSizes:
+    """How large everything is; the defaults are the published protocol.
+
+    Attributes:
+        divisor: of the network's number of channels.
+        side: of the images.
+        pool: pool features.
+        spatial: spatial features.
+        reference: images of the reference.
+        samples: images that are evaluated.
+        images: of them, what a timed run of the network sees.
+        batch: images at a time.
+        few: rows of a set with a singular covariance.
+    """
+
+    divisor: int = 1
+    side: int = 256
+    pool: int = 2048
+    spatial: int = 2023
+    reference: int = 10_000
+    samples: int = 50_000
+    images: int = 256
+    batch: int = 64
+    few: int = 1000
+
+
+PUBLISHED = EvaluatorSizes()
+TINY = EvaluatorSizes(divisor=16, side=16, pool=128, spatial=24, reference=40, samples=60, images=4, batch=2, few=20)
+
+
+def random_features(rows: int, width: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Features as a ReLU leaves them, (rows, width) float32 >= 0, neighbours correlated."""
+    generator = torch.Generator(device).manual_seed(seed)
+    features = torch.randn(rows, width, generator=generator, device=device)
+    return features.add_(features.roll(1, dims=1), alpha=0.5).relu_()
+
+
+def random_images(count: int, side: int) -> npt.NDArray[np.uint8]:
+    """Noise, (count, side, side, 3) uint8."""
+    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def make_network(sizes: EvaluatorSizes, device: torch.device | str = "cpu") -> InceptionNetwork:
+    """The Inception network with made-up weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        return load_network(write_synthetic_graph(Path(folder) / "weights.pb", divisor=sizes.divisor), device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cases of the GPU's report
+
+
+def evaluator_cases(device: torch.device, sizes: EvaluatorSizes) -> list[Case]:
+    """Everything an evaluation consists of but reading; the first case is the network."""
+    reference = random_features(sizes.reference, sizes.pool, 0, device)
+    samples = random_features(sizes.samples, sizes.pool, 1, device)
+    network = make_network(sizes, device)
+    images = random_images(sizes.batch, sizes.side)
+
+    def run_network(_: None) -> Features:
+        return [network.features(images) for _ in range(sizes.images // sizes.batch)][-1]
+
+    def spatial_statistics() -> list[Statistics]:
+        rows = sizes.few + sizes.spatial
+        return [feature_statistics(random_features(rows, sizes.spatial, seed)) for seed in (2, 3)]
+
+    shown = f"{sizes.reference:,} and {sizes.samples:,}"
+    work: dict[str, Callable[[None], Any]] = {
+        f"Inception Score of {sizes.samples:,}": lambda _: inception_score(network.probabilities(samples)),
+        f"FID of {shown}": lambda _: frechet_distance_from_features(reference, samples),
+        f"precision and recall of {shown}": lambda _: precision_recall(reference, samples),
+    }
+    return [
+        Case(f"features, {sizes.side} x {sizes.side}", lambda: None, run_network, images=sizes.images),
+        *(Case(name, lambda: None, run) for name, run in work.items()),
+        Case("sFID of given statistics", spatial_statistics, lambda pair: frechet_distance(*pair)),
+    ]
+
+
+def extrapolated_seconds(rows: Sequence[Row], sizes: EvaluatorSizes) -> float | None:
+    """Seconds of a whole evaluation without reading, from the cases' times; None where they did not run."""
+    ours = [row for row in rows if row.group == GROUP]
+    if not ours:
+        return None
+    per_image = ours[0].seconds / ours[0].images
+    return per_image * (sizes.reference + sizes.samples) + sum(row.seconds for row in ours[1:])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stages on a CPU, each alone in a process, so that its memory is its own
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage took.
+
+    Attributes:
+        name: in tables.
+        seconds: of the work, preparation left out.
+        memory: peak of the whole process in bytes, libraries and preparation included.
+        images: that were worked on; 0 where that means nothing.
+        facts: other numbers.
+    """
+
+    name: str
+    seconds: float
+    memory: int
+    images: int = 0
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+def run_alone(work: Callable[..., Stage], threads: int, *arguments: Any) -> Stage:
+    """Runs a stage in a fresh process with a number of CPU threads."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _finish(name: str, start: float, images: int = 0, **facts: float) -> Stage:
+    return Stage(name, time.perf_counter() - start, peak_memory(), images, facts)
+
+
+class SparseFile(io.FileIO):
+    """A file that skips zeros instead of writing them, so that gigabytes of black images take no space."""
+
+    def write(self, data: Any) -> int:
+        """Writes, or leaves a hole."""
+        if len(data) < 4096 or np.frombuffer(data, np.uint8).any():
+            return super().write(data)
+        self.seek(len(data), io.SEEK_CUR)
+        return len(data)
+
+
+def write_black_images(path: Path, count: int, side: int) -> Path:
+    """An .npz of black images, of full size to readers and of a few kilobytes on the disk."""
+    with SparseFile(path, "w") as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, side, side, 3)}
+            np.lib.format.write_array_header_1_0(entry, header)
+            row = side * side * 3
+            rows_at_a_time = max(1, (1 << 22) // row)
+            for start in range(0, count, rows_at_a_time):
+                entry.write(bytes(min(rows_at_a_time, count - start) * row))
+    return path
+
+
+def reading(sizes: EvaluatorSizes) -> Stage:
+    """Every image of the samples once."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = ImageFile(write_black_images(Path(folder) / "a.npz", sizes.samples, sizes.side))
+        start = time.perf_counter()
+        size = sum(batch.nbytes for batch in file.batches(0, file.count, sizes.batch))
+        return _finish("reading", start, sizes.samples, gigabytes=size / 1e9)
+
+
+def digest(sizes: EvaluatorSizes) -> Stage:
+    """The samples' sha256."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_black_images(Path(folder) / "a.npz", sizes.samples, sizes.side)
+        start = time.perf_counter()
+        sha256_of(path)
+        return _finish("sha256 of the file (beside the network)", start, sizes.samples)
+
+
+def features(sizes: EvaluatorSizes) -> Stage:
+    """The network."""
+    network, images = make_network(sizes), random_images(sizes.batch, sizes.side)
+    network.features(images)
+    batches = sizes.images // sizes.batch
+    start = time.perf_counter()
+    for _ in range(batches):
+        network.features(images)
+    return _finish(f"features, {sizes.side} x {sizes.side}", start, batches * sizes.batch)
+
+
+def statistics(sizes: EvaluatorSizes) -> Stage:
+    """Mean and covariance of the samples' pool features."""
+    rows = random_features(sizes.samples, sizes.pool, 0)
+    start = time.perf_counter()
+    feature_statistics(rows)
+    return _finish(f"statistics of {sizes.samples:,} x {sizes.pool:,}", start)
+
+
+def distance(sizes: EvaluatorSizes, rows: int, name: str) -> Stage:
+    """The Frechet distance of given statistics."""
+    a, b = (feature_statistics(random_features(rows, sizes.pool, seed)) for seed in (0, 1))
+    start = time.perf_counter()
+    value = frechet_distance(a, b)
+    return _finish(name, start, distance=value)
+
+
+def distance_from_features(sizes: EvaluatorSizes) -> Stage:
+    """The Frechet distance of few rows, without their covariances."""
+    a, b = (random_features(sizes.few, sizes.pool, seed) for seed in (0, 1))
+    start = time.perf_counter()
+    value = frechet_distance_from_features(a, b)
+    return _finish(f"Frechet distance of {sizes.few:,} rows", start, distance=value)
+
+
+def general_square_root(sizes: EvaluatorSizes, rows: int) -> Stage:
+    """The Frechet distance by a square root of the product of covariances, as ADM computes it."""
+    from scipy.linalg import sqrtm
+
+    a, b = (feature_statistics(random_features(rows, sizes.pool, seed)) for seed in (0, 1))
+    start = time.perf_counter()
+    root = float(np.trace(sqrtm(a.covariance.numpy() @ b.covariance.numpy())).real)
+    shift = a.mean - b.mean
+    value = float(shift @ shift + a.covariance.trace() + b.covariance.trace()) - 2 * root
+    return _finish("the same by a general square root (scipy)", start, distance=value)
+
+
+def manifolds(sizes: EvaluatorSizes, precision: DistancePrecision) -> Stage:
+    """Precision and recall of as many samples as references."""
+    a, b = (random_features(sizes.reference, sizes.pool, seed) for seed in (0, 1))
+    start = time.perf_counter()
+    precision_recall(a, b, precision=precision)
+    return _finish(f"precision and recall, {sizes.reference:,} x {sizes.reference:,}, {precision}", start)
+
+
+class Rehearsal:
+    """A backend that takes the network's memory but hardly any of its time: most features are random numbers."""
+
+    def __init__(self, sizes: EvaluatorSizes) -> None:
+        self.network, self.sizes, self.calls = make_network(sizes), sizes, 0
+
+    def features(self, images: npt.NDArray[Any]) -> Features:
+        """Numbers in the place of features of (N, H, W, 3) images."""
+        self.calls += 1
+        if self.calls <= REAL_BATCHES:
+            self.network.features(images)
+        widths = (self.sizes.pool, self.sizes.spatial)
+        return Features(*(random_features(len(images), width, self.calls) for width in widths))
+
+    def probabilities(self, pool: Tensor) -> Tensor:
+        """The network's."""
+        return self.network.probabilities(pool)
+
+
+def rehearsal(sizes: EvaluatorSizes) -> Stage:
+    """A whole evaluation at full size, files and metrics included, but for the network's time."""
+    world = World(0, 1, torch.device("cpu"))
+    backend: Backend = Rehearsal(sizes)
+    sets: list[ImageSet] = []
+    with tempfile.TemporaryDirectory() as folder:
+        counts = {"reference": sizes.reference, "samples": sizes.samples}
+        files = {name: write_black_images(Path(folder) / name, count, sizes.side) for name, count in counts.items()}
+        start = time.perf_counter()
+        for name, path in files.items():
+            options: dict[str, Any] = {"batch_size": sizes.batch, "spatial": True, "world": world, "title": name}
+            found = extract_features(ImageFile(path), backend, counts[name], **options)
+            assert found is not None  # the only process is the main one
+            sets.append(ImageSet(found.pool, None, found.spatial, backend.probabilities))
+        scores = compute_scores(ADM_METRICS, *sets, "adm")
+        assert all(map(math.isfinite, scores.values()))
+        return _finish("everything but the network", start)
