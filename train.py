@@ -86,6 +86,7 @@ class TrainConfig:
     flops_warmup_steps: int | None = setting(None, "DyDiT: steps over which that target falls from 1 (1000)")
     flops_weight: float | None = setting(None, "DyDiT: weight of the squared distance from the target (2)")
     complete_loss_steps: int | None = setting(None, "DyDiT: steps that also train the network unrouted; all")
+    gate_noise_steps: int | None = setting(None, "DyDiT: steps with noise in the routers' decisions; all")
     stratified_t: bool | None = setting(None, "DyDiT: times of a batch cover the four quarters evenly (no)")
     rank_by_magnitude: bool | None = setting(
         None, "DyDiT: sort the heads and MLP channels of --init-from, largest first (no)"

@@ -186,6 +186,9 @@ class DyDiTRecipe(TrainingRecipe):
     The complete pass keeps the whole network a good one while its parts learn to do without each other. It is a second
     diffusion loss of the same weights on the same noisy images, with labels dropped independently.
 
+    Noise in the gates lets routers try what they would not choose. Sampling goes without, and then runs more than the
+    ratio held in training wherever a gate is undecided; steps without noise at the end of training settle that.
+
     Raises:
         ValueError: naming the field, its value and what would be right.
 
@@ -198,6 +201,7 @@ class DyDiTRecipe(TrainingRecipe):
     flops_weight: float = 2.0  # of the penalty (ratio - target)^2
     flops_warmup_steps: int = 1000  # over which the target falls from 1
     complete_loss_steps: int | None = None  # of training with a complete pass; None: all
+    gate_noise_steps: int | None = None  # of training with noise in the gates; None: all
     stratified_t: bool = False  # times of a batch cover the four quarters of the schedule evenly
     rank_by_magnitude: bool = False  # heads and channels of the weights to start from, largest first
 
@@ -205,7 +209,7 @@ class DyDiTRecipe(TrainingRecipe):
         """Refuses what cannot be meant."""
         if not 0 < self.flops_target <= 1:
             raise ValueError(f"flops_target must lie in (0, 1], not {self.flops_target}")
-        for name in ("flops_weight", "flops_warmup_steps", "complete_loss_steps"):
+        for name in ("flops_weight", "flops_warmup_steps", "complete_loss_steps", "gate_noise_steps"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and not negative, not {getattr(self, name)}")
 
@@ -216,7 +220,7 @@ class DyDiTRecipe(TrainingRecipe):
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         """The routed pass, and the complete one as long as it lasts."""
-        routed = Pass(noisy_gates=True)
+        routed = Pass(noisy_gates=self.gate_noise_steps is None or step < self.gate_noise_steps)
         if self.complete_loss_steps is not None and step >= self.complete_loss_steps:
             return (routed,)
         return routed, Pass({"complete_model": True}, "complete_")

@@ -38,13 +38,15 @@ for target in "${targets[@]}"; do
     folder="$out/$target"
     rm -rf "$folder"
     mkdir -p "$folder"
-    # Token routers start where width routers do: from the official 35, so few steps cannot bring them down.
+    # Token routers start where width routers do: from the official 35, so few steps cannot bring them down. The last third
+    # goes without noise in the gates, as sampling does, so that what was trained for is what sampling runs.
     "$python" train.py --dataset digits --model DyDiT-digits/2 --results-dir "$folder/runs" --init-from "$start" \
         --noise-schedule squaredcos_cap_v2 --no-learn-sigma --class-dropout-prob 0.1 \
         --max-steps "$steps" --global-batch-size 64 --num-workers 0 --log-every "$((steps < 100 ? steps : 100))" \
         --lr 3e-3 --lr-schedule cosine --lr-warmup-steps 50 --lr-final-ratio 0.05 --adam-betas 0.9 0.99 \
         --ema-decay 0.99 --ema-ramp \
-        --flops-target "$target" --flops-warmup-steps "$((steps / 3))" --stratified-t --token-router-bias 15
+        --flops-target "$target" --flops-warmup-steps "$((steps / 3))" --stratified-t --token-router-bias 15 \
+        --gate-noise-steps "$((steps * 2 / 3))"
     checkpoint=$(find "$folder/runs" -name '*.safetensors' | sort | tail -n 1)
     sample "$checkpoint" "$folder"
 done

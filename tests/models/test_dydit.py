@@ -9,6 +9,7 @@ from torch import Tensor
 from diffusion import Batch, Draws, Objective, create_diffusion, guided, sample_loop
 from models import DyDiT, Network, create_model
 from models.dydit import DyDiTConfig, DyDiTRecipe, gate
+from runtime.checkpoint import load_weights
 from tests.golden_data import arrays, assert_close, relative_error, table
 from tests.networks import debug_network
 
@@ -218,6 +219,18 @@ def test_weights_with_the_official_names_and_shapes_load_strictly(layout: str) -
     assert routers == counts["routers"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["first_always_on", "all_heads"])
+def test_random_weights_of_full_size_are_loaded_and_kept(layout: str) -> None:
+    with torch.device("meta"):
+        shapes = create_model("DyDiT-XL/2", router_layout=layout).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.empty(meta.shape).normal_(generator=generator) for name, meta in shapes.items()}
+    network = create_model("DyDiT-XL/2", **DyDiT.settings_from(weights, DyDiTConfig()))
+    load_weights(network, weights, "test")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+
+
 def test_weights_say_what_layout_they_have() -> None:
     for name, layout in (("v2_tiny", "first_always_on"), ("v1_tiny", "all_heads")):
         weights = arrays(f"dydit/{name}/state_dict")
@@ -323,13 +336,21 @@ def test_the_complete_pass_lasts_as_long_as_asked() -> None:
     assert len(DyDiTRecipe().passes(10**9)) == 2 and len(DyDiTRecipe(complete_loss_steps=0).passes(0)) == 1
 
 
+def test_gates_are_noisy_as_long_as_asked() -> None:
+    recipe = DyDiTRecipe(gate_noise_steps=3)
+    assert [[one.noisy_gates for one in recipe.passes(step)] for step in (0, 2, 3)] == [[True, False]] * 2 + [
+        [False] * 2
+    ]
+    assert DyDiTRecipe().passes(10**9)[0].noisy_gates
+
+
 @pytest.mark.parametrize("target", [0.0, -0.1, 1.01, float("nan")])
 def test_a_target_outside_its_range_is_refused(target: float) -> None:
     with pytest.raises(ValueError, match=r"flops_target must lie in \(0, 1\]"):
         DyDiTRecipe(flops_target=target)
 
 
-@pytest.mark.parametrize("setting", ["flops_weight", "flops_warmup_steps", "complete_loss_steps"])
+@pytest.mark.parametrize("setting", ["flops_weight", "flops_warmup_steps", "complete_loss_steps", "gate_noise_steps"])
 def test_negative_settings_are_refused(setting: str) -> None:
     with pytest.raises(ValueError, match=f"{setting} must be finite and not negative, not -1"):
         DyDiTRecipe(**{setting: -1})

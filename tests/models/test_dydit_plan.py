@@ -144,6 +144,19 @@ def test_what_the_plan_does_not_cover_goes_by_masks() -> None:
         ready(x, TIMES[3], y)
 
 
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("pack_from", [0, 10**9], ids=["packed", "unpacked"])
+def test_a_gpu_gives_what_its_masks_give(pack_from: int) -> None:
+    network = routed_network().cuda()
+    ready, _ = prepared(network, pack_from=pack_from)
+    x, y = (part.cuda() for part in inputs())
+    for t in TIMES[::5]:
+        found, masked = ready(x, t, y), network(x, t, y)
+        assert_close(found.sample, masked.sample, 1e-4)
+        assert all(torch.equal(one, other) for one, other in zip(found.routing, masked.routing, strict=True))
+
+
 @torch.no_grad()
 def test_a_plan_is_a_snapshot_and_is_taken_again() -> None:
     network = routed_network()
