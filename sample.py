@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from data.pixels import Images, enlarge, grid, save_gif, save_png, to_picture
 from models import ModelOutput
-from pipeline import Pipeline
 from runtime import distributed
 from runtime.config import parse_config, setting
 from runtime.errors import run
 from runtime.files import check_writable
-from sampling_config import SamplingConfig, check_labels
+from sampling.config import SamplingConfig, check_labels
+from sampling.pipeline import Pipeline
 
 OFFICIAL_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 LOOKED_AT = 64  # digits are too small to look at: enlarged to about this many pixels

@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from data.pixels import save_png, to_uint8
 from data.sample_file import SampleFile
-from pipeline import Pipeline
 from runtime import distributed
 from runtime.background import Background
 from runtime.config import flag_name, parse_config, setting, to_dict
@@ -38,7 +37,8 @@ from runtime.download import read_record, sha256_of
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
 from runtime.seeds import derive_seed
-from sampling_config import SamplingConfig, check_labels
+from sampling.config import SamplingConfig, check_labels
+from sampling.pipeline import Pipeline
 
 # Processes wait for the slowest at the end, and for the first one's download at the start.
 PATIENCE_SECONDS = 24 * 3600.0

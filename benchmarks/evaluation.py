@@ -307,6 +307,6 @@ def rehearsal(sizes: EvaluatorSizes) -> Stage:
             found = extract_features(ImageFile(path), backend, counts[name], **options)
             assert found is not None  # the only process is the main one
             sets.append(ImageSet(found.pool, None, found.spatial, backend.probabilities))
-        scores = compute_scores(ADM_METRICS, *sets, "adm")
+        scores = compute_scores(ADM_METRICS, sets[0], sets[1], "adm")
         assert all(map(math.isfinite, scores.values()))
         return _finish("everything but the network", start)

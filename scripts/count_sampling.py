@@ -13,20 +13,17 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pipeline.py is in no package
-
 from models import ModelOutput, Network
-from pipeline import Pipeline
 from runtime import distributed
 from runtime.config import parse_config, setting
 from runtime.errors import run
-from sampling_config import SamplingConfig
+from sampling.config import SamplingConfig
+from sampling.pipeline import Pipeline
 
 BLOCK_PARTS = ("attention_linear", "attention_products", "mlp")
 

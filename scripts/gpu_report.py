@@ -46,14 +46,15 @@ from benchmarks.timing import BF16, Case, Clock, Row, choose_clock, measure
 from data.autoencoder import Pixels
 from data.image_folder import ArrayImages
 from diffusion import Batch, Objective, create_diffusion
-from dry_run import predict_memory
 from models import Network
 from runtime.config import parse_config, setting
 from runtime.distributed import World
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
-from train import TrainConfig
-from trainer import Setup, Trainer
+from training.config import TrainConfig
+from training.dry_run import predict_memory
+from training.setup import Setup
+from training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_SECONDS = 120

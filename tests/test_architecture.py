@@ -1,4 +1,4 @@
-"""Imports point downward only: entry points -> {models, diffusion, data, evaluator} -> runtime."""
+"""Imports point downward: entry points, then training and sampling, then the other rooms, then runtime."""
 
 import ast
 import subprocess
@@ -14,7 +14,8 @@ from tests.source_words import families_named, identifiers
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {"models", "diffusion", "data", "evaluator"}
-PACKAGES = ROOMS | {"runtime", "scripts"}
+UPPER_ROOMS = {"training", "sampling"}
+PACKAGES = ROOMS | UPPER_ROOMS | {"runtime", "scripts"}
 HEAVY = {"diffusers", "timm", "torchvision", "sklearn", "matplotlib", "tensorflow", "huggingface_hub"}
 LIGHT_ROOMS = {"models", "diffusion", "runtime"}
 
@@ -62,7 +63,7 @@ def imports(name: str, source: str) -> Iterator[Import]:
 def is_entry_point(name: str, source: str) -> bool:
     """Scripts, files of the root, and modules that define `main`."""
     defines_main = any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in ast.parse(source).body)
-    return name.split(".")[0] not in ROOMS | {"runtime"} or defines_main
+    return name.split(".")[0] not in ROOMS | UPPER_ROOMS | {"runtime"} or defines_main
 
 
 def violations(sources: dict[str, str]) -> list[str]:
@@ -76,6 +77,8 @@ def violations(sources: dict[str, str]) -> list[str]:
             contract = room == "diffusion" and typing_only and target.startswith("models.contract.")
             if room in ROOMS and other in ROOMS - {room} and not contract:
                 broken.append(f"{name} imports {target}: rooms do not import each other")
+            if other in UPPER_ROOMS - {room}:
+                broken.append(f"{name} imports {target}: only entry points do")
             if room == "runtime" and other in ROOMS:
                 broken.append(f"{name} imports {target}: runtime imports no room")
             if any(target == entry or target.startswith(f"{entry}.") for entry in entry_points):
@@ -94,7 +97,7 @@ def project() -> dict[str, str]:
 
 def test_the_project_keeps_the_import_rule() -> None:
     sources = project()
-    assert {"models.dit", "diffusion.sampling", "runtime.seeds", "data.digits"} <= sources.keys()
+    assert {"models.dit", "diffusion.sampling", "runtime.seeds", "data.digits", "training.setup"} <= sources.keys()
     assert violations(sources) == []
 
 
@@ -116,6 +119,9 @@ def test_the_project_keeps_the_import_rule() -> None:
         ("data.digits", "import scripts.tool", "imports scripts.tool: nothing imports an entry point"),
         ("evaluator.adm", "from evaluator.cli import main", "nothing imports an entry point"),
         ("evaluator.adm", "from .cli import main", "imports evaluator.cli.main: nothing imports an entry point"),
+        ("data.digits", "from training.setup import set_up", "imports training.setup.set_up: only entry points do"),
+        ("sampling.pipeline", "import training.trainer", "imports training.trainer: only entry points do"),
+        ("training.trainer", "if TYPE_CHECKING:\n    from train import main", "nothing imports an entry point"),
         ("models.dit", "import timm.models", "models.dit imports timm.models at its top"),
         ("runtime.log", "try:\n    from diffusers import AutoencoderKL\nexcept ImportError: pass", "at its top"),
         ("runtime.log", "class A:\n    import matplotlib.pyplot as plt", "at its top"),
@@ -136,7 +142,8 @@ def test_what_breaks_the_rule_is_found(name: str, source: str, message: str) -> 
         ("data.vae", "import diffusers"),
         ("evaluator.cli", "import data, train\ndef main(argv): pass"),
         ("train", "import data, models, diffusion.sampling, evaluator.cli, runtime"),
-        ("scripts.tool", "import train"),
+        ("scripts.tool", "import train, training.setup, sampling.pipeline"),
+        ("training.setup", "import data, models, diffusion, training.config, evaluator.metrics"),
     ],
 )
 def test_what_keeps_the_rule_is_let_be(name: str, source: str) -> None:

@@ -7,16 +7,17 @@ import pytest
 import torch
 
 import models
-import train
-import trainer
 from models.acceleration import can_compile
-from pipeline import Pipeline
 from runtime.checkpoint import save_checkpoint
 from runtime.config import parse_config
 from runtime.distributed import World
 from runtime.errors import UserError
-from sampling_config import PROCESSES, SAMPLERS, SamplingConfig
+from sampling.config import PROCESSES, SAMPLERS, SamplingConfig
+from sampling.pipeline import Pipeline
 from tests.networks import debug_name, randomise
+from training import trainer
+from training.config import TrainConfig
+from training.setup import set_up
 
 CPU = World(0, 1, torch.device("cpu"))
 # What is combined with a sampler; the numbers are timesteps, 0 clean and 1000 noise.
@@ -41,8 +42,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str
     for family in models.FAMILIES:
         for process in PROCESSES:
             argv = f"--dataset digits --model {debug_name(family).replace('debug', 'digits')} --process {process}"
-            config = parse_config(train.TrainConfig, argv.split(), program="train.py", description="")
-            setup = train.set_up(config, CPU.device)
+            config = parse_config(TrainConfig, argv.split(), program="train.py", description="")
+            setup = set_up(config, CPU.device)
             made[family, process] = folder / f"{family}-{process}.safetensors"
             meta = trainer.checkpoint_meta(setup, 1)
             save_checkpoint(made[family, process], {"ema": randomise(setup.network).state_dict()}, meta)

@@ -15,6 +15,7 @@ from runtime.checkpoint import read_checkpoint, read_groups
 from runtime.errors import run
 from tests.networks import randomise
 from tests.processes import run_script
+from training.config import NETWORK_SETTINGS, RECIPE_SETTINGS, TrainConfig
 
 BASE = (
     "--dataset digits --model DyDiT-debug/2 --device cpu --num-workers 0 --global-batch-size 16 --log-every 1".split()
@@ -284,6 +285,6 @@ def test_a_plain_checkpoint_is_not_sampled_as_a_routed_one_nor_the_other_way_rou
 
 
 def test_every_setting_of_every_recipe_has_a_flag() -> None:
-    fields = train.TrainConfig.__dataclass_fields__
-    assert {"flops_target", "complete_loss_steps"} <= {*train.RECIPE_SETTINGS} <= fields.keys()
-    assert all(fields[name].default is None for name in (*train.RECIPE_SETTINGS, *train.NETWORK_SETTINGS))
+    fields = TrainConfig.__dataclass_fields__
+    assert {"flops_target", "complete_loss_steps"} <= {*RECIPE_SETTINGS} <= fields.keys()
+    assert all(fields[name].default is None for name in (*RECIPE_SETTINGS, *NETWORK_SETTINGS))

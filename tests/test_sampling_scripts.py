@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 import models
-import pipeline
 import sample
 import sample_ddp
 import train
@@ -18,7 +17,8 @@ from diffusion import guided
 from models import create_model
 from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.errors import run
-from sampling_config import SAMPLERS, SamplingConfig
+from sampling import pipeline
+from sampling.config import SAMPLERS, SamplingConfig
 from tests.golden_data import assert_close
 from tests.networks import debug_name, randomise
 from tests.processes import run_script

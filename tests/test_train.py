@@ -6,11 +6,12 @@ import torch
 from PIL import Image
 
 import train
-import trainer
 from runtime.checkpoint import read_checkpoint
 from runtime.config import parse_config
 from runtime.errors import run
 from tests.processes import run_script
+from training import trainer
+from training.config import TrainConfig
 
 DIGITS = "--dataset digits --model DiT-digits/2 --num-workers 0 --device cpu".split()
 SHORT = [*DIGITS, *"--max-steps 6 --global-batch-size 12 --log-every 1 --ckpt-every 4 --lr 2e-3".split()]
@@ -200,8 +201,8 @@ def test_cuda_without_cuda_is_refused(monkeypatch, capsys):
     assert "--device cuda: PyTorch finds no CUDA device" in capsys.readouterr().err
 
 
-def config(*argv: str) -> train.TrainConfig:
-    return parse_config(train.TrainConfig, argv, program="train.py", description="")
+def config(*argv: str) -> TrainConfig:
+    return parse_config(TrainConfig, argv, program="train.py", description="")
 
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine():

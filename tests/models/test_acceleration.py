@@ -143,7 +143,7 @@ def trajectory(network: Any, source: Network, refresh: tuple[bool, ...] | None) 
 @pytest.mark.parametrize("refresh", [None, every_nth(6, 3)])
 def test_replayed_runs_equal_plain_ones(network: Network, refresh: tuple[bool, ...] | None) -> None:
     if network.decides_by_input:
-        return  # refused by pipeline.py
+        return  # refused by the pipeline
     graphed = GraphedNetwork(network, rerun)
     assert torch.equal(trajectory(graphed, network, refresh), trajectory(network, network, refresh))
     assert graphed.recordings == 6

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def test_a_profile_shows_the_steps_and_their_operations(tmp_path):
 
 
 def test_tensorboard_is_an_extra(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     argv = ["--dataset", "digits", "--model", "DiT-digits/2", "--tensorboard", "--results-dir", str(tmp_path)]
     assert run(train.main, "train.py", argv) == 2
     assert "--tensorboard: the package is not installed; pip install tensorboard" in capsys.readouterr().err

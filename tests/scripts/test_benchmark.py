@@ -269,7 +269,7 @@ def test_gpu_report_smoke(gpu_report: ModuleType, tmp_path: Path, capsys: pytest
     document = json.loads((tmp_path / "smoke.json").read_text())
     rows = document["rows"]
     groups = {"peak": 2, "training": 4, "forward": 3, "sampling": 8}
-    groups |= {"routing": 4, "caching": 4, "sharing": 3, "optimizer": 4}
+    groups |= {"routing": 4, "caching": 4, "sharing": 3, "optimizer": 4, "evaluator": 5}
     assert [r["group"] for r in rows] == [group for group, count in groups.items() for _ in range(count)]
     training = rows[2:6]
     assert [r["images"] for r in training] == [4, 2, 4, 2] and all(r["predicted_memory"] > 0 for r in training)
@@ -283,6 +283,8 @@ def test_gpu_report_smoke(gpu_report: ModuleType, tmp_path: Path, capsys: pytest
     assert [round(r["images"], 3) for r in drawn] == [0.016, 0.08, 0.2] * 2 + [0.04, 0.08], "shares of a trajectory"
     assert drawn[-1]["name"] == "DDIM-50, 2 guided images, diffusers, bf16" and drawn[-1]["error"] < 0.1
     assert all(0 < share < 1 for share in document["sampling"].values()) and len(document["sampling"]) == 2
+    evaluated = [r["seconds"] for r in rows if r["group"] == "evaluator"]
+    assert document["evaluator_seconds"] == pytest.approx(evaluated[0] / 4 * (40 + 60) + sum(evaluated[1:]))
     assert document["skipped"] == [] and document["gpu_tests"].startswith("not run")
     assert (tmp_path / "smoke.md").read_text().strip() == capsys.readouterr().out.strip()
 
@@ -292,7 +294,7 @@ def test_gpu_report_names_what_it_had_no_time_for(gpu_report: ModuleType, tmp_pa
     assert run(gpu_report.main, "gpu_report.py", argv) == 0
     document = json.loads((tmp_path / "smoke.json").read_text())
     assert document["rows"] == []
-    assert len(document["skipped"]) == 9 + 4 + 3 + 2 and all("the time is up" in word for word in document["skipped"])
+    assert len(document["skipped"]) == 9 + 4 + 3 + 2 + 1 and all("the time is up" in word for word in document["skipped"])
 
 
 def test_gpu_report_goes_on_after_a_measurement_that_did_not_fit(gpu_report: ModuleType) -> None:

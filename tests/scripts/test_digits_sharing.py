@@ -8,6 +8,7 @@ import torch
 
 import train
 from data import load_digits
+from models import create_model
 from runtime.errors import run
 from scripts import digits_sharing
 
@@ -52,7 +53,7 @@ def test_rows_share_more_and_more(trained: dict[str, Path], tmp_path: Path, caps
     assert table(trained["DDT-digits/2"], *argv) == 0
     rows = json.loads((tmp_path / "a.json").read_text())
     assert [row["encoder_calls"] for row in rows] == [8, 4, 2]
-    network = train.create_model("DDT-digits/2")
+    network = create_model("DDT-digits/2")
     full, decoder = (sum(f().values()) for f in (network.multiply_adds, network.multiply_adds_with_state))
     assert [row["multiply_adds"] for row in rows] == [2 * (n * full + (8 - n) * decoder) for n in (8, 4, 2)]
     assert all(row["scores"]["num_samples"] == 20 for row in rows)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import train
-import validation
+from data import DATASETS
 from data.digits import load_digits
 from runtime.checkpoint import read_groups
 from runtime.config import parse_config
@@ -15,7 +15,10 @@ from runtime.ema import EMA
 from runtime.errors import run
 from tests.networks import randomise
 from tests.processes import run_script
-from validation import Validation
+from training import validation
+from training.config import TrainConfig
+from training.setup import set_up
+from training.validation import Validation
 
 CPU = World(0, 1, torch.device("cpu"))
 BASE = "--dataset digits --model DiT-digits/2 --device cpu --num-workers 0 --global-batch-size 12 --log-every 1".split()
@@ -37,8 +40,8 @@ def validations(results):
 
 def validate(*argv):
     """What a validation of a network with random weights finds, and its network and objective."""
-    config = parse_config(train.TrainConfig, [*BASE, *EVAL, *argv], program="train.py", description="")
-    setup = train.set_up(config, CPU.device)
+    config = parse_config(TrainConfig, [*BASE, *EVAL, *argv], program="train.py", description="")
+    setup = set_up(config, CPU.device)
     randomise(setup.network)
     return Validation(setup, EMA(setup.network, 0.9).network, CPU)
 
@@ -171,4 +174,4 @@ def test_mistakes_are_one_line(tmp_path, capsys):
 
 
 def test_every_scored_data_set_exists():
-    assert set(validation.SCORES) <= set(train.DATASETS)
+    assert set(validation.SCORES) <= set(DATASETS)

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import pipeline
-import sampling_config
 from diffusion import guided
 from models import Network, create_model
 from models.acceleration import GraphedNetwork
 from models.layers import TimestepEmbedder
-from pipeline import Pipeline
 from runtime import releases
 from runtime.checkpoint import save_checkpoint
 from runtime.errors import UserError
 from runtime.releases import Preset, Release
-from sampling_config import SamplingConfig
+from sampling import config as sampling_config
+from sampling import pipeline
+from sampling.config import SamplingConfig
+from sampling.pipeline import Pipeline
 from tests.file_server import serving
 from tests.golden_data import relative_error
 from tests.networks import randomise, small_autoencoder

@@ -19,7 +19,7 @@ from runtime.config import to_dict
 from runtime.distributed import World
 
 if TYPE_CHECKING:
-    from trainer import Setup
+    from training.setup import Setup
 
 PROBES = (2, 4)  # images of the two trial passes
 # While the backward pass is inside a block, gradients of the block's inner tensors stand beside what was kept for them.

@@ -5,13 +5,14 @@ import textwrap
 import pytest
 
 from tests.processes import run_script
-from tests.test_trainer import BASE, assert_same, checkpoint, losses, start, state
+from tests.training.test_trainer import BASE, assert_same, checkpoint, losses, start, state
 
 # Runs train.py with a fault planted in one rank; argv[1] says which.
 FAULTY = """
     import os, signal, sys, time
     from pathlib import Path
-    import train, trainer
+    import train
+    from training import trainer
     from runtime.errors import run
 
     fault, rank = sys.argv[1], int(os.environ["RANK"])

@@ -16,7 +16,7 @@ from runtime.config import flag_name
 from runtime.errors import UserError, blame
 
 if TYPE_CHECKING:
-    from train import TrainConfig
+    from training.config import TrainConfig
 
 # What families are published with, by the units of time that they are told.
 PUBLISHED_PROCESS = {"index": "gaussian", "unit": "flow"}

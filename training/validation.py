@@ -29,7 +29,7 @@ from runtime.distributed import World
 from runtime.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from trainer import Setup
+    from training.setup import Setup
 
 ROWS = 32  # of one evaluation; fixed, because draws belong to a chunk of images
 QUARTERS = 4

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,12 @@ import pytest
 import torch
 
 import train
-import trainer
 from diffusion.objective import Objective
 from runtime.checkpoint import read_groups
 from runtime.errors import run
 from runtime.stopping import INTERRUPTED_STATUS
 from tests.processes import ROOT, run_script
+from training import trainer
 
 BASE = "--dataset digits --model DiT-digits/2 --device cpu --num-workers 0 --global-batch-size 12 --log-every 1".split()
 BASE += "--lr 2e-3 --ema-decay 0.9 --keep-last 50".split()
@@ -285,7 +286,7 @@ def test_mistakes_are_one_line(whole, tmp_path, capsys):
 
 
 def test_compile_without_a_compiler_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert start(tmp_path, "--compile") == 2
     assert "--compile: on a CPU it needs a C++ compiler" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ from models.recognise import recognise
 from runtime import distributed
 from runtime.checkpoint import load_weights, read_checkpoint
 from runtime.errors import UserError, blame
-from sampling_config import PROCESSES, SAMPLERS, C, find_facts, locate, resolve
+from sampling.config import PROCESSES, SAMPLERS, C, find_facts, locate, resolve
 
 
 class Pipeline(Generic[C]):

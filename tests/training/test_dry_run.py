@@ -3,12 +3,14 @@ import torch
 
 import models
 import train
-import trainer
-from dry_run import predict_memory
 from runtime.config import parse_config
 from runtime.distributed import World
 from runtime.errors import run
 from tests.live_memory import LiveMemory
+from training import trainer
+from training.config import TrainConfig
+from training.dry_run import predict_memory
+from training.setup import set_up
 
 CPU = World(0, 1, torch.device("cpu"))
 BASE = "--dataset digits --model DiT-digits/2 --device cpu --num-workers 0".split()
@@ -34,8 +36,8 @@ def deep(monkeypatch):
     ids=lambda argv: "-".join(argv[1:]).replace("--", ""),
 )
 def test_the_predicted_peak_is_that_of_a_real_step_within_a_tenth(deep, argv):
-    config = parse_config(train.TrainConfig, [*BASE, *deep, *argv], program="train.py", description="")
-    setup = train.set_up(config, CPU.device)
+    config = parse_config(TrainConfig, [*BASE, *deep, *argv], program="train.py", description="")
+    setup = set_up(config, CPU.device)
     predicted = predict_memory(setup, CPU)["peak"]
     training = trainer.Trainer(setup, CPU, None, None)
     steps = trainer.batches(setup, CPU, 0)
@@ -62,8 +64,8 @@ def test_it_says_what_would_be_trained_and_writes_nothing(tmp_path, capsys):
 
 
 def test_a_dry_run_leaves_the_network_as_it_was(deep):
-    config = parse_config(train.TrainConfig, [*BASE, *deep, "--grad-checkpointing"], program="train.py", description="")
-    setup = train.set_up(config, CPU.device)
+    config = parse_config(TrainConfig, [*BASE, *deep, "--grad-checkpointing"], program="train.py", description="")
+    setup = set_up(config, CPU.device)
     before = {name: tensor.clone() for name, tensor in setup.network.state_dict().items()}
     predict_memory(setup, CPU)
     assert all(torch.equal(tensor, before[name]) for name, tensor in setup.network.state_dict().items())
@@ -72,8 +74,8 @@ def test_a_dry_run_leaves_the_network_as_it_was(deep):
 
 
 def test_several_processes_hold_room_for_gradients_all_the_time(deep):
-    config = parse_config(train.TrainConfig, [*BASE, *deep], program="train.py", description="")
-    setup = train.set_up(config, CPU.device)
+    config = parse_config(TrainConfig, [*BASE, *deep], program="train.py", description="")
+    setup = set_up(config, CPU.device)
     one, two = (predict_memory(setup, World(0, size, CPU.device)) for size in (1, 2))
     assert two["kept for the backward pass"] == pytest.approx(one["kept for the backward pass"] / 2, rel=0.05)
     beside = one["peak"] - one["kept for the backward pass"] - one["inside a block"]

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train
+from models import create_model
 from runtime.checkpoint import read_checkpoint, read_groups
 from runtime.errors import run
 from tests.processes import run_script
@@ -119,7 +120,7 @@ def test_a_mistake_is_one_line_and_status_2(
     argv: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missing = tmp_path / "missing.pth"
-    network = train.create_model("DDT-digits/2")
+    network = create_model("DDT-digits/2")
     torch.save({k: v for k, v in network.state_dict().items() if "s_embedder" not in k}, missing)
     argv, words = argv.format(missing=missing), words.format(missing=missing)
     assert start(tmp_path / "results", *SHORT, *argv.split()) == 2
@@ -172,7 +173,7 @@ def test_aligned_training_resumes_with_its_projector(material: Path, tmp_path: P
 
 def test_the_projector_is_no_part_of_the_model(material: Path, tmp_path: Path) -> None:
     assert start(tmp_path, *aligned(material, "--max-steps", 1, "--align-width", 8)) == 0
-    network = train.create_model("DDT-debug/2", input_size=32, in_channels=3, num_classes=2)
+    network = create_model("DDT-debug/2", input_size=32, in_channels=3, num_classes=2)
     for group in ("ema", "model"):
         assert read_checkpoint(last_checkpoint(tmp_path), group).weights.keys() == network.state_dict().keys()
 

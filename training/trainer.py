@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import GlobalBatches, ImageDataset
-from data.autoencoder import Autoencoder
-from diffusion import Batch, Draws, Objective
-from models import Network
+from data import GlobalBatches
+from diffusion import Batch, Draws
 from runtime import distributed
 from runtime.checkpoint import load_weights, save_checkpoint
 from runtime.config import to_dict
@@ -38,29 +35,11 @@ from runtime.profiling import trace_steps
 from runtime.resume import ALIGNMENT, Resumable
 from runtime.run_log import RunLog
 from runtime.stopping import INTERRUPTED_STATUS, stop_on_signal
-from validation import Validation
+from training.setup import Setup
+from training.validation import Validation
 
 if TYPE_CHECKING:
-    from train import TrainConfig
-
-
-@dataclass
-class Setup:
-    """Everything that is fixed before the first step."""
-
-    config: TrainConfig  # with all "the model's own" resolved
-    dataset: ImageDataset
-    held_out: ImageDataset | None  # for the validation loss
-    autoencoder: Autoencoder
-    latent_shape: tuple[int, int, int]
-    objective: Objective
-    total_steps: int
-    process_settings: dict[str, Any]
-
-    @property
-    def network(self) -> Network:
-        """The network being trained."""
-        return self.objective.network
+    from training.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
