@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.modules.module import register_module_forward_hook
 
-from models import ModelOutput, Network
+from benchmarks.counting import SamplingCost
 from runtime import distributed
 from runtime.config import parse_config, setting
 from runtime.errors import run
 from sampling.config import SamplingConfig
 from sampling.pipeline import Pipeline
-
-BLOCK_PARTS = ("attention_linear", "attention_products", "mlp")
 
 
 @dataclass(frozen=True)
@@ -42,40 +38,17 @@ class CountSamplingConfig(SamplingConfig):
             raise ValueError(f"--images {self.images}: must be at least 1")
 
 
-class SamplingCost:
-    """Listens to the evaluations of networks, and adds up what they needed; a forward hook.
-
-    Attributes:
-        rows: images evaluated, over all evaluations.
-        executed: multiply-adds by part, over all rows.
-        dense: the same if nothing were left out.
-    """
-
-    def __init__(self) -> None:
-        self.rows, self.executed, self.dense = 0, Counter[str](), Counter[str]()
-
-    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        """Counts one evaluation, network(x, t, y, state); other modules' are passed over."""
-        if not isinstance(module, Network) or not isinstance(output, ModelOutput):
-            return
-        rows, reused = len(output.sample), len(args) > 3 and args[3] is not None
-        executed = module.multiply_adds_with_state() if reused else module.multiply_adds_of(output)
-        self.rows += rows
-        for total, found in ((self.executed, executed), (self.dense, module.multiply_adds())):
-            total.update({part: rows * number for part, number in found.items()})
-
-    def summary(self, images: int) -> dict[str, Any]:
-        """Per evaluated row by part; per image; and the share of the blocks' work, as routers are trained on it."""
-        blocks = [sum(total[part] for part in BLOCK_PARTS) for total in (self.executed, self.dense)]
-        return {
-            "evaluations_per_image": self.rows / images,
-            "parts": {part: self.executed[part] / self.rows for part in self.dense},
-            "dense_parts": {part: number / self.rows for part, number in self.dense.items()},
-            "multiply_adds": self.executed.total() / self.rows,
-            "dense_multiply_adds": self.dense.total() / self.rows,
-            "multiply_adds_per_image": self.executed.total() / images,
-            "block_ratio": blocks[0] / blocks[1],
-        }
+def summary(cost: SamplingCost, images: int) -> dict[str, Any]:
+    """Per evaluated row by part; per image; and the share of the blocks' work, as routers are trained on it."""
+    return {
+        "evaluations_per_image": cost.rows / images,
+        "parts": {part: cost.executed[part] / cost.rows for part in cost.dense},
+        "dense_parts": {part: number / cost.rows for part, number in cost.dense.items()},
+        "multiply_adds": cost.executed.total() / cost.rows,
+        "dense_multiply_adds": cost.dense.total() / cost.rows,
+        "multiply_adds_per_image": cost.executed.total() / images,
+        "block_ratio": cost.block_ratio,
+    }
 
 
 def count_sampling(config: CountSamplingConfig) -> dict[str, Any]:
@@ -85,13 +58,10 @@ def count_sampling(config: CountSamplingConfig) -> dict[str, Any]:
         UserError: for anything about the checkpoint that does not fit.
     """
     with distributed.world(config.device) as world:
-        pipeline, cost = Pipeline(config, world.device), SamplingCost()
-        listening = register_module_forward_hook(cost)
-        try:
+        pipeline = Pipeline(config, world.device)
+        with SamplingCost().listening() as cost:
             pipeline.denoise(0, range(config.images), torch.arange(config.images) % pipeline.num_classes)
-        finally:
-            listening.remove()
-    return {"model": pipeline.config.model, "images": config.images, **cost.summary(config.images)}
+    return {"model": pipeline.config.model, "images": config.images, **summary(cost, config.images)}
 
 
 def summary_table(found: dict[str, Any]) -> str:

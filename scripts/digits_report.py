@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from benchmarks.plotting import pyplot, save_figure
 from data.digits import NUM_CLASSES, load_digits
 from data.pixels import grid
 from evaluator.digits import DigitsScores, score_digits
@@ -105,7 +106,7 @@ def rows_by_class(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) 
 
 def draw_picture(real: npt.NDArray[np.uint8], sampled: npt.NDArray[np.uint8], caption: str, path: Path) -> None:
     """Two sheets side by side, over a caption."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.8), layout="compressed")
     centres = TILE_SIZE / 2 + 4 + np.arange(NUM_CLASSES) * (TILE_SIZE + 4)
     for axis, sheet, title in zip(axes, (real, sampled), ("real", "sampled"), strict=True):
@@ -116,12 +117,12 @@ def draw_picture(real: npt.NDArray[np.uint8], sampled: npt.NDArray[np.uint8], ca
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
     figure.supxlabel(caption, fontsize=11, color="0.35")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """Training loss against steps, as logged."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
     axis.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color="#1f5fa8", linewidth=1.8)
     axis.set_xlabel("training step")
@@ -133,22 +134,7 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.annotate(f"{metrics[-1]['loss']:.3f}", (metrics[-1]["step"], metrics[-1]["loss"]), (4, 4),
                   textcoords="offset points", fontsize=9)  # fmt: skip
-    _save(figure, path)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import matplotlib.ticker  # noqa: F401 (plt.matplotlib.ticker)
-
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    save_figure(figure, path)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

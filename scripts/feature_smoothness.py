@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
+from benchmarks.plotting import pyplot, save_figure
 from diffusion import ImageNoise, create_diffusion, sample_loop, skip_cache
 from diffusion.sampling import Sampler
 from models import ModelOutput, Network, model_config
@@ -260,7 +261,7 @@ def examine(subject: Subject, config: SmoothnessConfig) -> Findings:
 
 def draw_surfaces(found: dict[str, Findings], path: Path) -> None:
     """A row for each step with a scale of its own, a column for each network."""
-    plt = _pyplot()
+    plt = pyplot()
     steps = list(next(iter(found.values())).surfaces)
     size = (4.2 * len(found), 3.6 * len(steps))
     figure, axes = plt.subplots(
@@ -278,12 +279,12 @@ def draw_surfaces(found: dict[str, Findings], path: Path) -> None:
             axis.set_xlabel(r"$\alpha$")
             axis.set_ylabel(r"$\beta$")
     figure.suptitle("Similarity of deep tokens under disturbed weights", fontsize=12)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_similarity(found: dict[str, Findings], path: Path) -> None:
     """Above: change of every block's tokens from step to step; below: error of outputs that reuse state."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(
         2, len(found), figsize=(5 * len(found), 6.4), squeeze=False, sharey="row", layout="constrained"
     )
@@ -308,22 +309,7 @@ def draw_similarity(found: dict[str, Findings], path: Path) -> None:
     axes[1, 0].set_ylabel("error of the output")
     axes[1, 0].legend(frameon=False)
     figure.suptitle("Tokens from step to step, and outputs that reuse them", fontsize=12)
-    _save(figure, path)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.colors  # noqa: F401 (plt.matplotlib.colors)
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    save_figure(figure, path)
 
 
 def summary(found: dict[str, Findings], deep: dict[str, int]) -> str:

@@ -294,7 +294,9 @@ def test_gpu_report_names_what_it_had_no_time_for(gpu_report: ModuleType, tmp_pa
     assert run(gpu_report.main, "gpu_report.py", argv) == 0
     document = json.loads((tmp_path / "smoke.json").read_text())
     assert document["rows"] == []
-    assert len(document["skipped"]) == 9 + 4 + 3 + 2 + 1 and all("the time is up" in word for word in document["skipped"])
+    assert len(document["skipped"]) == 9 + 4 + 3 + 2 + 1 and all(
+        "the time is up" in word for word in document["skipped"]
+    )
 
 
 def test_gpu_report_goes_on_after_a_measurement_that_did_not_fit(gpu_report: ModuleType) -> None:

@@ -1,14 +1,13 @@
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks.counting import BLOCK_PARTS
 from models import create_model
-from runtime.checkpoint import save_checkpoint
 from runtime.errors import run
-from scripts.count_sampling import BLOCK_PARTS, main
-from tests.networks import randomise
+from scripts.count_sampling import main
+from tests.digits_checkpoints import save_digits_checkpoint
 
 
 def count(*argv: str) -> int:
@@ -18,14 +17,7 @@ def count(*argv: str) -> int:
 @pytest.fixture
 def routed_checkpoint(tmp_path: Path) -> Path:
     """A DyDiT for the digits with gates of both kinds, as train.py writes it."""
-    network = randomise(create_model("DyDiT-digits/2"))
-    meta = {
-        "model": {"name": "DyDiT-digits/2", **dataclasses.asdict(network.config)},
-        "process": {"name": "gaussian", "noise_schedule": "linear", "predict_xstart": False, "learn_sigma": False},
-        "data": {"vae": "none", "image_shape": [1, 8, 8]},
-    }
-    save_checkpoint(tmp_path / "0000001.safetensors", {"ema": network.state_dict()}, meta)
-    return tmp_path / "0000001.safetensors"
+    return save_digits_checkpoint(tmp_path / "0000001.safetensors", "DyDiT-digits/2")
 
 
 def test_a_checkpoints_sampling_is_counted_as_it_went(
@@ -43,6 +35,18 @@ def test_a_checkpoints_sampling_is_counted_as_it_went(
     assert count(*argv) == 0
     text = capsys.readouterr().out
     assert f"share of the blocks' work: {found['block_ratio']:.3f}" in text and "routers" in text
+
+
+def test_parts_of_a_divided_network_count_as_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ckpt = save_digits_checkpoint(tmp_path / "0000001.safetensors", "DDT-digits/2", "flow")
+    shares = []
+    for reuse in ([], ["--refresh-rate", "4"]):
+        argv = ["--ckpt", str(ckpt), *"--num-sampling-steps 8 --images 2 --cfg-scale 1 --json".split(), *reuse]
+        assert count(*argv) == 0
+        shares.append(json.loads(capsys.readouterr().out)["block_ratio"])
+    network = create_model("DDT-digits/2")
+    encoder, decoder = network.config.encoder_depth, network.config.depth - network.config.encoder_depth
+    assert shares == [1, pytest.approx((2 * encoder + 8 * decoder) / (8 * (encoder + decoder)))]
 
 
 @pytest.mark.parametrize(

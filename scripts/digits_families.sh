@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The whole family on the embedded digits: trains whatever of it has not been trained yet (quickstart.sh, digits_dydit.sh,
+# digits_ddt.sh, digits_skip_dit.sh), and compares DiT, DyDiT, DDT and Skip-DiT, each with what saves it work, in one table
+# and one picture. An hour on two cores when nothing is there; three minutes when all is.
+#
+#   bash scripts/digits_families.sh [OUTPUT_FOLDER]
+#
+# The variables of those scripts make it shorter.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
+begin "${BASH_SOURCE[0]}" digits_families_out "${DIGITS_PYTHON:-}" "DIGITS_STEPS DIGITS_SAMPLES" "$@"
+export QUICKSTART_PYTHON="${QUICKSTART_PYTHON:-${DIGITS_PYTHON:-}}"
+for name in quickstart digits_dydit digits_ddt digits_skip_dit; do
+    [ -d "${name}_out" ] || bash "scripts/$name.sh"
+done
+PYTHONPATH=. "$python" scripts/compare_families.py --num-samples "${DIGITS_SAMPLES:-1000}" --output-dir "$out"
