@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
-from benchmarks.caching import make_runner
 from benchmarks.cases import filled_network
+from benchmarks.reuse import make_runner, make_sampler, make_schedule
 from benchmarks.routing import Share, routing_cases
-from benchmarks.sharing import make_sampling
 from benchmarks.timing import Case
-from diffusion import create_diffusion, skip_cache
-from diffusion.refresh import every_nth
-from models import Network, family_of
+from models import family_of
 
 BF16 = torch.bfloat16
 
@@ -34,8 +30,8 @@ def family_groups(
     """
     return [
         ("routing", partial(_routing, f"DyDiT-{size}", images, steps, device, compiler)),
-        ("caching", partial(_caching, f"Skip-DiT-{size}", images, steps, device, compiler)),
-        ("sharing", partial(_sharing, f"DDT-{size}", images, steps, device, compiler)),
+        ("caching", partial(_reuse, f"Skip-DiT-{size}", "N", (1, 2, 3, 4), images, steps, device, compiler)),
+        ("sharing", partial(_reuse, f"DDT-{size}", "R", (1, 4, 10), images, steps, device, compiler)),
     ]
 
 
@@ -47,42 +43,23 @@ def _routing(model: str, images: int, steps: int, device: torch.device, compiler
     return routing_cases(share, device, steps=steps, autocast=BF16, compiler=compiler)
 
 
-def _caching(model: str, images: int, steps: int, device: torch.device, compiler: str | None) -> list[Case]:
-    """Skip-Cache's intervals 1 to 4."""
-    network = _network(model, device, compiler)
-    process = create_diffusion(str(steps), learn_sigma=network.out_channels == 2 * network.in_channels)
-    sampler = process.ancestral(convention=network.time_convention)
-    sample = make_runner(network, sampler, images, device, BF16)
-    schedules = {f"{model}, N = {n}": skip_cache(network, sampler.times, n) for n in (1, 2, 3, 4)}
-    return _reuse(network, sample, schedules, images)
-
-
-def _sharing(model: str, images: int, steps: int, device: torch.device, compiler: str | None) -> list[Case]:
-    """All of the encoder's calls, a quarter and a tenth."""
-    network = _network(model, device, compiler)
-    sample = make_sampling(network, steps, images, device, BF16)
-    schedules = {f"{model}, an encoder call in {rate}": every_nth(steps, rate) for rate in (1, 4, 10)}
-    return _reuse(network, sample, schedules, images)
-
-
-def _network(model: str, device: torch.device, compiler: str | None) -> Network:
+def _reuse(model: str, label: str, intervals: Sequence[int], images: int, steps: int, device: torch.device,
+           compiler: str | None) -> list[Case]:  # fmt: skip
+    """State computed at every step, and less and less often."""
     network = filled_network(model, device)
     if compiler is not None:
         network.compile_blocks(compiler)
-    return network
-
-
-def _reuse(
-    network: Network, sample: Callable[..., Any], schedules: Mapping[str, Sequence[bool]], images: int
-) -> list[Case]:
+    sampler = make_sampler(network, steps)
+    sample = make_runner(network, sampler, images, device, BF16)
+    schedules = {n: make_schedule(network, sampler, n) for n in intervals}
     return [
         Case(
-            name,
+            f"{model}, {label} = {n}",
             lambda: sample,
-            lambda sample, refresh=tuple(refresh): sample(refresh),  # type: ignore[misc]  # bound now
+            lambda sample, refresh=refresh: sample(refresh),  # type: ignore[misc]  # bound now
             flop=2 * images * network.executed_multiply_adds(refresh),
             images=images,
             precision="bf16",
         )
-        for name, refresh in schedules.items()
+        for n, refresh in schedules.items()
     ]

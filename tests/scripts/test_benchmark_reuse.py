@@ -1,25 +1,26 @@
-"""The caching benchmark: what runs, in which order, and what follows from the times. No test depends on a real time."""
+"""The benchmark of reused state: what runs, in which order, and what follows from the times, which decide no test."""
 
 import json
 
 import pytest
 import torch
 
-from benchmarks.caching import count_blocks, make_runner, make_runs, measure_runs
-from diffusion import create_diffusion
+from benchmarks.reuse import count_blocks, make_runner, make_runs, make_sampler, measure_runs
+from models import create_model
 from runtime.errors import run
-from scripts import benchmark_caching
+from scripts import benchmark_reuse
 from tests.networks import debug_network
 
 ARGV = "--model Skip-DiT-debug/2 --hidden-size 64 --num-heads 4 --input-size 8 --device cpu --rounds 1".split()
 
 
 def main(*argv: str) -> int:
-    return run(benchmark_caching.main, "benchmark_caching.py", argv)
+    return run(benchmark_reuse.main, "benchmark_reuse.py", argv)
 
 
-def made(intervals: tuple[int, ...], steps: str = "12") -> tuple:
-    network, sampler = debug_network("Skip-DiT"), create_diffusion(steps).ancestral()
+def made(intervals: tuple[int, ...], family: str = "Skip-DiT") -> tuple:
+    network = debug_network(family)
+    sampler = make_sampler(network, 12)
     sample = make_runner(network, sampler, 2, torch.device("cpu"))
     return network, make_runs(network, sampler, intervals, sample), sample
 
@@ -38,6 +39,22 @@ def test_a_cached_step_runs_twice_the_cache_depth() -> None:
         assert one.blocks == 8 * full + 2 * network.config.cache_depth * (12 - full)
         assert one.multiply_adds == network.executed_multiply_adds(one.refresh)
     assert [sum(one.refresh) for one in runs] == [12, 6, 4]
+
+
+def test_of_a_divided_network_the_encoder_runs_every_so_often() -> None:
+    network, runs, _ = made((4, 6), "DDT")
+    decoder = network.config.depth - network.config.encoder_depth
+    assert [sum(one.refresh) for one in runs] == [12, 3, 2]
+    assert [one.blocks for one in runs] == [n * network.config.encoder_depth + 12 * decoder for n in (12, 3, 2)]
+
+
+def test_the_bounds_of_ddt_xl_at_width_192_are_the_stated_ones() -> None:
+    """22 + 6 blocks, 64 tokens; at full width and 256 tokens it is 2.13 and 2.76."""
+    with torch.device("meta"):
+        network = create_model("DDT-XL/2", hidden_size=192, num_heads=3, input_size=16)
+    full = network.executed_multiply_adds([True] * 100)
+    bounds = [full / network.executed_multiply_adds([i % n == 0 for i in range(100)]) for n in (4, 10)]
+    assert bounds == pytest.approx([2.14, 2.78], abs=0.005)
 
 
 def test_runs_take_turns_and_ratios_are_those_of_neighbours() -> None:
@@ -61,7 +78,7 @@ def test_runs_take_turns_and_ratios_are_those_of_neighbours() -> None:
 
 def test_smoke(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "result.json"
-    argv = ["--num-sampling-steps", "12", "--cache-interval", "2", "3", "--batch-size", "2"]
+    argv = ["--num-sampling-steps", "12", "--intervals", "2", "3", "--batch-size", "2"]
     assert main(*ARGV, *argv, "--output", str(output)) == 0
     document, printed = json.loads(output.read_text()), capsys.readouterr().out
     assert [(r["full_steps"], r["cached_steps"], r["blocks"]) for r in document["rows"]] == [
@@ -80,24 +97,25 @@ def test_check_fails_below_the_goal(share: float, status: int, monkeypatch: pyte
         seconds = iter([1.0, 1.0, 1.0, runs[1].multiply_adds / runs[0].multiply_adds / share])
         return measure_runs(runs, lambda refresh: None, 1, lambda work: next(seconds))
 
-    monkeypatch.setattr(benchmark_caching, "measure", measured)
+    monkeypatch.setattr(benchmark_reuse, "measure", measured)
     if status:
         with pytest.raises(SystemExit) as leaving:
-            main(*ARGV, "--check")
+            main(*ARGV, "--check", "0.95")
         assert leaving.value.code == status
     else:
-        assert main(*ARGV, "--check") == 0
+        assert main(*ARGV, "--check", "0.95") == 0
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--rounds", "0"], "--rounds 0: must be at least 1"),
-        (["--cache-interval", "0"], "--cache-interval 0: the refresh interval must be at least 1, not 0"),
-        (["--model", "DiT-debug/2"], "--cache-interval 2 3 4: this network keeps nothing to reuse"),
+        (["--intervals", "0"], "--intervals 0: must lie in 1..250"),
+        (["--intervals", "251"], "--intervals 251: must lie in 1..250"),
+        (["--model", "DiT-debug/2"], "--model DiT-debug/2: this network keeps nothing to reuse"),
         (["--model", "DiT-debug/3"], "--model DiT-debug/3: unknown model"),
         (["--cache-depth", "5"], "--model Skip-DiT-debug/2: cache_depth 5 must lie in 1..4, half the depth"),
-        (["--num-sampling-steps", "fast"], "--num-sampling-steps fast: step spec 'fast' is not understood"),
+        (["--num-sampling-steps", "1001"], "--num-sampling-steps 1001: "),
     ],
 )
 def test_mistakes_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
