@@ -1,1 +1,1 @@
-"""What scripts/benchmark.py and scripts/gpu_report.py are made of, and the results they left."""
+"""What the benchmarks and comparisons in scripts/ are made of, and the results they left."""

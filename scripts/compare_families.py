@@ -161,13 +161,14 @@ def draw_costs(results: Sequence[Result], path: Path) -> None:
         axis.plot(cost[0], middle[0], "o", markersize=8, color=colours(number % 10), zorder=5)
     real = results[0].scores.frechet_distance_of_test
     axis.axhline(real, color="0.5", linewidth=1, linestyle=":")
-    axis.annotate("real held-out digits", (1, real), (-4, 4), xycoords=("axes fraction", "data"),
-                  textcoords="offset points", ha="right", fontsize=9, color="0.4")  # fmt: skip
+    axis.annotate("real held-out digits", (0, real), (4, 4), xycoords=("axes fraction", "data"),
+                  textcoords="offset points", fontsize=9, color="0.4")  # fmt: skip
+    ticker = plt.matplotlib.ticker
     for scale, of in ((axis.set_xscale, axis.xaxis), (axis.set_yscale, axis.yaxis)):
         scale("log")
-        of.set_major_formatter(plt.matplotlib.ticker.FormatStrFormatter("%g"))
-        of.set_minor_formatter(plt.matplotlib.ticker.FormatStrFormatter("%g"))
-        of.set_tick_params(which="both", labelsize=8)
+        of.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5, 7)))
+        of.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        of.set_minor_formatter(ticker.FormatStrFormatter("%g"))
     axis.set_xlabel("executed multiply-adds of one image, millions")
     axis.set_ylabel("Frechet distance to the training digits")
     axis.set_title(
@@ -175,7 +176,7 @@ def draw_costs(results: Sequence[Result], path: Path) -> None:
     )
     axis.grid(alpha=0.25, which="both")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.95))
     save_figure(figure, path)
 
 
