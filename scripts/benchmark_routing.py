@@ -1,7 +1,7 @@
 """Times a DyDiT that leaves out what is off, beside a plain DiT of the same weights and beside masks.
 
-    python scripts/benchmark_dydit.py                   # S/2, and one block of XL/2, at about half the work
-    python scripts/benchmark_dydit.py --model DyDiT-B/2 --batch-size 4 --heads 6 --groups 6 --tokens 0.7
+    python scripts/benchmark_routing.py                   # S/2, and one block of XL/2, at about half the work
+    python scripts/benchmark_routing.py --model DyDiT-B/2 --batch-size 4 --heads 6 --groups 6 --tokens 0.7
 
 A speed-up is worth as much as the work it left out, so the table shows both and their quotient: 1 means that all saved
 work became saved time. Routers, packing and scattering are in the time, and routers in the work. With --steps whole
@@ -38,7 +38,7 @@ CUDA_SHARES = (Share("DyDiT-XL/2", depth=None, rows=64, heads=10, groups=10, tok
 
 @dataclass(frozen=True)
 class RoutingBenchmarkConfig:
-    """Settings of benchmark_dydit.py."""
+    """Settings of benchmark_routing.py."""
 
     model: str | None = setting(None, "a DyDiT of the registry; none: the published cases")
     depth: int | None = setting(None, "blocks; the model's own")
@@ -114,7 +114,7 @@ def savings(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def main(argv: Sequence[str]) -> None:
     """Parses flags, measures, prints the tables, writes the JSON."""
     summary = __doc__.split("\n")[0]
-    config = parse_config(RoutingBenchmarkConfig, argv, program="benchmark_dydit.py", description=summary)
+    config = parse_config(RoutingBenchmarkConfig, argv, program="benchmark_routing.py", description=summary)
     if config.output is not None:
         check_writable(config.output, "--output")
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -138,4 +138,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, "benchmark_dydit.py"))
+    sys.exit(run(main, "benchmark_routing.py"))

@@ -10,7 +10,7 @@ from benchmarks.cases import filled_network
 from benchmarks.routing import ALL_ON, DENSE, MASKED, ROUTED, Share, open_gates, plain_dit, routing_cases, saving
 from benchmarks.timing import Row
 from runtime.errors import run
-from scripts import benchmark_dydit
+from scripts import benchmark_routing
 from tests.golden_data import assert_close
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_a_saving_is_speed_up_and_less_work_and_their_quotient() -> None:
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "result.json"
     argv = "--model DyDiT-debug/2 --depth 2 --batch-size 2 --rounds 1 --device cpu --steps 2 --bf16".split()
-    assert run(benchmark_dydit.main, "benchmark_dydit.py", [*argv, "--output", str(output)]) == 0
+    assert run(benchmark_routing.main, "benchmark_routing.py", [*argv, "--output", str(output)]) == 0
     printed, document = capsys.readouterr().out, json.loads(output.read_text())
     assert [row["name"] for row in document["rows"]] == [DENSE, ALL_ON, ROUTED, MASKED]
     assert all(row["name"] in printed for row in document["rows"]) and "quotient" in printed
@@ -80,8 +80,8 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_a_model_the_published_cases_are_timed() -> None:
-    config = benchmark_dydit.RoutingBenchmarkConfig()
-    assert [s.title for s in benchmark_dydit.shares(config, CPU)] == [
+    config = benchmark_routing.RoutingBenchmarkConfig()
+    assert [s.title for s in benchmark_routing.shares(config, CPU)] == [
         "DyDiT-S/2, batch 8: 4 heads, 3 groups, 80% of tokens",
         "DyDiT-XL/2, 1 block, batch 2: 10 heads, 10 groups, 75% of tokens",
     ]
@@ -99,6 +99,6 @@ def test_without_a_model_the_published_cases_are_timed() -> None:
     ],
 )
 def test_mistakes_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(benchmark_dydit.main, "benchmark_dydit.py", [*argv, "--device", "cpu"]) == 2
+    assert run(benchmark_routing.main, "benchmark_routing.py", [*argv, "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
