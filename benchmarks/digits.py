@@ -17,6 +17,7 @@ from data.pixels import Images, to_uint8
 from evaluator.digits import DigitsScores, score_digits
 from models import create_model, family_of, model_config
 from models.skip_dit import default_cache_depth
+from runtime import distributed
 from runtime.checkpoint import read_checkpoint
 from runtime.errors import UserError, blame
 from sampling.config import SAMPLERS, SamplingConfig
@@ -199,7 +200,7 @@ class Result:
 
 def draw(config: SamplingConfig, count: int, seed: int) -> tuple[Images, Sequence[bool], SamplingCost]:
     """Digits (N, 8, 8, 1) uint8 of all classes in turn; which evaluations reused nothing; and what all of them took."""
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = distributed.choose_device(config.device)
     pipeline, labels = Pipeline(config, device), torch.arange(count) % NUM_CLASSES
     with SamplingCost().listening() as cost:
         latents = [pipeline.denoise(seed, rows.tolist(), labels[rows]) for rows in torch.arange(count).split(BATCH)]

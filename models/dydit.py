@@ -342,11 +342,7 @@ class DyDiT(DiT):
         Raises:
             ValueError: if x has another size than the positions were made for, or there is no such block.
         """
-        if x.shape[-3:] != (self.in_channels, self.input_size, self.input_size):
-            side = self.input_size
-            raise ValueError(f"x is {tuple(x.shape)}; this network takes (N, {self.in_channels}, {side}, {side})")
-        if features_at is not None and not 1 <= features_at <= len(self.blocks):
-            raise ValueError(f"features_at must lie in 1..{len(self.blocks)}, not {features_at}")
+        self.check_inputs(x, None, features_at, range(len(self.blocks)))
         plan = None if complete_model or torch.is_grad_enabled() or gate_noise is not None else self.plan
         prepared = None if plan is None or isinstance(t, Tensor) else plan.evaluations.get(t)
         features, masks = None, []

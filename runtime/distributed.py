@@ -45,6 +45,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def choose_device(name: str | None) -> torch.device:
+    """The device of a process that is alone: "cuda", "cpu", or None for CUDA where there is one.
+
+    Raises:
+        UserError: if CUDA is asked for and absent.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device; use --device cpu, or check the driver")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 @contextmanager
 def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[World]:
     """Joins the process group that torchrun announces (NCCL on CUDA, gloo on CPU), and leaves it at the end.
@@ -56,10 +67,8 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
     Raises:
         UserError: if CUDA is asked for and absent.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device; use --device cpu, or check the driver")
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    place = torch.device(kind)
+    place = choose_device(device)
+    kind = place.type
     if kind == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)

@@ -36,6 +36,7 @@ from benchmarks.report import headline, machine_info, markdown, report, write_re
 from benchmarks.sampling import file_rows, loop_cases
 from benchmarks.timing import Case, Clock, Row, choose_clock, measure, process_seconds
 from models import model_config
+from runtime import distributed
 from runtime.config import flag_name, parse_config, setting, to_dict
 from runtime.errors import blame, run
 from runtime.files import check_writable
@@ -68,8 +69,6 @@ class BenchmarkConfig:
             raise ValueError(f"--only {self.only}: unknown group {unknown[0]!r}; choose from {', '.join(GROUPS)}")
         if self.against is not None and not {"forward", "train_step", "sampling"} & set(self.groups):
             raise ValueError(f"--against {self.against}: has no effect without forward, train_step or sampling")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: PyTorch sees no GPU here")
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -119,7 +118,7 @@ def main(argv: Sequence[str]) -> None:
     if config.output is not None:
         check_writable(config.output, "--output")
     torch.set_num_threads(config.threads)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = distributed.choose_device(config.device)
     clock_name, clock = choose_clock(device, config.threads)
     rows, skipped = network_rows(config, device, clock) if set(config.groups) - OF_NO_NETWORK else ([], [])
     others: dict[str, Callable[[], tuple[list[Row], list[str]]]] = {

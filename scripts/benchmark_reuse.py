@@ -25,6 +25,7 @@ from benchmarks.cases import filled_network
 from benchmarks.report import headline, machine_info, write_report
 from benchmarks.reuse import Row, make_runner, make_runs, make_sampler, measure_runs, table
 from benchmarks.timing import cuda_seconds, wall_seconds
+from runtime import distributed
 from runtime.config import flag_name, parse_config, setting, to_dict
 from runtime.errors import blame, run
 from runtime.files import check_writable
@@ -59,8 +60,6 @@ class ReuseConfig:
                 raise ValueError(
                     f"--intervals {interval}: must lie in 1..{self.num_sampling_steps}, the number of steps"
                 )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: PyTorch sees no GPU here")
 
 
 def measure(config: ReuseConfig, device: torch.device) -> list[Row]:
@@ -86,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
     if config.output is not None:
         check_writable(config.output, "--output")
     torch.set_num_threads(config.threads)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = distributed.choose_device(config.device)
     rows = measure(config, device)
     document = {
         "format": 1,

@@ -24,6 +24,7 @@ from benchmarks.routing import ALL_ON, DENSE, ROUTED, Share, routing_cases, savi
 from benchmarks.timing import Row, choose_clock, measure
 from models import DyDiT, family_of, model_config
 from models.dydit import DyDiTConfig
+from runtime import distributed
 from runtime.config import flag_name, parse_config, setting, to_dict
 from runtime.errors import UserError, blame, run
 from runtime.files import check_writable
@@ -65,8 +66,6 @@ class RoutingBenchmarkConfig:
             for name in ("depth", "heads", "groups"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{flag_name(name)} {getattr(self, name)}: has no effect without --model")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: PyTorch sees no GPU here")
 
 
 def shares(config: RoutingBenchmarkConfig, device: torch.device) -> tuple[Share, ...]:
@@ -117,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(RoutingBenchmarkConfig, argv, program="benchmark_routing.py", description=summary)
     if config.output is not None:
         check_writable(config.output, "--output")
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = distributed.choose_device(config.device)
     wanted = shares(config, device)
     compiler = find_compiler(device) if config.compile else None
     if config.compile and compiler is None:

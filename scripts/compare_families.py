@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks.digits import Result, Subject, Way, examine, find_checkpoints, newest, open_subject, ways
 from benchmarks.plotting import pyplot, save_figure
 from benchmarks.report import aligned
+from runtime import distributed
 from runtime.config import parse_config, setting, to_dict
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
@@ -78,7 +79,8 @@ def plan(config: CompareConfig) -> list[tuple[Subject, list[Way]]]:
             made_by = f"; bash scripts/{MADE_BY[place]} makes some" if place in MADE_BY else ""
             raise UserError(f"--ckpt {place}: no checkpoint there{made_by}")
     subjects = newest([open_subject(path, config.cache_depth) for path in find_checkpoints(config.ckpt)])
-    flags = {"sampler": config.sampler, "cfg_scale": config.cfg_scale, "device": config.device}
+    device = distributed.choose_device(config.device).type
+    flags = {"sampler": config.sampler, "cfg_scale": config.cfg_scale, "device": device}
     sharing_dir = config.output_dir / "sharing"
     planned = []
     for subject in subjects:

@@ -35,6 +35,7 @@ from diffusion.sampling import Sampler
 from models import ModelOutput, Network, model_config
 from models.loading import restore, settings_of
 from models.skip_dit import default_cache_depth
+from runtime import distributed
 from runtime.checkpoint import read_checkpoint
 from runtime.config import parse_config, setting, to_dict
 from runtime.errors import blame, run
@@ -352,7 +353,7 @@ def main(argv: Sequence[str]) -> None:
     """Parses flags, examines every network, writes pictures and numbers."""
     config = parse_config(SmoothnessConfig, argv, program="feature_smoothness.py", description=__doc__.split("\n")[0])
     check_writable(config.output_dir / "smoothness.json", "--output-dir")
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = distributed.choose_device(config.device)
     subjects = [open_subject(path, config, device) for path in config.ckpt]
     found, deep = {}, {}
     for number, subject in enumerate(subjects):

@@ -100,6 +100,7 @@ def test_targets_are_compared_at_the_first_way_only():
         ("--ckpt digits_ddt_out", "--ckpt digits_ddt_out: no checkpoint there; bash scripts/digits_ddt.sh makes some"),
         ("--ckpt PLAIN --intervals 51", "--intervals 51: must lie in 2..50"),
         ("--ckpt PLAIN --intervals 1", "--intervals 1: must lie in 2..50"),
+        ("--ckpt PLAIN --device cuda", "--device cuda: PyTorch finds no CUDA device"),
         ("--ckpt PLAIN --num-samples 3", "--num-samples 3: scores need at least 4"),
         ("--ckpt PLAIN --cfg-scale 0.5", "--cfg-scale 0.5: must be at least 1"),
         ("--ckpt PLAIN --steps 50 0", "--num-sampling-steps ddim0"),
@@ -109,6 +110,7 @@ def test_targets_are_compared_at_the_first_way_only():
 )
 def test_a_mistake_is_one_line(argv, words, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     given = [str(folders[0]) if word == "PLAIN" else word for word in argv.split()]
     assert main(*given) == 2
     error = capsys.readouterr().err
