@@ -33,8 +33,8 @@ RECIPE_SETTINGS = sorted({f.name for row in FAMILIES.values() for f in dataclass
 # Settings that say how a run is carried out, not what it computes: they may change when it is resumed.
 FREE_ON_RESUME = frozenset(
     "results_dir resume init_from data_path strict epochs max_steps grad_accum grad_checkpointing compile non_finite "
-    "num_workers log_every ckpt_every keep_last eval_every eval_data_path eval_images eval_samples eval_steps "
-    "eval_cfg_scale tensorboard profile dry_run align_ckpt dist_timeout device".split()
+    "num_workers log_every ckpt_every keep_last eval_every eval_data_path eval_reference eval_images eval_samples "
+    "eval_steps eval_cfg_scale tensorboard profile dry_run align_ckpt dist_timeout device".split()
 )
 
 
@@ -116,6 +116,9 @@ class TrainConfig:
     eval_data_path: Path | None = setting(None, "held-out data, as --data-path; the digits have their own")
     eval_images: int = setting(1024, "held-out images of a validation's loss, the first ones")
     eval_samples: int = setting(16, "images drawn at a validation, by DDIM from the averaged weights; 0 for none")
+    eval_reference: Path | None = setting(
+        None, "ADM's reference .npz with mu and sigma: FID and Inception Score of the images drawn"
+    )
     eval_steps: int = setting(50, "steps of that sampling")
     eval_cfg_scale: float = setting(1.5, "guidance scale of that sampling; 1 is none")
     tensorboard: bool = setting(False, "write the metrics for TensorBoard too (needs the package tensorboard)")
@@ -175,6 +178,11 @@ class TrainConfig:
 
     def _check_validation(self) -> None:
         """Refuses validation settings that would do nothing."""
+        if self.eval_reference is not None:
+            if self.eval_every is None:
+                raise ValueError(f"--eval-reference {self.eval_reference}: has no effect without --eval-every")
+            if self.dataset == "digits" or self.in_channels == 1:
+                raise ValueError(f"--eval-reference {self.eval_reference}: is for RGB images")
         if self.eval_data_path is not None:
             if self.eval_every is None:
                 raise ValueError(f"--eval-data-path {self.eval_data_path}: has no effect without --eval-every")
@@ -185,6 +193,8 @@ class TrainConfig:
         if self.eval_every is not None:
             with blame(f"--eval-steps {self.eval_steps}"):
                 create_diffusion(str(self.eval_steps))
+            if self.eval_reference is not None and self.eval_samples < 2:
+                raise ValueError(f"--eval-samples {self.eval_samples}: FID needs at least 2, better thousands")
             if self.dataset == "digits" and 0 < self.eval_samples < 4:
                 raise ValueError(f"--eval-samples {self.eval_samples}: the scores need at least 4 (0 for none)")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:

@@ -20,6 +20,7 @@ from runtime.errors import UserError, blame
 from runtime.seeds import derive_seed
 from training.config import NETWORK_SETTINGS, RECIPE_SETTINGS, TrainConfig
 from training.objective import open_alignment, process_name, process_settings, resolved_process
+from training.scores import Scorer, open_scorer
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Setup:
     objective: Objective
     total_steps: int
     process_settings: dict[str, Any]
+    scorer: Scorer | None = None  # of images drawn by a validation
 
     @property
     def network(self) -> Network:
@@ -109,7 +111,9 @@ def set_up(config: TrainConfig, device: torch.device, start: Checkpoint | None =
     )
     total = max(1, config.epochs * len(dataset) // config.global_batch_size)
     total = min(total, config.max_steps) if config.max_steps else total
-    return Setup(resolved, dataset, held_out, autoencoder, latent_shape, objective, total, settings)
+    _, height, width = dataset.image_shape
+    scorer = open_scorer(config, (height, width), device)
+    return Setup(resolved, dataset, held_out, autoencoder, latent_shape, objective, total, settings, scorer)
 
 
 def open_held_out(config: TrainConfig, dataset: ImageDataset) -> ImageDataset | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 ROWS = 32  # of one evaluation; fixed, because draws belong to a chunk of images
 QUARTERS = 4
+SHOWN = 100  # pictures at most
 SMALLEST_PICTURE = 64  # pixels; smaller images are enlarged in the grid
 
 
@@ -56,29 +57,12 @@ class Report:
         return ", ".join([*found, f"validation took {self.seconds:.1f} s"])
 
     def save_grid(self, path: Path) -> None:
-        """Writes the first hundred pictures, about as wide as high."""
+        """Writes the pictures, about as wide as high."""
         if self.pictures is None:
             return
-        shown = self.pictures[:100]
-        shown = enlarge(shown, max(1, SMALLEST_PICTURE // shown.shape[1]))
+        shown = enlarge(self.pictures, max(1, SMALLEST_PICTURE // self.pictures.shape[1]))
         path.parent.mkdir(exist_ok=True)
         save_png(grid(shown, columns=int(np.ceil(len(shown) ** 0.5)))[0], path)
-
-
-def digits_scores(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Frechet distance and recognised share of digits, from the committed feature network."""
-    from data import load_digits
-    from evaluator.digits import score_digits
-
-    scores = score_digits(images, labels, train=load_digits("train"), test=load_digits("test"))
-    assert scores.accuracy is not None  # they have labels
-    return {"frechet_distance": scores.frechet_distance, "accuracy": scores.accuracy}
-
-
-# Where a feature network is at hand: value of --dataset -> scores of uint8 images and the labels asked for.
-SCORES: dict[str, Callable[[npt.NDArray[np.uint8], npt.NDArray[np.int64]], dict[str, float]]] = {
-    "digits": digits_scores,
-}
 
 
 class Validation:
@@ -105,14 +89,26 @@ class Validation:
         """Loss, pictures and scores; by all processes together."""
         started = time.perf_counter()
         values = {} if self.setup.held_out is None else self.losses(self.setup.held_out)
-        labels = torch.arange(self.config.eval_samples) % self.network.num_classes
-        pixels = self.pixels(labels) if self.config.eval_samples else None
         pictures = None
-        if pixels is not None and self.world.is_main:
-            pictures = to_picture(pixels).cpu().numpy()
-            if self.config.dataset in SCORES:
-                values |= SCORES[self.config.dataset](to_uint8(pixels).cpu().numpy(), labels.numpy())
+        if self.config.eval_samples:
+            pictures, scores = self.look()
+            values |= scores
         return Report(values, pictures, time.perf_counter() - started)
+
+    def look(self) -> tuple[npt.NDArray[np.uint8] | None, dict[str, float]]:
+        """Draws images of all classes in turn, shows the first of them, scores them all; results are on main alone."""
+        labels = torch.arange(self.config.eval_samples) % self.network.num_classes
+        scorer, shown, rows = self.setup.scorer, [], []
+        for first, pixels in self.draw(labels):
+            shown.append(to_picture(pixels[: max(0, SHOWN - first)]))
+            if scorer is not None:
+                rows.append(scorer.features(to_uint8(pixels)))
+        pictures = distributed.rows_on_main(torch.cat(shown))
+        features = distributed.rows_on_main(torch.cat(rows)) if rows else None
+        scores: dict[str, float] = {}
+        if scorer is not None and features is not None:
+            scores = scorer.scores(features[: len(labels)], labels)
+        return None if pictures is None else pictures[: min(SHOWN, len(labels))].cpu().numpy(), scores
 
     @torch.no_grad()
     def losses(self, images: ImageDataset) -> dict[str, float]:
@@ -143,8 +139,12 @@ class Validation:
         return {"val_loss": sum(total) / sum(seen)} | quarters
 
     @torch.no_grad()
-    def pixels(self, labels: Tensor) -> Tensor:
-        """Images of these labels, each rank drawing its share: (N, C, H, W) float32 on every rank."""
+    def draw(self, labels: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """This process's share of images of these labels, a few at a time; behind the last label the first come again.
+
+        Yields:
+            Number of the first of them, and pixels (n, C, H, W) float32.
+        """
         config, device, autocast = self.config, self.world.device, self.objective.autocast
         sampler = PROCESSES[self.objective.process.name].plain_sampler(
             config.eval_steps,
@@ -162,11 +162,9 @@ class Validation:
 
         rows = min(ROWS, len(labels))
         share = -(-len(labels) // (rows * self.world.size)) * rows  # of each process; all make equally many
-        pieces = []
         for start in range(self.world.rank * share, (self.world.rank + 1) * share, rows):
             indices = range(start, start + rows)
             y = labels[[i % len(labels) for i in indices]].to(device)
             noise = ImageNoise(self.objective.seed, indices, self.setup.latent_shape, device)
             latents = sample_loop(guided(evaluate, y, null_class, scale), sampler, noise.initial(), noise_fn=noise)
-            pieces.append(self.setup.autoencoder.decode(latents))
-        return distributed.from_all_ranks(torch.cat(pieces)).flatten(0, 1)[: len(labels)]
+            yield start, self.setup.autoencoder.decode(latents)

@@ -84,7 +84,7 @@ def find_weights(given: Path | None, cache: Path, *, offline: bool) -> Path:
 
 def advice() -> str:
     """What to do without the file."""
-    return f"get it from {URL} on a machine with a network, and pass --weights PATH or set {ENVIRONMENT}"
+    return f"get it from {URL} on a machine with a network, and name it by {ENVIRONMENT}=PATH (evaluator: or --weights)"
 
 
 def download(url: str, path: Path, *, size: int | None) -> Path:

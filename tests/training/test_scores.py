@@ -1,0 +1,119 @@
+"""FID and Inception Score while training, with a narrow network of random weights in the place of the real one."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from data.pixels import to_uint8
+from evaluator.inception.network import load_network
+from evaluator.metrics import feature_statistics, frechet_distance, inception_score
+from runtime.config import parse_config
+from runtime.distributed import World
+from runtime.ema import EMA
+from runtime.errors import run
+from tests.inception_files import make_images, write_graph, write_npz
+from tests.networks import randomise
+from tests.processes import run_script
+from training.config import TrainConfig
+from training.setup import set_up
+from training.validation import Validation
+
+CPU = World(0, 1, torch.device("cpu"))
+
+
+def statistics(folder, name="ref.npz", size=16, **changed):
+    """A reference of stored statistics alone, as the narrow network sees 200 images."""
+    found = feature_statistics(load_network(folder / "graph.pb").features(make_images(200, (size, size))).pool)
+    arrays = {"mu": found.mean.numpy(), "sigma": found.covariance.numpy(), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    np.savez(folder / name, **{**arrays, **changed})
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two folders of noise, references good and bad, and the network's weights."""
+    folder = tmp_path_factory.mktemp("place")
+    write_graph(folder / "graph.pb")
+    statistics(folder)
+    statistics(folder, "narrow.npz", mu=np.zeros(5), sigma=np.eye(5))
+    write_npz(folder / "images.npz", make_images(2, (16, 16)))
+    with np.load(folder / "ref.npz") as ref:
+        write_npz(folder / "large.npz", make_images(2, (32, 32)), **ref)
+    for label in "ab":
+        (folder / "data" / label).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(make_images(1, (20, 20), seed=i)[0]).save(folder / "data" / label / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def flags(place, tmp_path, monkeypatch):
+    """Flags of a run in that folder."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("DIT_EVAL_INCEPTION", str(place / "graph.pb"))
+    argv = "--data-path data --model DiT-debug/2 --vae none --image-size 16 --num-classes 2 --device cpu"
+    argv += " --num-workers 0 --global-batch-size 2 --eval-every 2 --eval-samples 36 --eval-steps 2"
+    return [*argv.split(), "--results-dir", str(tmp_path)]
+
+
+def test_scores_are_those_of_the_images_that_are_drawn(flags, place):
+    config = parse_config(TrainConfig, [*flags, "--eval-reference", "ref.npz"], program="train.py", description="")
+    setup = set_up(config, CPU.device)
+    randomise(setup.network)
+    validation = Validation(setup, EMA(setup.network, 0.9).network, CPU)
+    pictures, scores = validation.look()
+    images = torch.cat([to_uint8(pixels) for _, pixels in validation.draw(torch.arange(36) % 2)])[:36]
+    network = load_network(place / "graph.pb")
+    pool = network.features(images.numpy()).pool
+    assert scores == {
+        "fid": pytest.approx(frechet_distance(statistics(place), feature_statistics(pool)), rel=1e-4),
+        "inception_score": pytest.approx(inception_score(network.probabilities(pool)), rel=1e-5),
+    }
+    assert pictures.shape == (36, 16, 16, 3) and scores["fid"] > 0
+
+
+def test_a_run_logs_them_and_two_processes_say_the_same(flags, place, tmp_path):
+    argv = [*flags, "--eval-reference", "ref.npz", "--max-steps", "2"]
+    assert run(train.main, "train.py", argv) == 0
+    done = run_script("train.py", *argv, ranks=2, folder=place)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("these scores compare with nobody's") == 1  # not the published weights
+    runs = (tmp_path / f"{number:03d}-DiT-debug-2" / "metrics.jsonl" for number in range(2))
+    one, two = (json.loads(log.read_text().splitlines()[-1]) for log in runs)
+    assert {"step", "fid", "inception_score"} == one.keys() and two == pytest.approx(one, rel=1e-3)
+
+
+def test_nothing_is_scored_without_a_reference(flags):
+    setup = set_up(parse_config(TrainConfig, flags, program="train.py", description=""), CPU.device)
+    assert setup.scorer is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--eval-reference none.npz", "none.npz: there is no such file"),
+        ("--eval-reference images.npz", "--eval-reference images.npz: holds no mu and sigma"),
+        ("--eval-reference large.npz", "--eval-reference large.npz: its images are of (32, 32) pixels"),
+        ("--eval-reference narrow.npz", "--eval-reference narrow.npz: its mu has 5 numbers, the network 128 features"),
+        ("--eval-reference ref.npz --eval-samples 1", "--eval-samples 1: FID needs at least 2"),
+        ("--eval-reference ref.npz --in-channels 1", "--eval-reference ref.npz: is for RGB images"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_written(argv, words, flags, tmp_path, capsys):
+    assert run(train.main, "train.py", [*flags, *argv.split()]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1, error
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_nowhere_are_one_line(flags, monkeypatch, capsys):
+    monkeypatch.setenv("DIT_EVAL_INCEPTION", "gone.pb")
+    assert run(train.main, "train.py", [*flags, "--eval-reference", "ref.npz"]) == 2
+    assert "DIT_EVAL_INCEPTION gone.pb: there is no such file" in capsys.readouterr().err
+    monkeypatch.delenv("DIT_EVAL_INCEPTION")
+    assert run(train.main, "train.py", [*"--dataset digits --eval-reference ref.npz --eval-every 1".split()]) == 2
+    assert "is for RGB images" in capsys.readouterr().err
