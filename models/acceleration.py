@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from models.contract import ModelOutput
 
 Evaluate = Callable[..., ModelOutput]  # called as (x, t, y, state)
+COMPILE_BACKEND = "inductor"
 Capture = Callable[[Callable[[], ModelOutput]], tuple[Callable[[], None], ModelOutput]]
 
 

@@ -15,7 +15,7 @@ from diffusion.sampling import StepHook
 from diffusion.schedules import index_to_network
 from diffusion.sharing import Calibration
 from models import Network, TimeConvention, create_model
-from models.acceleration import Evaluate, GraphedNetwork, autocast, cast_weights_once
+from models.acceleration import COMPILE_BACKEND, Evaluate, GraphedNetwork, autocast, cast_weights_once
 from models.loading import check_family
 from models.recognise import recognise
 from runtime import distributed
@@ -122,15 +122,16 @@ class Pipeline(Generic[C]):
         if self.config.cuda_graphs and network.decides_by_input:
             model = self.config.model
             raise UserError(f"--cuda-graphs: {model} decides by its input what to compute; leave the flag out")
+        if self.config.compile:
+            network.compile_blocks(COMPILE_BACKEND)  # before plans are made, which compile what runs instead of blocks
         prepared = network.for_sampling(self.sampler.times)
         evaluate: Evaluate = prepared
         if self.config.precision == "bf16":
             evaluate = autocast(prepared, self._device, torch.bfloat16)
             x = torch.zeros(1, *self._latent_shape, device=self._device)
             y, time = torch.zeros(1, dtype=torch.int64, device=self._device), self.sampler.times[0]
-            cast_weights_once(prepared, torch.bfloat16, lambda: evaluate(x, time, y, None))
-        if self.config.compile:
-            network.compile_blocks()  # for the weights and rows it will see from here on
+            with torch.compiler.set_stance("force_eager"):  # compiled is for the rows and dtypes to come
+                cast_weights_once(prepared, torch.bfloat16, lambda: evaluate(x, time, y, None))
         return GraphedNetwork(evaluate) if self.config.cuda_graphs else evaluate
 
     def denoise(self, seed: int, indices: Sequence[int], labels: Tensor, on_step: StepHook | None = None) -> Tensor:

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import models
 from models.acceleration import can_compile
+from models.dydit_plan import RoutingPlan
 from runtime.checkpoint import save_checkpoint
 from runtime.config import parse_config
 from runtime.distributed import World
@@ -20,19 +22,44 @@ from training.config import TrainConfig
 from training.setup import set_up
 
 CPU = World(0, 1, torch.device("cpu"))
-# What is combined with a sampler; the numbers are timesteps, 0 clean and 1000 noise.
+INTERVAL = (200.0, 800.0)  # timesteps, 0 clean and 1000 noise
+# What is combined with a sampler.
 WITH: dict[str, dict[str, Any]] = {
     "nothing": {},
-    "interval": {"guidance_interval": (200.0, 800.0)},
+    "interval": {"guidance_interval": INTERVAL},
     "cache": {"cache_interval": 2},
     "sharing": {"refresh_rate": 2},
     "calibrated sharing": {"refresh_rate": 2, "sharing": "cheapest"},
     "bf16": {"precision": "bf16"},
-    "interval and cache and bf16": {
-        "guidance_interval": (200.0, 800.0), "cache_interval": 2, "precision": "bf16",
-    },
-}  # fmt: skip
-KEEPS_STATE = {"DDT", "Skip-DiT"}
+    "compile": {"compile": True},
+    "interval and bf16 and compile": {"guidance_interval": INTERVAL, "precision": "bf16", "compile": True},
+    "interval and cache and bf16": {"guidance_interval": INTERVAL, "cache_interval": 2, "precision": "bf16"},
+    "all": {"guidance_interval": INTERVAL, "cache_interval": 2, "precision": "bf16", "compile": True},
+}
+REUSE = {"cache_interval", "refresh_rate"}
+# Rows of the README's matrix: a family, and what makes its networks keep state.
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in models.FAMILIES},
+    "DiT, cache depth": ("DiT", {"cache_depth": 1}),
+}
+KEEPS_STATE = {"DDT", "Skip-DiT", "DiT, cache depth"}
+
+
+class Watch:
+    """What ran in a cell: blocks of a routing plan, and pieces of code that were compiled."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.routed, self.compiled = 0, CompileCounter()
+        run_block = RoutingPlan.run_block
+
+        def counted(plan: RoutingPlan, *args: Any) -> Any:
+            self.routed += 1
+            return run_block(plan, *args)
+
+        patch.setattr(RoutingPlan, "run_block", counted)
+        patch.setattr("sampling.pipeline.COMPILE_BACKEND", self.compiled)
+        patch.setattr("sampling.config.can_compile", lambda device_type: True)  # this backend needs no compiler
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")
@@ -58,30 +85,37 @@ def draw(path: Path, sampler: str, folder: Path, **settings: Any) -> torch.Tenso
     return made.denoise(0, range(2), torch.tensor([1, 2]))
 
 
-def refusal(family: str, sampler: str, settings: dict[str, Any]) -> str | None:
+def refusal(network: str, settings: dict[str, Any]) -> str | None:
     """Why a cell cannot be; None where it can."""
-    if family not in KEEPS_STATE and {"cache_interval", "refresh_rate"} & settings.keys():
-        return "this network keeps nothing to reuse" if "cache_interval" in settings else "keeps no state between"
-    return None
+    if NETWORKS[network][1] and not REUSE & settings.keys():
+        return "--cache-depth 1: has no effect without --cache-interval"
+    if network in KEEPS_STATE or not REUSE & settings.keys():
+        return None
+    return "keeps nothing to reuse" if "cache_interval" in settings else "keeps no state between"
 
 
 @pytest.mark.parametrize("combined", WITH)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("network", NETWORKS)
 def test_a_cell_runs_or_is_refused_in_one_line(
-    checkpoints: dict[tuple[str, str], Path], family: str, sampler: str, combined: str, tmp_path: Path
-) -> None:
-    settings, path = WITH[combined], checkpoints[family, SAMPLERS[sampler].process]
-    reason = refusal(family, sampler, settings)
+    checkpoints: dict[tuple[str, str], Path], network: str, sampler: str, combined: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    family, own = NETWORKS[network]
+    settings, path = {**WITH[combined], **own}, checkpoints[family, SAMPLERS[sampler].process]
+    watch, reason = Watch(monkeypatch), refusal(network, settings)
     if reason is not None:
-        with pytest.raises(UserError, match=reason) as error:
+        with pytest.raises((UserError, ValueError), match=reason) as error:
             draw(path, sampler, tmp_path, **settings)
         assert "\n" not in str(error.value)
         return
     drawn = draw(path, sampler, tmp_path, **settings)
     assert drawn.shape == (2, 1, 8, 8) and drawn.isfinite().all()
+    assert (watch.routed > 0) == (family == "DyDiT"), "routed networks are routed"
+    assert (watch.compiled.frame_count > 0) == settings.get("compile", False)
+    acts = settings.keys() - {"compile"}
     plain = draw(path, sampler, tmp_path)
-    assert torch.equal(drawn, plain) == (not settings), "what is combined acts"
+    assert torch.allclose(drawn, plain, rtol=0, atol=1e-5 * float(plain.abs().max())) == (not acts), "each acts"
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -91,14 +125,6 @@ def test_a_cached_evaluation_is_refused_where_time_does_not_fall(
     with pytest.raises(UserError, match="--cache-interval 2: this") as error:
         draw(checkpoints[family, "flow"], "heun", tmp_path, cache_interval=2, heun_exact=True)
     assert "\n" not in str(error.value)
-
-
-def test_a_plain_network_is_cached_where_a_depth_is_given(
-    checkpoints: dict[tuple[str, str], Path], tmp_path: Path
-) -> None:
-    path = checkpoints["DiT", "gaussian"]
-    cached, plain = draw(path, "ddim", tmp_path, cache_interval=2, cache_depth=1), draw(path, "ddim", tmp_path)
-    assert cached.isfinite().all() and not torch.equal(cached, plain)
 
 
 def test_similarities_are_kept_with_their_settings(checkpoints: dict[tuple[str, str], Path], tmp_path: Path) -> None:
