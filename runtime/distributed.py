@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -18,6 +18,7 @@ from torch import Tensor
 from runtime.errors import PeerLost, UserError
 
 T = TypeVar("T")
+PATIENCE = timedelta(seconds=10)  # with peers that may not come
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,10 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     # After torchrun restarted the workers, addresses of the dead ones may still stand in the store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt_{attempt}", store)
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        store=store,
         rank=rank,
         world_size=size,
         timeout=timeout,
@@ -93,6 +95,9 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
         _leave_together()
     except SystemExit:  # decided by all processes together
         _leave_together()
+        raise
+    except UserError:  # of all processes, most often; torchrun kills those that are later than the first
+        _wait_for_peers(store, rank, size)
         raise
     except RuntimeError as error:
         if any(word in str(error).lower() for word in ("timed out", "timeout", "closed by peer", "reset by peer")):
@@ -115,6 +120,14 @@ def _leave_together() -> None:
     A process that goes first, or frees the group after it was destroyed, now and then aborts in gloo's threads.
     """
     dist.barrier()
+    gc.collect()
+
+
+def _wait_for_peers(store: dist.Store, rank: int, size: int) -> None:
+    """Waits for those who leave, too; not for long, because others may know nothing of the error."""
+    store.set(f"leaving_{rank}", "")
+    with suppress(RuntimeError):  # a timeout is one
+        store.wait([f"leaving_{peer}" for peer in range(size)], PATIENCE)
     gc.collect()
 
 

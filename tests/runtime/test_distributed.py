@@ -42,3 +42,25 @@ def test_its_result_and_its_error_are_everybody_s(tmp_path: Path) -> None:
     done = run_script(tmp_path / "two.py", ranks=2, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["rank 0: ['0'] no", "rank 1: ['0'] no"]
+
+
+LATE = """
+import sys, time
+from runtime import distributed
+from runtime.errors import UserError, run
+
+def main(argv):
+    with distributed.world("cpu") as world:
+        if world.is_main:
+            time.sleep(2)  # torchrun looks ten times a second, and kills who is left when one has failed
+        raise UserError("--flag 3: no")
+
+sys.exit(run(main, "late.py"))
+"""
+
+
+def test_a_mistake_is_said_though_the_process_that_says_it_is_late(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    done = run_script(tmp_path / "late.py", ranks=2, folder=tmp_path)
+    assert done.stderr.count("late.py: error: --flag 3: no") == 1
+    assert "exitcode: 2" in done.stderr.replace("exitcode  :", "exitcode:") and "SIGTERM" not in done.stderr
