@@ -88,6 +88,10 @@ class TrainingRecipe:
         """What is added to the loss for the statistic's mean over the GLOBAL batch: a scalar for a scalar."""
         raise TypeError(f"{type(self).__name__} has no penalty")
 
+    def doubts(self, steps: int) -> list[str]:
+        """What a user should know who trains for so many steps, a line each."""
+        return []
+
     def start(self, network: Network, weights: Mapping[str, Tensor]) -> list[str]:
         """Prepares a network that was filled from a file for the first step, in place; says what it did.
 

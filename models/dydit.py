@@ -242,6 +242,16 @@ class DyDiTRecipe(TrainingRecipe):
         """Squared distance of the global batch's ratio from the target."""
         return self.flops_weight * (mean - self.target(step)) ** 2
 
+    def doubts(self, steps: int) -> list[str]:
+        """Says if the run ends before the target has come down."""
+        last = self.target(steps - 1)
+        if last == self.flops_target:
+            return []
+        return [
+            f"--flops-warmup-steps {self.flops_warmup_steps}: after {steps:,} steps the target is still "
+            f"{last:.2f}, not {self.flops_target}; choose fewer (the first {HOLD_STEPS} hold it at 1)"
+        ]
+
     def start(self, network: Network, weights: Mapping[str, Tensor]) -> list[str]:
         """Ranks heads and channels where that was asked for.
 

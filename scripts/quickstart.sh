@@ -22,7 +22,7 @@ run=$(find "$out/runs" -mindepth 1 -maxdepth 1 -type d | sort | tail -n 1)
 checkpoint=$(find "$run/checkpoints" -name '*.safetensors' | sort | tail -n 1)
 
 echo "== 2/3  Drawing $samples digits with two processes (DDIM, 50 steps, guidance 1.1)"
-OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 sample_ddp.py \
+"$python" -m torch.distributed.run --standalone --nproc-per-node 2 sample_ddp.py \
     --ckpt "$checkpoint" --num-fid-samples "$samples" --per-proc-batch-size 125 \
     --sampler ddim --num-sampling-steps ddim50 --cfg-scale 1.1 --balanced-labels --output "$out/samples.npz" --overwrite
 

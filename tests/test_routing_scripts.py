@@ -66,7 +66,15 @@ def test_micro_batches_change_nothing_but_rounding(at_once: None, tmp_path: Path
     assert one[0]["flops_ratio_penalty"] == pytest.approx(2 * (one[0]["flops_ratio"] - 0.3) ** 2, rel=1e-5)
 
 
-def test_two_processes_are_one_but_for_rounding(at_once: None, tmp_path: Path) -> None:
+def test_the_log_tells_the_share_and_a_warm_up_that_is_too_long(tmp_path: Path) -> None:
+    assert start(tmp_path, "--flops-target", "0.3", "--max-steps", 1) == 0
+    log = (folder(tmp_path) / "log.txt").read_text()
+    assert "Warning: --flops-warmup-steps 1000: after 1 steps the target is still 1.00, not 0.3" in log
+    assert f", flops ratio: {metrics(tmp_path)[0]['flops_ratio']:.3f}\n" in log
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_two_processes_are_one_but_for_rounding(at_once: None, tmp_path: Path, micro_batches: int) -> None:
     """Gate noise and quarters of the time belong to rows of the global batch; the penalty sees all of it."""
     argv = [*ROUTED, "--stratified-t", "--max-steps", STEPS]
     assert start(tmp_path / "1", *argv) == 0
@@ -75,7 +83,7 @@ def test_two_processes_are_one_but_for_rounding(at_once: None, tmp_path: Path) -
         "import sys, models.dydit, train\nfrom runtime.errors import run\n"
         "models.dydit.HOLD_STEPS = 0\nsys.exit(run(train.main, 'train.py'))\n"
     )
-    options = [*BASE, *map(str, argv), "--results-dir", str(tmp_path / "2")]
+    options = [*BASE, *map(str, argv), "--grad-accum", str(micro_batches), "--results-dir", str(tmp_path / "2")]
     done = run_script(program, *options, ranks=2, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     one, two = (metrics(tmp_path / str(ranks)) for ranks in (1, 2))

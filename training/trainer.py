@@ -175,7 +175,10 @@ class Trainer:
         self.log.line(f"{self.config.model.rsplit('-', 1)[0]} Parameters: {parameters:,}")
         source = self.config.data_path or self.config.dataset
         self.log.line(f"Dataset contains {len(self.setup.dataset):,} images ({source})")
-        self.log.line(f"Training for {self.config.epochs} epochs, {total:,} steps...")
+        epochs = "" if self.config.max_steps else f"{self.config.epochs} epochs, "
+        self.log.line(f"Training for {epochs}{total:,} steps...")
+        for doubt in self.setup.objective.recipe.doubts(total):
+            self.log.line(f"Warning: {doubt}")
         remembered = self.config.ema_decay**total
         if remembered > 0.05 and not self.config.ema_ramp:
             self.log.line(
@@ -237,9 +240,11 @@ class Trainer:
         """A log line, a line of metrics, and word of non-finite steps."""
         step, values = self.state.step, self.meter.read()
         rate = learning_rate(self.config, step - 1, self.setup.total_steps)
-        self.log.line(
-            f"(step={step:07d}) Train Loss: {values['loss']:.4f}, Train Steps/Sec: {values['steps_per_sec']:.2f}"
-        )
+        line = f"(step={step:07d}) Train Loss: {values['loss']:.4f}, Train Steps/Sec: {values['steps_per_sec']:.2f}"
+        name = self.setup.objective.recipe.statistic_name
+        if name is not None:
+            line += f", {name.replace('_', ' ')}: {values[name]:.3f}"
+        self.log.line(line)
         if self.config.grad_norm_mode == "skip":
             values["updates_skipped"] = self.guard.count_too_large()
         self.log.metrics(step=step, lr=rate, grad_norm=float(grad_norm), **values)

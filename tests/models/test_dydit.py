@@ -336,6 +336,14 @@ def test_the_complete_pass_lasts_as_long_as_asked() -> None:
     assert len(DyDiTRecipe().passes(10**9)) == 2 and len(DyDiTRecipe(complete_loss_steps=0).passes(0)) == 1
 
 
+def test_a_run_that_ends_before_the_target_has_come_down_is_doubted() -> None:
+    assert DyDiTRecipe(flops_warmup_steps=1000).doubts(1001) == []
+    (doubt,) = DyDiTRecipe(flops_warmup_steps=1000).doubts(600)
+    assert "--flops-warmup-steps 1000: after 600 steps the target is still 0.70, not 0.5" in doubt
+    (held,) = DyDiTRecipe(flops_warmup_steps=0).doubts(20)
+    assert "still 1.00" in held
+
+
 def test_gates_are_noisy_as_long_as_asked() -> None:
     recipe = DyDiTRecipe(gate_noise_steps=3)
     assert [[one.noisy_gates for one in recipe.passes(step)] for step in (0, 2, 3)] == [[True, False]] * 2 + [
