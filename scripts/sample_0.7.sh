@@ -5,4 +5,4 @@
 #
 # CKPT=FILE samples from another file, such as dydit_0.7.pth of the first release, or one of ours.
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/sample_dydit.sh" "${CKPT:-new_dydit0.7.pt}" "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/sample_dydit.sh" "${CKPT:-new_dydit0.7}" "$@"

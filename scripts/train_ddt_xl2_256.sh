@@ -8,9 +8,9 @@
 # DINOv2 comes from the hub's cache; without network give its file: --align-ckpt dinov2_vitb14_pretrain.pth.
 # Running the command again goes on where it stopped.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-data="${1:?usage: bash $0 /path/to/imagenet/train [flags]}"
-exec torchrun --standalone --nproc-per-node "${GPUS:-gpu}" --max-restarts 3 train.py \
-    --data-path "$data" --model DDT-XL/2 --image-size 256 --global-batch-size 256 --resume auto \
+source "$(dirname "${BASH_SOURCE[0]}")/recipe_common.sh"
+begin_recipe "${BASH_SOURCE[0]}" 1 "/path/to/imagenet/train" "$@"
+exec "$torchrun" --standalone --nproc-per-node "${GPUS:-gpu}" --max-restarts 3 train.py \
+    --data-path "${paths[0]}" --model DDT-XL/2 --image-size 256 --global-batch-size 256 --resume auto \
     --align dinov2_vitb14 --align-block 8 --align-weight 0.5 \
     --precision bf16 --adam-betas 0.9 0.95 --no-flip --epochs 256 "${@:2}"

@@ -6,7 +6,7 @@
 #
 # --init-from a 256-pixel checkpoint recomputes the positions and keeps everything else.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-data="${1:?usage: bash $0 /path/to/imagenet/train [flags]}"
-exec torchrun --standalone --nproc-per-node "${GPUS:-gpu}" --max-restarts 3 train.py \
-    --data-path "$data" --model DiT-XL/2 --image-size 512 --global-batch-size 256 --resume auto "${@:2}"
+source "$(dirname "${BASH_SOURCE[0]}")/recipe_common.sh"
+begin_recipe "${BASH_SOURCE[0]}" 1 "/path/to/imagenet/train" "$@"
+exec "$torchrun" --standalone --nproc-per-node "${GPUS:-gpu}" --max-restarts 3 train.py \
+    --data-path "${paths[0]}" --model DiT-XL/2 --image-size 512 --global-batch-size 256 --resume auto "${@:2}"

@@ -8,10 +8,9 @@
 # far. It skips updates with a gradient norm of 50 or more, and so does this. Running the command again goes on where it
 # stopped. Add --precision bf16 --compile for speed.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-data="${1:?usage: bash $0 /path/to/imagenet/train DiT-XL-2-256x256.pt [flags]}"
-start="${2:?usage: bash $0 /path/to/imagenet/train DiT-XL-2-256x256.pt [flags]}"
-exec torchrun --standalone --nproc-per-node "${GPUS:-gpu}" --max-restarts 3 train.py \
-    --data-path "$data" --init-from "$start" --model DyDiT-XL/2 --image-size 256 --global-batch-size 256 \
+source "$(dirname "${BASH_SOURCE[0]}")/recipe_common.sh"
+begin_recipe "${BASH_SOURCE[0]}" 2 "/path/to/imagenet/train DiT-XL-2-256x256.pt" "$@"
+exec "$torchrun" --standalone --nproc-per-node "${GPUS:-gpu}" --max-restarts 3 train.py \
+    --data-path "${paths[0]}" --init-from "${paths[1]}" --model DyDiT-XL/2 --image-size 256 --global-batch-size 256 \
     --max-steps 150000 --lr 5e-5 --grad-norm-mode skip --grad-clip 50 --global-seed 16 --resume auto \
     --flops-target 0.7 --flops-warmup-steps 5000 --stratified-t "${@:3}"

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# What the recipes for GPUs begin with; sourced by them.
+set -euo pipefail
+
+# begin_recipe SCRIPT NUMBER "USAGE" "$@"
+#
+# Prints the script's own header where help is asked for, and its usage where fewer than NUMBER paths are given; makes those
+# absolute, goes to the repository's root, and sets $paths and $torchrun: the one of this shell, or else of .venv.
+begin_recipe() {
+    local script=$1 number=$2 usage=$3 name path
+    name=$(basename "$script" .sh)
+    shift 3
+    case "${1:-}" in
+        -*)
+            sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "$script"
+            exit 0
+            ;;
+    esac
+    if [ $# -lt "$number" ]; then
+        echo "$name: usage: bash scripts/$name.sh $usage [more flags]" >&2
+        exit 2
+    fi
+    paths=()
+    for path in "${@:1:number}"; do
+        if [ -e "$path" ]; then path=$(realpath "$path"); fi
+        paths+=("$path")
+    done
+    cd "$(dirname "$script")/.."
+    torchrun=$(command -v torchrun || true)
+    if [ -z "$torchrun" ] && [ -x .venv/bin/torchrun ]; then torchrun=.venv/bin/torchrun; fi
+    if [ -z "$torchrun" ]; then
+        echo "$name: no torchrun here; bash scripts/setup.sh makes an environment with one" >&2
+        exit 2
+    fi
+}

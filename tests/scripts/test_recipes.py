@@ -1,0 +1,77 @@
+"""The recipes for GPUs: what they would start, and what they say to a user who gives too little."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from evaluator.settings import EvaluatorConfig
+from runtime.config import parse_config
+from sample_ddp import SampleDDPConfig
+from tests.processes import ROOT
+from training.config import TrainConfig
+
+PATHS = {
+    "train_dit_xl2_256": 1,
+    "train_dit_xl2_512": 1,
+    "train_dydit_0.5": 2,
+    "train_dydit_0.7": 2,
+    "train_ddt_xl2_256": 1,
+    "train_ddt_xl2_512": 2,
+}
+RECORD = '#!/bin/bash\nprintf "%s\\n" "$@" ---- >> "$RECORDED"\n'
+
+
+def recipe(name: str, folder: Path, *argv: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Runs a recipe in a folder, with a torchrun that only writes down what it is told."""
+    torchrun = folder / "bin" / "torchrun"
+    torchrun.parent.mkdir(exist_ok=True)
+    torchrun.write_text(RECORD)
+    torchrun.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{torchrun.parent}:{os.environ['PATH']}", "RECORDED": str(folder / "told")}
+    command = ["bash", str(ROOT / "scripts" / f"{name}.sh"), *argv]
+    return subprocess.run(command, cwd=folder, env=environment | settings, capture_output=True, text=True)
+
+
+def told(folder: Path, script: str) -> list[list[str]]:
+    """What each program was started with, behind its name."""
+    runs = (folder / "told").read_text().split("----\n")[:-1]
+    started = [run.splitlines() for run in runs]
+    assert all("--nproc-per-node" in argv for argv in started)
+    return [argv[argv.index(script) + 1 :] for argv in started if script in argv]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_recipe_starts_train_py_with_flags_that_it_knows(name: str, tmp_path: Path) -> None:
+    for place in ("data", "weights.pt"):
+        (tmp_path / place).mkdir()
+    done = recipe(name, tmp_path, *("data", "weights.pt")[: PATHS[name]], "--seed-of-nobody")
+    assert done.returncode == 0, done.stderr
+    ((*argv, last),) = told(tmp_path, "train.py")
+    assert last == "--seed-of-nobody"
+    config = parse_config(TrainConfig, argv, program="train.py", description="")
+    assert config.data_path == tmp_path / "data" and config.model.endswith("-XL/2")
+    assert config.init_from in (None, tmp_path / "weights.pt") and config.global_batch_size == 256
+
+
+@pytest.mark.parametrize(("name", "model"), [("sample_0.7", "new_dydit0.7"), ("sample_0.5", "new_dydit0.5")])
+def test_released_dydits_are_drawn_from_and_scored(name: str, model: str, tmp_path: Path) -> None:
+    (tmp_path / "ref.npz").touch()
+    done = recipe(name, tmp_path, "ref.npz", "--overwrite", SAMPLES=str(tmp_path / "s.npz"))
+    assert done.returncode == 0, done.stderr
+    (argv,) = told(tmp_path, "sample_ddp.py")
+    config = parse_config(SampleDDPConfig, argv, program="sample_ddp.py", description="")
+    assert config.ckpt == Path(model) and config.num_fid_samples == 50_000 and config.overwrite
+    (argv,) = told(tmp_path, "evaluator/evaluator.py")
+    scored = parse_config(EvaluatorConfig, argv, program="evaluator", description="")
+    assert (scored.ref_batch, scored.sample_batch) == (tmp_path / "ref.npz", tmp_path / "s.npz")
+
+
+@pytest.mark.parametrize("name", [*PATHS, "sample_0.5", "sample_0.7", "sample_dydit"])
+def test_too_few_paths_are_one_line_and_help_is_the_header(name: str, tmp_path: Path) -> None:
+    done = recipe(name, tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "usage: bash scripts/" in done.stderr
+    if not name.startswith("sample_0"):
+        assert f"bash scripts/{name}.sh " in recipe(name, tmp_path, "--help").stdout
+    assert not (tmp_path / "told").exists()
