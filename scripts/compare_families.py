@@ -36,6 +36,7 @@ MADE_BY = {
     Path("digits_ddt_out"): "digits_ddt.sh",
     Path("digits_skip_dit_out"): "digits_skip_dit.sh",
 }
+INTERVALS = (2, 4, 6)
 CLOSE = 0.02  # of a routed network's work to its target
 
 
@@ -45,7 +46,9 @@ class CompareConfig:
 
     ckpt: tuple[Path, ...] = setting(tuple(MADE_BY), "checkpoints of train.py, or folders of runs: the newest of each")
     steps: tuple[int, ...] = setting((50, 25, 10), "sampling steps; reuse is looked at with the first of them")
-    intervals: tuple[int, ...] = setting((2, 4, 6), "evaluations from one that computes kept state to the next")
+    intervals: tuple[int, ...] | None = setting(
+        None, "evaluations from one that computes kept state to the next; 2, 4 and 6"
+    )
     cache_depth: int | None = setting(None, "blocks that cached steps run at an end; a quarter of all, and 4 at most")
     sampler: str | None = setting(None, "by the process: ddim, or euler for flows", tuple(SAMPLERS))
     cfg_scale: float | None = setting(None, "guidance scale; by the process: 1.1, or 1 (none) for flows")
@@ -63,9 +66,14 @@ class CompareConfig:
             raise ValueError("--steps: give at least one")
         if self.num_samples < 4:
             raise ValueError(f"--num-samples {self.num_samples}: scores need at least 4")
-        for interval in self.intervals:
+        for interval in self.intervals or ():
             if not 2 <= interval <= self.steps[0]:
                 raise ValueError(f"--intervals {interval}: must lie in 2..{self.steps[0]}, the number of steps")
+
+    @property
+    def chosen_intervals(self) -> tuple[int, ...]:
+        """--intervals, or those of the usual ones that the steps have room for."""
+        return self.intervals or tuple(interval for interval in INTERVALS if interval <= self.steps[0])
 
 
 def plan(config: CompareConfig) -> list[tuple[Subject, list[Way]]]:
@@ -80,12 +88,12 @@ def plan(config: CompareConfig) -> list[tuple[Subject, list[Way]]]:
             raise UserError(f"--ckpt {place}: no checkpoint there{made_by}")
     subjects = newest([open_subject(path, config.cache_depth) for path in find_checkpoints(config.ckpt)])
     device = distributed.choose_device(config.device).type
-    flags = {"sampler": config.sampler, "cfg_scale": config.cfg_scale, "device": device}
-    sharing_dir = config.output_dir / "sharing"
+    flags: dict[str, Any] = {"sampler": config.sampler, "cfg_scale": config.cfg_scale, "device": device}
+    flags["sharing_dir"] = config.output_dir / "sharing"
     planned = []
     for subject in subjects:
         try:
-            planned.append((subject, ways(subject, config.steps, config.intervals, sharing_dir=sharing_dir, **flags)))
+            planned.append((subject, ways(subject, config.steps, config.chosen_intervals, **flags)))
         except ValueError as error:
             raise UserError(f"--ckpt {subject.path}: {error}") from error
     return planned
@@ -195,9 +203,10 @@ def off_target(results: Sequence[Result]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """Parses flags, samples, scores, prints and writes table and picture."""
     config = parse_config(CompareConfig, argv, program="compare_families.py", description=__doc__.split("\n")[0])
+    planned = plan(config)
     check_writable(config.output_dir / "families.json", "--output-dir")
     results: list[Result] = []
-    for subject, all_ways in plan(config):
+    for subject, all_ways in planned:
         for result in examine(subject, all_ways, config.num_samples, config.seed):
             results.append(result)
             print(f"{result.name}, seed {result.seed}: {result.way}", file=sys.stderr, flush=True)

@@ -10,7 +10,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
 begin "${BASH_SOURCE[0]}" digits_families_out "${DIGITS_PYTHON:-}" "DIGITS_STEPS DIGITS_SAMPLES" "$@"
 export QUICKSTART_PYTHON="${QUICKSTART_PYTHON:-${DIGITS_PYTHON:-}}"
-for name in quickstart digits_dydit digits_ddt digits_skip_dit; do
-    [ -d "${name}_out" ] || bash "scripts/$name.sh"
+# What each leaves last.
+for last in quickstart_out/scores.json {digits_dydit,digits_ddt}_out/families.md digits_skip_dit_out/ddpm/families.md; do
+    [ -f "$last" ] || bash "scripts/${last%%_out/*}.sh"
 done
 PYTHONPATH=. "$python" scripts/compare_families.py --num-samples "${DIGITS_SAMPLES:-1000}" --output-dir "$out"

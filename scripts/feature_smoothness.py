@@ -52,7 +52,7 @@ class SmoothnessConfig:
     cache_depth: int | None = setting(None, "blocks kept at an end; a quarter of the depth, and 4 at most")
     cache_interval: tuple[int, ...] = setting((2, 3, 4), "intervals at which reused outputs are compared")
     num_sampling_steps: str = setting("250", "step spec of the ancestral sampler")
-    at: tuple[int, int] = setting((10, 250), "the early and the late step of the surfaces, from 1")
+    at: tuple[int, int] | None = setting(None, "the early and the late step of the surfaces, from 1; 10 and the last")
     strength: float = setting(0.1, "norm of a whole disturbance, as a share of the weights' own")
     points: int = setting(11, "points of the surface on each axis")
     num_images: int = setting(10, "images to average over, of all classes in turn")
@@ -70,10 +70,20 @@ class SmoothnessConfig:
         if not 0 < self.strength < float("inf"):
             raise ValueError(f"--strength {self.strength}: must be positive and finite")
         with blame(f"--num-sampling-steps {self.num_sampling_steps}"):
-            steps = create_diffusion(self.num_sampling_steps).num_timesteps
-        for step in self.at:
-            if not 1 <= step <= steps:
-                raise ValueError(f"--at {step}: there are steps 1 to {steps}")
+            create_diffusion(self.num_sampling_steps)
+        for step in self.at or ():
+            if not 1 <= step <= self.steps:
+                raise ValueError(f"--at {step}: there are steps 1 to {self.steps}")
+
+    @property
+    def steps(self) -> int:
+        """How many steps are sampled."""
+        return create_diffusion(self.num_sampling_steps).num_timesteps
+
+    @property
+    def surfaces_at(self) -> tuple[int, int]:
+        """--at, or the tenth step and the last."""
+        return self.at or (min(10, self.steps), self.steps)
 
 
 class Subject(NamedTuple):
@@ -247,7 +257,7 @@ def reused_error(subject: Subject, path: Sequence[Tensor], interval: int) -> Arr
 def examine(subject: Subject, config: SmoothnessConfig) -> Findings:
     """Both analyses of one network."""
     path = trajectory(subject, config.seed)
-    places = {step: (path[step - 1], subject.sampler.times[step - 1]) for step in config.at}
+    places = {step: (path[step - 1], subject.sampler.times[step - 1]) for step in config.surfaces_at}
     surfaces = {
         step: surface(subject, x, t, points=config.points, strength=config.strength, seed=config.seed)
         for step, (x, t) in places.items()

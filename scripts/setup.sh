@@ -2,6 +2,10 @@
 # Makes ./.venv from the lock file, once; a second call returns at once unless the lock or pyproject.toml changed.
 # Uses uv where it is installed, otherwise Python's own venv and pip. PYTHON=... chooses the interpreter (>= 3.11).
 set -euo pipefail
+if [ $# -gt 0 ]; then
+    sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "${BASH_SOURCE[0]}"
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 stamp=$(cat requirements.lock pyproject.toml | cksum)

@@ -145,7 +145,12 @@ def open_held_out(config: TrainConfig, dataset: ImageDataset) -> ImageDataset | 
 
 
 def network_settings(config: TrainConfig) -> dict[str, Any]:
-    """What the flags say about the network's config; the model's own values where they are silent."""
+    """What the flags say about the network's config; the model's own values where they are silent.
+
+    Raises:
+        UserError: for a setting that the family does not have.
+        ValueError: for values that it refuses.
+    """
     named = model_config(config.model)
     settings = {}
     if process_name(config) == "flow" and hasattr(named, "learn_sigma"):
@@ -153,10 +158,11 @@ def network_settings(config: TrainConfig) -> dict[str, Any]:
             raise UserError("--learn-sigma: a flow has no variance; use --process gaussian")
         named = dataclasses.replace(named, learn_sigma=False)
     for field in NETWORK_SETTINGS:
-        if getattr(config, field) is not None:
-            settings[field] = getattr(config, field)
-        elif hasattr(named, field):  # not every family predicts a variance
-            settings[field] = getattr(named, field)
+        value = getattr(config, field)
+        if hasattr(named, field):  # not every family predicts a variance
+            settings[field] = getattr(named, field) if value is None else value
+        elif value is not None:
+            raise UserError(f"{flag_name(field)} {value}: has no effect on {config.model}")
     model_config(config.model, **settings)  # refuses what does not fit
     return settings
 

@@ -51,7 +51,7 @@ def test_every_family_is_compared(folders, tmp_path, capsys):
 
 
 def test_a_routed_network_off_its_target_fails_the_check(folders, tmp_path, capsys):
-    argv = "--steps 5 --num-samples 4 --intervals 2 --device cpu --check --output-dir".split()
+    argv = "--steps 5 --num-samples 4 --device cpu --check --output-dir".split()
     with pytest.raises(SystemExit) as leaving:
         main("--ckpt", folders[1], *argv, tmp_path)
     assert leaving.value.code == 1
@@ -115,3 +115,4 @@ def test_a_mistake_is_one_line(argv, words, folders, tmp_path, monkeypatch, caps
     assert main(*given) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
