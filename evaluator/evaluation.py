@@ -25,7 +25,6 @@ from evaluator.report import (
     protocol_path,
     read_protocol,
     scores_as_json,
-    sha256_of,
     write_document,
 )
 from evaluator.scores import ImageSet, compute_scores
@@ -55,20 +54,23 @@ def evaluate(config: EvaluatorConfig, world: World) -> None:
             weights = inspect_weights(shared_weights(config, world))
             backend = make_backend(config, weights.path, world.device)
         with ThreadPoolExecutor(1) as thread:
-            sample_digest = thread.submit(digest_on_main, samples, world)  # gigabytes: beside the network's work
-            reference_digest = digest_on_main(reference, world)
+            digesting = thread.submit(digest_on_main, samples, world)  # gigabytes: beside the network's work
+            with distributed.fail_together():
+                reference_digest = digest_on_main(reference, world)
             cache = config.cache / "features" / features_name(config, reference_digest, weights, world.device)
             with watch.measure("reference"):
                 of_reference = features_of(reference, backend, config, world, cache)
             with watch.measure("samples"):
                 of_samples = features_of(samples, backend, config, world)
+            with distributed.fail_together():
+                sample_digest = digesting.result()
             scores: dict[str, float] = {}
             with watch.measure("metrics"), distributed.fail_together():
                 if world.is_main:
                     with blame(f"{config.sample_batch} against {config.ref_batch}"):
                         sets = image_set(reference, of_reference, backend), image_set(samples, of_samples, backend)
                         scores = compute_scores(config.metric_names, *sets, config.distance_precision)
-            described = [describe(reference, reference_digest), describe(samples, sample_digest.result())]
+            described = [describe(reference, reference_digest), describe(samples, sample_digest)]
     if world.is_main:
         said = remarks(samples, weights)
         document = {
@@ -125,8 +127,12 @@ def make_backend(config: EvaluatorConfig, weights: Path, device: torch.device) -
 
 
 def digest_on_main(side: Side, world: World) -> str:
-    """The file's sha256; the other processes do not ask for it."""
-    return sha256_of(side.file.path) if world.is_main else ""
+    """The file's sha256; the other processes do not ask for it.
+
+    Raises:
+        UserError: on main, if its images are damaged.
+    """
+    return side.file.verified_sha256(read_to_end=side.count == side.file.count) if world.is_main else ""
 
 
 def features_name(config: EvaluatorConfig, digest: str, weights: Weights, device: torch.device) -> str:

@@ -6,6 +6,7 @@ present, are statistics to be used instead of computing them. Nothing is ever un
 
 from __future__ import annotations
 
+import hashlib
 import lzma
 import math
 import tokenize
@@ -27,7 +28,7 @@ from runtime.errors import UserError
 IMAGES = "arr_0"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 LOCAL_HEADER = 30  # bytes of a zip entry's own header, before its name; two lengths stand at 26
-BYTES_PER_SKIP = 1 << 20
+BYTES_AT_ONCE = 1 << 20  # of what is only passed by
 LARGEST_WHOLE = 2 * 10**9  # bytes of pixels that may be decompressed at once
 REAL_KINDS = "fiu"  # NumPy's letters for floats and integers
 
@@ -58,12 +59,14 @@ class _Layout:
         fortran_order: whether the first index runs fastest.
         offset: of the first pixel in the file; None where they are compressed.
         header_bytes: what stands before the first pixel within the entry.
+        crc: CRC-32 that the entry's bytes should have, header included.
     """
 
     shape: tuple[int, int, int, int]
     fortran_order: bool
     offset: int | None
     header_bytes: int
+    crc: int
 
 
 class ImageFile:
@@ -129,6 +132,46 @@ class ImageFile:
         except (*DAMAGED, *NO_HEADER, MemoryError) as error:  # a damaged header may ask for any number of bytes
             raise BadImageFile(f"{self.path}: its statistics cannot be used ({error})") from error
 
+    def verified_sha256(self, *, read_to_end: bool = True) -> str:
+        """Proves that the pixels are what was written, and returns the digest of the file's bytes, in hexadecimal.
+
+        Stored pixels are read past zipfile, which therefore compares no checksum: theirs is taken in the same pass as
+        the digest. Compressed ones zipfile checks at their end, which nothing reaches if only the first are wanted.
+
+        Args:
+            read_to_end: whether `batches` is read up to the last image anyway.
+
+        Raises:
+            BadImageFile: if the pixels are damaged, or the file cannot be read.
+        """
+        layout = self._layout
+        start, stop, written = 0, 0, 0  # where the entry lies that is to be checked; no bytes have the CRC 0
+        if layout is not None and layout.offset is not None:
+            start, stop = layout.offset - layout.header_bytes, layout.offset + math.prod(layout.shape)
+            written = layout.crc
+        digest, crc, position = hashlib.sha256(), 0, 0
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                while block := file.read(BYTES_AT_ONCE):
+                    digest.update(block)
+                    crc = zlib.crc32(memoryview(block)[max(0, start - position) : max(0, stop - position)], crc)
+                    position += len(block)
+            if layout is not None and layout.offset is None and not read_to_end:
+                self._read_compressed_to_end()
+        except DAMAGED as error:
+            raise BadImageFile(f"{self.path}: its images are damaged or cut short ({error})") from error
+        if crc != written:
+            raise BadImageFile(
+                f"{self.path}: its images are damaged: {IMAGES} has the CRC-32 {crc:08x}, and had {written:08x} when "
+                "it was written; make or fetch the file again"
+            )
+        return digest.hexdigest()
+
+    def _read_compressed_to_end(self) -> None:
+        with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as stream:
+            while stream.read(BYTES_AT_ONCE):
+                pass
+
     def batches(self, start: int, stop: int, size: int) -> Iterator[Images]:
         """Reads images start .. stop - 1.
 
@@ -170,7 +213,7 @@ class ImageFile:
             stream = archive.open(f"{IMAGES}.npy")  # keeps the file open by itself
         to_skip = layout.header_bytes + skip
         while to_skip:
-            skipped = len(stream.read(min(to_skip, BYTES_PER_SKIP)))
+            skipped = len(stream.read(min(to_skip, BYTES_AT_ONCE)))
             if not skipped:
                 raise EOFError("it ends early")
             to_skip -= skipped
@@ -212,7 +255,7 @@ class ImageFile:
         offset = self._start_of_entry(info) + header_bytes if stored else None
         if offset is not None and offset + wanted > self.path.stat().st_size:
             raise BadImageFile(f"{self.path}: the file ends inside {IMAGES}")
-        return _Layout((count, height, width, channels), fortran_order, offset, header_bytes)
+        return _Layout((count, height, width, channels), fortran_order, offset, header_bytes, info.CRC)
 
     def _start_of_entry(self, info: zipfile.ZipInfo) -> int:
         """Where an entry's own bytes begin: behind its header, whose length only the header itself says."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import sys
@@ -44,12 +43,6 @@ def read_protocol(samples: Path) -> Any:
         raise BadImageFile(
             f"{path}: says how the samples were made, but is no JSON ({error}); mend or remove it"
         ) from error
-
-
-def sha256_of(path: Path) -> str:
-    """Digest of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def library_versions(backend: str) -> dict[str, str]:

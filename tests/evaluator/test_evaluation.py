@@ -370,6 +370,35 @@ def test_samples_damaged_in_the_middle_leave_no_result(files, graph, capsys):
     assert not (files / "a.scores.json").exists()
 
 
+def damage_stored_pixels(name):
+    with np.load(name) as file:
+        pixels = file["arr_0"].tobytes()
+    content = bytearray(Path(name).read_bytes())
+    content[content.index(pixels) + 20_000] ^= 1
+    Path(name).write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["ref.npz", "samples.npz"])
+def test_damaged_stored_pixels_leave_no_result(files, graph, capsys, name):
+    damage_stored_pixels(name)
+    assert evaluate(graph, *QUICK) == 2
+    out, err = capsys.readouterr()
+    assert f"evaluator: error: {name}: its images are damaged: arr_0 has the CRC-32" in err
+    assert out == "" and not (files / "samples.scores.json").exists()
+    assert (files / "cache").exists() == (name == "samples.npz")  # the reference's features are good
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ref.npz", "samples.npz"])
+def test_damage_that_main_finds_ends_all_processes(files, graph, name):
+    damage_stored_pixels(name)
+    argv = ("ref.npz", "samples.npz", "--weights", str(graph), "--cache-dir", "cache", *QUICK)
+    done = run_script("evaluator/evaluator.py", *argv, ranks=2, folder=files)
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("evaluator:"))
+    assert f"error: {name}: its images are damaged" in line and done.stdout == ""
+    assert re.search(r"exitcode\s*: 2", done.stderr) and not (files / "samples.scores.json").exists()
+
+
 def test_tensorflow_where_there_is_none(files, graph, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     assert evaluate(graph, "--backend", "tensorflow") == 2

@@ -18,10 +18,23 @@ from tests.inception_files import make_images, write_npz
 FOLDER = GOLDEN / "evaluator"
 READERS = next(c for c in json.loads((FOLDER / "manifest.json").read_text())["cases"] if c["name"] == "readers")
 LAYOUTS = ["images_plain", "images_compressed", "images_fortran"]
+LARGE = make_images(20, (64, 64))  # zipfile reads 4,096 bytes at once, and finds damage in files as small by itself
+GOOD = {"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
 
 
 def read(file, start=0, stop=None, size=4):
     return list(file.batches(start, file.count if stop is None else stop, size))
+
+
+def pack(path, arrays, compression=zipfile.ZIP_STORED):
+    """An .npz by any compression, from arrays or the bytes of entries."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, value in arrays.items():
+            buffer = io.BytesIO(value if isinstance(value, bytes) else b"")
+            if not isinstance(value, bytes):
+                np.save(buffer, value)
+            archive.writestr(f"{name}.npy", buffer.getvalue())
+    return path
 
 
 @pytest.fixture
@@ -153,6 +166,68 @@ def test_damaged_compressed_pixels_are_found_while_reading(tmp_path):
         read(file)
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_the_digest_of_whole_files(tmp_path, compressed, order):
+    path = write_npz(tmp_path / "a.npz", np.asarray(LARGE, order=order), compressed, **GOOD)
+    np.savez(tmp_path / "b.npz", **GOOD)
+    for each in (path, tmp_path / "b.npz", pack(tmp_path / "c.npz", {"arr_1": LARGE, "arr_0": LARGE})):
+        wanted = hashlib.sha256(each.read_bytes()).hexdigest()
+        assert all(ImageFile(each).verified_sha256(read_to_end=whole) == wanted for whole in (True, False))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("place", [100, 4321, -1])
+def test_damaged_stored_pixels_are_found_by_the_digest(tmp_path, order, place):
+    path = write_npz(tmp_path / "a.npz", np.asarray(LARGE, order=order), **GOOD)
+    content = bytearray(path.read_bytes())
+    content[content.index(LARGE.tobytes(order)) + place % LARGE.size] ^= 1
+    path.write_bytes(content)
+    file = ImageFile(path)
+    read(file)  # nothing shows
+    with pytest.raises(BadImageFile, match="a.npz: its images are damaged: arr_0 has the CRC-32 .*, and had"):
+        file.verified_sha256()
+
+
+def test_damaged_compressed_pixels_behind_the_wanted_ones_are_found_by_the_digest(tmp_path):
+    content = bytearray(write_npz(tmp_path / "a.npz", LARGE, compressed=True).read_bytes())
+    entry = zipfile.ZipFile(tmp_path / "a.npz").getinfo("arr_0.npy")
+    content[30 + entry.compress_size - 200] ^= 64
+    (tmp_path / "a.npz").write_bytes(content)
+    file = ImageFile(tmp_path / "a.npz")
+    assert np.array_equal(read(file, stop=4)[0], LARGE[:4])
+    file.verified_sha256()
+    with pytest.raises(BadImageFile, match="a.npz: its images are damaged or cut short"):
+        file.verified_sha256(read_to_end=False)
+
+
+class Pipe(io.BytesIO):
+    """A stream that cannot go back, so that zipfile writes checksums behind the entries."""
+
+    def seekable(self):
+        return False
+
+    def tell(self):
+        raise OSError("a pipe")
+
+
+def test_a_checksum_behind_the_entry_is_known(tmp_path):
+    pipe = Pipe()
+    pack(pipe, {"arr_0": LARGE})
+    content = pipe.getvalue()
+    assert content[14:18] == bytes(4)  # the place of the checksum before the entry
+    (tmp_path / "a.npz").write_bytes(content)
+    assert ImageFile(tmp_path / "a.npz").verified_sha256() == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_that_goes_away_before_the_digest(tmp_path, images):
+    path = write_npz(tmp_path / "a.npz", images)
+    file = ImageFile(path)
+    path.unlink()
+    with pytest.raises(BadImageFile, match="a.npz: its images are damaged or cut short .*No such file"):
+        file.verified_sha256()
+
+
 @pytest.mark.parametrize(("order", "message"), [("C", "it ends early"), ("F", "mmap length is greater")])
 def test_a_file_that_shrinks_while_it_is_read(tmp_path, images, order, message):
     path = write_npz(tmp_path / "a.npz", np.asarray(images, order=order))
@@ -160,17 +235,6 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path, images, order, message):
     path.write_bytes(path.read_bytes()[:600])
     with pytest.raises(BadImageFile, match=f"a.npz: its images are damaged or cut short .*{message}"):
         read(file)
-
-
-def pack(path, arrays, compression=zipfile.ZIP_STORED):
-    """An .npz by any compression, from arrays or the bytes of entries."""
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, value in arrays.items():
-            buffer = io.BytesIO(value if isinstance(value, bytes) else b"")
-            if not isinstance(value, bytes):
-                np.save(buffer, value)
-            archive.writestr(f"{name}.npy", buffer.getvalue())
-    return path
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -267,9 +331,6 @@ def test_other_files(tmp_path):
     zipfile.ZipFile(tmp_path / "empty.npz", "w").close()
     with pytest.raises(BadImageFile, match="has no array arr_0 .* only nothing"):
         ImageFile(tmp_path / "empty.npz")
-
-
-GOOD = {"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
 
 
 @pytest.mark.parametrize(
