@@ -340,6 +340,8 @@ def test_other_files(tmp_path):
         ({"sigma_s": np.full((2, 2), np.nan)}, "mean or covariance has NaN"),
         ({"mu_s": np.array(["a", "b"])}, "cannot be used"),
         ({"sigma": np.array([{}])}, "allow_pickle"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "with D >= 1"),
+        ({"sigma": np.triu(np.ones((3, 3)))}, "covariance is not symmetric"),
         ({"mu": np.zeros(3, complex)}, r"\(mu is complex128; expected real numbers"),
         ({"sigma_s": np.zeros((2, 2), [("a", float)])}, r"\(sigma_s is \[\('a', '<f8'\)\]; expected real numbers"),
         ({"mu": np.array(["1", "2", "3"])}, r"\(mu is <U1; expected real numbers"),
