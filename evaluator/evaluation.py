@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from evaluator.features import FileFeatures, extract_features, load_features, save_features
+from evaluator.features import CACHE_FORMAT, FileFeatures, extract_features, load_features, save_features
 from evaluator.inception.backend import Backend
 from evaluator.inception.network import load_network
 from evaluator.inception.tensorflow_backend import TensorFlowBackend
@@ -137,7 +137,7 @@ def digest_on_main(side: Side, world: World) -> str:
 
 def features_name(config: EvaluatorConfig, digest: str, weights: Weights, device: torch.device) -> str:
     """Name of a cached file, made of everything that decides the features in it."""
-    return f"{digest[:16]}-{weights.sha256[:16]}-{config.backend}-{device.type}.safetensors"
+    return f"{digest[:16]}-{weights.sha256[:16]}-{config.backend}-{device.type}-v{CACHE_FORMAT}.safetensors"
 
 
 def features_of(
@@ -147,8 +147,9 @@ def features_of(
     if not side.features:
         return None
     kept = None
-    if cache is not None and world.is_main:
-        kept = load_features(cache, spatial=side.spatial, device=world.device)
+    with distributed.fail_together():
+        if cache is not None and world.is_main:
+            kept = kept_features(side, backend, world.device, cache)
     if distributed.broadcast(kept is not None):
         return kept
     made = extract_features(
@@ -161,8 +162,28 @@ def features_of(
         title=side.title,
     )
     if made is not None and cache is not None:
-        save_features(made, cache)
+        keep_features(made, cache)
     return made
+
+
+def kept_features(side: Side, backend: Backend, device: torch.device, cache: Path) -> FileFeatures | None:
+    """What an earlier evaluation kept of one side; None where there is nothing, or nothing of this network's widths."""
+    kept = load_features(cache, count=side.count, spatial=side.spatial, device=device)
+    if kept is None:
+        return None
+    pool, spatial = backend.features(next(side.file.batches(0, 1, 1)))
+    fits = kept.pool.shape[1] == pool.shape[1]
+    if kept.spatial is not None:
+        fits &= len(kept.spatial.mean) == spatial.shape[1]
+    return kept if fits else None
+
+
+def keep_features(made: FileFeatures, cache: Path) -> None:
+    """Spares the next evaluation the work; this one does not depend on it."""
+    try:
+        save_features(made, cache)
+    except OSError as error:
+        print(f"note: {cache}: cannot keep features there ({error.strerror or error})", file=sys.stderr)
 
 
 def image_set(side: Side, features: FileFeatures | None, backend: Backend) -> ImageSet:
