@@ -71,24 +71,27 @@ def evaluate(config: EvaluatorConfig, world: World) -> None:
                         sets = image_set(reference, of_reference, backend), image_set(samples, of_samples, backend)
                         scores = compute_scores(config.metric_names, *sets, config.distance_precision)
             described = [describe(reference, reference_digest), describe(samples, sample_digest)]
-    if world.is_main:
-        said = remarks(samples, weights)
-        document = {
-            "format": 1,
-            "scores": scores_as_json(scores),
-            "reference": described[0],
-            "samples": described[1],
-            "protocol": protocol,
-            "config": to_dict(config),
-            "network": {"backend": config.backend, "weights": str(weights.path), "weights_sha256": weights.sha256}
-            | {"precision": "float32", "device": world.device.type, "world_size": world.size},
-            "versions": library_versions(config.backend),
-            "seconds": watch.seconds,
-            "remarks": said,
-        }
-        write_document(document, output)
-        print(*(f"note: {line}" for line in said), f"written: {output}", sep="\n", file=sys.stderr)
-        print(adm_lines(scores))
+    with distributed.fail_together():
+        if world.is_main:
+            said = remarks(samples, weights)
+            for line in said:
+                print(f"note: {line}", file=sys.stderr)
+            print(adm_lines(scores))  # first: what was computed must not be lost with the file
+            document = {
+                "format": 1,
+                "scores": scores_as_json(scores),
+                "reference": described[0],
+                "samples": described[1],
+                "protocol": protocol,
+                "config": to_dict(config),
+                "network": {"backend": config.backend, "weights": str(weights.path), "weights_sha256": weights.sha256}
+                | {"precision": "float32", "device": world.device.type, "world_size": world.size},
+                "versions": library_versions(config.backend),
+                "seconds": watch.seconds,
+                "remarks": said,
+            }
+            write_document(document, output)
+            print(f"written: {output}", file=sys.stderr)
 
 
 def output_path(config: EvaluatorConfig) -> Path:

@@ -1,7 +1,9 @@
 """The evaluator's command from end to end on a narrow network, and everything a user can get wrong."""
 
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -397,6 +399,15 @@ WRONG = {
     "protocol that is no JSON": (
         lambda: Path("samples.json").write_text("{sampler"), {}, (), "samples.json: says how the samples were made",
     ),
+    "NaN in the protocol": (
+        lambda: Path("samples.json").write_text('{"loss": NaN}'), {}, (), r"samples.json: .* \(NaN is no finite number",
+    ),
+    "infinity in the protocol": (
+        lambda: Path("samples.json").write_text('[1, -Infinity]'), {}, (), r"samples.json: .* \(-Infinity is no finite",
+    ),
+    "1e999 in the protocol": (
+        lambda: Path("samples.json").write_text('[1.5, 1e999]'), {}, (), r"samples.json: .* \(1e999 is no finite",
+    ),
     "result over the samples": (lambda: None, {}, ("--json", "samples.npz"), "--json samples.npz: the evaluation"),
     "result over the protocol": (lambda: None, {}, ("--json", "./samples.json"), "the evaluation reads this file"),
     "result in a file": (lambda: None, {}, ("--json", "ref.npz/a.json"), "--json ref.npz/a.json: cannot write there"),
@@ -488,6 +499,26 @@ def test_damage_that_main_finds_ends_all_processes(files, graph, name):
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("evaluator:"))
     assert f"error: {name}: its images are damaged" in line and done.stdout == ""
     assert re.search(r"exitcode\s*: 2", done.stderr) and not (files / "samples.scores.json").exists()
+
+
+def test_scores_are_not_lost_with_the_file(files, graph, capsys, monkeypatch):
+    def full(self, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert evaluate(graph, *QUICK) == 2
+    out, err = capsys.readouterr()
+    assert [line.split(":")[0] for line in out.splitlines()] == [label for label in LABELS if label != "sFID"]
+    assert err.splitlines()[-1] == "evaluator: error: samples.scores.json: cannot write it (No space left on device)"
+    assert "written" not in err and not list(files.glob("*scores*")) + list(files.glob(".*"))
+
+
+def test_a_score_that_is_no_number_is_printed_and_one_line(files, graph, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "compute_scores", lambda *args: {"FID": math.inf})
+    assert evaluate(graph, *QUICK) == 2
+    out, err = capsys.readouterr()
+    assert out == "FID: inf\n" and not (files / "samples.scores.json").exists()
+    assert err.splitlines()[-1].startswith("evaluator: error: samples.scores.json: cannot write it (Out of range")
 
 
 def test_tensorflow_where_there_is_none(files, graph, capsys, monkeypatch):
