@@ -40,7 +40,6 @@ from evaluator.metrics import (
     precision_recall,
 )
 from evaluator.npz import ImageFile
-from evaluator.report import sha256_of
 from evaluator.scores import ADM_METRICS, ImageSet, compute_scores
 from runtime.distributed import World
 
@@ -211,12 +210,12 @@ def reading(sizes: EvaluatorSizes) -> Stage:
 
 
 def digest(sizes: EvaluatorSizes) -> Stage:
-    """The samples' sha256."""
+    """The samples' sha256, and the CRC-32 of the pixels in the same pass."""
     with tempfile.TemporaryDirectory() as folder:
-        path = write_black_images(Path(folder) / "a.npz", sizes.samples, sizes.side)
+        file = ImageFile(write_black_images(Path(folder) / "a.npz", sizes.samples, sizes.side))
         start = time.perf_counter()
-        sha256_of(path)
-        return _finish("sha256 of the file (beside the network)", start, sizes.samples)
+        file.verified_sha256()
+        return _finish("sha256 and CRC-32 of the file (beside the network)", start, sizes.samples)
 
 
 def features(sizes: EvaluatorSizes) -> Stage:

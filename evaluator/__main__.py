@@ -3,7 +3,7 @@
     python evaluator/evaluator.py VIRTUAL_imagenet256_labeled.npz samples.npz
     torchrun --nproc-per-node 8 evaluator/evaluator.py VIRTUAL_imagenet256_labeled.npz samples.npz
 
-The last lines are ADM's; a JSON beside the samples states everything a reader needs to compare the numbers.
+Standard output is ADM's lines; a JSON beside the samples states everything a reader needs to compare the numbers.
 """
 
 from __future__ import annotations

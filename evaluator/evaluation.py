@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from evaluator.features import FileFeatures, extract_features, load_features, save_features
+from evaluator.features import CACHE_FORMAT, FileFeatures, extract_features, load_features, save_features
 from evaluator.inception.backend import Backend
 from evaluator.inception.network import load_network
 from evaluator.inception.tensorflow_backend import TensorFlowBackend
@@ -25,7 +25,6 @@ from evaluator.report import (
     protocol_path,
     read_protocol,
     scores_as_json,
-    sha256_of,
     write_document,
 )
 from evaluator.scores import ImageSet, compute_scores
@@ -55,38 +54,44 @@ def evaluate(config: EvaluatorConfig, world: World) -> None:
             weights = inspect_weights(shared_weights(config, world))
             backend = make_backend(config, weights.path, world.device)
         with ThreadPoolExecutor(1) as thread:
-            sample_digest = thread.submit(digest_on_main, samples, world)  # gigabytes: beside the network's work
-            reference_digest = digest_on_main(reference, world)
+            digesting = thread.submit(digest_on_main, samples, world)  # gigabytes: beside the network's work
+            with distributed.fail_together():
+                reference_digest = digest_on_main(reference, world)
             cache = config.cache / "features" / features_name(config, reference_digest, weights, world.device)
             with watch.measure("reference"):
                 of_reference = features_of(reference, backend, config, world, cache)
             with watch.measure("samples"):
                 of_samples = features_of(samples, backend, config, world)
+            with distributed.fail_together():
+                sample_digest = digesting.result()
             scores: dict[str, float] = {}
             with watch.measure("metrics"), distributed.fail_together():
                 if world.is_main:
                     with blame(f"{config.sample_batch} against {config.ref_batch}"):
                         sets = image_set(reference, of_reference, backend), image_set(samples, of_samples, backend)
                         scores = compute_scores(config.metric_names, *sets, config.distance_precision)
-            described = [describe(reference, reference_digest), describe(samples, sample_digest.result())]
-    if world.is_main:
-        said = remarks(samples, weights)
-        document = {
-            "format": 1,
-            "scores": scores_as_json(scores),
-            "reference": described[0],
-            "samples": described[1],
-            "protocol": protocol,
-            "config": to_dict(config),
-            "network": {"backend": config.backend, "weights": str(weights.path), "weights_sha256": weights.sha256}
-            | {"precision": "float32", "device": world.device.type, "world_size": world.size},
-            "versions": library_versions(config.backend),
-            "seconds": watch.seconds,
-            "remarks": said,
-        }
-        write_document(document, output)
-        print(*(f"note: {line}" for line in said), f"written: {output}", sep="\n", file=sys.stderr)
-        print(adm_lines(scores))
+            described = [describe(reference, reference_digest), describe(samples, sample_digest)]
+    with distributed.fail_together():
+        if world.is_main:
+            said = remarks(samples, weights)
+            for line in said:
+                print(f"note: {line}", file=sys.stderr)
+            print(adm_lines(scores))  # first: what was computed must not be lost with the file
+            document = {
+                "format": 1,
+                "scores": scores_as_json(scores),
+                "reference": described[0],
+                "samples": described[1],
+                "protocol": protocol,
+                "config": to_dict(config),
+                "network": {"backend": config.backend, "weights": str(weights.path), "weights_sha256": weights.sha256}
+                | {"precision": "float32", "device": world.device.type, "world_size": world.size},
+                "versions": library_versions(config.backend),
+                "seconds": watch.seconds,
+                "remarks": said,
+            }
+            write_document(document, output)
+            print(f"written: {output}", file=sys.stderr)
 
 
 def output_path(config: EvaluatorConfig) -> Path:
@@ -125,13 +130,17 @@ def make_backend(config: EvaluatorConfig, weights: Path, device: torch.device) -
 
 
 def digest_on_main(side: Side, world: World) -> str:
-    """The file's sha256; the other processes do not ask for it."""
-    return sha256_of(side.file.path) if world.is_main else ""
+    """The file's sha256; the other processes do not ask for it.
+
+    Raises:
+        UserError: on main, if its images are damaged.
+    """
+    return side.file.verified_sha256(read_to_end=side.count == side.file.count) if world.is_main else ""
 
 
 def features_name(config: EvaluatorConfig, digest: str, weights: Weights, device: torch.device) -> str:
     """Name of a cached file, made of everything that decides the features in it."""
-    return f"{digest[:16]}-{weights.sha256[:16]}-{config.backend}-{device.type}.safetensors"
+    return f"{digest[:16]}-{weights.sha256[:16]}-{config.backend}-{device.type}-v{CACHE_FORMAT}.safetensors"
 
 
 def features_of(
@@ -141,8 +150,9 @@ def features_of(
     if not side.features:
         return None
     kept = None
-    if cache is not None and world.is_main:
-        kept = load_features(cache, spatial=side.spatial, device=world.device)
+    with distributed.fail_together():
+        if cache is not None and world.is_main:
+            kept = kept_features(side, backend, world.device, cache)
     if distributed.broadcast(kept is not None):
         return kept
     made = extract_features(
@@ -155,8 +165,28 @@ def features_of(
         title=side.title,
     )
     if made is not None and cache is not None:
-        save_features(made, cache)
+        keep_features(made, cache)
     return made
+
+
+def kept_features(side: Side, backend: Backend, device: torch.device, cache: Path) -> FileFeatures | None:
+    """What an earlier evaluation kept of one side; None where there is nothing, or nothing of this network's widths."""
+    kept = load_features(cache, count=side.count, spatial=side.spatial, device=device)
+    if kept is None:
+        return None
+    pool, spatial = backend.features(next(side.file.batches(0, 1, 1)))
+    fits = kept.pool.shape[1] == pool.shape[1]
+    if kept.spatial is not None:
+        fits &= len(kept.spatial.mean) == spatial.shape[1]
+    return kept if fits else None
+
+
+def keep_features(made: FileFeatures, cache: Path) -> None:
+    """Spares the next evaluation the work; this one does not depend on it."""
+    try:
+        save_features(made, cache)
+    except OSError as error:
+        print(f"note: {cache}: cannot keep features there ({error.strerror or error})", file=sys.stderr)
 
 
 def image_set(side: Side, features: FileFeatures | None, backend: Backend) -> ImageSet:

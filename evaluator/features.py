@@ -28,6 +28,8 @@ from runtime.distributed import World
 from runtime.files import atomic_path
 
 T = TypeVar("T")
+CACHE_FORMAT = 1  # of kept features; to be raised when their layout changes, or what is computed from the same images
+SPATIAL_NAMES = {"spatial_mean", "spatial_covariance"}
 
 
 @dataclass(frozen=True)
@@ -135,24 +137,50 @@ def _require_finite(rows: Tensor, start: int, path: Path) -> None:
 
 
 def save_features(features: FileFeatures, path: Path) -> None:
-    """Keeps features for the next evaluation, whole or not at all."""
+    """Keeps features for the next evaluation, whole or not at all.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
     tensors = {"pool": features.pool.cpu().contiguous()}
     if features.spatial is not None:
         tensors |= {"spatial_mean": features.spatial.mean, "spatial_covariance": features.spatial.covariance}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary)
+    try:
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary)
+    except SafetensorError as error:  # among others, of a full disk
+        raise OSError(str(error)) from error
 
 
-def load_features(path: Path, *, spatial: bool, device: torch.device) -> FileFeatures | None:
-    """Reads kept features; None if there are none, without what is wanted, or damaged ones."""
+def load_features(path: Path, *, count: int, spatial: bool, device: torch.device) -> FileFeatures | None:
+    """Reads kept features.
+
+    Args:
+        path: of the file.
+        count: images that they must be of.
+        spatial: whether statistics of the spatial features are wanted.
+        device: where the pool features shall lie.
+
+    Returns:
+        The features; None if there are none, without what is wanted, or ones that `save_features` cannot have written.
+    """
     try:
         with safe_open(path, "pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError):
+        return _checked(found, count, spatial, device)
+    except (OSError, SafetensorError, ValueError):
         return None
-    if "pool" not in found or (spatial and "spatial_mean" not in found):
+
+
+def _checked(found: dict[str, Tensor], count: int, spatial: bool, device: torch.device) -> FileFeatures | None:
+    """Features from the tensors of a file; None or ValueError if something about them is wrong."""
+    has_spatial = SPATIAL_NAMES <= found.keys()
+    wanted = {"pool"} | (SPATIAL_NAMES if has_spatial else set())
+    if found.keys() != wanted or (spatial and not has_spatial):
         return None
-    pool = found["pool"].to(device)
-    statistics = Statistics(found["spatial_mean"], found["spatial_covariance"], len(pool)) if spatial else None
-    return FileFeatures(pool, statistics)
+    pool = found["pool"]
+    if pool.dtype != torch.float32 or pool.ndim != 2 or len(pool) != count or not torch.isfinite(pool).all():
+        return None
+    statistics = Statistics(found["spatial_mean"], found["spatial_covariance"], count) if has_spatial else None
+    return FileFeatures(pool.to(device), statistics if spatial else None)

@@ -25,6 +25,7 @@ Array = Tensor | npt.NDArray[Any]
 DistancePrecision = Literal["adm", "float32"]
 
 ROWS_PER_UPDATE = 4096  # bounds the float64 copy of the features: 64 MiB at D = 2048
+ASYMMETRY = 1e-4  # of a covariance's largest entry, which is on the diagonal; sums in float32 reach 1e-5
 ADM_SPLIT_SIZE = 5000  # rows of one Inception Score split
 ADM_BLOCK_SIZE = 10_000  # rows and columns of one block of distances
 
@@ -79,7 +80,7 @@ class Statistics:
         count: the number of rows behind them; None where a stored file does not say.
 
     Raises:
-        ValueError: for other shapes or dtypes, or values that are not finite.
+        ValueError: for other shapes or dtypes, values that are not finite, or a covariance that is not symmetric.
     """
 
     mean: Tensor
@@ -88,13 +89,19 @@ class Statistics:
 
     def __post_init__(self) -> None:
         """Refuses what no set of features can have."""
-        if self.mean.ndim != 1 or self.covariance.shape != (len(self.mean), len(self.mean)):
+        if self.mean.ndim != 1 or self.covariance.shape != 2 * self.mean.shape or not len(self.mean):
             shapes = f"{tuple(self.mean.shape)} and {tuple(self.covariance.shape)}"
-            raise ValueError(f"mean and covariance must be (D,) and (D, D), not {shapes}")
+            raise ValueError(f"mean and covariance must be (D,) and (D, D) with D >= 1, not {shapes}")
         if self.mean.dtype != torch.float64 or self.covariance.dtype != torch.float64:
             raise ValueError(f"mean and covariance must be float64, not {self.mean.dtype} and {self.covariance.dtype}")
         if not (torch.isfinite(self.mean).all() and torch.isfinite(self.covariance).all()):
             raise ValueError("mean or covariance has NaN or infinity")
+        difference = float((self.covariance - self.covariance.T).max())  # each stands there with both signs
+        if difference > ASYMMETRY * float(self.covariance.diagonal().abs().max()):
+            raise ValueError(
+                f"covariance is not symmetric: entries differ from their mirror images by up to {difference:.3g}; "
+                "is it a triangle, or a factor?"
+            )
 
 
 class StatisticsAccumulator:

@@ -6,7 +6,10 @@ present, are statistics to be used instead of computing them. Nothing is ever un
 
 from __future__ import annotations
 
+import hashlib
+import lzma
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,7 +28,13 @@ from runtime.errors import UserError
 IMAGES = "arr_0"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 LOCAL_HEADER = 30  # bytes of a zip entry's own header, before its name; two lengths stand at 26
-BYTES_PER_SKIP = 1 << 20
+BYTES_AT_ONCE = 1 << 20  # of what is only passed by
+LARGEST_WHOLE = 2 * 10**9  # bytes of pixels that may be decompressed at once
+REAL_KINDS = "fiu"  # NumPy's letters for floats and integers
+
+# What zipfile raises for damage; RuntimeError stands for encryption and unknown compressions, too
+DAMAGED = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+NO_HEADER = (ValueError, TypeError, tokenize.TokenError)  # what NumPy raises for the header of an array
 
 Images = npt.NDArray[np.uint8]
 
@@ -50,19 +59,22 @@ class _Layout:
         fortran_order: whether the first index runs fastest.
         offset: of the first pixel in the file; None where they are compressed.
         header_bytes: what stands before the first pixel within the entry.
+        crc: CRC-32 that the entry's bytes should have, header included.
     """
 
     shape: tuple[int, int, int, int]
     fortran_order: bool
     offset: int | None
     header_bytes: int
+    crc: int
 
 
 class ImageFile:
     """An .npz that is known to hold images, statistics or both.
 
-    Opening reads headers only, and finds most of what can be wrong. Compressed images in Fortran order are the one
-    layout that cannot be cut into batches; they are decompressed as a whole.
+    Opening reads headers only, and finds most of what can be wrong. Images in Fortran order lie scattered: a batch of
+    them touches pages of the whole file where they are stored plainly, which a file larger than the memory makes slow;
+    where they are compressed, they are decompressed as a whole, and refused above 2 GB.
 
     Args:
         path: the file.
@@ -77,11 +89,13 @@ class ImageFile:
             with zipfile.ZipFile(path) as archive:
                 names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
                 self._layout = self._read_layout(archive) if IMAGES in names else None
+        except BadImageFile:
+            raise
         except FileNotFoundError:
             raise BadImageFile(f"{path}: there is no such file") from None
         except OSError as error:
-            raise BadImageFile(f"{path}: cannot be read ({error.strerror})") from error
-        except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError) as error:
+            raise BadImageFile(f"{path}: cannot be read ({error.strerror or error})") from error
+        except DAMAGED as error:
             raise BadImageFile(f"{path}: not an .npz file, or cut short ({error})") from error
         self.has_statistics = STATISTICS[0] in names
         missing = [name for name in STATISTICS if name not in names]
@@ -113,10 +127,50 @@ class ImageFile:
             return None
         try:
             with np.load(self.path, allow_pickle=False) as file:
-                mu, sigma, mu_s, sigma_s = (torch.from_numpy(file[name].astype(np.float64)) for name in STATISTICS)
+                mu, sigma, mu_s, sigma_s = (_real_numbers(file[name], name) for name in STATISTICS)
             return StoredStatistics(Statistics(mu, sigma), Statistics(mu_s, sigma_s))
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (*DAMAGED, *NO_HEADER, MemoryError) as error:  # a damaged header may ask for any number of bytes
             raise BadImageFile(f"{self.path}: its statistics cannot be used ({error})") from error
+
+    def verified_sha256(self, *, read_to_end: bool = True) -> str:
+        """Proves that the pixels are what was written, and returns the digest of the file's bytes, in hexadecimal.
+
+        Stored pixels are read past zipfile, which therefore compares no checksum: theirs is taken in the same pass as
+        the digest. Compressed ones zipfile checks at their end, which nothing reaches if only the first are wanted.
+
+        Args:
+            read_to_end: whether `batches` is read up to the last image anyway.
+
+        Raises:
+            BadImageFile: if the pixels are damaged, or the file cannot be read.
+        """
+        layout = self._layout
+        start, stop, written = 0, 0, 0  # where the entry lies that is to be checked; no bytes have the CRC 0
+        if layout is not None and layout.offset is not None:
+            start, stop = layout.offset - layout.header_bytes, layout.offset + math.prod(layout.shape)
+            written = layout.crc
+        digest, crc, position = hashlib.sha256(), 0, 0
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                while block := file.read(BYTES_AT_ONCE):
+                    digest.update(block)
+                    crc = zlib.crc32(memoryview(block)[max(0, start - position) : max(0, stop - position)], crc)
+                    position += len(block)
+            if layout is not None and layout.offset is None and not read_to_end:
+                self._read_compressed_to_end()
+        except DAMAGED as error:
+            raise BadImageFile(f"{self.path}: its images are damaged or cut short ({error})") from error
+        if crc != written:
+            raise BadImageFile(
+                f"{self.path}: its images are damaged: {IMAGES} has the CRC-32 {crc:08x}, and had {written:08x} when "
+                "it was written; make or fetch the file again"
+            )
+        return digest.hexdigest()
+
+    def _read_compressed_to_end(self) -> None:
+        with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as stream:
+            while stream.read(BYTES_AT_ONCE):
+                pass
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Images]:
         """Reads images start .. stop - 1.
@@ -138,7 +192,7 @@ class ImageFile:
         edges = [*range(start, stop, size), stop]
         try:
             yield from read(self._layout, list(zip(edges, edges[1:], strict=False)))
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGED as error:
             raise BadImageFile(f"{self.path}: its images are damaged or cut short ({error})") from error
 
     def _in_order(self, layout: _Layout, slices: list[tuple[int, int]]) -> Iterator[Images]:
@@ -159,7 +213,7 @@ class ImageFile:
             stream = archive.open(f"{IMAGES}.npy")  # keeps the file open by itself
         to_skip = layout.header_bytes + skip
         while to_skip:
-            skipped = len(stream.read(min(to_skip, BYTES_PER_SKIP)))
+            skipped = len(stream.read(min(to_skip, BYTES_AT_ONCE)))
             if not skipped:
                 raise EOFError("it ends early")
             to_skip -= skipped
@@ -184,7 +238,7 @@ class ImageFile:
                     np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 )
                 shape, fortran_order, dtype = read_header(entry)
-            except ValueError as error:
+            except NO_HEADER as error:
                 raise BadImageFile(f"{self.path}: {IMAGES} is no NumPy array ({error})") from error
             header_bytes = entry.tell()
         self._check_images(shape, dtype)
@@ -192,15 +246,23 @@ class ImageFile:
         wanted, there = math.prod(shape), info.file_size - header_bytes
         if there != wanted:
             raise BadImageFile(f"{self.path}: {IMAGES} is cut short: {there:,} of {wanted:,} bytes of pixels")
-        offset = None
-        if info.compress_type == zipfile.ZIP_STORED:
-            with self.path.open("rb") as file:
-                file.seek(info.header_offset + 26)
-                lengths = np.frombuffer(file.read(4), "<u2")
-            offset = info.header_offset + LOCAL_HEADER + int(lengths.sum()) + header_bytes
-            if offset + wanted > self.path.stat().st_size:
-                raise BadImageFile(f"{self.path}: the file ends inside {IMAGES}")
-        return _Layout((count, height, width, channels), fortran_order, offset, header_bytes)
+        stored = info.compress_type == zipfile.ZIP_STORED
+        if fortran_order and not stored and wanted > LARGEST_WHOLE:
+            raise BadImageFile(
+                f"{self.path}: {IMAGES} is compressed in Fortran order, and {wanted:,} bytes of pixels are too many to "
+                "decompress at once; save it in C order (np.ascontiguousarray)"
+            )
+        offset = self._start_of_entry(info) + header_bytes if stored else None
+        if offset is not None and offset + wanted > self.path.stat().st_size:
+            raise BadImageFile(f"{self.path}: the file ends inside {IMAGES}")
+        return _Layout((count, height, width, channels), fortran_order, offset, header_bytes, info.CRC)
+
+    def _start_of_entry(self, info: zipfile.ZipInfo) -> int:
+        """Where an entry's own bytes begin: behind its header, whose length only the header itself says."""
+        with self.path.open("rb") as file:
+            file.seek(info.header_offset + 26)
+            lengths = np.frombuffer(file.read(4), "<u2")
+        return info.header_offset + LOCAL_HEADER + int(lengths.sum())
 
     def _check_images(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         where = f"{self.path}: {IMAGES}"
@@ -211,8 +273,16 @@ class ImageFile:
         if len(shape) != 4 or shape[3] != 3:
             first = " (channels come last: transpose it)" if len(shape) == 4 and shape[1] == 3 else ""
             raise BadImageFile(f"{where} is of shape {shape}; expected (N, H, W, 3){first}")
-        if 0 in shape:
+        if min(shape) < 1:
             raise BadImageFile(f"{where} is empty: its shape is {shape}")
+
+
+def _real_numbers(found: Any, name: str) -> torch.Tensor:
+    """An entry as a float64 tensor; NumPy gives the plain bytes of one that is no array."""
+    array = np.asarray(found)
+    if array.dtype.kind not in REAL_KINDS:
+        raise ValueError(f"{name} is {array.dtype}; expected real numbers")
+    return torch.from_numpy(array.astype(np.float64))
 
 
 def _fill(file: IO[bytes], batch: Images) -> None:

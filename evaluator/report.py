@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import platform
 import sys
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluator.npz import BadImageFile
+from runtime.errors import UserError
 from runtime.files import atomic_path
 
 
@@ -33,23 +34,24 @@ def read_protocol(samples: Path) -> Any:
     """How the samples were made (sampler, steps, guidance, checkpoint, seed), or None where nobody wrote it down.
 
     Raises:
-        BadImageFile: if the file beside the samples is no JSON.
+        BadImageFile: if the file beside the samples is no JSON, or has numbers that could not be written into ours.
     """
     path = protocol_path(samples)
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(), parse_constant=_finite, parse_float=_finite)
     except (OSError, ValueError) as error:
         raise BadImageFile(
             f"{path}: says how the samples were made, but is no JSON ({error}); mend or remove it"
         ) from error
 
 
-def sha256_of(path: Path) -> str:
-    """Digest of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _finite(text: str) -> float:
+    """A number of a JSON file; Python would take NaN and Infinity, which are none, and 1e999 as infinity."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 def library_versions(backend: str) -> dict[str, str]:
@@ -64,6 +66,13 @@ def scores_as_json(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def write_document(document: Mapping[str, Any], path: Path) -> None:
-    """Writes the JSON, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    """Writes the JSON, whole or not at all.
+
+    Raises:
+        UserError: if the disk is full, or a score is no finite number.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot write it ({getattr(error, 'strerror', None) or error})") from error

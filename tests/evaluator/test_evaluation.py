@@ -1,22 +1,27 @@
 """The evaluator's command from end to end on a narrow network, and everything a user can get wrong."""
 
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from evaluator import evaluation
 from evaluator.__main__ import main
 from evaluator.inception.graph_def import read_graph
 from evaluator.inception.network import load_network
 from evaluator.inception.synthetic import synthetic_graph
+from evaluator.inception.weights import inspect_weights
 from evaluator.metrics import (
     feature_statistics,
     frechet_distance,
@@ -24,8 +29,9 @@ from evaluator.metrics import (
     kernel_distance,
     precision_recall,
 )
+from evaluator.settings import EvaluatorConfig
 from runtime.errors import run
-from tests.inception_files import NARROW, make_images, write_npz
+from tests.inception_files import NARROW, make_images, write_graph, write_npz
 from tests.processes import ROOT, run_script
 
 LABELS = ["Inception Score", "FID", "sFID", "Precision", "Recall"]  # ADM's, in ADM's order
@@ -103,26 +109,113 @@ def test_five_numbers_in_adm_s_layout_and_a_json_with_the_whole_protocol(files, 
     assert "compare with nobody's" in err and "here 11, in papers 50,000" in err
 
 
-def test_the_reference_s_features_are_kept(files, graph, capsys, monkeypatch):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """Names of the files that the network is run on, as it is."""
+    names = []
     real = evaluation.extract_features
 
     def watched(file, *args, **options):
-        seen.append(file.path.name)
+        names.append(file.path.name)
         return real(file, *args, **options)
 
     monkeypatch.setattr(evaluation, "extract_features", watched)
+    return names
+
+
+def test_the_reference_s_features_are_kept(files, graph, capsys, seen):
     assert evaluate(graph, *QUICK) == 0
     first = result()["scores"]
     assert evaluate(graph, *QUICK) == 0
     assert seen == ["ref.npz", "samples.npz", "samples.npz"] and result()["scores"] == first
-    (kept,) = (files / "cache" / "features").iterdir()
-    kept.write_bytes(kept.read_bytes()[:100])  # damaged: made again
-    assert evaluate(graph, *QUICK) == 0
-    assert seen[3:] == ["ref.npz", "samples.npz"] and result()["scores"] == first
     write_npz(files / "ref.npz", make_images(14, seed=5))  # another reference of the same name
     assert evaluate(graph, *QUICK) == 0
-    assert seen[5:] == ["ref.npz", "samples.npz"] and result()["scores"] != first
+    assert seen[3:] == ["ref.npz", "samples.npz"] and result()["scores"] != first
+
+
+def spoil(change):
+    """Puts other tensors into the only kept file."""
+    (kept,) = Path("cache/features").iterdir()
+    tensors = {name: tensor.clone() for name, tensor in load_file(kept).items()}  # not the file's own memory
+    change(tensors)
+    save_file(tensors, kept)
+
+
+def shorten_pool(tensors):
+    tensors["pool"] = tensors["pool"][:-1]
+
+
+def narrow_pool(tensors):
+    tensors["pool"] = tensors["pool"][:, 1:].contiguous()
+
+
+def narrow_statistics(tensors):
+    tensors["spatial_mean"] = tensors["spatial_mean"][1:]
+    tensors["spatial_covariance"] = tensors["spatial_covariance"][1:, 1:].contiguous()
+
+
+SPOILED = {
+    "cut file": lambda: [each.write_bytes(each.read_bytes()[:100]) for each in Path("cache/features").iterdir()],
+    "fewer rows": lambda: spoil(shorten_pool),
+    "other network's pool": lambda: spoil(narrow_pool),
+    "other network's statistics": lambda: spoil(narrow_statistics),
+    "NaN": lambda: spoil(lambda tensors: tensors["pool"].fill_(torch.nan)),
+    "float32 covariance": lambda: spoil(lambda tensors: tensors.update(spatial_covariance=torch.eye(2023))),
+    "no covariance": lambda: spoil(lambda tensors: tensors.pop("spatial_covariance")),
+}
+
+
+def test_kept_features_that_cannot_be_right_are_made_again(files, graph, capsys, seen, monkeypatch):
+    monkeypatch.setattr(evaluation, "compute_scores", lambda *args: {"FID": 1.0})  # eigenvalues take a second
+    assert evaluate(graph, "--metrics", "sfid") == 0
+    (kept,) = (files / "cache" / "features").iterdir()
+    whole = {name: tensor.clone() for name, tensor in load_file(kept).items()}
+    for name, change in SPOILED.items():
+        change()
+        seen.clear()
+        assert evaluate(graph, "--metrics", "sfid") == 0
+        assert seen == ["ref.npz", "samples.npz"], name
+        assert all(torch.equal(value, whole[key]) for key, value in load_file(kept).items()), name
+    seen.clear()
+    assert evaluate(graph, "--metrics", "sfid") == 0
+    assert seen == ["samples.npz"]
+
+
+def test_features_are_kept_for_one_weight_file_backend_device_and_format(files, graph, capsys, monkeypatch):
+    config = EvaluatorConfig(Path("ref.npz"), Path("samples.npz"))
+    cpu, cuda, weights = torch.device("cpu"), torch.device("cuda", 1), inspect_weights(graph)
+    other_backend, other_weights = replace(config, backend="tensorflow"), replace(weights, sha256="0" * 64)
+    calls = [
+        (config, "a" * 64, weights, cpu), (config, "b" * 64, weights, cpu), (config, "a" * 64, other_weights, cpu),
+        (other_backend, "a" * 64, weights, cpu), (config, "a" * 64, weights, cuda),
+    ]  # fmt: skip
+    names = [evaluation.features_name(*call) for call in calls]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "CACHE_FORMAT", 99)
+        names.append(evaluation.features_name(*calls[0]))
+    assert len(set(names)) == 6
+
+    assert evaluate(graph, *QUICK) == 0
+    first = result()["scores"]
+    write_graph(files / "other.pb", seed=1)
+    assert evaluate("other.pb", *QUICK) == 0
+    assert result()["scores"] != first and len(list((files / "cache" / "features").iterdir())) == 2
+
+
+@pytest.mark.parametrize("in_the_way", ["the folder", "the file"])
+def test_features_that_cannot_be_kept_are_a_note(files, graph, capsys, in_the_way):
+    assert evaluate(graph, *QUICK) == 0
+    first = capsys.readouterr().out
+    (kept,) = (files / "cache" / "features").iterdir()
+    kept.unlink()
+    if in_the_way == "the file":
+        kept.mkdir()
+    else:
+        kept.parent.rmdir()
+        kept.parent.touch()
+    assert evaluate(graph, *QUICK) == 0
+    out, err = capsys.readouterr()
+    assert out == first and f"note: {kept.relative_to(files)}: cannot keep features there (" in err
 
 
 def test_a_prefix_of_the_samples(files, graph, capsys):
@@ -306,6 +399,15 @@ WRONG = {
     "protocol that is no JSON": (
         lambda: Path("samples.json").write_text("{sampler"), {}, (), "samples.json: says how the samples were made",
     ),
+    "NaN in the protocol": (
+        lambda: Path("samples.json").write_text('{"loss": NaN}'), {}, (), r"samples.json: .* \(NaN is no finite number",
+    ),
+    "infinity in the protocol": (
+        lambda: Path("samples.json").write_text('[1, -Infinity]'), {}, (), r"samples.json: .* \(-Infinity is no finite",
+    ),
+    "1e999 in the protocol": (
+        lambda: Path("samples.json").write_text('[1.5, 1e999]'), {}, (), r"samples.json: .* \(1e999 is no finite",
+    ),
     "result over the samples": (lambda: None, {}, ("--json", "samples.npz"), "--json samples.npz: the evaluation"),
     "result over the protocol": (lambda: None, {}, ("--json", "./samples.json"), "the evaluation reads this file"),
     "result in a file": (lambda: None, {}, ("--json", "ref.npz/a.json"), "--json ref.npz/a.json: cannot write there"),
@@ -368,6 +470,55 @@ def test_samples_damaged_in_the_middle_leave_no_result(files, graph, capsys):
     assert evaluate(graph, *QUICK, samples="a.npz") == 2
     assert "evaluator: error: a.npz: its images are damaged or cut short" in capsys.readouterr().err
     assert not (files / "a.scores.json").exists()
+
+
+def damage_stored_pixels(name):
+    with np.load(name) as file:
+        pixels = file["arr_0"].tobytes()
+    content = bytearray(Path(name).read_bytes())
+    content[content.index(pixels) + 20_000] ^= 1
+    Path(name).write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["ref.npz", "samples.npz"])
+def test_damaged_stored_pixels_leave_no_result(files, graph, capsys, name):
+    damage_stored_pixels(name)
+    assert evaluate(graph, *QUICK) == 2
+    out, err = capsys.readouterr()
+    assert f"evaluator: error: {name}: its images are damaged: arr_0 has the CRC-32" in err
+    assert out == "" and not (files / "samples.scores.json").exists()
+    assert (files / "cache").exists() == (name == "samples.npz")  # the reference's features are good
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ref.npz", "samples.npz"])
+def test_damage_that_main_finds_ends_all_processes(files, graph, name):
+    damage_stored_pixels(name)
+    argv = ("ref.npz", "samples.npz", "--weights", str(graph), "--cache-dir", "cache", *QUICK)
+    done = run_script("evaluator/evaluator.py", *argv, ranks=2, folder=files)
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("evaluator:"))
+    assert f"error: {name}: its images are damaged" in line and done.stdout == ""
+    assert re.search(r"exitcode\s*: 2", done.stderr) and not (files / "samples.scores.json").exists()
+
+
+def test_scores_are_not_lost_with_the_file(files, graph, capsys, monkeypatch):
+    def full(self, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert evaluate(graph, *QUICK) == 2
+    out, err = capsys.readouterr()
+    assert [line.split(":")[0] for line in out.splitlines()] == [label for label in LABELS if label != "sFID"]
+    assert err.splitlines()[-1] == "evaluator: error: samples.scores.json: cannot write it (No space left on device)"
+    assert "written" not in err and not list(files.glob("*scores*")) + list(files.glob(".*"))
+
+
+def test_a_score_that_is_no_number_is_printed_and_one_line(files, graph, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "compute_scores", lambda *args: {"FID": math.inf})
+    assert evaluate(graph, *QUICK) == 2
+    out, err = capsys.readouterr()
+    assert out == "FID: inf\n" and not (files / "samples.scores.json").exists()
+    assert err.splitlines()[-1].startswith("evaluator: error: samples.scores.json: cannot write it (Out of range")
 
 
 def test_tensorflow_where_there_is_none(files, graph, capsys, monkeypatch):

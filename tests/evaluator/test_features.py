@@ -1,10 +1,12 @@
 """Features of whole files: the same for any number of processes, kept between evaluations, errors on all at once."""
 
+import resource
 import threading
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from evaluator.features import FileFeatures, extract_features, load_features, read_ahead, save_features, share_of_rank
 from evaluator.inception.backend import Features
@@ -158,8 +160,8 @@ def test_shares_are_runs_of_whole_batches(count, size, ranks):
     assert max(batches) - min(batches) <= 1 and batches[0] == max(batches) >= 1
 
 
-def on_cpu(path, spatial=True):
-    return load_features(path, spatial=spatial, device=torch.device("cpu"))
+def on_cpu(path, spatial=True, count=9):
+    return load_features(path, count=count, spatial=spatial, device=torch.device("cpu"))
 
 
 # test_evaluation.py has two processes every day
@@ -200,8 +202,56 @@ def test_kept_features_come_back(tmp_path, file, graph):
 def test_kept_features_without_what_is_wanted_are_none(tmp_path):
     path = tmp_path / "a.safetensors"
     assert on_cpu(path, spatial=False) is None
-    save_features(FileFeatures(torch.ones(3, 2), None), path)
+    save_features(FileFeatures(torch.ones(9, 2), None), path)
     assert on_cpu(path, spatial=False) is not None
     assert on_cpu(path) is None
     path.write_bytes(path.read_bytes()[:-5])
     assert on_cpu(path, spatial=False) is None
+
+
+KEPT = {
+    "pool": torch.ones(9, 4),
+    "spatial_mean": torch.zeros(3, dtype=torch.float64),
+    "spatial_covariance": torch.eye(3, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pool": torch.ones(8, 4)},
+        {"pool": torch.ones(10, 4)},
+        {"pool": torch.ones(9, 4, dtype=torch.float64)},
+        {"pool": torch.ones(9)},
+        {"pool": torch.ones(9, 4).index_fill(0, torch.tensor(8), torch.nan)},
+        {"pool": torch.full((9, 4), torch.inf)},
+        {"pool": None},
+        {"spatial_mean": None},
+        {"spatial_covariance": None},
+        {"spatial_covariance": torch.eye(3)},
+        {"spatial_mean": torch.zeros(3)},
+        {"spatial_covariance": torch.eye(4, dtype=torch.float64)},
+        {"spatial_covariance": torch.full((3, 3), torch.nan, dtype=torch.float64)},
+        {"other": torch.ones(1)},
+    ],
+    ids=str,
+)
+def test_kept_features_that_nobody_wrote_are_none(tmp_path, changes):
+    path = tmp_path / "a.safetensors"
+    save_file(KEPT, path)
+    assert on_cpu(path) is not None and on_cpu(path, spatial=False) is not None
+    save_file({name: value for name, value in (KEPT | changes).items() if value is not None}, path)
+    assert on_cpu(path) is None and on_cpu(path, spatial=False) is None
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_what_was_kept(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_features(FileFeatures(torch.ones(9, 4), None), path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="(?i)file too large"):
+            save_features(FileFeatures(torch.ones(9, 1 << 16), None), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert on_cpu(path, spatial=False).pool.shape == (9, 4) and list(tmp_path.iterdir()) == [path]

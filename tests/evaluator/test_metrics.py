@@ -351,16 +351,31 @@ def test_the_distance_is_never_negative(rng):
 @pytest.mark.parametrize(
     ("mean", "covariance", "message"),
     [
-        (np.zeros(2), np.zeros((3, 3)), r"\(D,\) and \(D, D\), not \(2,\) and \(3, 3\)"),
+        (np.zeros(2), np.zeros((3, 3)), r"\(D,\) and \(D, D\) with D >= 1, not \(2,\) and \(3, 3\)"),
         (np.zeros((1, 2)), np.zeros((2, 2)), r"not \(1, 2\) and"),
         (np.zeros(2, np.float32), np.zeros((2, 2)), "must be float64, not torch.float32"),
         (np.array([0, np.nan]), np.eye(2), "NaN"),
         (np.zeros(2), np.full((2, 2), np.inf), "infinity"),
+        (np.zeros(0), np.zeros((0, 0)), r"with D >= 1, not \(0,\)"),
+        (np.zeros(2), np.eye(2, dtype=complex), "must be float64, not torch.float64 and torch.complex128"),
+        (np.zeros(3), np.triu(np.full((3, 3), 2.0)), "covariance is not symmetric: .* by up to 2; is it a triangle"),
+        (np.zeros(3), np.tril(np.full((3, 3), -2.0)), "covariance is not symmetric"),
+        (np.zeros(2), np.array([[5.0, 1.0], [1.001, 5.0]]), "not symmetric: .* by up to 0.001;"),
     ],
 )
 def test_statistics_that_cannot_be(mean, covariance, message):
     with pytest.raises(ValueError, match=message):
         Statistics(torch.from_numpy(mean), torch.from_numpy(covariance))
+
+
+def test_rounding_of_other_programs_is_no_asymmetry(rng):
+    rows = gaussian(rng, 3000, 20).astype(np.float32)
+    covariance = np.cov(rows, rowvar=False, dtype=np.float32)
+    lower = np.tril(covariance) + np.triu(np.nextafter(covariance, np.float32(np.inf)), 1)
+    assert not np.array_equal(lower, lower.T)
+    assert frechet_distance(statistics_of(np.zeros(20), lower), statistics_of(np.zeros(20), covariance)) < 1e-4
+    assert len(statistics_of([0, 0], np.array([[2.0, 1.0], [1.00019, 2.0]])).mean) == 2
+    assert len(statistics_of([0, 0], np.zeros((2, 2))).mean) == 2  # all images alike
 
 
 def test_a_matrix_that_is_no_covariance_is_refused():
