@@ -21,7 +21,7 @@ from diffusion.flow_samplers import Kind
 from diffusion.sampling import Sampler
 from models import FAMILIES, TimeConvention, family_of
 from models.acceleration import can_compile
-from models.recognise import Recognised, recognise
+from models.loading import settings_of
 from runtime import distributed
 from runtime.checkpoint import Checkpoint
 from runtime.config import flag_name, setting
@@ -281,13 +281,15 @@ def find_facts(config: SamplingConfig, checkpoint: Checkpoint, release: Release 
     if release is not None:
         _check_family(release)
         _agree(config, {"model": release.model, "image_size": release.image_size})
-    told = recognise(checkpoint.weights) or Recognised("DiT-XL/2", {})
-    model = config.model or (release.model if release is not None else told.name)
-    with blame(f"--model {model}"):
-        flow = family_of(model).network.time_convention == "unit"  # the family is published as one
+    if config.model is not None:
+        with blame(f"--model {config.model}"):
+            family_of(config.model)
+    given, ckpt = (config.model, config.ckpt) if release is None else (release.model, release.name)
+    model, told = settings_of(checkpoint, f"--ckpt {ckpt}", given)
+    flow = family_of(model).network.time_convention == "unit"  # the family is published as one
     preset = release.preset if release is not None else FOREIGN_FLOW if flow else FOREIGN
     chosen = config.vae or vae or preset.vae
-    fields = {**(release.config if release is not None else {}), **(told.config if told.name == model else {})}
+    fields = {**(release.config if release is not None else {}), **told}
     side, channels = fields.pop("input_size", None), fields.pop("in_channels", None)
     size = config.image_size or (side * (1 if chosen == "none" else OFFICIAL_FACTOR) if side else 256)
     fields["num_classes"] = config.num_classes or fields.get("num_classes", 1000)

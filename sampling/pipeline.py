@@ -48,6 +48,7 @@ class Pipeline(Generic[C]):
     """
 
     def __init__(self, config: C, device: torch.device, vae: str | None = None) -> None:
+        model = config.model  # as the user gave it: what is blamed
         self.path, self.release = locate(config)
         checkpoint = read_checkpoint(self.path, config.weights)
         self.step: int | None = (checkpoint.meta or {}).get("step")
@@ -58,7 +59,8 @@ class Pipeline(Generic[C]):
         with blame(f"--vae {facts.vae}"):
             self._autoencoder = open_autoencoder(facts.vae, facts.image_shape[-1], device, precise)
             self._latent_shape = self._autoencoder.latent_shape(facts.image_shape)
-        with blame(f"--model {facts.model}" if checkpoint.meta is None else f"--ckpt {self.path}"):
+        named = model is not None and checkpoint.meta is None
+        with blame(f"--model {model}" if named else f"--ckpt {self.path}"):
             shape = {"input_size": self._latent_shape[-1], "in_channels": self._latent_shape[0]}
             check_family(facts.model, checkpoint.weights)
             own = facts.config if config.cache_depth is None else {**facts.config, "cache_depth": config.cache_depth}
@@ -175,5 +177,8 @@ def _in_network_time(interval: tuple[float, float] | None, convention: TimeConve
 
 
 def _name_of(weights: Mapping[str, Tensor]) -> str | None:
-    found = recognise(weights)
+    try:
+        found = recognise(weights)
+    except ValueError:
+        return None
     return None if found is None else found.name

@@ -21,6 +21,7 @@ import torch
 
 from models import DiT, Network, create_model
 from models.diffusers_format import diffusers_twin
+from models.loading import unknown_weights
 from models.recognise import recognise
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.config import parse_config, setting
@@ -77,9 +78,10 @@ def open_network(ckpt: Path, checkpoint: Checkpoint) -> tuple[str, Network, dict
         fields, process = dict(checkpoint.meta["model"]), dict(checkpoint.meta["process"])
         name = fields.pop("name")
     else:
-        found = recognise(checkpoint.weights)
-        if found is None:
-            raise UserError(f"--ckpt {ckpt}: holds weights of no model that is known here")
+        with blame(f"--ckpt {ckpt}"):
+            found = recognise(checkpoint.weights)
+            if found is None:
+                raise ValueError(unknown_weights(checkpoint.weights))
         name, fields, process = found.name, found.config, {"name": "gaussian"}
     with blame(f"--ckpt {ckpt}"):
         network = create_model(name, **fields)

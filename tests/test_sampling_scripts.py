@@ -359,6 +359,18 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
             "--ckpt {flat} --vae none --model DiT-debug/2 --image-size 8",
             "expected 52 tensors, 4 blocks, width 64, found 52",
         ),
+        ("--ckpt {flat} --vae none", "--ckpt {flat}: weights of a DiT, but their sizes are those of no model"),
+        ("--ckpt {nobody} --vae none", "--ckpt {nobody}: its names and sizes are those of no model in the registry"),
+        ("--ckpt {gates}", "--ckpt {gates}: weights of DyDiT-digits/2, but routers of 5 gates; 4 heads need 3 or 4"),
+        (
+            "--ckpt {gates} --model DyDiT-digits/2",
+            "--ckpt {gates}: weights of DyDiT-digits/2, but routers of 5 gates; 4 heads need 3 or 4",
+        ),
+        (
+            "--ckpt {shallow} --model DyDiT-digits/2 --vae none",
+            "--ckpt {shallow} as DyDiT-digits/2: routers of 5 gates; 4 heads need 3 or 4",
+        ),
+        ("--ckpt {grey} --vae none --image-size 9", "--ckpt {grey}: input_size 9 is not a multiple"),
         ("--ckpt {evil}", "--ckpt {evil}: refused, because it is no PyTorch file of plain tensors"),
         ("--ckpt {flat} --vae none --model DiT-nano/2", "--model DiT-nano/2: unknown model"),
         ("--ckpt {flat} --vae none --model DiT-debug/2 --image-size 9", "input_size 9 is not a multiple"),
@@ -372,7 +384,11 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, script, ckpt, tmp_path,
     torch.save(create_model("DiT-digits/2", hidden_size=32).state_dict(), flat)
     torch.save({"ema": Bomb(tmp_path / "exploded")}, tmp_path / "evil.pt")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    places = {"ckpt": ckpt, "flat": flat, "evil": tmp_path / "evil.pt"}
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "nobody.pt")
+    torch.save(create_model("DiT-digits/2").state_dict(), tmp_path / "grey.pt")
+    torch.save(create_model("DyDiT-digits/2", num_heads=6).state_dict(), tmp_path / "gates.pt")
+    torch.save(create_model("DyDiT-digits/2", num_heads=6, depth=2).state_dict(), tmp_path / "shallow.pt")
+    places = {"ckpt": ckpt, **{path.stem: path for path in tmp_path.glob("*.pt")}}
     name = f"{script.__name__}.py"
     if script is sample_ddp:
         argv = argv.replace("a.png", "a.npz")

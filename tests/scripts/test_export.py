@@ -105,7 +105,8 @@ def test_the_scheduler_is_the_one_of_the_process(schedule: str, predict_xstart: 
         ("--ckpt a.safetensors --output a.pt --format diffusers", "--format diffusers writes a folder"),
         ("--ckpt a.safetensors --output there.pt", "--output there.pt: exists already"),
         ("--ckpt none.pt --output b.pt", "--ckpt none.pt: no such file"),
-        ("--ckpt foreign.pt --output b.pt", "--ckpt foreign.pt: holds weights of no model that is known here"),
+        ("--ckpt foreign.pt --output b.pt", "--ckpt foreign.pt: its names and sizes are those of no model"),
+        ("--ckpt gates.pt --output b.pt", "--ckpt gates.pt: weights of DyDiT-debug/2, but routers of 1 gates; 4 heads"),
         (
             "--ckpt no_null.safetensors --output b --format diffusers",
             "--format diffusers: diffusers' DiT has a null class",
@@ -121,6 +122,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     checkpoint(Path("no_null.safetensors"), class_dropout_prob=0.0)
     checkpoint(Path("wide.safetensors"), mlp_ratio=2.0)
     torch.save({"weight": torch.zeros(1)}, "foreign.pt")
+    torch.save(create_model("DyDiT-debug/2", num_heads=2).state_dict(), "gates.pt")
     Path("there.pt").touch()
     before = sorted(tmp_path.iterdir())
     assert run(export.main, "export.py", argv.split()) == 2
