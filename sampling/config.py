@@ -210,7 +210,9 @@ class SamplingConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         if self.cache_depth is not None and self.cache_interval is None and self.refresh_rate is None:
-            raise ValueError(f"--cache-depth {self.cache_depth}: has no effect without --cache-interval")
+            raise ValueError(
+                f"--cache-depth {self.cache_depth}: has no effect without --cache-interval or --refresh-rate"
+            )
         if self.cache_interval is not None and self.refresh_rate is not None:
             raise ValueError(f"--refresh-rate {self.refresh_rate}: has no effect with --cache-interval")
         if self.sharing != "uniform" and self.refresh_rate is None:

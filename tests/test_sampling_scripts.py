@@ -337,8 +337,43 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
         ("--ckpt {ckpt} --time-shift 2", "--time-shift 2.0: has an effect with --sampler euler or heun or adams only"),
         ("--ckpt {ckpt} --cache-interval 2", "--cache-interval 2: this network keeps nothing to reuse"),
         ("--ckpt {ckpt} --refresh-rate 2", "--refresh-rate 2: DiT-digits/2 keeps no state between evaluations"),
-        ("--ckpt {ckpt} --cache-depth 1", "--cache-depth 1: has no effect without --cache-interval"),
-        ("--ckpt {ckpt} --cache-depth 9 --cache-interval 2", "cache_depth 9 must lie in 1..0, half the depth"),
+        (
+            "--ckpt {grey} --vae none --cache-interval 2",
+            "--cache-interval 2: this network keeps nothing to reuse; give --cache-depth B",
+        ),
+        (
+            "--ckpt {grey} --vae none --refresh-rate 2",
+            "--refresh-rate 2: DiT-digits/2 keeps no state between evaluations; give --cache-depth B",
+        ),
+        (
+            "--ckpt {routed} --vae none --cache-interval 2",
+            "--cache-interval 2: this network keeps nothing to reuse; no setting makes it; leave this flag out",
+        ),
+        (
+            "--ckpt {routed} --vae none --refresh-rate 2",
+            "--refresh-rate 2: DyDiT-digits/2 keeps no state between evaluations; no setting makes it; leave this flag",
+        ),
+        ("--ckpt {ckpt} --cache-depth 1", "--cache-depth 1: has no effect without --cache-interval or --refresh-rate"),
+        (
+            "--ckpt {ckpt} --cache-depth 9 --cache-interval 2",
+            "--cache-depth 9: has no effect on DiT-digits/2; leave it out",  # of a single block
+        ),
+        (
+            "--ckpt {grey} --vae none --cache-depth 9 --cache-interval 2",
+            "error: --cache-depth 9: cache_depth 9 must lie in 1..2, half the depth",
+        ),
+        (
+            "--ckpt {grey} --model DiT-digits/2 --vae none --cache-depth 9 --refresh-rate 2",
+            "error: --cache-depth 9: cache_depth 9 must lie in 1..2, half the depth",
+        ),
+        (
+            "--ckpt {routed} --vae none --cache-depth 1 --cache-interval 2",
+            "error: --cache-depth 1: has no effect on DyDiT-digits/2; leave it out",
+        ),
+        (
+            "--ckpt {flow} --model IDiT-digits/2 --vae none --cache-depth 1 --cache-interval 2",
+            "error: --cache-depth 1: has no effect on IDiT-digits/2; leave it out",
+        ),
         ("--ckpt {ckpt} --sharing cheapest", "--sharing cheapest: has no effect without --refresh-rate"),
         ("--ckpt {ckpt} --guidance-interval 700 300", "--guidance-interval 700.0 300.0: must be two timesteps"),
         ("--ckpt {ckpt} --guidance-interval 0 700 --cfg-scale 1", "has no effect with --cfg-scale 1"),
@@ -386,6 +421,8 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, script, ckpt, tmp_path,
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "nobody.pt")
     torch.save(create_model("DiT-digits/2").state_dict(), tmp_path / "grey.pt")
+    torch.save(create_model("DyDiT-digits/2").state_dict(), tmp_path / "routed.pt")
+    torch.save(create_model("IDiT-digits/2").state_dict(), tmp_path / "flow.pt")
     torch.save(create_model("DyDiT-digits/2", num_heads=6).state_dict(), tmp_path / "gates.pt")
     torch.save(create_model("DyDiT-digits/2", num_heads=6, depth=2).state_dict(), tmp_path / "shallow.pt")
     places = {"ckpt": ckpt, **{path.stem: path for path in tmp_path.glob("*.pt")}}
