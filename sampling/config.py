@@ -27,7 +27,7 @@ from runtime.checkpoint import Checkpoint
 from runtime.config import flag_name, setting
 from runtime.download import obtain
 from runtime.errors import UserError, blame
-from runtime.releases import Preset, Release, find_release, release_of_model
+from runtime.releases import Preset, Release, close_names, find_release, release_of_model
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 SDE_KINDS = tuple(kind for kind in get_args(Kind) if kind != "ode")
@@ -253,9 +253,15 @@ def locate(config: SamplingConfig) -> tuple[Path, Release | None]:
     if config.ckpt is not None:
         release = find_release(str(config.ckpt))
         if release is None:
+            close = close_names(str(config.ckpt), FAMILIES)
+            if close:
+                raise UserError(f"--ckpt {config.ckpt}: no such file; released, and close to it: {', '.join(close)}")
             return config.ckpt, None  # reading it will say that it is not there
     else:
-        release = release_of_model(config.model or "DiT-XL/2", config.image_size)
+        model = config.model or "DiT-XL/2"
+        with blame(f"--model {model}"):
+            family_of(model)
+        release = release_of_model(model, config.image_size, FAMILIES)
     _check_family(release)
     path = distributed.by_main(lambda: obtain(release, config.pretrained_dir))
     if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -380,6 +380,12 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
         ("--ckpt {ckpt} --cuda-graphs", "--cuda-graphs: needs a CUDA device"),
         ("--ckpt {ckpt} --vae-batch-size 0", "--vae-batch-size 0: must be at least 1"),
         ("--ckpt nothing.pt", "--ckpt nothing.pt: no such file"),
+        (
+            "--ckpt DiT-XL-2-265x256",
+            "--ckpt DiT-XL-2-265x256: no such file; released, and close to it: DiT-XL-2-256x256",
+        ),
+        ("--model DiT-XXL/2", "--model DiT-XXL/2: unknown model 'DiT-XXL/2'; close to it: DiT-XL/2"),
+        ("--model Latte-skip", "--model Latte-skip: unknown model 'Latte-skip'; known: DiT-{{S,B,L,XL}}/{{2,4,8}}, "),
         ("--ckpt {ckpt} --cfg-scale 0.5", "--cfg-scale 0.5: must be at least 1"),
         ("--ckpt {ckpt} --num-sampling-steps ddim0", "--num-sampling-steps ddim0: step spec 'ddim0'"),
         ("--ckpt {ckpt} --num-sampling-steps 1001", "--num-sampling-steps 1001: step spec '1001'"),

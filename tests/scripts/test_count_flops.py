@@ -136,7 +136,7 @@ def test_a_wrong_formula_with_state_is_found_out(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--model", "DiT-XL/3"], "--model DiT-XL/3: unknown model 'DiT-XL/3'; known: DiT-S/2"),
+        (["--model", "DiT-XL/3"], "--model DiT-XL/3: unknown model 'DiT-XL/3'; close to it: DiT-XL/"),
         (
             ["--model", "DiT-XL/2", "--input-size", "33"],
             "--model DiT-XL/2 --input-size 33: input_size 33 is not a multiple of patch_size 2",
