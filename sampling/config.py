@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 import torch
 
-from data.autoencoder import OFFICIAL_FACTOR
+from data.autoencoder import OFFICIAL_CHANNELS, OFFICIAL_FACTOR, OFFICIAL_VAES
 from diffusion import FlowMatching, create_diffusion
 from diffusion.flow_samplers import Kind
 from diffusion.sampling import Sampler
@@ -299,6 +299,7 @@ def find_facts(config: SamplingConfig, checkpoint: Checkpoint, release: Release 
     chosen = config.vae or vae or preset.vae
     fields = {**(release.config if release is not None else {}), **told}
     side, channels = fields.pop("input_size", None), fields.pop("in_channels", None)
+    _check_channels(config, chosen, channels)
     size = config.image_size or (side * (1 if chosen == "none" else OFFICIAL_FACTOR) if side else 256)
     fields["num_classes"] = config.num_classes or fields.get("num_classes", 1000)
     shape = (channels or 3 if chosen == "none" else 3, size, size)
@@ -313,9 +314,21 @@ def _facts_of_ours(config: SamplingConfig, meta: Mapping[str, Any]) -> Facts:
     if name not in PROCESSES:
         raise UserError(f"--ckpt {config.ckpt}: trained under {name!r}, a process unknown here")
     _agree(config, {"model": model, "num_classes": fields["num_classes"], "image_size": width})
+    vae = config.vae or meta["data"]["vae"]
+    _check_channels(config, vae, fields.get("in_channels"))
     sampler, row = next((sampler, row) for sampler, row in SAMPLERS.items() if row.process == name)
     preset = OURS._replace(sampler=sampler, steps=row.steps)
-    return Facts(model, fields, (name, process), config.vae or meta["data"]["vae"], (channels, height, width), preset)
+    return Facts(model, fields, (name, process), vae, (channels, height, width), preset)
+
+
+def _check_channels(config: SamplingConfig, vae: str, channels: int | None) -> None:
+    """Refuses a released autoencoder for a network of other channels, before anything is downloaded for it."""
+    if vae in OFFICIAL_VAES and channels not in (None, OFFICIAL_CHANNELS):
+        source = f"--vae {vae}" if config.vae else f"--ckpt {config.ckpt}"
+        raise UserError(
+            f"{source}: the network's channels are {channels}, those of {OFFICIAL_VAES[vae]} {OFFICIAL_CHANNELS}; "
+            "for a network on pixels give --vae none, else the folder of its autoencoder"
+        )
 
 
 def _agree(config: SamplingConfig, known: Mapping[str, Any]) -> None:

@@ -411,6 +411,11 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
             "--ckpt {shallow} --model DyDiT-digits/2 --vae none",
             "--ckpt {shallow} as DyDiT-digits/2: routers of 5 gates; 4 heads need 3 or 4",
         ),
+        ("--ckpt {grey}", "--ckpt {grey}: the network's channels are 1, those of stabilityai/sd-vae-ft-"),
+        (
+            "--ckpt {ckpt} --vae ema",
+            "--vae ema: the network's channels are 1, those of stabilityai/sd-vae-ft-ema 4",
+        ),
         ("--ckpt {grey} --vae none --image-size 9", "--ckpt {grey}: input_size 9 is not a multiple"),
         ("--ckpt {evil}", "--ckpt {evil}: refused, because it is no PyTorch file of plain tensors"),
         ("--ckpt {flat} --vae none --model DiT-nano/2", "--model DiT-nano/2: unknown model"),
