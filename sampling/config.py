@@ -35,6 +35,7 @@ SHARING = ("uniform", "cheapest")
 # How the official code samples from files without a preset of their own: it guides the first 3 of 4 latent channels.
 FOREIGN = Preset("ddpm", "250", 1.5, channels=3)
 OURS = FOREIGN._replace(channels=None)
+TIMESTEPS = 1000  # of a Gaussian process
 FOREIGN_FLOW = Preset("euler", "250", 1.5, channels=None)
 
 
@@ -75,6 +76,11 @@ def _flow_steps(steps: str) -> int:
     if not steps.isdecimal() or int(steps) < 1:
         raise ValueError("a flow is sampled in a number of steps, such as 50")
     return int(steps)
+
+
+def _check_length(steps: str) -> None:
+    if steps.isdecimal() and int(steps) > TIMESTEPS:
+        raise ValueError(f"at most {TIMESTEPS}; of a flow more, with --sampler euler, heun or adams")
 
 
 def _make_flow(steps: str, settings: Mapping[str, Any], learn_sigma: bool) -> FlowMatching:
@@ -200,9 +206,11 @@ class SamplingConfig:
         if self.last_step is not None and not 0 < self.last_step < 1:
             raise ValueError(f"--last-step {self.last_step}: must lie strictly between 0 and 1")
         if self.num_sampling_steps is not None:
-            processes = [SAMPLERS[self.sampler].process] if self.sampler else list(PROCESSES)
+            process = SAMPLERS[self.sampler].process if self.sampler else next(iter(PROCESSES))
             with blame(f"--num-sampling-steps {self.num_sampling_steps}"):
-                PROCESSES[processes[0]](self.num_sampling_steps, {}, True)
+                if process == "gaussian":
+                    _check_length(self.num_sampling_steps)
+                PROCESSES[process](self.num_sampling_steps, {}, True)
 
     def _check_reuse(self) -> None:
         """Refuses settings of state reuse that cannot be meant, or do nothing."""
@@ -346,7 +354,7 @@ def resolve(config: C, facts: Facts) -> C:
     A preset's interval belongs to its scale: with another scale it is not taken over.
 
     Raises:
-        UserError: if the sampler is not one of the checkpoint's process.
+        UserError: if the sampler is not one of the checkpoint's process, or does not go with other flags.
     """
     preset = facts.preset
     sampler = config.sampler or preset.sampler
@@ -354,6 +362,10 @@ def resolve(config: C, facts: Facts) -> C:
     if row.process != facts.process[0]:
         fitting = ", ".join(name for name, other in SAMPLERS.items() if other.process == facts.process[0])
         raise UserError(f"--sampler {sampler}: --ckpt was trained under {facts.process[0]!r}; choose from {fitting}")
+    if config.heun_exact and config.cache_interval is not None:
+        raise UserError(
+            f"--cache-interval {config.cache_interval}: this needs one evaluation a step; leave out --heun-exact"
+        )
     scale_of_preset = config.cfg_scale is None
     options = preset.options if sampler == preset.sampler else {}
     try:

@@ -45,7 +45,8 @@ def ckpt(tmp_path_factory):
 
 
 def draw(ckpt, output, *argv):
-    options = ["--ckpt", str(ckpt), "--output", str(output), "--device", "cpu", "--num-fid-samples", "23"]
+    options = ["--ckpt", str(ckpt), "--output", str(output), "--device", "cpu"]
+    options += [] if "--class-seeds" in argv else ["--num-fid-samples", "23"]
     options += "--num-sampling-steps 6 --per-proc-batch-size 5".split()
     status = run(sample_ddp.main, "sample_ddp.py", [*options, *argv])
     assert status == 0
@@ -388,7 +389,13 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
         ("--model Latte-skip", "--model Latte-skip: unknown model 'Latte-skip'; known: DiT-{{S,B,L,XL}}/{{2,4,8}}, "),
         ("--ckpt {ckpt} --cfg-scale 0.5", "--cfg-scale 0.5: must be at least 1"),
         ("--ckpt {ckpt} --num-sampling-steps ddim0", "--num-sampling-steps ddim0: step spec 'ddim0'"),
-        ("--ckpt {ckpt} --num-sampling-steps 1001", "--num-sampling-steps 1001: step spec '1001'"),
+        ("--ckpt {ckpt} --num-sampling-steps 1001", "--num-sampling-steps 1001: at most 1000"),
+        ("--ckpt {ckpt} --sampler ddim --num-sampling-steps 5000", "--num-sampling-steps 5000: at most 1000"),
+        ("--ckpt {ckpt} --num-sampling-steps 600,600", "--num-sampling-steps 600,600: step spec '600,600' asks for"),
+        (
+            "--ckpt {flow} --model IDiT-digits/2 --vae none --sampler heun --heun-exact --cache-interval 2",
+            "--cache-interval 2: this needs one evaluation a step; leave out --heun-exact",
+        ),
         ("--ckpt {ckpt} --num-sampling-steps 0", "--num-sampling-steps 0"),
         ("--ckpt {ckpt} --num-sampling-steps ten", "--num-sampling-steps ten"),
         ("--ckpt {ckpt} --eta 0.5", "--eta 0.5"),
@@ -483,6 +490,30 @@ def test_guidance_of_a_network_without_null_class_is_refused(tmp_path, capsys):
     assert run(sample.main, "sample.py", argv) == 2
     assert "--cfg-scale 4.0: class_dropout_prob is 0" in capsys.readouterr().err
     assert run(sample.main, "sample.py", [*argv, "--cfg-scale", "1"]) == 0
+
+
+@pytest.mark.parametrize("argv", ["--num-fid-samples 5 --class-seeds 0 1", "--num-fid-samples 4 --class-seeds 0 1"])
+@pytest.mark.parametrize("classes", ["", "--class-labels 3"])
+def test_a_number_of_images_is_not_ignored_for_seeds(argv, classes, ckpt, tmp_path, capsys):
+    options = ["--ckpt", str(ckpt), "--output", str(tmp_path / "a.npz"), "--device", "cpu"]
+    assert run(sample_ddp.main, "sample_ddp.py", [*options, *argv.split(), *classes.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"sample_ddp.py: error: {argv.split(' --class')[0]}: --class-seeds makes one image of each")
+    assert error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_number_of_images_is_50_000_where_nobody_says(ckpt):
+    config = sample_ddp.SampleDDPConfig(ckpt=ckpt)
+    assert len(sample_ddp.plan(config, 10).labels) == len(sample_ddp.plan(config, 10).noise) == 50_000
+
+
+def test_a_finished_job_s_settings_make_it_again(ckpt, tmp_path):
+    """Its JSON holds the number of images beside the seeds that made them."""
+    images, _ = draw(ckpt, tmp_path / "a.npz", "--class-labels", "3", "--class-seeds", "0", "1")
+    config = ["--config", str(tmp_path / "a.json"), "--output", str(tmp_path / "b.npz")]
+    assert run(sample_ddp.main, "sample_ddp.py", config) == 0
+    with np.load(tmp_path / "b.npz") as file:
+        assert np.array_equal(file["arr_0"], images)
 
 
 def test_selected_classes_and_seeds_of_each(ckpt, tmp_path):
