@@ -146,7 +146,9 @@ class SamplingConfig:
     cache_depth: int | None = setting(None, "blocks at an end that run when state is reused; a Skip-DiT has its own")
     cache_interval: int | None = setting(None, "Skip-Cache: compute kept state every N evaluations, and in the tail")
     refresh_rate: int | None = setting(None, "encoder sharing: compute kept state once in R evaluations")
-    sharing: str = setting("uniform", "every R-th, or the cheapest of as many by measured similarity", SHARING)
+    sharing: str = setting(
+        "uniform", "every R-th, or the cheapest of as many by similarity, measured once, kept in --sharing-dir", SHARING
+    )
     sharing_dir: Path = setting(Path("sharing"), "where measured similarities are kept, with their settings")
     clip_denoised: bool | None = setting(
         None, "clamp predicted clean images to [-1, 1]; yes for pixels, no for latents"

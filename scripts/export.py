@@ -101,7 +101,8 @@ def notes_on(network: Network, format: str) -> list[str]:
             notes.append(f"the null class {network.num_classes}: the official scripts always take {OFFICIAL_CLASSES}")
         return notes
     notes += [
-        "the frequencies of the timestep features (downscale_freq_shift 0): set it after loading, as README.md shows",
+        "the frequencies of the timestep features (downscale_freq_shift 0): set it after loading, as the README.md "
+        "in the exported folder shows",
         "positions: computed anew there, equal to within float32 rounding of the table",
         "guidance of the first 3 latent channels, as official figures have it: DiTPipeline guides all of them",
         "the predicted variance: deterministic schedulers drop it",
@@ -152,7 +153,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(ExportConfig, argv, program="export.py", description=__doc__.split("\n")[0])
     assert config.ckpt is not None and config.output is not None  # __post_init__ saw to it
     if config.output.exists():
-        raise UserError(f"--output {config.output}: exists already")
+        raise UserError(f"--output {config.output}: exists already; delete it, or give another name")
     check_writable(config.output, "--output")
     name, network, process = open_network(config.ckpt, read_checkpoint(config.ckpt, config.weights))
     notes = notes_on(network, config.format)

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -453,6 +455,15 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, script, ckpt, tmp_path,
     assert words.format(**places) in error
     assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("*.png"))
     assert not (tmp_path / "exploded").exists()
+
+
+def test_help_says_where_similarities_are_kept_and_git_leaves_them_alone(capsys):
+    with pytest.raises(SystemExit):
+        run(sample.main, "sample.py", ["--help"])
+    assert "measured once, kept in --sharing-dir" in " ".join(capsys.readouterr().out.split())
+    kept = SamplingConfig(ckpt=Path("x")).sharing_dir / "a.json"
+    root = Path(sample.__file__).parent
+    assert subprocess.run(["git", "check-ignore", "-q", str(kept)], cwd=root).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_diffusers_computes_the_same_once_its_timesteps_are_corrected(
     assert relative_error(twin(x, timestep=t, class_labels=y).sample, wanted) > 1e-4, "what no config carries"
     assert_close(correct_timesteps(twin)(x, timestep=t, class_labels=y).sample, wanted, 2e-6)
     said, readme = capsys.readouterr().out, (folder / "README.md").read_text()
+    assert "set it after loading, as the README.md in the exported folder shows" in said
     for note in ("downscale_freq_shift", "first 3 latent channels", "the null class 10: DiTPipeline always takes 1000"):
         assert note in said and note in readme
     loop = readme.split("```python")[1].split("scheduler = ")[0].split("from_pretrained")[1].split("\n", 1)[1]
@@ -103,7 +104,10 @@ def test_the_scheduler_is_the_one_of_the_process(schedule: str, predict_xstart: 
         ("--ckpt a.safetensors", "--output: required"),
         ("--ckpt a.safetensors --output a", "--output a: --format official writes a file ending in .pt"),
         ("--ckpt a.safetensors --output a.pt --format diffusers", "--format diffusers writes a folder"),
-        ("--ckpt a.safetensors --output there.pt", "--output there.pt: exists already"),
+        (
+            "--ckpt a.safetensors --output there.pt",
+            "--output there.pt: exists already; delete it, or give",
+        ),
         ("--ckpt none.pt --output b.pt", "--ckpt none.pt: no such file"),
         ("--ckpt foreign.pt --output b.pt", "--ckpt foreign.pt: its names and sizes are those of no model"),
         ("--ckpt gates.pt --output b.pt", "--ckpt gates.pt: weights of DyDiT-debug/2, but routers of 1 gates; 4 heads"),
