@@ -44,6 +44,7 @@ from sampling.pipeline import Pipeline
 PATIENCE_SECONDS = 24 * 3600.0
 AUTO_MULTIPLY_ADDS = 64 * 118.6e9  # of a batch: 64 images of XL/2 at 256 pixels, which takes 118.62 G each
 LARGEST_AUTO = 256
+IMAGES = 50_000  # as FID-50K takes
 # Settings that say where and how a job runs, not what its images are.
 FREE = frozenset("ckpt sample_dir output overwrite pretrained_dir sharing_dir device".split())
 
@@ -55,7 +56,7 @@ class SampleDDPConfig(SamplingConfig):
     sample_dir: Path = setting(Path("samples"), "where the .npz goes, under a name made of the settings")
     output: Path | None = setting(None, "exact path of the .npz, instead of a name in --sample-dir")
     overwrite: bool = setting(False, "replace an existing .npz, and throw away one begun with other settings")
-    num_fid_samples: int = setting(50_000, "number of images")
+    num_fid_samples: int | None = setting(None, "number of images (50,000, or what --class-seeds makes)")
     per_proc_batch_size: int | None = setting(
         32, "images per process at a time, part of what decides their last bits; auto: by the network's cost alone"
     )
@@ -63,7 +64,7 @@ class SampleDDPConfig(SamplingConfig):
     balanced_labels: bool = setting(False, "every class equally often, instead of drawn at random")
     class_labels: tuple[int, ...] | None = setting(None, "draw these classes only")
     class_seeds: tuple[int, ...] | None = setting(
-        None, "one image of each class for each of these numbers, which give the noise; decides --num-fid-samples"
+        None, "one image of each class for each of these numbers, which give the noise; instead of --num-fid-samples"
     )
     save_png: bool = setting(False, "write the images as PNG too, in a folder of the .npz's name")
 
@@ -78,8 +79,20 @@ class SampleDDPConfig(SamplingConfig):
         if self.class_seeds is not None:
             if not all(0 <= number < 2**32 for number in self.class_seeds):
                 raise ValueError(f"--class-seeds {' '.join(map(str, self.class_seeds))}: must lie in [0, 2^32)")
+            labels = len(self.class_labels or ())
+            if not _counted(self.num_fid_samples, len(self.class_seeds), labels):
+                raise ValueError(_refused(self.num_fid_samples))
             if self.balanced_labels:
                 raise ValueError("--balanced-labels: has no effect with --class-seeds")
+
+
+def _counted(images: int | None, seeds: int, classes: int) -> bool:
+    """Whether so many images can be those of seeds and classes; 0 classes: of some number of them, not known yet."""
+    return images is None or (images == seeds * classes if classes else images % max(seeds, 1) == 0)
+
+
+def _refused(images: int | None) -> str:
+    return f"--num-fid-samples {images}: --class-seeds makes one image of each class for each number; leave one out"
 
 
 def auto_batch_size(multiply_adds: int) -> int:
@@ -125,14 +138,16 @@ def plan(config: SampleDDPConfig, num_classes: int) -> Job:
     """Labels and noise of all images.
 
     Raises:
-        UserError: for a class that the model does not have.
+        UserError: for a class that the model does not have, or a number of images that is not the seeds'.
     """
     check_labels(config.class_labels or (), num_classes)
     classes = torch.tensor(config.class_labels or range(num_classes))
     if config.class_seeds is not None:
         count = len(config.class_seeds)
+        if not _counted(config.num_fid_samples, count, len(classes)):
+            raise UserError(_refused(config.num_fid_samples))
         return Job(classes.repeat_interleave(count), list(config.class_seeds) * len(classes))
-    every = range(config.num_fid_samples)
+    every = range(IMAGES if config.num_fid_samples is None else config.num_fid_samples)
     if config.balanced_labels:
         return Job(classes[torch.tensor(every) % len(classes)], every)
     generator = torch.Generator().manual_seed(derive_seed("labels", config.global_seed))
@@ -233,7 +248,7 @@ def main(argv: Sequence[str]) -> None:
         path = output_path(config, pipeline, settings)
         flag = "--output" if config.output else "--sample-dir"
         check_writable(path, flag)
-        file = SampleFile(path, (config.num_fid_samples, *pipeline.image_shape), batch_size, world.rank)
+        file = SampleFile(path, (count, *pipeline.image_shape), batch_size, world.rank)
         missing = distributed.by_main(lambda: begin(config, file, settings, flag))
         started = time.perf_counter()
         sample_chunks(pipeline, job, file, missing, world)
@@ -252,7 +267,7 @@ def main(argv: Sequence[str]) -> None:
             }
             with atomic_path(path.with_suffix(".json")) as temporary:
                 temporary.write_text(document(dataclasses.replace(config, output=path), pipeline, settings, timings))
-            print(f"Saved {config.num_fid_samples:,} images to {path}")
+            print(f"Saved {count:,} images to {path}")
         distributed.barrier()
 
 

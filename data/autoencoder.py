@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from data.pixels import from_uint8
+from runtime.download import quiet_hub
 
 OFFICIAL_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 OFFICIAL_FACTOR = 8
+OFFICIAL_CHANNELS = 4  # of their latents
 
 
 class Autoencoder(Protocol):
@@ -84,7 +86,8 @@ class KLAutoencoder:
         level = logging.get_verbosity()
         logging.set_verbosity(logging.CRITICAL)  # what matters is said below, in one line
         try:
-            vae: Any = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False, torch_dtype=dtype)
+            with quiet_hub():
+                vae: Any = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False, torch_dtype=dtype)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"cannot load the autoencoder {source!r} from disk, cache or hub; without network download it and give "

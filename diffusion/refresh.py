@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,22 @@ class Zones(NamedTuple):
 CLASS_TO_IMAGE = Zones(t_high=1000.0, t_low=20.0, low_inclusive=True)
 
 
+def takes_cache_depth(config: Any) -> bool:
+    """Whether networks of this config's family keep state where a `cache_depth` is set."""
+    try:
+        dataclasses.replace(config, cache_depth=1)
+    except (TypeError, ValueError):  # no such field, or one that stays empty
+        return False
+    return True
+
+
+def without_state(network: Network) -> str:
+    """What to do about a network that keeps no state, in the words of the command line."""
+    if takes_cache_depth(network.config):
+        return "give --cache-depth B, the blocks at an end that run when state is reused, or leave this flag out"
+    return "no setting makes it; leave this flag out"
+
+
 def skip_cache(
     network: Network, times: Sequence[float], interval: int, zones: Zones = CLASS_TO_IMAGE
 ) -> tuple[bool, ...]:
@@ -70,7 +87,7 @@ def skip_cache(
         ValueError: if the network keeps no state, or for what `skip_cache_flags` refuses.
     """
     if not network.keeps_state:
-        raise ValueError("this network keeps nothing to reuse; give it a cache_depth, or leave the interval out")
+        raise ValueError(f"this network keeps nothing to reuse; {without_state(network)}")
     return skip_cache_flags([network_to_index(t, network.time_convention) for t in times], interval, zones)
 
 

@@ -6,6 +6,7 @@ one row. Networks know nothing of noise processes, step numbers, guidance scales
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -59,14 +60,31 @@ def family_of(name: str) -> Family:
     """Finds the registry row of a model name.
 
     Raises:
-        ValueError: naming close relatives, if the name is unknown.
+        ValueError: naming those that are spelt alike, if the name is unknown.
     """
     for family in FAMILIES.values():
         if name in family.configs:
             return family
-    known = list_models()
-    relatives = [k for k in known if k.rsplit("-", 1)[0] == name.rsplit("-", 1)[0]] or known
-    raise ValueError(f"unknown model {name!r}; known: {', '.join(relatives)}")
+    lower = {known.lower(): known for known in list_models()}
+    close = [lower[match] for match in get_close_matches(name.lower(), lower, n=5, cutoff=0.7)]
+    raise ValueError(f"unknown model {name!r}; " + (f"close to it: {', '.join(close)}" if close else _all_in_short()))
+
+
+def _all_in_short() -> str:
+    """All names, those that differ in size and patch alone in one: "known: DiT-{S,B}/{2,4}, DiT-debug/2"."""
+    patches: dict[str, list[str]] = {}
+    for name in list_models():
+        stem, patch = name.split("/")
+        patches.setdefault(stem, []).append(patch)
+    sizes: dict[tuple[str, str], list[str]] = {}
+    for stem, found in patches.items():
+        kind, size = stem.rsplit("-", 1)
+        sizes.setdefault((kind, _either(found)), []).append(size)
+    return "known: " + ", ".join(f"{kind}-{_either(found)}/{patch}" for (kind, patch), found in sizes.items())
+
+
+def _either(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{{{','.join(words)}}}"
 
 
 def model_config(name: str, **overrides: Any) -> Any:

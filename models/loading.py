@@ -52,11 +52,13 @@ def settings_of(checkpoint: Checkpoint, source: str, model: str | None = None) -
         if model not in (None, name):
             raise UserError(f"--model {model}: {source} was trained as {name}")
         return name, settings
-    found = recognise(checkpoint.weights)
+    with blame(source):
+        found = recognise(checkpoint.weights)
+        if found is None and model is None:
+            raise ValueError(unknown_weights(checkpoint.weights))
     if found is not None and model in (None, found.name):
         return found
-    if model is None:
-        raise UserError(f"{source}: its names and sizes are those of no model in the registry")
+    assert model is not None  # or it was refused above
     with blame(f"{source} as {model}"):
         return model, family_of(model).network.settings_from(checkpoint.weights, model_config(model))
 
@@ -72,6 +74,14 @@ def family_of_weights(names: Iterable[str]) -> str | None:
     """
     found = _without_numbers(names)
     return next((family for family in FAMILIES if found in _layouts(family)), None)
+
+
+def unknown_weights(names: Iterable[str]) -> str:
+    """What to say of weights that are no named model's: whose they are, as far as their names tell."""
+    family = family_of_weights(names)
+    if family is None:
+        return "its names and sizes are those of no model in the registry"
+    return f"weights of a {family}, but their sizes are those of no model in the registry"
 
 
 def check_family(model: str, names: Iterable[str]) -> None:

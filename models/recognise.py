@@ -36,11 +36,15 @@ def recognise(weights: Mapping[str, Tensor]) -> Recognised | None:
 
     Note:
         The label table of a network without a null class looks like that of one with a class less.
+
+    Raises:
+        ValueError: if they have a named model's size, and its family says why they cannot be that model's.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if PATCHES not in shapes:
         return None
     found: Recognised | None = None
+    refused: str | None = None
     for family in FAMILIES.values():
         fields = family.network.config_class.__dataclass_fields__
         for name, named in family.configs.items():
@@ -49,7 +53,15 @@ def recognise(weights: Mapping[str, Tensor]) -> Recognised | None:
                 continue  # building it would take longer
             data = {field: value for field, value in traces.data.items() if field in fields}
             try:
-                settings = data | family.network.settings_from(weights, model_config(name, **data))
+                config = model_config(name, **data)
+            except ValueError:
+                continue
+            try:
+                settings = data | family.network.settings_from(weights, config)
+            except ValueError as error:
+                refused = f"weights of {name}, but {error}"
+                continue
+            try:
                 with torch.device("meta"):
                     network = create_model(name, **settings)
             except ValueError:
@@ -58,6 +70,8 @@ def recognise(weights: Mapping[str, Tensor]) -> Recognised | None:
                 found = found or Recognised(name, settings)
                 if network.in_channels == model_config(name).in_channels:
                     return Recognised(name, settings)
+    if found is None and refused is not None:
+        raise ValueError(refused)
     return found
 
 

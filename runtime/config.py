@@ -25,6 +25,9 @@ ALIASES: dict[str, dict[str, Any]] = {
     **{f"DiT-cache-{n}": {"model": "Skip-DiT-XL/2", "cache_interval": n} for n in range(2, 7)},
 }
 
+# What tells the settings of a training run from those of other scripts.
+OF_TRAINING = frozenset({"results_dir", "max_steps", "global_batch_size"})
+
 
 def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
     """A dataclass field with a help text and, for strings, the allowed values."""
@@ -118,7 +121,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
     if field.default is dataclasses.MISSING:
         parser.add_argument(field.name, type=kind, help=help_text)
         return
-    if field.default is not None:
+    if field.default not in (None, (), ""):
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         help_text += f" (default: {shown})"
     options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": help_text}
@@ -164,6 +167,11 @@ def _read(cls: type[Any], path: str, hints: dict[str, Any]) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name, value in values.items():
         if name not in fields:
+            if "ckpt" in fields and values.keys() >= OF_TRAINING:
+                checkpoint = Path(path).parent / "checkpoints" / "NUMBER.safetensors"
+                raise UserError(
+                    f"--config {path}: settings of a training run; give its checkpoint: --ckpt {checkpoint}"
+                )
             raise UserError(f"--config {path}: unknown setting {name!r}")
         values[name] = _from_json(value, hints[name], fields[name].metadata["choices"], f"--config {path}: {name}")
     return values

@@ -10,7 +10,9 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,6 +54,7 @@ def obtain(release: Release, folder: Path, say: Callable[[str], None] = print) -
         return path
     size = f"{release.gigabytes:.2f} GB" if release.gigabytes else "size unknown"
     say(f"Downloading {release.address} ({size}) to {path}")
+    made = not folder.exists()
     try:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             raise DownloadError("HF_HUB_OFFLINE forbids it")
@@ -61,6 +64,9 @@ def obtain(release: Release, folder: Path, say: Callable[[str], None] = print) -
         else:
             download_from_hub(*release.hub, path)
     except (DownloadError, OSError) as error:
+        if made:
+            with suppress(OSError):  # where something is in it, to go on with
+                folder.rmdir()
         reason = " ".join(str(error).split())
         raise UserError(
             f"--ckpt {release.name}: cannot download it ({reason}); fetch {release.address} by other means "
@@ -111,7 +117,8 @@ def download(url: str, path: Path, *, gigabytes: float | None = None, pause: flo
 
     Args:
         url: http(s) address.
-        path: final name; FILE.part beside it holds what arrived so far, FILE.part.tag what the server said it was.
+        path: final name; FILE.part beside it holds what arrived so far, FILE.part.tag what the server said it was;
+            where nothing arrived, nothing is left.
         gigabytes: about how large it must be; a login page is not a checkpoint.
         pause: seconds before the first new attempt; doubled for each further one.
 
@@ -125,31 +132,44 @@ def download(url: str, path: Path, *, gigabytes: float | None = None, pause: flo
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DownloadError(f"another process is downloading it to {part}") from None
-        failures = 0
-        while True:
-            before = file.seek(0, os.SEEK_END)
-            try:
-                _fetch(url, file, part.with_name(f"{part.name}.tag"), path.name, gigabytes)
-                break
-            except urllib.error.HTTPError as error:
-                if error.code == 416:  # nothing behind what is here: all of it, or of another file
-                    if before == _whole_size(error):
-                        break
-                    file.truncate(0)
-                elif error.code < 500:
-                    raise DownloadError(f"the server says {error.code} {error.reason}") from error
-                reason = f"the server says {error.code} {error.reason}"
-            except (OSError, EOFError) as error:
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
-            failures = 0 if file.seek(0, os.SEEK_END) > before else failures + 1
-            if failures >= ATTEMPTS:
-                have = file.seek(0, os.SEEK_END)
-                raise DownloadError(f"{reason}; {have:,} bytes are in {part}, and the same command goes on")
-            time.sleep(pause * 2**failures)
+        tag = part.with_name(f"{part.name}.tag")
+        try:
+            _fetch_whole(url, file, part, path.name, gigabytes, pause)
+        except DownloadError:
+            if not file.seek(0, os.SEEK_END):
+                part.unlink()
+                tag.unlink(missing_ok=True)
+            raise
         file.flush()
         os.fsync(file.fileno())
         os.replace(part, path)
-    part.with_name(f"{part.name}.tag").unlink(missing_ok=True)
+    tag.unlink(missing_ok=True)
+
+
+def _fetch_whole(url: str, file: BinaryIO, part: Path, name: str, gigabytes: float | None, pause: float) -> None:
+    """Appends what is missing, in as many attempts as there is progress."""
+    failures = 0
+    while True:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            _fetch(url, file, part.with_name(f"{part.name}.tag"), name, gigabytes)
+            return
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # nothing behind what is here: all of it, or of another file
+                if before == _whole_size(error):
+                    return
+                file.truncate(0)
+            elif error.code < 500:
+                raise DownloadError(f"the server says {error.code} {error.reason}") from error
+            reason = f"the server says {error.code} {error.reason}"
+        except (OSError, EOFError) as error:
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+        have = file.seek(0, os.SEEK_END)
+        failures = 0 if have > before else failures + 1
+        if failures >= ATTEMPTS:
+            kept = f"; {have:,} bytes are in {part}, and the same command goes on" if have else ""
+            raise DownloadError(reason + kept)
+        time.sleep(pause * 2**failures)
 
 
 def _whole_size(error: urllib.error.HTTPError) -> int | None:
@@ -206,15 +226,34 @@ def download_from_hub(repository: str, pattern: str, path: Path) -> None:
     try:
         name = pattern
         if "*" in pattern:
-            files = HfApi().list_repo_files(repository)
+            with quiet_hub():
+                files = HfApi().list_repo_files(repository)
             found = [name for name in files if fnmatchcase(name, pattern)]
             if len(found) != 1:
                 raise DownloadError(f"{len(found)} files there are {pattern}: {', '.join(found) or 'none'}")
             name = found[0]
-        fetched = hf_hub_download(repository, name, local_dir=staging)
+        with quiet_hub():
+            fetched = hf_hub_download(repository, name, local_dir=staging)
     except DownloadError:
         raise
     except Exception as error:  # of its own, of httpx or of requests, by its version
+        if not any(begun.stat().st_size for begun in staging.rglob("*.incomplete")):
+            shutil.rmtree(staging, ignore_errors=True)  # its locks; with bytes among them the client goes on
         raise DownloadError((str(error) or type(error).__name__).splitlines()[0]) from error
     os.replace(fetched, path)
     shutil.rmtree(staging)
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Nothing of the hub's client about retries and deprecations: what matters is said by us, in one line."""
+    from huggingface_hub.utils import logging  # heavy, and only downloads need it
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)

@@ -7,7 +7,8 @@ are published for none of the files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -143,20 +144,30 @@ def find_release(name: str) -> Release | None:
     return next((release for release in RELEASES if name in (release.name, release.file)), None)
 
 
-def release_of_model(model: str, image_size: int | None) -> Release:
+def close_names(name: str, families: Collection[str]) -> list[str]:
+    """Names of the releases of these families that are spelt like this one."""
+    lower = {release.name.lower(): release.name for release in RELEASES if release.family in families}
+    for suffix in {Path(release.file).suffix for release in RELEASES}:
+        name = name.removesuffix(suffix)
+    return [lower[match] for match in get_close_matches(name.lower(), lower, cutoff=0.75)]
+
+
+def release_of_model(model: str, image_size: int | None, families: Collection[str]) -> Release:
     """The released checkpoint of a model.
 
     Args:
         model: name in the registry.
         image_size: side of its images in pixels; None is 256.
+        families: those that are here; no other's release is meant or offered.
 
     Raises:
         UserError: if there is none, or a choice.
     """
     size = image_size or 256
-    found = [release for release in RELEASES if (release.model, release.image_size) == (model, size)]
+    here = [release for release in RELEASES if release.family in families]
+    found = [release for release in here if (release.model, release.image_size) == (model, size)]
     if not found:
-        known = dict.fromkeys(f"{release.model} ({release.image_size} pixels)" for release in RELEASES)
+        known = dict.fromkeys(f"{release.model} ({release.image_size} pixels)" for release in here)
         raise UserError(
             f"--model {model}: no checkpoint of it for {size} pixels was released; give one with --ckpt "
             f"(released: {', '.join(known)})"

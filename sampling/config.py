@@ -15,19 +15,19 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 import torch
 
-from data.autoencoder import OFFICIAL_FACTOR
+from data.autoencoder import OFFICIAL_CHANNELS, OFFICIAL_FACTOR, OFFICIAL_VAES
 from diffusion import FlowMatching, create_diffusion
 from diffusion.flow_samplers import Kind
 from diffusion.sampling import Sampler
 from models import FAMILIES, TimeConvention, family_of
 from models.acceleration import can_compile
-from models.recognise import Recognised, recognise
+from models.loading import settings_of
 from runtime import distributed
 from runtime.checkpoint import Checkpoint
 from runtime.config import flag_name, setting
 from runtime.download import obtain
 from runtime.errors import UserError, blame
-from runtime.releases import Preset, Release, find_release, release_of_model
+from runtime.releases import Preset, Release, close_names, find_release, release_of_model
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 SDE_KINDS = tuple(kind for kind in get_args(Kind) if kind != "ode")
@@ -35,6 +35,7 @@ SHARING = ("uniform", "cheapest")
 # How the official code samples from files without a preset of their own: it guides the first 3 of 4 latent channels.
 FOREIGN = Preset("ddpm", "250", 1.5, channels=3)
 OURS = FOREIGN._replace(channels=None)
+TIMESTEPS = 1000  # of a Gaussian process
 FOREIGN_FLOW = Preset("euler", "250", 1.5, channels=None)
 
 
@@ -75,6 +76,11 @@ def _flow_steps(steps: str) -> int:
     if not steps.isdecimal() or int(steps) < 1:
         raise ValueError("a flow is sampled in a number of steps, such as 50")
     return int(steps)
+
+
+def _check_length(steps: str) -> None:
+    if steps.isdecimal() and int(steps) > TIMESTEPS:
+        raise ValueError(f"at most {TIMESTEPS}; of a flow more, with --sampler euler, heun or adams")
 
 
 def _make_flow(steps: str, settings: Mapping[str, Any], learn_sigma: bool) -> FlowMatching:
@@ -140,7 +146,9 @@ class SamplingConfig:
     cache_depth: int | None = setting(None, "blocks at an end that run when state is reused; a Skip-DiT has its own")
     cache_interval: int | None = setting(None, "Skip-Cache: compute kept state every N evaluations, and in the tail")
     refresh_rate: int | None = setting(None, "encoder sharing: compute kept state once in R evaluations")
-    sharing: str = setting("uniform", "every R-th, or the cheapest of as many by measured similarity", SHARING)
+    sharing: str = setting(
+        "uniform", "every R-th, or the cheapest of as many by similarity, measured once, kept in --sharing-dir", SHARING
+    )
     sharing_dir: Path = setting(Path("sharing"), "where measured similarities are kept, with their settings")
     clip_denoised: bool | None = setting(
         None, "clamp predicted clean images to [-1, 1]; yes for pixels, no for latents"
@@ -200,9 +208,11 @@ class SamplingConfig:
         if self.last_step is not None and not 0 < self.last_step < 1:
             raise ValueError(f"--last-step {self.last_step}: must lie strictly between 0 and 1")
         if self.num_sampling_steps is not None:
-            processes = [SAMPLERS[self.sampler].process] if self.sampler else list(PROCESSES)
+            process = SAMPLERS[self.sampler].process if self.sampler else next(iter(PROCESSES))
             with blame(f"--num-sampling-steps {self.num_sampling_steps}"):
-                PROCESSES[processes[0]](self.num_sampling_steps, {}, True)
+                if process == "gaussian":
+                    _check_length(self.num_sampling_steps)
+                PROCESSES[process](self.num_sampling_steps, {}, True)
 
     def _check_reuse(self) -> None:
         """Refuses settings of state reuse that cannot be meant, or do nothing."""
@@ -210,7 +220,9 @@ class SamplingConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         if self.cache_depth is not None and self.cache_interval is None and self.refresh_rate is None:
-            raise ValueError(f"--cache-depth {self.cache_depth}: has no effect without --cache-interval")
+            raise ValueError(
+                f"--cache-depth {self.cache_depth}: has no effect without --cache-interval or --refresh-rate"
+            )
         if self.cache_interval is not None and self.refresh_rate is not None:
             raise ValueError(f"--refresh-rate {self.refresh_rate}: has no effect with --cache-interval")
         if self.sharing != "uniform" and self.refresh_rate is None:
@@ -251,9 +263,15 @@ def locate(config: SamplingConfig) -> tuple[Path, Release | None]:
     if config.ckpt is not None:
         release = find_release(str(config.ckpt))
         if release is None:
+            close = close_names(str(config.ckpt), FAMILIES)
+            if close:
+                raise UserError(f"--ckpt {config.ckpt}: no such file; released, and close to it: {', '.join(close)}")
             return config.ckpt, None  # reading it will say that it is not there
     else:
-        release = release_of_model(config.model or "DiT-XL/2", config.image_size)
+        model = config.model or "DiT-XL/2"
+        with blame(f"--model {model}"):
+            family_of(model)
+        release = release_of_model(model, config.image_size, FAMILIES)
     _check_family(release)
     path = distributed.by_main(lambda: obtain(release, config.pretrained_dir))
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -281,14 +299,17 @@ def find_facts(config: SamplingConfig, checkpoint: Checkpoint, release: Release 
     if release is not None:
         _check_family(release)
         _agree(config, {"model": release.model, "image_size": release.image_size})
-    told = recognise(checkpoint.weights) or Recognised("DiT-XL/2", {})
-    model = config.model or (release.model if release is not None else told.name)
-    with blame(f"--model {model}"):
-        flow = family_of(model).network.time_convention == "unit"  # the family is published as one
+    if config.model is not None:
+        with blame(f"--model {config.model}"):
+            family_of(config.model)
+    given, ckpt = (config.model, config.ckpt) if release is None else (release.model, release.name)
+    model, told = settings_of(checkpoint, f"--ckpt {ckpt}", given)
+    flow = family_of(model).network.time_convention == "unit"  # the family is published as one
     preset = release.preset if release is not None else FOREIGN_FLOW if flow else FOREIGN
     chosen = config.vae or vae or preset.vae
-    fields = {**(release.config if release is not None else {}), **(told.config if told.name == model else {})}
+    fields = {**(release.config if release is not None else {}), **told}
     side, channels = fields.pop("input_size", None), fields.pop("in_channels", None)
+    _check_channels(config, chosen, channels)
     size = config.image_size or (side * (1 if chosen == "none" else OFFICIAL_FACTOR) if side else 256)
     fields["num_classes"] = config.num_classes or fields.get("num_classes", 1000)
     shape = (channels or 3 if chosen == "none" else 3, size, size)
@@ -303,9 +324,21 @@ def _facts_of_ours(config: SamplingConfig, meta: Mapping[str, Any]) -> Facts:
     if name not in PROCESSES:
         raise UserError(f"--ckpt {config.ckpt}: trained under {name!r}, a process unknown here")
     _agree(config, {"model": model, "num_classes": fields["num_classes"], "image_size": width})
+    vae = config.vae or meta["data"]["vae"]
+    _check_channels(config, vae, fields.get("in_channels"))
     sampler, row = next((sampler, row) for sampler, row in SAMPLERS.items() if row.process == name)
     preset = OURS._replace(sampler=sampler, steps=row.steps)
-    return Facts(model, fields, (name, process), config.vae or meta["data"]["vae"], (channels, height, width), preset)
+    return Facts(model, fields, (name, process), vae, (channels, height, width), preset)
+
+
+def _check_channels(config: SamplingConfig, vae: str, channels: int | None) -> None:
+    """Refuses a released autoencoder for a network of other channels, before anything is downloaded for it."""
+    if vae in OFFICIAL_VAES and channels not in (None, OFFICIAL_CHANNELS):
+        source = f"--vae {vae}" if config.vae else f"--ckpt {config.ckpt}"
+        raise UserError(
+            f"{source}: the network's channels are {channels}, those of {OFFICIAL_VAES[vae]} {OFFICIAL_CHANNELS}; "
+            "for a network on pixels give --vae none, else the folder of its autoencoder"
+        )
 
 
 def _agree(config: SamplingConfig, known: Mapping[str, Any]) -> None:
@@ -323,7 +356,7 @@ def resolve(config: C, facts: Facts) -> C:
     A preset's interval belongs to its scale: with another scale it is not taken over.
 
     Raises:
-        UserError: if the sampler is not one of the checkpoint's process.
+        UserError: if the sampler is not one of the checkpoint's process, or does not go with other flags.
     """
     preset = facts.preset
     sampler = config.sampler or preset.sampler
@@ -331,6 +364,10 @@ def resolve(config: C, facts: Facts) -> C:
     if row.process != facts.process[0]:
         fitting = ", ".join(name for name, other in SAMPLERS.items() if other.process == facts.process[0])
         raise UserError(f"--sampler {sampler}: --ckpt was trained under {facts.process[0]!r}; choose from {fitting}")
+    if config.heun_exact and config.cache_interval is not None:
+        raise UserError(
+            f"--cache-interval {config.cache_interval}: this needs one evaluation a step; leave out --heun-exact"
+        )
     scale_of_preset = config.cfg_scale is None
     options = preset.options if sampler == preset.sampler else {}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic
 
@@ -10,18 +11,18 @@ from torch import Tensor
 
 from data.autoencoder import open_autoencoder
 from diffusion import ImageNoise, guided, sample_loop, skip_cache
-from diffusion.refresh import cheapest, every_nth, sharing_budget
+from diffusion.refresh import cheapest, every_nth, sharing_budget, takes_cache_depth, without_state
 from diffusion.sampling import StepHook
 from diffusion.schedules import index_to_network
 from diffusion.sharing import Calibration
-from models import Network, TimeConvention, create_model
+from models import Network, TimeConvention, create_model, model_config
 from models.acceleration import COMPILE_BACKEND, Evaluate, GraphedNetwork, autocast, cast_weights_once
 from models.loading import check_family
 from models.recognise import recognise
 from runtime import distributed
 from runtime.checkpoint import load_weights, read_checkpoint
 from runtime.errors import UserError, blame
-from sampling.config import PROCESSES, SAMPLERS, C, find_facts, locate, resolve
+from sampling.config import PROCESSES, SAMPLERS, C, SamplingConfig, find_facts, locate, resolve
 
 
 class Pipeline(Generic[C]):
@@ -48,21 +49,25 @@ class Pipeline(Generic[C]):
     """
 
     def __init__(self, config: C, device: torch.device, vae: str | None = None) -> None:
+        model = config.model  # as the user gave it: what is blamed
         self.path, self.release = locate(config)
         checkpoint = read_checkpoint(self.path, config.weights)
         self.step: int | None = (checkpoint.meta or {}).get("step")
         facts = find_facts(config, checkpoint, self.release, vae)
         self.config: C = resolve(config, facts)
         config = self.config
+        named = model is not None and checkpoint.meta is None
+        source = f"--model {model}" if named else f"--ckpt {self.path}"
+        with blame(source):
+            kept = _cache_depth(model_config(facts.model, **facts.config), config)
         precise = torch.float32 if config.vae_precision == "fp32" else torch.bfloat16
         with blame(f"--vae {facts.vae}"):
             self._autoencoder = open_autoencoder(facts.vae, facts.image_shape[-1], device, precise)
             self._latent_shape = self._autoencoder.latent_shape(facts.image_shape)
-        with blame(f"--model {facts.model}" if checkpoint.meta is None else f"--ckpt {self.path}"):
+        with blame(source):
             shape = {"input_size": self._latent_shape[-1], "in_channels": self._latent_shape[0]}
             check_family(facts.model, checkpoint.weights)
-            own = facts.config if config.cache_depth is None else {**facts.config, "cache_depth": config.cache_depth}
-            network = create_model(facts.model, **{**own, **shape})
+            network = create_model(facts.model, **{**facts.config, **kept, **shape})
         load_weights(network, checkpoint.weights, f"--ckpt {self.path} as {facts.model}", _name_of)
         network = network.to(device).eval().requires_grad_(False)
         self.num_classes, self.multiply_adds = network.num_classes, sum(network.multiply_adds().values())
@@ -98,7 +103,7 @@ class Pipeline(Generic[C]):
             return None
         with blame(f"--refresh-rate {config.refresh_rate}"):
             if not network.keeps_state:
-                raise ValueError(f"{config.model} keeps no state between evaluations")
+                raise ValueError(f"{config.model} keeps no state between evaluations; {without_state(network)}")
             budget = sharing_budget(len(times), config.refresh_rate)
             if config.sharing == "uniform":
                 return every_nth(len(times), config.refresh_rate)
@@ -166,6 +171,21 @@ class Pipeline(Generic[C]):
         return torch.cat([self._autoencoder.decode(piece) for piece in latents.split(self.config.vae_batch_size)])
 
 
+def _cache_depth(network: Any, config: SamplingConfig) -> dict[str, int]:
+    """The user's choice as a setting of the network; empty where there is none.
+
+    Raises:
+        UserError: if the family keeps no state by it, or the network has not so many blocks.
+    """
+    if config.cache_depth is None:
+        return {}
+    if not takes_cache_depth(network):
+        raise UserError(f"--cache-depth {config.cache_depth}: has no effect on {config.model}; leave it out")
+    with blame(f"--cache-depth {config.cache_depth}"):
+        dataclasses.replace(network, cache_depth=config.cache_depth)
+    return {"cache_depth": config.cache_depth}
+
+
 def _in_network_time(interval: tuple[float, float] | None, convention: TimeConvention) -> tuple[float, float] | None:
     """Bounds given as timesteps, in the network's units."""
     if interval is None:
@@ -175,5 +195,8 @@ def _in_network_time(interval: tuple[float, float] | None, convention: TimeConve
 
 
 def _name_of(weights: Mapping[str, Tensor]) -> str | None:
-    found = recognise(weights)
+    try:
+        found = recognise(weights)
+    except ValueError:
+        return None
     return None if found is None else found.name

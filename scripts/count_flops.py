@@ -21,7 +21,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import create_diffusion, skip_cache
-from models import DyDiT, Network, Routing, create_model
+from diffusion.refresh import takes_cache_depth
+from models import DyDiT, Network, Routing, create_model, model_config
 from runtime.config import flag_name, parse_config, setting
 from runtime.errors import UserError, blame, run
 
@@ -255,6 +256,8 @@ def main(argv: Sequence[str]) -> None:
         flags = "".join(f" {flag_name(field)} {value}" for field, value in overrides.items())
         runs = " ".join(map(str, config.cache_interval))
         with blame(f"--model {name}{flags}" + (f" --cache-interval {runs}" if runs else "")):
+            if config.cache_depth is not None and not takes_cache_depth(model_config(name)):
+                raise UserError(f"--cache-depth {config.cache_depth}: has no effect on {name}; leave it out")
             steps = config.num_sampling_steps or "250"
             counts.append(
                 count(

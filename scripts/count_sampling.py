@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.counting import SamplingCost
+from benchmarks.report import aligned
 from runtime import distributed
 from runtime.config import parse_config, setting
 from runtime.errors import run
@@ -64,19 +65,26 @@ def count_sampling(config: CountSamplingConfig) -> dict[str, Any]:
     return {"model": pipeline.config.model, "images": config.images, **summary(cost, config.images)}
 
 
+def unit_of(number: float) -> tuple[str, float]:
+    """Billions or millions, whichever shows a number of multiply-adds and its parts: letter and size."""
+    return ("G", 1e9) if number >= 1e9 else ("M", 1e6)
+
+
 def summary_table(found: dict[str, Any]) -> str:
     """What an evaluated row takes on average, by part, beside the network with nothing left out."""
     parts = {**found["parts"], "all": found["multiply_adds"]}
     dense = {**found["dense_parts"], "all": found["dense_multiply_adds"]}
-    lines = [f"{'part':<20}{'G multiply-adds':>18}{'of':>12}{'share':>9}"]
+    letter, unit = unit_of(dense["all"])
+    titles, rows = ["part", f"{letter} multiply-adds", "of", "share"], []
     for part, number in parts.items():
         share = f"{number / dense[part]:.1%}" if dense[part] else ""
-        lines.append(f"{part.replace('_', ' '):<20}{number / 1e9:>18,.4f}{dense[part] / 1e9:>12,.4f}{share:>9}")
+        rows.append([part.replace("_", " "), f"{number / unit:,.4f}", f"{dense[part] / unit:,.4f}", share])
+    image = found["multiply_adds_per_image"]
+    letter, unit = unit_of(image)
     return (
         f"{found['model']}, {found['images']} images, {found['evaluations_per_image']:.1f} evaluations an image\n\n"
-        + "\n".join(lines)
-        + f"\n\nshare of the blocks' work: {found['block_ratio']:.3f}\n"
-        f"an image: {found['multiply_adds_per_image'] / 1e9:,.4f} G multiply-adds"
+        f"{aligned(titles, rows, 1)}\n\nshare of the blocks' work: {found['block_ratio']:.3f}\n"
+        f"an image: {image / unit:,.4f} {letter} multiply-adds"
     )
 
 

@@ -21,6 +21,7 @@ import torch
 
 from models import DiT, Network, create_model
 from models.diffusers_format import diffusers_twin
+from models.loading import unknown_weights
 from models.recognise import recognise
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.config import parse_config, setting
@@ -77,9 +78,10 @@ def open_network(ckpt: Path, checkpoint: Checkpoint) -> tuple[str, Network, dict
         fields, process = dict(checkpoint.meta["model"]), dict(checkpoint.meta["process"])
         name = fields.pop("name")
     else:
-        found = recognise(checkpoint.weights)
-        if found is None:
-            raise UserError(f"--ckpt {ckpt}: holds weights of no model that is known here")
+        with blame(f"--ckpt {ckpt}"):
+            found = recognise(checkpoint.weights)
+            if found is None:
+                raise ValueError(unknown_weights(checkpoint.weights))
         name, fields, process = found.name, found.config, {"name": "gaussian"}
     with blame(f"--ckpt {ckpt}"):
         network = create_model(name, **fields)
@@ -99,7 +101,8 @@ def notes_on(network: Network, format: str) -> list[str]:
             notes.append(f"the null class {network.num_classes}: the official scripts always take {OFFICIAL_CLASSES}")
         return notes
     notes += [
-        "the frequencies of the timestep features (downscale_freq_shift 0): set it after loading, as README.md shows",
+        "the frequencies of the timestep features (downscale_freq_shift 0): set it after loading, as the README.md "
+        "in the exported folder shows",
         "positions: computed anew there, equal to within float32 rounding of the table",
         "guidance of the first 3 latent channels, as official figures have it: DiTPipeline guides all of them",
         "the predicted variance: deterministic schedulers drop it",
@@ -150,7 +153,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(ExportConfig, argv, program="export.py", description=__doc__.split("\n")[0])
     assert config.ckpt is not None and config.output is not None  # __post_init__ saw to it
     if config.output.exists():
-        raise UserError(f"--output {config.output}: exists already")
+        raise UserError(f"--output {config.output}: exists already; delete it, or give another name")
     check_writable(config.output, "--output")
     name, network, process = open_network(config.ckpt, read_checkpoint(config.ckpt, config.weights))
     notes = notes_on(network, config.format)

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,7 +47,8 @@ def ckpt(tmp_path_factory):
 
 
 def draw(ckpt, output, *argv):
-    options = ["--ckpt", str(ckpt), "--output", str(output), "--device", "cpu", "--num-fid-samples", "23"]
+    options = ["--ckpt", str(ckpt), "--output", str(output), "--device", "cpu"]
+    options += [] if "--class-seeds" in argv else ["--num-fid-samples", "23"]
     options += "--num-sampling-steps 6 --per-proc-batch-size 5".split()
     status = run(sample_ddp.main, "sample_ddp.py", [*options, *argv])
     assert status == 0
@@ -337,17 +340,64 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
         ("--ckpt {ckpt} --time-shift 2", "--time-shift 2.0: has an effect with --sampler euler or heun or adams only"),
         ("--ckpt {ckpt} --cache-interval 2", "--cache-interval 2: this network keeps nothing to reuse"),
         ("--ckpt {ckpt} --refresh-rate 2", "--refresh-rate 2: DiT-digits/2 keeps no state between evaluations"),
-        ("--ckpt {ckpt} --cache-depth 1", "--cache-depth 1: has no effect without --cache-interval"),
-        ("--ckpt {ckpt} --cache-depth 9 --cache-interval 2", "cache_depth 9 must lie in 1..0, half the depth"),
+        (
+            "--ckpt {grey} --vae none --cache-interval 2",
+            "--cache-interval 2: this network keeps nothing to reuse; give --cache-depth B",
+        ),
+        (
+            "--ckpt {grey} --vae none --refresh-rate 2",
+            "--refresh-rate 2: DiT-digits/2 keeps no state between evaluations; give --cache-depth B",
+        ),
+        (
+            "--ckpt {routed} --vae none --cache-interval 2",
+            "--cache-interval 2: this network keeps nothing to reuse; no setting makes it; leave this flag out",
+        ),
+        (
+            "--ckpt {routed} --vae none --refresh-rate 2",
+            "--refresh-rate 2: DyDiT-digits/2 keeps no state between evaluations; no setting makes it; leave this flag",
+        ),
+        ("--ckpt {ckpt} --cache-depth 1", "--cache-depth 1: has no effect without --cache-interval or --refresh-rate"),
+        (
+            "--ckpt {ckpt} --cache-depth 9 --cache-interval 2",
+            "--cache-depth 9: has no effect on DiT-digits/2; leave it out",  # of a single block
+        ),
+        (
+            "--ckpt {grey} --vae none --cache-depth 9 --cache-interval 2",
+            "error: --cache-depth 9: cache_depth 9 must lie in 1..2, half the depth",
+        ),
+        (
+            "--ckpt {grey} --model DiT-digits/2 --vae none --cache-depth 9 --refresh-rate 2",
+            "error: --cache-depth 9: cache_depth 9 must lie in 1..2, half the depth",
+        ),
+        (
+            "--ckpt {routed} --vae none --cache-depth 1 --cache-interval 2",
+            "error: --cache-depth 1: has no effect on DyDiT-digits/2; leave it out",
+        ),
+        (
+            "--ckpt {flow} --model IDiT-digits/2 --vae none --cache-depth 1 --cache-interval 2",
+            "error: --cache-depth 1: has no effect on IDiT-digits/2; leave it out",
+        ),
         ("--ckpt {ckpt} --sharing cheapest", "--sharing cheapest: has no effect without --refresh-rate"),
         ("--ckpt {ckpt} --guidance-interval 700 300", "--guidance-interval 700.0 300.0: must be two timesteps"),
         ("--ckpt {ckpt} --guidance-interval 0 700 --cfg-scale 1", "has no effect with --cfg-scale 1"),
         ("--ckpt {ckpt} --cuda-graphs", "--cuda-graphs: needs a CUDA device"),
         ("--ckpt {ckpt} --vae-batch-size 0", "--vae-batch-size 0: must be at least 1"),
         ("--ckpt nothing.pt", "--ckpt nothing.pt: no such file"),
+        (
+            "--ckpt DiT-XL-2-265x256",
+            "--ckpt DiT-XL-2-265x256: no such file; released, and close to it: DiT-XL-2-256x256",
+        ),
+        ("--model DiT-XXL/2", "--model DiT-XXL/2: unknown model 'DiT-XXL/2'; close to it: DiT-XL/2"),
+        ("--model Latte-skip", "--model Latte-skip: unknown model 'Latte-skip'; known: DiT-{{S,B,L,XL}}/{{2,4,8}}, "),
         ("--ckpt {ckpt} --cfg-scale 0.5", "--cfg-scale 0.5: must be at least 1"),
         ("--ckpt {ckpt} --num-sampling-steps ddim0", "--num-sampling-steps ddim0: step spec 'ddim0'"),
-        ("--ckpt {ckpt} --num-sampling-steps 1001", "--num-sampling-steps 1001: step spec '1001'"),
+        ("--ckpt {ckpt} --num-sampling-steps 1001", "--num-sampling-steps 1001: at most 1000"),
+        ("--ckpt {ckpt} --sampler ddim --num-sampling-steps 5000", "--num-sampling-steps 5000: at most 1000"),
+        ("--ckpt {ckpt} --num-sampling-steps 600,600", "--num-sampling-steps 600,600: step spec '600,600' asks for"),
+        (
+            "--ckpt {flow} --model IDiT-digits/2 --vae none --sampler heun --heun-exact --cache-interval 2",
+            "--cache-interval 2: this needs one evaluation a step; leave out --heun-exact",
+        ),
         ("--ckpt {ckpt} --num-sampling-steps 0", "--num-sampling-steps 0"),
         ("--ckpt {ckpt} --num-sampling-steps ten", "--num-sampling-steps ten"),
         ("--ckpt {ckpt} --eta 0.5", "--eta 0.5"),
@@ -359,6 +409,23 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
             "--ckpt {flat} --vae none --model DiT-debug/2 --image-size 8",
             "expected 52 tensors, 4 blocks, width 64, found 52",
         ),
+        ("--ckpt {flat} --vae none", "--ckpt {flat}: weights of a DiT, but their sizes are those of no model"),
+        ("--ckpt {nobody} --vae none", "--ckpt {nobody}: its names and sizes are those of no model in the registry"),
+        ("--ckpt {gates}", "--ckpt {gates}: weights of DyDiT-digits/2, but routers of 5 gates; 4 heads need 3 or 4"),
+        (
+            "--ckpt {gates} --model DyDiT-digits/2",
+            "--ckpt {gates}: weights of DyDiT-digits/2, but routers of 5 gates; 4 heads need 3 or 4",
+        ),
+        (
+            "--ckpt {shallow} --model DyDiT-digits/2 --vae none",
+            "--ckpt {shallow} as DyDiT-digits/2: routers of 5 gates; 4 heads need 3 or 4",
+        ),
+        ("--ckpt {grey}", "--ckpt {grey}: the network's channels are 1, those of stabilityai/sd-vae-ft-"),
+        (
+            "--ckpt {ckpt} --vae ema",
+            "--vae ema: the network's channels are 1, those of stabilityai/sd-vae-ft-ema 4",
+        ),
+        ("--ckpt {grey} --vae none --image-size 9", "--ckpt {grey}: input_size 9 is not a multiple"),
         ("--ckpt {evil}", "--ckpt {evil}: refused, because it is no PyTorch file of plain tensors"),
         ("--ckpt {flat} --vae none --model DiT-nano/2", "--model DiT-nano/2: unknown model"),
         ("--ckpt {flat} --vae none --model DiT-debug/2 --image-size 9", "input_size 9 is not a multiple"),
@@ -372,7 +439,13 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, script, ckpt, tmp_path,
     torch.save(create_model("DiT-digits/2", hidden_size=32).state_dict(), flat)
     torch.save({"ema": Bomb(tmp_path / "exploded")}, tmp_path / "evil.pt")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    places = {"ckpt": ckpt, "flat": flat, "evil": tmp_path / "evil.pt"}
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "nobody.pt")
+    torch.save(create_model("DiT-digits/2").state_dict(), tmp_path / "grey.pt")
+    torch.save(create_model("DyDiT-digits/2").state_dict(), tmp_path / "routed.pt")
+    torch.save(create_model("IDiT-digits/2").state_dict(), tmp_path / "flow.pt")
+    torch.save(create_model("DyDiT-digits/2", num_heads=6).state_dict(), tmp_path / "gates.pt")
+    torch.save(create_model("DyDiT-digits/2", num_heads=6, depth=2).state_dict(), tmp_path / "shallow.pt")
+    places = {"ckpt": ckpt, **{path.stem: path for path in tmp_path.glob("*.pt")}}
     name = f"{script.__name__}.py"
     if script is sample_ddp:
         argv = argv.replace("a.png", "a.npz")
@@ -382,6 +455,15 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, script, ckpt, tmp_path,
     assert words.format(**places) in error
     assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("*.png"))
     assert not (tmp_path / "exploded").exists()
+
+
+def test_help_says_where_similarities_are_kept_and_git_leaves_them_alone(capsys):
+    with pytest.raises(SystemExit):
+        run(sample.main, "sample.py", ["--help"])
+    assert "measured once, kept in --sharing-dir" in " ".join(capsys.readouterr().out.split())
+    kept = SamplingConfig(ckpt=Path("x")).sharing_dir / "a.json"
+    root = Path(sample.__file__).parent
+    assert subprocess.run(["git", "check-ignore", "-q", str(kept)], cwd=root).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -419,6 +501,30 @@ def test_guidance_of_a_network_without_null_class_is_refused(tmp_path, capsys):
     assert run(sample.main, "sample.py", argv) == 2
     assert "--cfg-scale 4.0: class_dropout_prob is 0" in capsys.readouterr().err
     assert run(sample.main, "sample.py", [*argv, "--cfg-scale", "1"]) == 0
+
+
+@pytest.mark.parametrize("argv", ["--num-fid-samples 5 --class-seeds 0 1", "--num-fid-samples 4 --class-seeds 0 1"])
+@pytest.mark.parametrize("classes", ["", "--class-labels 3"])
+def test_a_number_of_images_is_not_ignored_for_seeds(argv, classes, ckpt, tmp_path, capsys):
+    options = ["--ckpt", str(ckpt), "--output", str(tmp_path / "a.npz"), "--device", "cpu"]
+    assert run(sample_ddp.main, "sample_ddp.py", [*options, *argv.split(), *classes.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"sample_ddp.py: error: {argv.split(' --class')[0]}: --class-seeds makes one image of each")
+    assert error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_number_of_images_is_50_000_where_nobody_says(ckpt):
+    config = sample_ddp.SampleDDPConfig(ckpt=ckpt)
+    assert len(sample_ddp.plan(config, 10).labels) == len(sample_ddp.plan(config, 10).noise) == 50_000
+
+
+def test_a_finished_job_s_settings_make_it_again(ckpt, tmp_path):
+    """Its JSON holds the number of images beside the seeds that made them."""
+    images, _ = draw(ckpt, tmp_path / "a.npz", "--class-labels", "3", "--class-seeds", "0", "1")
+    config = ["--config", str(tmp_path / "a.json"), "--output", str(tmp_path / "b.npz")]
+    assert run(sample_ddp.main, "sample_ddp.py", config) == 0
+    with np.load(tmp_path / "b.npz") as file:
+        assert np.array_equal(file["arr_0"], images)
 
 
 def test_selected_classes_and_seeds_of_each(ckpt, tmp_path):

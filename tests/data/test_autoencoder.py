@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 
@@ -48,6 +50,17 @@ def test_a_missing_autoencoder_is_named(tmp_path):
         open_autoencoder(str(tmp_path / "nothing"), 16)
     with pytest.raises(ValueError, match="cannot load the autoencoder .* without network"):
         open_autoencoder(str(tmp_path), 16)
+
+
+def test_its_loader_does_not_talk(monkeypatch, recwarn):
+    def failing(*args, **kwargs):
+        warnings.warn("The `local_dir_use_symlinks` argument is deprecated", stacklevel=2)
+        raise OSError("no connection")
+
+    monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", failing)
+    with pytest.raises(ValueError, match=r"cannot load the autoencoder .*\(no connection\)"):
+        open_autoencoder("ema", 256)
+    assert not recwarn.list
 
 
 def test_pixels_pass_through():

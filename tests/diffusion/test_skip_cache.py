@@ -199,10 +199,20 @@ def test_an_interval_below_one_is_refused(interval: int) -> None:
         skip_cache(OfTimes(), (900.0, 0.0), interval)
 
 
-def test_a_network_that_keeps_nothing_is_refused() -> None:
-    message = "this network keeps nothing to reuse; give it a cache_depth, or leave the interval out"
-    with pytest.raises(ValueError, match=message):
-        skip_cache(create_model("DiT-debug/2"), (900.0, 0.0), 2)
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("DiT-debug/2", "give --cache-depth B, the blocks at an end that run when state is reused, or leave"),
+        ("DyDiT-debug/2", "no setting makes it; leave this flag out"),
+        ("IDiT-debug/2", "no setting makes it; leave this flag out"),
+    ],
+)
+def test_a_network_that_keeps_nothing_is_refused_with_its_family_s_remedy(name: str, remedy: str) -> None:
+    with pytest.raises(ValueError, match=f"^this network keeps nothing to reuse; {remedy}"):
+        skip_cache(create_model(name), (900.0, 0.0), 2)
+
+
+def test_a_cache_depth_is_what_a_dit_keeps_state_by() -> None:
     assert skip_cache(create_model("DiT-debug/2", cache_depth=1), (900.0, 0.0), 2) == (True, False)
 
 

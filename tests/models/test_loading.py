@@ -103,7 +103,27 @@ def test_sizes_of_nobody_are_nobody_s() -> None:
 @pytest.mark.parametrize(
     ("held", "meta", "model", "overrides", "message"),
     [
-        ("unknown", False, None, {}, r"^--ckpt x: its names and sizes are those of no model in the registry$"),
+        (
+            "unknown",
+            False,
+            None,
+            {},
+            r"^--ckpt x: weights of a DiT, but their sizes are those of no model in the registry$",
+        ),
+        (
+            "DyDiT-digits/2 of 6 heads",
+            False,
+            None,
+            {},
+            r"^--ckpt x: weights of DyDiT-digits/2, but routers of 5 gates; 4 heads need 3 or 4$",
+        ),
+        (
+            "DyDiT-digits/2 of 6 heads",
+            False,
+            "DyDiT-digits/2",
+            {},
+            r"^--ckpt x: weights of DyDiT-digits/2, but routers of 5 gates; 4 heads need 3 or 4$",
+        ),
         ("DiT-debug/2", True, "DiT-S/2", {}, r"^--model DiT-S/2: --ckpt x was trained as DiT-debug/2$"),
         (
             "DiT-debug/2",
@@ -120,7 +140,9 @@ def test_sizes_of_nobody_are_nobody_s() -> None:
 def test_what_does_not_fit_is_one_line(
     held: str, meta: bool, model: str | None, overrides: dict[str, int], message: str
 ) -> None:
-    file = checkpoint("DiT-debug/2", depth=2) if held == "unknown" else checkpoint(held)
+    odd = {"unknown": ("DiT-debug/2", {"depth": 2}), "DyDiT-digits/2 of 6 heads": ("DyDiT-digits/2", {"num_heads": 6})}
+    name, fields = odd.get(held, (held, {}))
+    file = checkpoint(name, **fields)
     file = file if meta else file._replace(meta=None)
     with pytest.raises(UserError, match=message):
         restore(file, "--ckpt x", model, **overrides)

@@ -42,3 +42,9 @@ def test_what_is_no_model_of_ours_is_not_recognised() -> None:
     assert recognise({"conv.weight": torch.zeros(3, 3)}) is None
     weights.pop("pos_embed")
     assert recognise(weights) is None
+
+
+def test_a_family_that_knows_why_not_says_so() -> None:
+    weights = models.create_model("DyDiT-debug/2", num_heads=8).state_dict()
+    with pytest.raises(ValueError, match="^weights of DyDiT-debug/2, but routers of 7 gates; 4 heads need 3 or 4$"):
+        recognise(weights)

@@ -1,5 +1,7 @@
 """The registry: names, overrides, and what it says to a mistake."""
 
+import re
+
 import pytest
 import torch
 
@@ -52,16 +54,37 @@ def test_create_model_puts_everything_on_the_default_device() -> None:
     assert set(devices.values()) == {"meta"}, devices
 
 
-def test_an_unknown_model_is_answered_with_its_relatives() -> None:
-    with pytest.raises(ValueError, match=r"unknown model 'DiT-XXL/2'; known: .*DiT-XL/2") as error:
-        create_model("DiT-XXL/2")
-    assert all(name.startswith("DiT-") for name in str(error.value).split("known: ")[1].split(", "))
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("DiT-XXL/2", "DiT-XL/2"),
+        ("DiT-digit/2", "DiT-digits/2"),
+        ("SkipDiT-XL/2", "Skip-DiT-XL/2"),
+        ("dit-s/4", "DiT-S/4"),
+    ],
+)
+def test_an_unknown_model_is_answered_with_what_is_spelt_like_it(name: str, first: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown model '{name}'; close to it: {first}") as error:
+        create_model(name)
+    close = str(error.value).split("close to it: ")[1].split(", ")
+    assert len(close) <= 5 and set(close) <= set(list_models())
 
 
-def test_a_name_without_relatives_is_answered_with_all_models() -> None:
+def test_names_like_digits_are_offered_from_every_family() -> None:
     with pytest.raises(ValueError) as error:
+        family_of("DiT-digit/2")
+    assert "DyDiT-digits/2" in str(error.value) and "DiT-S/2" not in str(error.value)
+
+
+def test_a_name_like_none_is_answered_with_all_models_in_short() -> None:
+    with pytest.raises(ValueError, match=r"known: DiT-\{S,B,L,XL\}/\{2,4,8\}, DiT-\{debug,digits\}/2, ") as error:
         family_of("ResNet-50")
-    assert all(name in str(error.value) for name in list_models())
+    told = []
+    for item in re.split(r", (?=[A-Z])", str(error.value).split("known: ")[1]):
+        sizes, patches = (part.strip("{}").split(",") for part in re.sub(r"^.*?(?=[^-]*/)", "", item).split("/"))
+        kind = item.split("/")[0].rsplit("-", 1)[0]
+        told += [f"{kind}-{size}/{patch}" for size in sizes for patch in patches]
+    assert sorted(told) == sorted(list_models())
 
 
 def test_an_unknown_setting_is_answered_with_the_known_ones() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from runtime.config import ALIASES, expand_alias, flag_name, parse_config, setting, to_dict
 from runtime.errors import UserError
+from training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Example:
     labels: tuple[int, ...] | None = setting(None, "some numbers")
     size: int | None = setting(4, "a number, or auto")
     out: Path | None = setting(None, "a file")
+    names: tuple[str, ...] = setting((), "words (required)")
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -64,6 +66,8 @@ def test_help_states_defaults(capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "(default: 10)" in shown and "(default: 0.9 0.999)" in shown and "100 %" in shown
+    assert "words (required)" in shown and "(default: )" not in shown
+    assert "(default: False)" in shown
 
 
 @pytest.mark.parametrize(
@@ -100,6 +104,21 @@ def test_a_mistake_in_the_file_names_file_and_setting(tmp_path, text, words):
     with pytest.raises(UserError) as error:
         parse("--config", str(path))
     assert str(path) in str(error.value) and words in str(error.value)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    ckpt: Path | None = setting(None, "a checkpoint")
+
+
+def test_the_settings_of_a_training_run_are_answered_with_its_checkpoint(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(TrainConfig())))
+    wanted = f"--config {path}: settings of a training run; give its checkpoint: --ckpt {tmp_path}/checkpoints/"
+    with pytest.raises(UserError, match=wanted):
+        parse_config(Drawing, ["--config", str(path)], program="x", description="y")
+    with pytest.raises(UserError, match="unknown setting 'data_path'"):
+        parse("--config", str(path))
 
 
 def test_flag_name():

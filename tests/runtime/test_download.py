@@ -4,6 +4,8 @@ The hub's client is replaced by a stand-in with its signature: where it connects
 """
 
 import hashlib
+import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,7 +86,7 @@ def test_a_server_in_trouble_is_asked_again_and_one_that_lacks_the_file_is_not(s
 def test_another_file_than_expected_is_refused_before_it_is_kept(server: Server, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r"offers 10,240 bytes, not about 2.7 GB"):
         download(f"{server.url}/a.pt", tmp_path / "a.pt", gigabytes=2.7, pause=0)
-    assert (tmp_path / "a.pt.part").stat().st_size == 0
+    assert names(tmp_path) == []
 
 
 def test_a_full_disk_is_noticed_before_the_download(
@@ -143,22 +145,29 @@ class Hub:
 
     Attributes:
         files: in the repository "a/b"; None if the hub cannot be reached.
+        arrived: what a broken attempt leaves of a file.
     """
 
     files: list[str] | None = None
+    arrived = b""
 
     def list_repo_files(self, repo_id: str) -> list[str]:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        warnings.warn("`local_dir_use_symlinks` is deprecated", stacklevel=2)
         if repo_id != "a/b" or self.files is None:
             raise RuntimeError("no connection\nand so on")
         return self.files
 
     def hf_hub_download(self, repo_id: str, filename: str, *, local_dir: Path) -> str:
+        cache = local_dir / ".cache" / "huggingface"
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / "12ab.lock").touch()
+        (cache / "12ab.incomplete").write_bytes(self.arrived)
         if filename not in self.list_repo_files(repo_id):
             raise FileNotFoundError(f"no {filename}")
         path = local_dir / filename
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(CONTENT)
-        (local_dir / ".cache").mkdir()
         return str(path)
 
 
@@ -178,12 +187,39 @@ def test_offline_says_address_and_place_in_one_line(
     monkeypatch.setattr(download_module, "ATTEMPTS", 1)
     monkeypatch.setenv("HF_HUB_OFFLINE", forbidden)
     wanted = release(folder, there=there)
+    folder_of_downloads = tmp_path / "downloads"
     with pytest.raises(UserError) as error:
-        obtain(wanted, tmp_path, str)
+        obtain(wanted, folder_of_downloads, str)
     message = str(error.value)
     assert "\n" not in message and ("HF_HUB_OFFLINE forbids it" in message) == (forbidden == "1")
-    assert message.endswith(f"fetch {wanted.address} by other means and put it at {tmp_path / 'a.pt'}")
-    assert not (tmp_path / "a.pt").exists()
+    assert message.endswith(f"fetch {wanted.address} by other means and put it at {folder_of_downloads / 'a.pt'}")
+    assert names(tmp_path) == [], "nothing arrived, and nothing is left"
+
+
+def test_what_the_hub_s_client_had_begun_is_kept(hub: Hub, tmp_path: Path) -> None:
+    hub.arrived = b"the first bytes"
+    with pytest.raises(UserError, match="cannot download it"):
+        obtain(release("hub:a/b"), tmp_path / "downloads", str)
+    assert [path.read_bytes() for path in tmp_path.rglob("*.incomplete")] == [hub.arrived]
+
+
+@pytest.mark.parametrize("there", [None, "*.ckpt"])
+def test_the_hub_s_client_does_not_talk(
+    there: str | None, hub: Hub, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    said: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = said.append  # type: ignore[method-assign]
+    logger = logging.getLogger("huggingface_hub")
+    logger.addHandler(listener)
+    try:
+        with pytest.raises(UserError, match=r"cannot download it \(no connection\)"):
+            obtain(release("hub:a/b", there=there), tmp_path, str)
+        assert said == [] and not recwarn.list
+        logger.warning("of somebody else's download")
+        assert len(said) == 1, "silent during ours alone"
+    finally:
+        logger.removeHandler(listener)
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(server: Server, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 import models
 from runtime.errors import UserError
-from runtime.releases import RELEASES, Release, find_release, release_of_model
+from runtime.releases import RELEASES, Release, close_names, find_release, release_of_model
 
 COPIES = {"weights": 1, "ema": 1, "training": 4}  # of the parameters: weights, average, and Adam's two moments
 released = pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
@@ -68,9 +68,35 @@ def test_a_release_of_a_family_that_is_here_fits_its_model_and_its_file_s_size(r
 
 
 def test_a_model_s_release_is_found_by_model_and_size() -> None:
-    assert release_of_model("DiT-XL/2", None).file == "DiT-XL-2-256x256.pt"
-    assert release_of_model("DiT-XL/2", 512).file == "DiT-XL-2-512x512.pt"
+    assert release_of_model("DiT-XL/2", None, models.FAMILIES).file == "DiT-XL-2-256x256.pt"
+    assert release_of_model("DiT-XL/2", 512, models.FAMILIES).file == "DiT-XL-2-512x512.pt"
     with pytest.raises(UserError, match=r"--model DiT-S/2: no checkpoint of it for 256 pixels .* DiT-XL/2 \(256 pix"):
-        release_of_model("DiT-S/2", 256)
+        release_of_model("DiT-S/2", 256, models.FAMILIES)
     with pytest.raises(UserError, match=r"several .* dydit_0\.7, new_dydit0\.7, new_dydit0\.5$"):
-        release_of_model("DyDiT-XL/2", None)
+        release_of_model("DyDiT-XL/2", None, models.FAMILIES)
+
+
+@pytest.mark.parametrize(("model", "size"), [("DiT-S/2", 256), ("LatteT2V-skip", 512), ("Latte-skip", 256)])
+def test_a_release_that_nothing_here_could_run_is_not_offered(model: str, size: int) -> None:
+    with pytest.raises(UserError, match="no checkpoint of it .*DDT-XL/2") as error:
+        release_of_model(model, size, models.FAMILIES)
+    offered = str(error.value).split("released: ")[1]
+    assert "Latte" not in offered and "Skip-DiT-XL/2 (256 pixels)" in offered
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("DiT-XL-2-265x256", "DiT-XL-2-256x256"),
+        ("dit-xl-2-512.pt", "DiT-XL-2-512x512"),
+        ("dydit0.7.pth", "dydit_0.7"),
+        ("new_dydit0.6", "new_dydit0.5"),
+    ],
+)
+def test_a_misspelt_release_is_close_to_the_one_that_was_meant(name: str, close: str) -> None:
+    assert close in close_names(name, models.FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["nothing.pt", "results/000-DiT-XL-2/checkpoints/0400000.pt", "ucf101-skip2", "a.pt"])
+def test_other_names_are_close_to_none(name: str) -> None:
+    assert close_names(name, models.FAMILIES) == []

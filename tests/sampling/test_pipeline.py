@@ -205,7 +205,9 @@ def test_bf16_is_float32_within_its_precision(ckpt: Path) -> None:
 def test_compiled_blocks_are_asked_for_by_a_flag(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_blocks, compiled = Network.compile_blocks, []
     monkeypatch.setattr(
-        Network, "compile_blocks", lambda self: compiled.append(len(self.blocks)) or compile_blocks(self, "eager")
+        Network,
+        "compile_blocks",
+        lambda self, backend: compiled.append(len(self.blocks)) or compile_blocks(self, "eager"),
     )
     assert relative_error(draw(make(ckpt, compile=True)), draw(make(ckpt))) < 1e-5
     assert compiled == [1]

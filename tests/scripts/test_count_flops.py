@@ -136,7 +136,7 @@ def test_a_wrong_formula_with_state_is_found_out(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--model", "DiT-XL/3"], "--model DiT-XL/3: unknown model 'DiT-XL/3'; known: DiT-S/2"),
+        (["--model", "DiT-XL/3"], "--model DiT-XL/3: unknown model 'DiT-XL/3'; close to it: DiT-XL/"),
         (
             ["--model", "DiT-XL/2", "--input-size", "33"],
             "--model DiT-XL/2 --input-size 33: input_size 33 is not a multiple of patch_size 2",
@@ -145,8 +145,13 @@ def test_a_wrong_formula_with_state_is_found_out(
         (["--input-size", "large", "--model", "DiT-S/2"], "argument --input-size: invalid int value: 'large'"),
         (
             ["--model", "DiT-XL/2", "--cache-interval", "2"],
-            "--model DiT-XL/2 --cache-interval 2: this network keeps nothing to reuse; give it a cache_depth",
+            "--model DiT-XL/2 --cache-interval 2: this network keeps nothing to reuse; give --cache-depth B",
         ),
+        (
+            ["--model", "DyDiT-XL/2", "--cache-interval", "2"],
+            "--model DyDiT-XL/2 --cache-interval 2: this network keeps nothing to reuse; no setting makes it",
+        ),
+        (["--model", "DDT-XL/2", "--cache-depth", "3"], "--cache-depth 3: has no effect on DDT-XL/2; leave it out"),
         (
             ["--model", "Skip-DiT-XL/2", "--cache-interval", "2", "0"],
             "--model Skip-DiT-XL/2 --cache-interval 2 0: the refresh interval must be at least 1, not 0",

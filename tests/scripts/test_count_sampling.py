@@ -6,7 +6,7 @@ import pytest
 from benchmarks.counting import BLOCK_PARTS
 from models import create_model
 from runtime.errors import run
-from scripts.count_sampling import main
+from scripts.count_sampling import main, summary_table
 from tests.digits_checkpoints import save_digits_checkpoint
 
 
@@ -35,6 +35,21 @@ def test_a_checkpoints_sampling_is_counted_as_it_went(
     assert count(*argv) == 0
     text = capsys.readouterr().out
     assert f"share of the blocks' work: {found['block_ratio']:.3f}" in text and "routers" in text
+
+
+@pytest.mark.parametrize(("dense", "letter"), [(118.6e9, "G"), (3e6, "M")])
+def test_columns_are_as_wide_as_their_names_in_a_unit_that_shows_the_numbers(dense: float, letter: str) -> None:
+    parts = {"blocks": dense, "a_part_with_quite_a_long_name": dense / 1000}
+    found = {
+        "model": "DiT-digits/2", "images": 2, "evaluations_per_image": 4.0, "block_ratio": 0.5,
+        "parts": {part: number / 2 for part, number in parts.items()}, "multiply_adds": dense / 2,
+        "dense_parts": parts, "dense_multiply_adds": dense, "multiply_adds_per_image": 2 * dense,
+    }  # fmt: skip
+    text = summary_table(found)
+    lines = text.split("\n\n")[1].splitlines()
+    assert len({len(line) for line in lines}) == 1 and len({line.count("|") for line in lines}) == 1
+    assert [line.split("|")[-2].strip() for line in lines[2:]] == ["50.0%"] * 3
+    assert f"{letter} multiply-adds" in lines[0] and " 0.0000 " not in text
 
 
 def test_parts_of_a_divided_network_count_as_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

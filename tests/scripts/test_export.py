@@ -73,6 +73,7 @@ def test_diffusers_computes_the_same_once_its_timesteps_are_corrected(
     assert relative_error(twin(x, timestep=t, class_labels=y).sample, wanted) > 1e-4, "what no config carries"
     assert_close(correct_timesteps(twin)(x, timestep=t, class_labels=y).sample, wanted, 2e-6)
     said, readme = capsys.readouterr().out, (folder / "README.md").read_text()
+    assert "set it after loading, as the README.md in the exported folder shows" in said
     for note in ("downscale_freq_shift", "first 3 latent channels", "the null class 10: DiTPipeline always takes 1000"):
         assert note in said and note in readme
     loop = readme.split("```python")[1].split("scheduler = ")[0].split("from_pretrained")[1].split("\n", 1)[1]
@@ -103,9 +104,13 @@ def test_the_scheduler_is_the_one_of_the_process(schedule: str, predict_xstart: 
         ("--ckpt a.safetensors", "--output: required"),
         ("--ckpt a.safetensors --output a", "--output a: --format official writes a file ending in .pt"),
         ("--ckpt a.safetensors --output a.pt --format diffusers", "--format diffusers writes a folder"),
-        ("--ckpt a.safetensors --output there.pt", "--output there.pt: exists already"),
+        (
+            "--ckpt a.safetensors --output there.pt",
+            "--output there.pt: exists already; delete it, or give",
+        ),
         ("--ckpt none.pt --output b.pt", "--ckpt none.pt: no such file"),
-        ("--ckpt foreign.pt --output b.pt", "--ckpt foreign.pt: holds weights of no model that is known here"),
+        ("--ckpt foreign.pt --output b.pt", "--ckpt foreign.pt: its names and sizes are those of no model"),
+        ("--ckpt gates.pt --output b.pt", "--ckpt gates.pt: weights of DyDiT-debug/2, but routers of 1 gates; 4 heads"),
         (
             "--ckpt no_null.safetensors --output b --format diffusers",
             "--format diffusers: diffusers' DiT has a null class",
@@ -121,6 +126,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     checkpoint(Path("no_null.safetensors"), class_dropout_prob=0.0)
     checkpoint(Path("wide.safetensors"), mlp_ratio=2.0)
     torch.save({"weight": torch.zeros(1)}, "foreign.pt")
+    torch.save(create_model("DyDiT-debug/2", num_heads=2).state_dict(), "gates.pt")
     Path("there.pt").touch()
     before = sorted(tmp_path.iterdir())
     assert run(export.main, "export.py", argv.split()) == 2
