@@ -213,7 +213,7 @@ def test_training_goes_on_from_the_layout_of_the_file_and_resumes_in_it(tmp_path
         ("--flops-warmup-steps -1", "flops_warmup_steps must be finite and not negative, not -1"),
         ("--model DiT-debug/2 --flops-target 0.5", "--flops-target 0.5: has no effect on DiT-debug/2"),
         ("--model DiT-debug/2 --stratified-t", "--stratified-t True: has no effect on DiT-debug/2"),
-        ("--model DiT-debug/2 --width-router-bias 3", "DiT-debug/2 has no setting 'width_router_bias'"),
+        ("--model DiT-debug/2 --width-router-bias 3", "--width-router-bias 3.0: has no effect on DiT-debug/2"),
         ("--router-layout two_heads", "router_layout 'two_heads' is none of first_always_on, all_heads"),
         (
             "--stratified-t --global-batch-size 6",

@@ -62,5 +62,4 @@ sys.exit(run(main, "late.py"))
 def test_a_mistake_is_said_though_the_process_that_says_it_is_late(tmp_path: Path) -> None:
     (tmp_path / "late.py").write_text(LATE)
     done = run_script(tmp_path / "late.py", ranks=2, folder=tmp_path)
-    assert done.stderr.count("late.py: error: --flag 3: no") == 1
-    assert "exitcode: 2" in done.stderr.replace("exitcode  :", "exitcode:") and "SIGTERM" not in done.stderr
+    assert done.returncode == 1 and done.stderr.count("late.py: error: --flag 3: no") == 1
