@@ -84,7 +84,8 @@ def find_weights(given: Path | None, cache: Path, *, offline: bool) -> Path:
 
 def advice() -> str:
     """What to do without the file."""
-    return f"get it from {URL} on a machine with a network, and name it: {ENVIRONMENT}=PATH, or the evaluator's --weights PATH"
+    named = f"{ENVIRONMENT}=PATH, or the evaluator's --weights PATH"
+    return f"get it from {URL} on a machine with a network, and name it: {named}"
 
 
 def download(url: str, path: Path, *, size: int | None) -> Path:
