@@ -14,6 +14,8 @@ import torch
 from benchmarks.counting import SamplingCost
 from data.digits import NUM_CLASSES, load_digits
 from data.pixels import Images, to_uint8
+from diffusion import PUBLISHED_PROCESS
+from diffusion.refresh import takes_cache_depth
 from evaluator.digits import DigitsScores, score_digits
 from models import create_model, family_of, model_config
 from models.skip_dit import default_cache_depth
@@ -74,15 +76,14 @@ def open_subject(path: Path, cache_depth: int | None = None) -> Subject:
     model, process = settings.pop("name"), meta["process"]["name"]
     family, target = family_of(model).network, trained.get("flops_target")
     reuse: dict[str, Any] | None = None
-    if "cache_depth" in family.config_class.__dataclass_fields__ and not family.decides_by_input:
+    if takes_cache_depth(model_config(model, **settings)):
         reuse = {"cache_depth": cache_depth or default_cache_depth(settings["depth"])}
         with blame(f"--ckpt {path}"):
             model_config(model, **{**settings, **reuse})
     else:
         with torch.device("meta"):
             reuse = {} if create_model(model, **settings).keeps_state else None
-    published_as_flow = family.time_convention == "unit"
-    name = model if published_as_flow == (process == "flow") else f"{model}, {process}"
+    name = model if process == PUBLISHED_PROCESS[family.time_convention] else f"{model}, {process}"
     if target is not None:
         name += f", target {target:g}"
     return Subject(path, name, trained.get("global_seed", 0), process, target, reuse)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.report import aligned
 from benchmarks.timing import Clock, interleave
-from diffusion import FlowMatching, ImageNoise, create_diffusion, guided, sample_loop, skip_cache
+from diffusion import PUBLISHED_PROCESS, FlowMatching, ImageNoise, create_diffusion, guided, sample_loop, skip_cache
 from diffusion.refresh import every_nth
 from diffusion.sampling import Sampler
 from models import Network
@@ -21,14 +21,18 @@ WARM_UPS = 1
 Schedule = tuple[bool, ...]
 
 
+def _published_as_flow(network: Network) -> bool:
+    return PUBLISHED_PROCESS[network.time_convention] == FlowMatching.name
+
+
 def make_sampler(network: Network, steps: int) -> Sampler:
     """Of the process that the network's family is published with: ancestral, or Euler for a flow.
 
     Raises:
         ValueError: for a number of steps that it cannot take.
     """
-    if network.time_convention == "unit":
-        return FlowMatching().euler(steps, convention="unit")
+    if _published_as_flow(network):
+        return FlowMatching().euler(steps, convention=network.time_convention)
     learn_sigma = network.out_channels == 2 * network.in_channels
     return create_diffusion(str(steps), learn_sigma=learn_sigma).ancestral(convention=network.time_convention)
 
@@ -39,7 +43,7 @@ def make_schedule(network: Network, sampler: Sampler, interval: int) -> Schedule
     Raises:
         ValueError: if the network keeps no state, or the interval is below 1.
     """
-    if network.time_convention == "unit" and network.keeps_state:
+    if _published_as_flow(network) and network.keeps_state:
         return every_nth(len(sampler.times), interval)
     return skip_cache(network, sampler.times, interval)
 

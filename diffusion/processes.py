@@ -1,8 +1,8 @@
-"""The noise processes by name: how each is made from the settings in a checkpoint, and its plain sampler."""
+"""The noise processes by name: how each is made from the settings in a checkpoint, and who is published with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from diffusion.flow_matching import FlowMatching
@@ -26,12 +26,35 @@ class ProcessRow(NamedTuple):
     """One row of the table.
 
     Attributes:
-        make: from keyword arguments as a checkpoint's JSON document holds them.
+        make: from keyword arguments as a checkpoint's JSON document holds them, to be trained under.
+        for_steps: from a step spec as users write it, those settings, and whether the network predicts a variance, to
+            be sampled from. Refuses a spec that is none by a ValueError.
         plain_sampler: with the same settings.
     """
 
     make: Callable[..., Process]
+    for_steps: Callable[[str, Mapping[str, Any], bool], Any]
     plain_sampler: PlainSampler
+
+
+def flow_steps(spec: str) -> int:
+    """The number that a flow's step spec is.
+
+    Raises:
+        ValueError: for any other spec.
+    """
+    if not spec.isdecimal() or int(spec) < 1:
+        raise ValueError("a flow is sampled in a number of steps, such as 50")
+    return int(spec)
+
+
+def _gaussian_for_steps(spec: str, settings: Mapping[str, Any], learn_sigma: bool) -> Any:
+    return create_diffusion(spec, learn_sigma=learn_sigma, **settings)
+
+
+def _flow_for_steps(spec: str, settings: Mapping[str, Any], learn_sigma: bool) -> FlowMatching:
+    flow_steps(spec)
+    return FlowMatching(**settings)
 
 
 def _ddim(num_steps: int, *, clip_denoised: bool, convention: TimeConvention, **settings: Any) -> Sampler:
@@ -43,6 +66,8 @@ def _euler(num_steps: int, *, clip_denoised: bool, convention: TimeConvention, *
 
 
 PROCESSES: dict[str, ProcessRow] = {
-    "gaussian": ProcessRow(create_diffusion, _ddim),
-    "flow": ProcessRow(FlowMatching, _euler),
+    "gaussian": ProcessRow(create_diffusion, _gaussian_for_steps, _ddim),
+    "flow": ProcessRow(FlowMatching, _flow_for_steps, _euler),
 }
+# What families are published with, by the units of time that they are told.
+PUBLISHED_PROCESS: dict[TimeConvention, str] = {"index": "gaussian", "unit": "flow"}

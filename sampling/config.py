@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args
 import torch
 
 from data.autoencoder import OFFICIAL_CHANNELS, OFFICIAL_FACTOR, OFFICIAL_VAES
-from diffusion import FlowMatching, create_diffusion
+from diffusion import PROCESSES, PUBLISHED_PROCESS, FlowMatching
 from diffusion.flow_samplers import Kind
+from diffusion.processes import flow_steps
 from diffusion.sampling import Sampler
 from models import FAMILIES, TimeConvention, family_of
 from models.acceleration import can_compile
@@ -32,11 +33,13 @@ from runtime.releases import Preset, Release, close_names, find_release, release
 PRECISIONS = ("fp32", "tf32", "bf16")
 SDE_KINDS = tuple(kind for kind in get_args(Kind) if kind != "ode")
 SHARING = ("uniform", "cheapest")
-# How the official code samples from files without a preset of their own: it guides the first 3 of 4 latent channels.
-FOREIGN = Preset("ddpm", "250", 1.5, channels=3)
-OURS = FOREIGN._replace(channels=None)
+# How the official code samples from files without a preset of their own: DiT's guides the first 3 of 4 latent channels.
+FOREIGN = {
+    "gaussian": Preset("ddpm", "250", 1.5, channels=3),
+    "flow": Preset("euler", "250", 1.5, channels=None),
+}
+OURS = FOREIGN["gaussian"]._replace(channels=None)
 TIMESTEPS = 1000  # of a Gaussian process
-FOREIGN_FLOW = Preset("euler", "250", 1.5, channels=None)
 
 
 class SamplerRow(NamedTuple):
@@ -69,13 +72,7 @@ def _make_adams(process: FlowMatching, config: SamplingConfig, clip: bool, conve
 
 def _grid(config: SamplingConfig) -> tuple[int, float, float | None]:
     """Number of steps, shift and last step of a flow's sampler."""
-    return _flow_steps(config.num_sampling_steps or "250"), config.time_shift or 1.0, config.last_step
-
-
-def _flow_steps(steps: str) -> int:
-    if not steps.isdecimal() or int(steps) < 1:
-        raise ValueError("a flow is sampled in a number of steps, such as 50")
-    return int(steps)
+    return flow_steps(config.num_sampling_steps or "250"), config.time_shift or 1.0, config.last_step
 
 
 def _check_length(steps: str) -> None:
@@ -83,12 +80,7 @@ def _check_length(steps: str) -> None:
         raise ValueError(f"at most {TIMESTEPS}; of a flow more, with --sampler euler, heun or adams")
 
 
-def _make_flow(steps: str, settings: Mapping[str, Any], learn_sigma: bool) -> FlowMatching:
-    _flow_steps(steps)
-    return FlowMatching(**settings)
-
-
-# A new sampler is one row, and so is a new process: how it is made from steps, a checkpoint's settings, learn_sigma.
+# A new sampler is one row.
 SAMPLERS = {
     "ddpm": SamplerRow("gaussian", "250", lambda process, config, clip, time: process.ancestral(clip, convention=time)),
     "ddim": SamplerRow(
@@ -100,10 +92,6 @@ SAMPLERS = {
     "euler": SamplerRow("flow", "250", _make_euler),
     "heun": SamplerRow("flow", "50", _make_heun),
     "adams": SamplerRow("flow", "50", _make_adams),
-}
-PROCESSES: dict[str, Callable[[str, Mapping[str, Any], bool], Any]] = {
-    "gaussian": lambda steps, settings, learn_sigma: create_diffusion(steps, learn_sigma=learn_sigma, **settings),
-    "flow": _make_flow,
 }
 # Settings of some samplers alone: flag -> samplers.
 ONLY_FOR = {
@@ -212,7 +200,7 @@ class SamplingConfig:
             with blame(f"--num-sampling-steps {self.num_sampling_steps}"):
                 if process == "gaussian":
                     _check_length(self.num_sampling_steps)
-                PROCESSES[process](self.num_sampling_steps, {}, True)
+                PROCESSES[process].for_steps(self.num_sampling_steps, {}, True)
 
     def _check_reuse(self) -> None:
         """Refuses settings of state reuse that cannot be meant, or do nothing."""
@@ -304,8 +292,8 @@ def find_facts(config: SamplingConfig, checkpoint: Checkpoint, release: Release 
             family_of(config.model)
     given, ckpt = (config.model, config.ckpt) if release is None else (release.model, release.name)
     model, told = settings_of(checkpoint, f"--ckpt {ckpt}", given)
-    flow = family_of(model).network.time_convention == "unit"  # the family is published as one
-    preset = release.preset if release is not None else FOREIGN_FLOW if flow else FOREIGN
+    process = PUBLISHED_PROCESS[family_of(model).network.time_convention]
+    preset = FOREIGN[process] if release is None else release.preset
     chosen = config.vae or vae or preset.vae
     fields = {**(release.config if release is not None else {}), **told}
     side, channels = fields.pop("input_size", None), fields.pop("in_channels", None)
@@ -313,7 +301,7 @@ def find_facts(config: SamplingConfig, checkpoint: Checkpoint, release: Release 
     size = config.image_size or (side * (1 if chosen == "none" else OFFICIAL_FACTOR) if side else 256)
     fields["num_classes"] = config.num_classes or fields.get("num_classes", 1000)
     shape = (channels or 3 if chosen == "none" else 3, size, size)
-    return Facts(model, fields, ("flow" if flow else "gaussian", {}), chosen, shape, preset)
+    return Facts(model, fields, (process, {}), chosen, shape, preset)
 
 
 def _facts_of_ours(config: SamplingConfig, meta: Mapping[str, Any]) -> Facts:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.autoencoder import open_autoencoder
-from diffusion import ImageNoise, guided, sample_loop, skip_cache
+from diffusion import PROCESSES, ImageNoise, guided, sample_loop, skip_cache
 from diffusion.refresh import cheapest, every_nth, sharing_budget, takes_cache_depth, without_state
 from diffusion.sampling import StepHook
 from diffusion.schedules import index_to_network
@@ -22,7 +22,7 @@ from models.recognise import recognise
 from runtime import distributed
 from runtime.checkpoint import load_weights, read_checkpoint
 from runtime.errors import UserError, blame
-from sampling.config import PROCESSES, SAMPLERS, C, SamplingConfig, find_facts, locate, resolve
+from sampling.config import SAMPLERS, C, SamplingConfig, find_facts, locate, resolve
 
 
 class Pipeline(Generic[C]):
@@ -76,7 +76,9 @@ class Pipeline(Generic[C]):
 
         name, settings = facts.process
         assert config.sampler is not None and config.num_sampling_steps is not None  # `resolve` saw to it
-        process = PROCESSES[name](config.num_sampling_steps, settings, network.out_channels != network.in_channels)
+        process = PROCESSES[name].for_steps(
+            config.num_sampling_steps, settings, network.out_channels != network.in_channels
+        )
         with blame(f"--eta {config.eta}" if config.eta else f"--num-sampling-steps {config.num_sampling_steps}"):
             self.sampler = SAMPLERS[config.sampler].make(
                 process, config, bool(config.clip_denoised), network.time_convention

@@ -8,13 +8,14 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import models
+from diffusion import PROCESSES
 from models.acceleration import can_compile
 from models.dydit_plan import RoutingPlan
 from runtime.checkpoint import save_checkpoint
 from runtime.config import parse_config
 from runtime.distributed import World
 from runtime.errors import UserError
-from sampling.config import PROCESSES, SAMPLERS, SamplingConfig
+from sampling.config import SAMPLERS, SamplingConfig
 from sampling.pipeline import Pipeline
 from tests.networks import debug_name, randomise
 from training import trainer

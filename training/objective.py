@@ -9,7 +9,7 @@ import torch
 
 from data import ImageDataset
 from data.vision_encoder import VisionEncoder
-from diffusion import FlowMatching
+from diffusion import PUBLISHED_PROCESS, FlowMatching
 from diffusion.alignment import Alignment
 from models import Network, family_of
 from runtime.config import flag_name
@@ -18,8 +18,6 @@ from runtime.errors import UserError, blame
 if TYPE_CHECKING:
     from training.config import TrainConfig
 
-# What families are published with, by the units of time that they are told.
-PUBLISHED_PROCESS = {"index": "gaussian", "unit": "flow"}
 FLOW_SETTINGS = ("times", "shift", "weight", "direction")
 
 
