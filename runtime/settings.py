@@ -15,7 +15,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
@@ -474,9 +474,9 @@ def free_settings(cls: type) -> set[str]:
     return {".".join(flag.path) for flag in _flags(cls).values() if flag.field.metadata.get("free")}
 
 
-def flag_of(cls: type, path: str) -> str:
-    """The flag of a setting that is given as in `free_settings`; the path itself if there is none."""
-    return next((flag.name for flag in _flags(cls).values() if ".".join(flag.path) == path), path)
+def flag_of(cls: type, kinds: Sequence[Kind], path: str) -> str:
+    """The flag of a setting that is given as "section.field"; the path itself if there is none."""
+    return next((flag for flag, place in places(cls, kinds).items() if ".".join(place.path) == path), path)
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -490,6 +490,25 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
                 yield f"{prefix}{name}", value
 
     return dict(walk(values, ""))
+
+
+def differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = (), name: Callable[[str], str] = str
+) -> list[str]:
+    """Settings that changed, a phrase each.
+
+    Args:
+        then: nested JSON values.
+        now: the same of today; settings that are only in `then` are ignored.
+        free: those that may change, as in `free_settings`.
+        name: what a setting is called in messages, from "section.field".
+    """
+    before, after = flatten(then), flatten(now)
+    return [
+        f"{name(key)} was {before.get(key)!r}, now {value!r}"
+        for key, value in after.items()
+        if key not in free and before.get(key) != value
+    ]
 
 
 def _read(path: str, program: str, migrate: Callable[[Values], Values]) -> Values:
