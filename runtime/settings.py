@@ -185,7 +185,7 @@ class Given(Generic[T]):
             return self._kinds[kind].owners[owner](**{**defaults, **self.fields(kind, owner)})
 
     def check_owners(self, **used: str) -> None:
-        """Check that every given flag belongs to an owner that is used.
+        """Check that flags given for these kinds belong to the owners that are used.
 
         Args:
             **used: kind -> owner.
@@ -193,15 +193,14 @@ class Given(Generic[T]):
         Raises:
             UserError: naming the flag and its owners.
         """
-        taken = {name for kind, owner in used.items() for name in self._kinds[kind].flags(owner)}
         for name, value in self._flags.items():
-            if name not in taken:
-                kind = next(k for k in self._kinds.values() if any(name in k.flags(owner) for owner in k.owners))
-                owners = " or ".join(owner for owner in kind.owners if name in kind.flags(owner))
-                raise UserError(
-                    f"{name} {_typed(value)}: is a setting of the {kind.name} {owners}; "
-                    f"this run uses {used.get(kind.name, 'none')}"
-                )
+            for kind, owner in used.items():
+                row = self._kinds[kind]
+                owners = [each for each in row.owners if name in row.flags(each)]
+                if owners and owner not in owners:
+                    raise UserError(
+                        f"{name} {_typed(value)}: is a setting of the {kind} {' or '.join(owners)}; this run uses {owner}"
+                    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
