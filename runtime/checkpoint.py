@@ -1,8 +1,8 @@
 """Checkpoints: ours, which hold tensors and JSON only, and the official ones, read without running their pickles.
 
-Ours is one safetensors file. Tensor names start with their group ("model/", "ema/", "optimizer/"); the file's metadata
-holds one JSON document with everything needed to rebuild the run's network, process and data, and a checksum of every
-tensor, compared when it is read.
+Ours is one safetensors file. Tensor names start with their group ("model/", "ema-0.9999/", "optimizer/"); the file's metadata
+holds one JSON document with everything needed to rebuild the run's network, process and data (see docs/checkpoints.md),
+and a checksum of every tensor, compared when it is read. Files of earlier formats are migrated as they are read.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from runtime import migrate
 from runtime.errors import UserError
 from runtime.files import atomic_path
 
@@ -29,9 +30,9 @@ METADATA_KEY = "dit_family"
 CHECKSUMS_KEY = "crc32"
 # Where the official releases keep weights, best first; a file without any of these is the state dict itself.
 OFFICIAL_GROUPS = ("ema", "model", "state_dict")
-# Trainers that keep both in one state dict tell them apart by what stands in front.
+# Trainers that keep both in one state dict tell them apart by prefixes.
 GROUP_PREFIXES = {"ema": "ema_denoiser.", "model": "denoiser."}
-# What wrappers put in front of a parameter's name.
+# Prefixes that wrappers add to the names of parameters.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -41,14 +42,16 @@ class Checkpoint(NamedTuple):
     Attributes:
         weights: parameter name -> tensor, on the CPU.
         meta: the JSON document of our own files; None for foreign files.
+        group: name of the set of weights in the file: "model", "ema-0.9999"; for foreign files the one asked for.
     """
 
     weights: dict[str, Tensor]
     meta: dict[str, Any] | None
+    group: str
 
 
 def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
-    """Writes a checkpoint, whole or not at all.
+    """Write a checkpoint, whole or not at all.
 
     Args:
         path: final name, ending in ".safetensors".
@@ -56,7 +59,7 @@ def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor]], meta
         meta: JSON values.
 
     Raises:
-        UserError: if the file cannot be written (a full disk, say); what stood there before is intact.
+        UserError: if the file cannot be written (a full disk, say); an earlier file of that name is intact.
     """
     tensors = {
         f"{group}/{name}": tensor.detach().cpu().contiguous()
@@ -77,32 +80,49 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def read_checkpoint(path: Path, group: str = "ema", flag: str = "--ckpt") -> Checkpoint:
-    """Reads one group of weights from any supported file.
+def read_checkpoint(path: Path, weights: str = "ema", flag: str = "--ckpt") -> Checkpoint:
+    """Read one set of weights from any supported file.
 
     Args:
         path: ours (safetensors), or an official .pt, .pth or .ckpt: a flat state dict, or one under "ema", "model" or
-            "state_dict", beside whatever else; in it one set of weights, or two told apart by `GROUP_PREFIXES`.
-        group: "ema" or "model". Official files without that group give what they have.
+            "state_dict", next to other entries; in it one set of weights, or two told apart by `GROUP_PREFIXES`.
+        weights: "model", "ema" for the file's average, or the name of one of several averages ("ema-0.9999").
+            Official files without that group give what they have.
         flag: for messages.
 
     Raises:
         UserError: if the file is missing, damaged, not a checkpoint, or holds objects that could run code.
     """
     if path.suffix == ".safetensors":
-        groups, meta = read_groups(path, [group], flag)
-        return Checkpoint(_unwrapped(groups[group]), meta)
-    return Checkpoint(_read_official(path, group, flag), None)
+        groups, meta = read_groups(path, lambda present: [_choose(present, weights, f"{flag} {path}")], flag)
+        ((name, tensors),) = groups.items()
+        return Checkpoint(_unwrapped(tensors), meta, name if meta is not None else weights)
+    return Checkpoint(_read_official(path, "model" if weights == "model" else "ema", flag), None, weights)
+
+
+def _choose(present: Sequence[str], weights: str, where: str) -> str:
+    """The group of weights that a name stands for."""
+    averages = [group for group in present if is_average(group)]
+    if weights != "ema" or weights in present:
+        return weights
+    if len(averages) > 1:
+        raise UserError(f"{where}: holds several averages; choose by --weights: {', '.join(averages)}")
+    return averages[0] if averages else weights
+
+
+def is_average(group: str) -> bool:
+    """True for the name of a group of averaged weights."""
+    return group == "ema" or group.startswith("ema-")
 
 
 def read_groups(
-    path: Path, groups: Sequence[str], flag: str = "--ckpt"
+    path: Path, choose: Callable[[Sequence[str]], Sequence[str]], flag: str = "--ckpt"
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any] | None]:
-    """Reads groups of tensors from one of our files, every tensor compared with its checksum.
+    """Read groups of tensors from one of our files, every tensor compared with its checksum.
 
     Args:
         path: a safetensors file; one that is not ours is taken as the only group.
-        groups: such as "model", "ema", "optimizer".
+        choose: picks groups from the names of those in the file.
         flag: for messages.
 
     Returns:
@@ -114,26 +134,29 @@ def read_groups(
     _require_file(path, flag)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {
-                name: file.get_tensor(name)
-                for name in file.keys()
-                if METADATA_KEY not in metadata or name.split("/")[0] in groups
-            }
-            present = {name.split("/")[0] for name in file.keys()}
+            metadata, names = file.metadata() or {}, list(file.keys())
+            if METADATA_KEY not in metadata:
+                return {"weights": {name: file.get_tensor(name) for name in names}}, None
+            meta, renamed = migrate.checkpoint(json.loads(metadata[METADATA_KEY]))
+            members: dict[str, dict[str, str]] = {}  # group -> name in it -> name in the file
+            for name in names:
+                group, _, rest = name.partition("/")
+                members.setdefault(renamed.get(group, group), {})[rest] = name
+            chosen = choose(list(members))
+            for group in chosen:
+                if group not in members:
+                    has = ", ".join(sorted(members)) or "nothing"
+                    raise UserError(f"{flag} {path}: holds no weights under {group!r}; it has: {has}")
+            read = {group: {rest: file.get_tensor(name) for rest, name in members[group].items()} for group in chosen}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{flag} {path}: damaged or truncated safetensors file ({error})") from error
-    for name, checksum in json.loads(metadata.get(CHECKSUMS_KEY, "{}")).items():
-        if name in tensors and _checksum(tensors[name]) != checksum:
-            raise UserError(f"{flag} {path}: damaged, {name} does not match its checksum")
-    if METADATA_KEY not in metadata:
-        return {group: tensors for group in groups}, None
-    read = {g: {n.removeprefix(f"{g}/"): t for n, t in tensors.items() if n.startswith(f"{g}/")} for g in groups}
-    for group in groups:
-        if not read[group]:
-            has = ", ".join(sorted(present)) or "nothing"
-            raise UserError(f"{flag} {path}: holds no weights under {group!r}; it has: {has}")
-    return read, json.loads(metadata[METADATA_KEY])
+    checksums = json.loads(metadata.get(CHECKSUMS_KEY, "{}"))
+    for group, tensors in read.items():
+        for rest, tensor in tensors.items():
+            name = members[group][rest]
+            if name in checksums and _checksum(tensor) != checksums[name]:
+                raise UserError(f"{flag} {path}: damaged, {name} does not match its checksum")
+    return read, meta
 
 
 def _require_file(path: Path, flag: str) -> None:
@@ -172,7 +195,7 @@ def _read_official(path: Path, group: str, flag: str) -> dict[str, Tensor]:
 
 
 def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what DDP and torch.compile put in front of (or, per block, into) them."""
+    """Names without the prefixes of DDP and torch.compile (and, per block, their infixes)."""
     plain = {}
     for name, tensor in weights.items():
         for prefix in WRAPPER_PREFIXES:
@@ -187,7 +210,7 @@ def load_weights(
     source: str,
     recognise: Callable[[Mapping[str, Tensor]], str | None] | None = None,
 ) -> None:
-    """Copies weights into a network; every name and shape must fit.
+    """Copy weights into a network; every name and shape must fit.
 
     Args:
         network: to be filled.
@@ -198,13 +221,13 @@ def load_weights(
     Raises:
         UserError: with what was expected and found, the number of mismatches, and the first three.
     """
-    wanted = network.state_dict()
+    expected = network.state_dict()
     problems = [
-        *(f"missing {name}" for name in wanted if name not in weights),
-        *(f"unexpected {name}" for name in weights if name not in wanted),
+        *(f"missing {name}" for name in expected if name not in weights),
+        *(f"unexpected {name}" for name in weights if name not in expected),
         *(
             f"{name} is {_shape(weights[name])}, expected {_shape(tensor)}"
-            for name, tensor in wanted.items()
+            for name, tensor in expected.items()
             if name in weights and weights[name].shape != tensor.shape
         ),
     ]
@@ -212,14 +235,14 @@ def load_weights(
         name = recognise(weights) if recognise is not None else None
         found = f"those of {name}, {_outline(weights)}" if name else _outline(weights)
         raise UserError(
-            f"{source}: the weights do not fit the model in {len(problems)} places; expected {_outline(wanted)}, "
+            f"{source}: the weights do not fit the model in {len(problems)} places; expected {_outline(expected)}, "
             f"found {found}: {'; '.join(problems[:3])}"
         )
     network.load_state_dict(dict(weights))
 
 
 def _outline(weights: Mapping[str, Tensor]) -> str:
-    """What tells architectures apart at a glance: "292 tensors, 28 blocks, width 1152"."""
+    """The outline of an architecture: "292 tensors, 28 blocks, width 1152"."""
     blocks = {match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
     width = next(
         (f", width {w.shape[0]}" for name, w in weights.items() if name.endswith("x_embedder.proj.weight")), ""

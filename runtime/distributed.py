@@ -1,4 +1,4 @@
-"""One process or many: torchrun starts them, this module tells a process who it is."""
+"""Processes: torchrun starts them; rank, size, device and collective operations of the one that runs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.errors import PeerLost, UserError
+from runtime.errors import RankTimeout, UserError
 
 T = TypeVar("T")
-PATIENCE = timedelta(seconds=10)  # with peers that may not come
+TIMEOUT = timedelta(seconds=10)  # for ranks that may never come
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers.
+    """This process and its place among all.
 
     Attributes:
         rank: 0 .. size - 1.
@@ -37,8 +37,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and messages."""
+        """True on the rank that writes files and messages."""
         return self.rank == 0
+
+
+PRECISIONS = ("fp32", "tf32", "bf16")  # of a network's matrix products
 
 
 def world_size() -> int:
@@ -59,11 +62,11 @@ def choose_device(name: str | None) -> torch.device:
 
 @contextmanager
 def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[World]:
-    """Joins the process group that torchrun announces (NCCL on CUDA, gloo on CPU), and leaves it at the end.
+    """Join the process group that torchrun announces (NCCL on CUDA, gloo on CPU), and leave it at the end.
 
     Args:
         device: "cuda", "cpu", or None for CUDA where there is one.
-        timeout_seconds: how long a collective may wait for a peer.
+        timeout_seconds: timeout of collective operations.
 
     Raises:
         UserError: if CUDA is asked for and absent.
@@ -79,7 +82,7 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
         return
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    # After torchrun restarted the workers, addresses of the dead ones may still stand in the store.
+    # After torchrun restarted the workers, addresses of the dead ones may still be in the store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt_{attempt}", store)
     dist.init_process_group(
@@ -96,13 +99,13 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
     except SystemExit:  # decided by all processes together
         _leave_together()
         raise
-    except UserError:  # of all processes, most often; torchrun kills those that are later than the first
-        _wait_for_peers(store, rank, size)
+    except UserError:  # mostly of all ranks; torchrun kills those that leave later than the first
+        _wait_for_ranks(store, rank, size)
         raise
     except RuntimeError as error:
         if any(word in str(error).lower() for word in ("timed out", "timeout", "closed by peer", "reset by peer")):
             reason = str(error).splitlines()[0]
-            raise PeerLost(f"rank {dist.get_rank()}: a peer is hung or gone (--dist-timeout): {reason}") from error
+            raise RankTimeout(f"rank {dist.get_rank()}: another rank hangs or is gone (--dist-timeout): {reason}") from error
         raise
     finally:
         _host_group.cache_clear()
@@ -110,35 +113,35 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether CUDA may round the factors of float32 matrix products and convolutions to TF32; no effect on a CPU."""
+    """Let CUDA round the factors of float32 matrix products and convolutions to TF32, or not; no effect on a CPU."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _leave_together() -> None:
-    """Waits for all, with nothing alive that holds on to the group (DDP sits in reference cycles).
+    """Wait for all ranks, after freeing what refers to the group (DDP is part of reference cycles).
 
-    A process that goes first, or frees the group after it was destroyed, now and then aborts in gloo's threads.
+    A process that leaves first, or frees the group after it was destroyed, now and then aborts in gloo's threads.
     """
     dist.barrier()
     gc.collect()
 
 
-def _wait_for_peers(store: dist.Store, rank: int, size: int) -> None:
-    """Waits for those who leave, too; not for long, because others may know nothing of the error."""
+def _wait_for_ranks(store: dist.Store, rank: int, size: int) -> None:
+    """Wait for the ranks that leave too; not for long, because others may not see the error."""
     store.set(f"leaving_{rank}", "")
     with suppress(RuntimeError):  # a timeout is one
-        store.wait([f"leaving_{peer}" for peer in range(size)], PATIENCE)
+        store.wait([f"leaving_{peer}" for peer in range(size)], TIMEOUT)
     gc.collect()
 
 
 def barrier() -> None:
-    """Waits for all peers; nothing to wait for in a world of one."""
+    """Wait for all ranks; returns at once in a world of one."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def broadcast(value: T) -> T:
-    """The main process's value, on every process; any small picklable object."""
+    """Rank 0's value on every rank; any small picklable object."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -146,11 +149,11 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
-def by_main(work: Callable[[], T]) -> T:
-    """What `work` returns on the main process, on every process; small and picklable.
+def on_rank0(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and return its small, picklable result on every rank.
 
     Raises:
-        UserError: on every process, if it was raised on the main one.
+        UserError: on every rank, if it was raised on rank 0.
     """
     result: list[T] = []
     problem = None
@@ -167,12 +170,12 @@ def by_main(work: Callable[[], T]) -> T:
 
 @cache
 def _host_group() -> Any:
-    """A group that talks over the CPU, so that asking it does not wait for a GPU."""
+    """A group over the CPU, so that using it does not wait for a GPU."""
     return dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether any process says yes; all must ask together."""
+    """True on all ranks if the flag is set on any; a collective operation."""
     if not dist.is_initialized():
         return flag
     votes = torch.tensor([float(flag)])
@@ -181,7 +184,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def from_all_ranks(x: Tensor) -> Tensor:
-    """Stacks every process's tensor: (...) -> (size, ...)."""
+    """Stack every rank's tensor: (...) -> (size, ...)."""
     if not dist.is_initialized():
         return x[None]
     gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -190,7 +193,7 @@ def from_all_ranks(x: Tensor) -> Tensor:
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Mean of a tensor over all processes (in place on several)."""
+    """Mean of a tensor over all ranks (in place on several)."""
     if dist.is_initialized():
         dist.all_reduce(x)
         x /= dist.get_world_size()
@@ -198,7 +201,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def objects_from_all_ranks(value: T) -> list[T]:
-    """Every process's value in the order of ranks, on every process; small picklable objects."""
+    """Every rank's value in the order of ranks, on every rank; small picklable objects."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -207,23 +210,23 @@ def objects_from_all_ranks(value: T) -> list[T]:
 
 
 @contextmanager
-def fail_together() -> Iterator[None]:
-    """Work that may fail on one process: the `UserError` of any is raised on all; all must enter the block."""
-    found: UserError | None = None
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise a `UserError` of any rank on all of them; all must enter the block."""
+    error_here: UserError | None = None
     try:
         yield
     except UserError as error:
-        found = error
-    messages = objects_from_all_ranks(None if found is None else str(found))
-    if found is not None:
-        raise found
+        error_here = error
+    messages = objects_from_all_ranks(None if error_here is None else str(error_here))
+    if error_here is not None:
+        raise error_here
     for message in messages:
         if message is not None:
             raise UserError(message)
 
 
 def rows_on_main(rows: Tensor) -> Tensor | None:
-    """Joins the rows of all processes in the order of ranks: (n_r, ...) -> (sum of n_r, ...) on main, else None."""
+    """Join the rows of all ranks in the order of ranks: (n_r, ...) -> (sum of n_r, ...) on main, else None."""
     if not dist.is_initialized():
         return rows
     counts = from_all_ranks(torch.tensor(len(rows), device=rows.device)).tolist()

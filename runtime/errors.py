@@ -1,4 +1,4 @@
-"""A user's mistake is one line and exit status 2; everything else is a bug and keeps its traceback."""
+"""Errors: a user's mistake is one line and exit status 2; everything else is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ FAILED_STATUS = 1
 
 
 class UserError(Exception):
-    """Says what the user can mend: the flag or file, its value, and what to do."""
+    """A mistake that the user can mend; the message names flag or file, value and remedy."""
 
 
-class PeerLost(Exception):
-    """A collective waited in vain for another process."""
+class RankTimeout(Exception):
+    """A collective operation timed out: another process hangs or is gone."""
 
 
 @contextmanager
-def blame(flag: str) -> Iterator[None]:
-    """Turns a ValueError of the library inside the block into a `UserError` that names the flag behind it."""
+def error_prefix(flag: str) -> Iterator[None]:
+    """Turn a ValueError of the library inside the block into a `UserError` that starts with the flag at fault."""
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{flag}: {error}") from error
+        raise UserError(f"{flag}: {error}" if flag else str(error)) from error
 
 
 def run(main: Callable[[Sequence[str]], None], program: str, argv: Sequence[str] | None = None) -> int:
-    """Runs an entry point.
+    """Run an entry point.
 
     Args:
-        main: takes the arguments behind the program's name.
+        main: takes the arguments after the program's name.
         program: name for the message.
         argv: arguments; None takes the command line's.
 
     Returns:
-        0; 2 after a `UserError`, which is printed as one line (by one rank only); 1 after a `PeerLost`.
+        0; 2 after a `UserError`, which is printed as one line (by one rank only); 1 after a `RankTimeout`.
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -45,7 +45,7 @@ def run(main: Callable[[Sequence[str]], None], program: str, argv: Sequence[str]
         if os.environ.get("RANK", "0") == "0":
             print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR_STATUS
-    except PeerLost as error:
+    except RankTimeout as error:
         print(f"{program}: {error}", file=sys.stderr)
         return FAILED_STATUS
     return 0

@@ -1,10 +1,29 @@
-"""Dataclass fields that carry their command-line flag."""
+"""Settings: dataclass fields that become flags, help and JSON, and one parser for all of their owners.
+
+A program's settings are a dataclass whose fields are made by `setting`, or are dataclasses of such fields (a group of
+flags each). Beside these general settings, alternatives that are chosen by name (a model's family, a process, a
+sampler, a loss) own settings of their own: a `Kind` lists them. One parser takes the flags of all owners; each owner
+is built from its own once it is known which one is used, and a flag of another owner is an error that names it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+
+from runtime.errors import UserError, error_prefix
+
+T = TypeVar("T")
+Values = dict[str, Any]  # JSON values, or what flags were parsed to
+Aliases = Mapping[str, Mapping[str, Any]]  # value of --model -> flag -> value
 
 
 def setting(
@@ -13,20 +32,525 @@ def setting(
     choices: Sequence[str] | None = None,
     *,
     flag: str | None = None,
-    was: Sequence[str] = (),
+    shown: str | None = None,
+    was: Mapping[str, Any] | None = None,
     free: bool = False,
     sampling: bool = False,
 ) -> Any:
-    """Declare a dataclass field with a help text.
+    """A dataclass field that is a setting.
 
     Args:
-        default: Value where the flag is not given.
-        help: One sentence for `--help`.
-        choices: Allowed values of a string.
-        flag: Official name of the flag where it differs from the field's.
-        was: Former names, accepted for one version with a warning.
-        free: May change on resume, or has no influence on a job's images.
-        sampling: Offered by the sampling scripts, too.
+        default: the field's default.
+        help: one sentence for `--help`; the default is added to it.
+        choices: allowed values; those of a `Literal` type need not be repeated.
+        flag: official name of the flag where it differs from the field's.
+        shown: the default in words, where the value does not say it.
+        was: former flags, each with the value that it stands for, or None if it takes one. Accepted with a warning.
+        free: the result does not depend on it: it may change when a run is resumed or a job continued.
+        sampling: an owner's setting that does not change its weights, and that sampling offers too.
     """
-    metadata = {"help": help, "choices": choices, "flag": flag, "was": was, "free": free, "sampling": sampling}
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = {"help": help, "choices": choices, "flag": flag, "shown": shown, "was": was or {}, "free": free}
+    return dataclasses.field(default=default, metadata={**metadata, "sampling": sampling})
+
+
+def positional(help: str) -> Any:
+    """A dataclass field without a default that is given by its place, not by a flag."""
+    return dataclasses.field(metadata={"help": help})
+
+
+def flag_name(field: str) -> str:
+    """The flag of a field's name: `global_batch_size` -> "--global-batch-size"."""
+    return "--" + field.replace("_", "-")
+
+
+class Kind(NamedTuple):
+    """Owners of settings, of which a name chooses one.
+
+    Attributes:
+        name: what they are, such as "process"; their section in JSON.
+        owners: name -> dataclass of its settings.
+        owner_of: from the value that chooses (a model's name) to the owner's name (its family).
+        sampling: only settings that are offered when sampling.
+    """
+
+    name: str
+    owners: Mapping[str, type]
+    owner_of: Callable[[str], str] = str
+    sampling: bool = False
+
+    def flags(self, owner: str) -> dict[str, Flag]:
+        """Flags of one owner by name."""
+        own = _flags(self.owners[owner])
+        return {name: flag for name, flag in own.items() if flag.field.metadata["sampling"] or not self.sampling}
+
+
+class Flag(NamedTuple):
+    """A setting as a flag; `path` leads from the program's settings to the field, `hint` is its type."""
+
+    path: tuple[str, ...]
+    field: dataclasses.Field[Any]
+    hint: Any
+
+    @property
+    def name(self) -> str:
+        """With its dashes; a positional argument's has none."""
+        if self.field.default is dataclasses.MISSING:
+            return self.field.name
+        return self.field.metadata["flag"] or flag_name(self.field.name)
+
+
+class Place(NamedTuple):
+    """Where a flag's value is kept in JSON.
+
+    Attributes:
+        path: sections, then the field.
+        kind: whose owners have the setting; None for general ones.
+        stands_for: what a former flag without a value means; None if it takes one.
+    """
+
+    path: tuple[str, ...]
+    kind: str | None
+    stands_for: object
+
+
+def places(cls: type, kinds: Sequence[Kind]) -> dict[str, Place]:
+    """Places of all flags of a program in JSON, former names included: flag -> place."""
+    found: dict[str, Place] = {}
+    owned = ((kind.name, flag) for kind in kinds for owner in kind.owners for flag in kind.flags(owner).values())
+    for kind_name, flag in [*((None, flag) for flag in _flags(cls).values()), *owned]:
+        path = flag.path if kind_name is None else (kind_name, *flag.path)
+        for name, value in {flag.name: None, **flag.field.metadata.get("was", {})}.items():
+            found.setdefault(name, Place(path, kind_name, value))
+    return found
+
+
+def _flags(cls: type, path: tuple[str, ...] = ()) -> dict[str, Flag]:
+    """All settings of a dataclass and of the groups in it, by flag."""
+    found: dict[str, Flag] = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            found |= _flags(hint, (*path, field.name))
+        elif "help" in field.metadata:
+            flag = Flag((*path, field.name), field, hint)
+            found[flag.name] = flag
+    return found
+
+
+class Given(Generic[T]):
+    """What was given for the owners of settings, until it is known which of them are used.
+
+    Attributes:
+        general: the program's own settings.
+    """
+
+    def __init__(self, general: T, kinds: Sequence[Kind], flags: Values, sections: Mapping[str, Values]) -> None:
+        self.general = general
+        self._kinds, self._flags, self._sections = {kind.name: kind for kind in kinds}, flags, sections
+
+    def name_in_file(self, kind: str) -> str | None:
+        """The name that a config file chooses, for a kind that no flag chooses."""
+        return self._sections.get(kind, {}).get("name")
+
+    def fields(self, kind: str, owner: str) -> Values:
+        """Settings given for an owner, by field: those of a config file about it, and above them flags."""
+        row = self._kinds[kind]
+        flags = row.flags(owner)
+        section = dict(self._sections.get(kind, {}))
+        name = section.pop("name", None)
+        by_field = {flag.field.name: flag for flag in flags.values()}
+        values: Values = {}
+        for field, value in section.items() if name is None or row.owner_of(name) == owner else ():
+            if field in by_field:
+                values[field] = _from_json(value, by_field[field], f"--config: {kind}.{field}")
+            elif not row.sampling and field in {each.name for each in dataclasses.fields(row.owners[owner])}:
+                continue  # decided by the data, such as a shape
+            else:
+                raise UserError(f"--config: unknown setting '{kind}.{field}' of {owner}")
+        return values | {flags[f].field.name: value for f, value in self._flags.items() if f in flags}
+
+    def prefix(self, kind: str, owner: str) -> str:
+        """The flags given for an owner, as they were typed: the start of a message about them."""
+        flags = self._kinds[kind].flags(owner)
+        return " ".join(f"{name} {_typed(value)}" for name, value in self._flags.items() if name in flags)
+
+    def build(self, kind: str, owner: str, **defaults: object) -> Any:
+        """Build an owner's settings from what was given for it.
+
+        Raises:
+            UserError: naming the flags, for values that it refuses.
+        """
+        with error_prefix(self.prefix(kind, owner)):
+            return self._kinds[kind].owners[owner](**{**defaults, **self.fields(kind, owner)})
+
+    def check_owners(self, **used: str) -> None:
+        """Check that every given flag belongs to an owner that is used.
+
+        Args:
+            **used: kind -> owner.
+
+        Raises:
+            UserError: naming the flag and its owners.
+        """
+        taken = {name for kind, owner in used.items() for name in self._kinds[kind].flags(owner)}
+        for name, value in self._flags.items():
+            if name not in taken:
+                kind = next(k for k in self._kinds.values() if any(name in k.flags(owner) for owner in k.owners))
+                owners = " or ".join(owner for owner in kind.owners if name in kind.flags(owner))
+                raise UserError(
+                    f"{name} {_typed(value)}: is a setting of the {kind.name} {owners}; "
+                    f"this run uses {used.get(kind.name, 'none')}"
+                )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parsing
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def parse_config(cls: type[T], argv: Sequence[str], *, program: str, doc: str | None) -> T:
+    """Read the settings of a program without owners; arguments as for `parse`."""
+    return parse(cls, argv, program=program, doc=doc).general
+
+
+def parse(
+    cls: type[T],
+    argv: Sequence[str],
+    *,
+    program: str,
+    doc: str | None,
+    kinds: Sequence[Kind] = (),
+    aliases: Aliases = types.MappingProxyType({}),
+    migrate: Callable[[Values], Values] = dict,
+) -> Given[T]:
+    """Read settings from the command line, on top of `--config FILE` where given.
+
+    Args:
+        cls: dataclass of the general settings; it validates itself in `__post_init__` by ValueError.
+        argv: arguments after the program's name.
+        program: its name in help, messages and files.
+        doc: docstring of the script: one line, then examples, which are indented.
+        kinds: owners of further settings; the flag "--KIND" (a general setting) chooses one of each.
+        aliases: values of --model that stand for other flags.
+        migrate: brings the JSON of an earlier version into today's form.
+
+    Raises:
+        UserError: for anything wrong with flags, file or values.
+    """
+    general = _flags(cls)
+    owned = {name: flag for kind in kinds for owner in kind.owners for name, flag in kind.flags(owner).items()}
+    clash = general.keys() & owned.keys()
+    assert not clash, f"flags with two owners: {clash}"
+    parser = _Parser(prog=program, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS)
+    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)
+    for flag in (*general.values(), *owned.values()):
+        _add_flag(parser, flag)
+    wants_help = "-h" in argv or "--help" in argv
+    if wants_help:
+        _print_help(cls, argv, program, doc or "", kinds)
+        raise SystemExit(0)
+    typed = vars(parser.parse_args(argv))
+    given = _expand(_current(typed, (*general.values(), *owned.values()), program), aliases, {*general, *owned})
+    path = given.pop("--config", None)
+    sections = {} if path is None else _read(path, program, migrate)
+    names = [kind.name for kind in kinds]
+    values = _general_values(cls, sections, names, f"--config {path}")
+    for name, flag in general.items():
+        if name in given:
+            _put(values, flag.path, given[name])
+    try:
+        made = _build(cls, values)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    owner_sections = {name: dict(sections[name]) for name in names if isinstance(sections.get(name), dict)}
+    return Given(made, kinds, {name: value for name, value in given.items() if name in owned}, owner_sections)
+
+
+def _current(typed: Values, flags: Sequence[Flag], program: str) -> Values:
+    """Flags by their present name; a former one is warned of."""
+    former = {old: (flag.name, value) for flag in flags for old, value in flag.field.metadata.get("was", {}).items()}
+    given: Values = {}
+    for name, value in typed.items():
+        if name in former:
+            new, stands_for = former[name]
+            text = new if stands_for is None else f"{new} {stands_for}"
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{program}: warning: {name} is now {text}; the old name goes with the next version", file=sys.stderr)
+            given.setdefault(new, value if stands_for is None else stands_for)
+        else:
+            given[name] = value
+    return given
+
+
+def _expand(given: Values, aliases: Aliases, known: set[str]) -> Values:
+    """Replace a model name that stands for several flags.
+
+    Raises:
+        UserError: if it stands for a flag that is unknown here, or contradicts one that is given.
+    """
+    name = given.get("--model")
+    expansion = aliases.get(name, {}) if isinstance(name, str) else {}
+    for flag, value in expansion.items():
+        if flag not in known:
+            raise UserError(f"--model {name}: means {flag} {value}, which has no effect here; use DiT-skip")
+        if flag != "--model" and given.get(flag) not in (None, value):
+            raise UserError(f"{flag} {given[flag]}: contradicts --model {name}, which means {value}")
+    return {**given, **expansion}
+
+
+def _put(values: Values, path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        values = values.setdefault(name, {})
+    values[path[-1]] = value
+
+
+def _build(cls: type[T], values: Values) -> T:
+    hints = typing.get_type_hints(cls)
+    made = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            made[field.name] = _build(hint, values.get(field.name, {}))
+        elif field.name in values:
+            made[field.name] = values[field.name]
+    return cls(**made)
+
+
+def _split_optional(hint: Any) -> tuple[Any, bool]:
+    """(int | None) -> (int, True); anything else -> (itself, False)."""
+    if isinstance(hint, types.UnionType):
+        inner = [part for part in typing.get_args(hint) if part is not type(None)]
+        return inner[0], True
+    return hint, False
+
+
+def _choices(flag: Flag) -> tuple[str, ...] | None:
+    kind, _ = _split_optional(flag.hint)
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else flag.field.metadata.get("choices")
+
+
+def _add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
+    kind, optional = _split_optional(flag.hint)
+    help_text = flag.field.metadata["help"].replace("%", "%%")
+    if flag.field.default is dataclasses.MISSING:
+        parser.add_argument(flag.name, type=kind, help=help_text)
+        return
+    options: Values = {"dest": flag.name, "default": argparse.SUPPRESS, "help": f"{help_text} ({_default(flag)})"}
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        options |= {"type": items[0], "nargs": "+" if Ellipsis in items else len(items), "action": _TupleAction}
+        options["metavar"] = items[0].__name__.upper()
+    elif choices := _choices(flag):
+        options["choices"] = choices
+    else:
+        options["type"] = _or_auto(kind) if optional and kind is int else kind
+        options["metavar"] = "PATH" if kind is Path else kind.__name__.upper()
+    if flag.name not in parser._option_string_actions:  # owners of one kind share flags
+        parser.add_argument(flag.name, **options)
+        for old, value in flag.field.metadata["was"].items():
+            action: Values = {} if value is None else {"action": "store_const", "const": value}
+            kept = {k: v for k, v in options.items() if value is None and k in ("type", "choices", "nargs", "action")}
+            parser.add_argument(old, **{**kept, **action, "dest": old, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS})
+
+
+def _default(flag: Flag) -> str:
+    """The default in one style for all flags."""
+    value, shown = flag.field.default, flag.field.metadata["shown"]
+    if shown is None and isinstance(value, bool):
+        shown = "yes" if value else "no"
+    elif shown is None and value in (None, (), ""):
+        shown = "none"
+    return f"default: {shown or _typed(value)}"
+
+
+def _typed(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _or_auto(kind: type[int]) -> Callable[[str], int | None]:
+    """A number, or the word "auto" for none."""
+
+    def parse_number(text: str) -> int | None:
+        return None if text == "auto" else kind(text)
+
+    parse_number.__name__ = kind.__name__  # for argparse's message
+    return parse_number
+
+
+class _TupleAction(argparse.Action):
+    def __call__(self, parser: object, namespace: object, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Help
+
+
+def _print_help(cls: type, argv: Sequence[str], program: str, doc: str, kinds: Sequence[Kind]) -> None:
+    """Print the general settings by group, those of the owners that the command line chooses, and which others exist."""
+    summary, _, rest = doc.strip().partition("\n")
+    examples = [line for line in rest.splitlines() if line.startswith("    ")]
+    chosen, others = [], []
+    for kind in kinds:
+        flag = f"--{kind.name}"
+        name = argv[argv.index(flag) + 1] if flag in argv[:-1] else None
+        owner = None if name is None else _owner(kind, name, flag)
+        for each in [owner] if owner is not None else []:
+            chosen.append((f"{kind.name} {each}", kind.flags(each)))
+        listed = [each for each in kind.owners if kind.flags(each)]
+        if owner is None and listed:
+            others.append(f"  {flag + ' NAME':<20}{', '.join(listed)}")
+    epilog = "\n".join(
+        [
+            *(["settings of owners; add the flag to --help to see them:", *others, ""] if others else []),
+            *(["examples:", *examples] if examples else []),
+        ]
+    )
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage=f"{program} [FLAGS]",
+        description=summary,
+        epilog=epilog,
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    general = parser.add_argument_group("general")
+    general.add_argument("-h", "--help", action="store_true", help="show this text; with --model, --sampler ...: theirs too")
+    general.add_argument("--config", metavar="FILE", help="JSON of settings, as this script writes it; flags override it")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for found in _flags(cls).values():
+        title = " ".join(found.path[:-1]).replace("_", " ")
+        if title and title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_flag(groups.get(title, general), found)
+    for title, flags in chosen:
+        group = parser.add_argument_group(title)
+        for found in flags.values():
+            _add_flag(group, found)
+    print(parser.format_help(), end="")
+
+
+def _owner(kind: Kind, name: str, flag: str) -> str:
+    with error_prefix(f"{flag} {name}"):
+        owner = kind.owner_of(name)
+    if owner not in kind.owners:
+        raise UserError(f"{flag} {name}: unknown; choose from {', '.join(kind.owners)}")
+    return owner
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# JSON
+
+
+def to_dict(config: Any) -> Values:
+    """The settings as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def document(config: Any, **owners: tuple[str, Any]) -> Values:
+    """General settings and those of owners as nested JSON, as `--config` reads it back.
+
+    Args:
+        config: the general settings.
+        **owners: kind -> name that was chosen, and the settings (None where it has none).
+    """
+    sections = {
+        kind: {"name": name, **({} if settings is None else to_dict(settings))}
+        for kind, (name, settings) in owners.items()
+    }
+    return {**to_dict(config), **sections}
+
+
+def free_settings(cls: type) -> set[str]:
+    """Settings on which results do not depend, as "group.field" (or "field" outside groups)."""
+    return {".".join(flag.path) for flag in _flags(cls).values() if flag.field.metadata.get("free")}
+
+
+def flag_of(cls: type, path: str) -> str:
+    """The flag of a setting that is given as in `free_settings`; the path itself if there is none."""
+    return next((flag.name for flag in _flags(cls).values() if ".".join(flag.path) == path), path)
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested JSON as "section.field" -> value."""
+
+    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in node.items():
+            if isinstance(value, Mapping):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    return dict(walk(values, ""))
+
+
+def _read(path: str, program: str, migrate: Callable[[Values], Values]) -> Values:
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--config {path}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected one JSON object of settings")
+    if isinstance(values.get("config"), dict):
+        values = values["config"]  # a result's JSON, which holds more than the settings
+    values = migrate(values)
+    script = values.pop("script", program)
+    if script != program:
+        hint = f"; give its checkpoint: --ckpt {Path(path).parent}/checkpoints/NUMBER.safetensors" if script == "train.py" else ""
+        raise UserError(f"--config {path}: settings of {script}, not of {program}{hint}")
+    return {name: value for name, value in values.items() if name not in ("format", "version")}
+
+
+def _general_values(cls: type, sections: Values, kinds: Sequence[str], where: str) -> Values:
+    """General settings out of a config file; the names of owners count as settings of the same name."""
+    flags = {flag.path: flag for flag in _flags(cls).values()}
+    groups = {path[0] for path in flags if len(path) > 1}
+    values: Values = {}
+    for section, content in sections.items():
+        if section in kinds:
+            if (section,) in flags and isinstance(content, dict) and "name" in content:
+                values[section] = _from_json(content["name"], flags[section,], f"{where}: {section}.name")
+        elif section in groups and isinstance(content, dict):
+            for name, value in content.items():
+                if (section, name) not in flags:
+                    raise UserError(f"{where}: unknown setting '{section}.{name}'")
+                _put(values, (section, name), _from_json(value, flags[section, name], f"{where}: {section}.{name}"))
+        elif (section,) in flags:
+            values[section] = _from_json(content, flags[section,], f"{where}: {section}")
+        else:
+            raise UserError(f"{where}: unknown setting {section!r}")
+    return values
+
+
+def _from_json(value: Any, flag: Flag, where: str) -> Any:
+    kind, optional = _split_optional(flag.hint)
+    if value is None and optional:
+        return None
+    choices = _choices(flag)
+    if choices is not None:
+        if value not in choices:
+            raise UserError(f"{where} = {value!r}: choose from {', '.join(choices)}")
+        return value
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        items = typing.get_args(kind)
+        if Ellipsis not in items and len(value) != len(items):
+            raise UserError(f"{where} = {value!r}: expected {len(items)} values")
+        return tuple(_scalar(item, items[0], where) for item in value)
+    return _scalar(value, kind, where)
+
+
+def _scalar(value: Any, kind: Any, where: str) -> Any:
+    accepted = {float: (float, int), Path: (str,)}.get(kind, (kind,))
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{where} = {value!r}: expected {getattr(kind, '__name__', kind)}")
+    return kind(value)

@@ -1,0 +1,88 @@
+"""Migration of what earlier versions wrote: one function a kind, applied where our own files are read.
+
+Format 1 is that of version 0.1, format 2 that of this one (docs/checkpoints.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from runtime.settings import Kind, flag_name, places
+
+Json = dict[str, Any]
+
+# Settings of version 0.1 whose values have another form now: the process's own are migrated where they are stored.
+_PROCESS = {"direction": "cosine"}
+
+
+def checkpoint(meta: Json) -> tuple[Json, dict[str, str]]:
+    """Migrate a checkpoint's JSON document.
+
+    Returns:
+        The document in format 2, and the groups of tensors that have another name now, former -> present. Settings
+        of the training run stay as they are under "train": `run_config` migrates them for whoever resumes it.
+    """
+    if meta["format"] != 1:
+        return meta, {}
+    decay = meta["train"].get("ema_decay", 0.9999)
+    average = f"ema-{decay:g}"
+    return {
+        "format": 2,
+        "step": meta["step"],
+        "model": model_fields(meta["model"]),
+        "process": process_fields(meta["process"]),
+        "encoder": {"name": meta["data"]["vae"]},
+        "data": {"image_shape": meta["data"]["image_shape"], "classes": meta["data"].get("classes")},
+        "averages": {average: {"decay": decay}},
+        "train": meta["train"],
+        "draws": 1,
+    }, {"ema": average, "alignment": "projector"}
+
+
+def model_fields(model: Mapping[str, Any]) -> Json:
+    """Migrate a model's name and config: one shape in place of channels and side."""
+    fields = dict(model)
+    if "input_size" in fields:
+        side = fields.pop("input_size")
+        fields["sample_shape"] = [fields.pop("in_channels"), side, side]
+    return fields
+
+
+def process_fields(process: Mapping[str, Any]) -> Json:
+    """Migrate a process's name and settings."""
+    fields = {_PROCESS.get(name, name): value for name, value in process.items() if name != "learn_sigma"}
+    if "predict_xstart" in fields:
+        fields["prediction"] = "x_start" if fields.pop("predict_xstart") else "epsilon"
+    return fields
+
+
+def run_config(values: Json, cls: type, kinds: Sequence[Kind], program: str) -> Json:
+    """Migrate the flat settings of a run (config.json, or a checkpoint's "train") into sections by owner.
+
+    Args:
+        values: the settings; those of format 2 are returned as they are.
+        cls: dataclass of the program's general settings.
+        kinds: owners of further settings.
+        program: the script that wrote them.
+    """
+    if "format" in values or any(isinstance(value, dict) for value in values.values()):
+        return values
+    known, names = places(cls, kinds), [kind.name for kind in kinds]
+    nested: Json = {"format": 2, "script": program}
+    for name, value in values.items():
+        place = known.get(flag_name(name))
+        if place is None:
+            nested[name] = value  # the parser names what it does not know
+        elif not (value is None and place.kind is not None) and not (value is False and place.stands_for is not None):
+            *sections, field = [*place.path, "name"] if place.path[0] in names and place.kind is None else place.path
+            section = nested
+            for part in sections:
+                section = section.setdefault(part, {})
+            section[field] = value if place.stands_for is None else place.stands_for
+    for kind in kinds:  # settings of processes and families that the run did not use
+        owner = nested.get(kind.name, {}).get("name")
+        if owner is not None:
+            fields = {"name", *(flag.field.name for flag in kind.flags(kind.owner_of(owner)).values())}
+            nested[kind.name] = {name: value for name, value in nested[kind.name].items() if name in fields}
+    return nested
