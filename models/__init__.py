@@ -1,17 +1,22 @@
-"""The one models module: `from models import create_model, list_models, DiT, DyDiT, DDT, SkipDiT`.
+"""Networks by name: `from models import create_model, list_models, DiT, DyDiT, DDT, SkipDiT`.
 
-A family is a file with a config dataclass, a network, and a table of named configs; it enters the registry below by
-one row. Networks know nothing of noise processes, step numbers, guidance scales or cache intervals.
+A family is a file with a config dataclass, a network, and a table of named configs; one row of the registry below adds
+it. Networks know nothing of noise processes, step numbers, guidance scales or cache intervals.
 """
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from models import ddt, dit, dydit, skip_dit
-from models.contract import ModelOutput, Network, Pass, Routing, TimeConvention, TrainingRecipe
+from models.contract import Conditioning, ModelOutput, Network, NetworkLike, TimeConvention
 from models.ddt import DDT
 from models.dit import DiT
 from models.dydit import DyDiT
@@ -19,68 +24,114 @@ from models.skip_dit import SkipDiT
 
 __all__ = [
     "DDT",
+    "FAMILIES",
+    "Conditioning",
     "DiT",
     "DyDiT",
+    "Family",
     "ModelOutput",
     "Network",
-    "Pass",
-    "Routing",
+    "NetworkLike",
     "SkipDiT",
     "TimeConvention",
-    "TrainingRecipe",
     "create_model",
+    "family_name",
     "family_of",
     "list_models",
     "model_config",
 ]
 
+Inference = Callable[[Mapping[str, Tensor], Any], dict[str, Any] | None]  # (weights, named config) -> fields
+
 
 class Family(NamedTuple):
-    """One row of the registry."""
+    """One row of the registry.
+
+    Attributes:
+        network: Class of the networks, called with a config.
+        config: Config dataclass.
+        configs: Fields of each named config; a name may be any string.
+        process: Noise process that the family was published with.
+        added_parts: Modules that the family adds to the one it grew from. Weights without any of them can start its
+            training (`models.transfer`).
+        data_dependent: Whether the computation of an evaluation depends on its input, which rules out CUDA graphs.
+        settings_from: Fields that weights for a config of the family determine; ValueError if they cannot be its own.
+        data_settings: Fields that follow from the data the weights were trained on, or None if they have another size
+            than the named config. Without it, files of other code need `--model` to be recognised.
+    """
 
     network: type[Network]
-    configs: dict[str, dict[str, Any]]
+    config: type[Any]
+    configs: Mapping[str, Mapping[str, Any]]
+    process: str = "gaussian"
+    added_parts: tuple[str, ...] = ()
+    data_dependent: bool = False
+    settings_from: Callable[[Mapping[str, Tensor], Any], dict[str, Any]] | None = None
+    data_settings: Inference | None = None
 
 
 FAMILIES: dict[str, Family] = {
-    "DiT": Family(DiT, dit.CONFIGS),
-    "DyDiT": Family(DyDiT, dydit.CONFIGS),
-    "DDT": Family(DDT, ddt.CONFIGS),
-    "Skip-DiT": Family(SkipDiT, skip_dit.CONFIGS),
+    "DiT": Family(DiT, dit.DiTConfig, dit.CONFIGS, data_settings=dit.data_settings),
+    "DyDiT": Family(
+        DyDiT,
+        dydit.DyDiTConfig,
+        dydit.CONFIGS,
+        added_parts=("attn_rate", "mlp_rate", "token_selection"),
+        data_dependent=True,
+        settings_from=dydit.settings_from,
+        data_settings=dit.data_settings,
+    ),
+    "DDT": Family(DDT, ddt.DDTConfig, ddt.CONFIGS, process="flow", data_settings=ddt.data_settings),
+    "Skip-DiT": Family(
+        SkipDiT,
+        skip_dit.SkipDiTConfig,
+        skip_dit.CONFIGS,
+        added_parts=("skip_norms", "skip_linears"),
+        data_settings=dit.data_settings,
+    ),
 }
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that `create_model` accepts, those matching a shell pattern such as "*XL*"."""
+    """List the names that `create_model` accepts, those that match a shell pattern such as "*XL*"."""
     names = (name for family in FAMILIES.values() for name in family.configs)
     return [name for name in names if fnmatchcase(name, pattern)]
 
 
-def family_of(name: str) -> Family:
-    """Finds the registry row of a model name.
+def family_name(name: str) -> str:
+    """Find the family of a model, such as "DiT" of "DiT-XL/2".
 
     Raises:
-        ValueError: naming those that are spelt alike, if the name is unknown.
+        ValueError: Naming the models of similar spelling, if the name is unknown.
     """
-    for family in FAMILIES.values():
-        if name in family.configs:
+    for family, row in FAMILIES.items():
+        if name in row.configs:
             return family
     lower = {known.lower(): known for known in list_models()}
     close = [lower[match] for match in get_close_matches(name.lower(), lower, n=5, cutoff=0.7)]
     raise ValueError(f"unknown model {name!r}; " + (f"close to it: {', '.join(close)}" if close else _all_in_short()))
 
 
+def family_of(name: str) -> Family:
+    """Find the registry row of a model.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    return FAMILIES[family_name(name)]
+
+
 def _all_in_short() -> str:
-    """All names, those that differ in size and patch alone in one: "known: DiT-{S,B}/{2,4}, DiT-debug/2"."""
-    patches: dict[str, list[str]] = {}
+    """List all names, joining those of the form KIND-SIZE/PATCH: "known: DiT-{S,B}/{2,4}, DiT-debug/2"."""
+    patches: dict[tuple[str, ...], list[str]] = {}  # (kind, size) or (name,) -> patches
     for name in list_models():
-        stem, patch = name.split("/")
-        patches.setdefault(stem, []).append(patch)
-    sizes: dict[tuple[str, str], list[str]] = {}
-    for stem, found in patches.items():
-        kind, size = stem.rsplit("-", 1)
-        sizes.setdefault((kind, _either(found)), []).append(size)
-    return "known: " + ", ".join(f"{kind}-{_either(found)}/{patch}" for (kind, patch), found in sizes.items())
+        match = re.fullmatch(r"(.+)-([^-/]+)/([^/]+)", name)
+        patches.setdefault(match.groups()[:2] if match else (name,), []).extend(match.groups()[2:] if match else ())
+    sizes: dict[tuple[str, str], list[str]] = {}  # (kind, patches) -> sizes
+    for (kind, *size), found in patches.items():
+        sizes.setdefault((kind, _either(found)), []).extend(size)
+    items = (f"{kind}-{_either(found)}/{patch}" if found else kind for (kind, patch), found in sizes.items())
+    return "known: " + ", ".join(items)
 
 
 def _either(words: list[str]) -> str:
@@ -88,30 +139,50 @@ def _either(words: list[str]) -> str:
 
 
 def model_config(name: str, **overrides: Any) -> Any:
-    """The resolved config of a named model, overrides applied.
+    """Build the config of a named model.
+
+    Args:
+        name: Name in the registry.
+        **overrides: Fields of the family's config.
 
     Raises:
-        ValueError: for an unknown name, an unknown field, or values that do not fit together.
+        ValueError: For an unknown name, an unknown field, or values that do not fit together.
     """
     family = family_of(name)
-    fields = family.network.config_class.__dataclass_fields__
+    fields = family.config.__dataclass_fields__
+    named = family.configs[name]
+    if "sample_shape" in fields and not {"input_size", "in_channels"}.isdisjoint(overrides):
+        default = named.get("sample_shape", fields["sample_shape"].default)
+        overrides = _with_sample_shape(overrides, default)
     for field in overrides:
         if field not in fields:
             raise ValueError(f"{name} has no setting {field!r}; it has: {', '.join(fields)}")
-    return family.network.config_class(**{**family.configs[name], **overrides})
+    return family.config(**{**named, **overrides})
+
+
+def _with_sample_shape(overrides: Mapping[str, Any], default: tuple[int, int, int]) -> dict[str, Any]:
+    """Translate the former fields input_size and in_channels into a sample_shape."""
+    former = {name: value for name, value in overrides.items() if name in ("input_size", "in_channels")}
+    if "sample_shape" in overrides:
+        raise ValueError(f"sample_shape {overrides['sample_shape']} replaces {' and '.join(former)}; give one of them")
+    channels, height, width = default
+    side = former.get("input_size")
+    shape = (former.get("in_channels", channels), side or height, side or width)
+    warnings.warn(f"{' and '.join(former)}: use sample_shape={shape}", FutureWarning, stacklevel=4)
+    return {**{name: value for name, value in overrides.items() if name not in former}, "sample_shape": shape}
 
 
 def create_model(name: str, **overrides: Any) -> Network:
-    """Builds a network with fresh weights.
+    """Build a network with fresh weights.
 
     Args:
-        name: one of `list_models()`, such as "DiT-XL/2".
-        **overrides: fields of the family's config, such as `input_size=64` or `num_classes=10`.
+        name: One of `list_models()`, such as "DiT-XL/2".
+        **overrides: Fields of the family's config, such as `sample_shape=(4, 64, 64)` or `num_classes=10`.
 
     Returns:
         The network, in training mode, on the current default device.
 
     Raises:
-        ValueError: for an unknown name, an unknown field, or values that do not fit together.
+        ValueError: For an unknown name, an unknown field, or values that do not fit together.
     """
     return family_of(name).network(model_config(name, **overrides))

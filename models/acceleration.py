@@ -1,50 +1,58 @@
-"""Faster evaluations that compute the same: lower precision with weights cast once, CUDA graphs."""
+"""Faster evaluations with the same results: low precision with weights cast once, CUDA graphs."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from models.contract import ModelOutput
+from models.contract import ModelOutput, NetworkLike
 
-Evaluate = Callable[..., ModelOutput]  # called as (x, t, y, state)
 COMPILE_BACKEND = "inductor"
 Capture = Callable[[Callable[[], ModelOutput]], tuple[Callable[[], None], ModelOutput]]
 
 
 def can_compile(device_type: str) -> bool:
-    """Whether torch.compile finds what it generates code with: on a CPU a C++ compiler."""
+    """Check that torch.compile can generate code; on a CPU it needs a C++ compiler."""
     return device_type != "cpu" or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
-def autocast(network: Evaluate, device: torch.device, dtype: torch.dtype) -> Evaluate:
-    """The network, and nothing around it, in lower precision."""
+class AutocastNetwork:
+    """A network evaluated in low precision, its conditioning passed through.
 
-    def evaluate(*args: Any) -> ModelOutput:
-        with torch.autocast(device.type, dtype):
-            return network(*args)
+    Args:
+        network: Network to evaluate.
+        device: Its device.
+        dtype: Dtype of autocast.
+    """
 
-    return evaluate
+    def __init__(self, network: NetworkLike, device: torch.device, dtype: torch.dtype) -> None:
+        self._network, self._device, self._dtype = network, device, dtype
+        self.time_convention, self.conditioning = network.time_convention, network.conditioning
+
+    def __call__(self, x: Tensor, t: float | Tensor, *, state: Any = None, **conditioning: Tensor) -> ModelOutput:
+        """Evaluate the network under autocast."""
+        with torch.autocast(self._device.type, self._dtype):
+            return self._network(x, t, state=state, **conditioning)
 
 
 @torch.no_grad()
 def cast_weights_once(network: nn.Module, dtype: torch.dtype, evaluate: Callable[[], object]) -> int:
-    """Keeps in lower precision the weights that autocast would cast at every evaluation; results stay the same.
+    """Store the weights that autocast would cast at every evaluation in low precision; results stay the same.
 
-    What runs in lower precision is seen, not guessed: layers that a network keeps out of autocast stay as they are.
+    The layers are found by running the network once: those that it keeps out of autocast stay as they are.
 
     Args:
-        network: whose linear maps and convolutions are cast in place.
-        dtype: of autocast.
-        evaluate: runs the network under autocast, once.
+        network: Network with the linear maps and convolutions that are cast in place.
+        dtype: Dtype of autocast.
+        evaluate: Runs the network under autocast, once.
 
     Returns:
-        How many layers were cast.
+        The number of layers that were cast.
     """
     lower: set[nn.Module] = set()
 
@@ -67,44 +75,43 @@ def cast_weights_once(network: nn.Module, dtype: torch.dtype, evaluate: Callable
 class _Recording(NamedTuple):
     replay: Callable[[], None]
     output: ModelOutput  # overwritten by every replay
-    state: Any  # a copy of the output's state at a place of its own, which later recordings read; or what was given
+    state: Any  # a copy of the output's state that later recordings read, or the state that was given
 
 
 class GraphedNetwork:
     """Evaluations recorded once and then replayed, each as one launch instead of hundreds.
 
-    A recording belongs to a time, a batch shape, and the place of the state it reads, so whatever a network decides on
-    the host (routing, skipped blocks) is part of it. The first batch records, at the cost of about three evaluations
-    each; it pays for small batches of one shape that are drawn again and again with one schedule. Weights must not
-    move afterwards.
+    A recording belongs to a time, the names and shapes of x and all conditioning tensors, and the address of the state
+    it reads, so all decisions that a network makes on the host (skipped blocks, say) are part of it. The first batch
+    records, at the cost of about three evaluations each; this pays for small batches of one shape that are sampled many
+    times with one schedule. Weights must not be moved afterwards.
 
     Args:
-        network: called with a number for t, without gradients. Others pass through.
-        capture: makes a recording of a function without arguments.
+        network: Evaluated with a number for t, without gradients. Calls with a tensor for t pass through.
+        capture: Makes a recording of a function without arguments.
     """
 
-    def __init__(self, network: Evaluate, capture: Capture | None = None) -> None:
+    def __init__(self, network: NetworkLike, capture: Capture | None = None) -> None:
         self._network, self._capture = network, capture or CudaCapture()
-        self._inputs: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+        self.time_convention, self.conditioning = network.time_convention, network.conditioning
+        self._inputs: dict[Hashable, dict[str, Tensor]] = {}
         self._recordings: dict[Hashable, _Recording] = {}
 
     @property
     def recordings(self) -> int:
-        """How many evaluations were recorded."""
+        """Number of recorded evaluations."""
         return len(self._recordings)
 
-    def __call__(self, x: Tensor, t: float | Tensor, y: Tensor, state: Any = None) -> ModelOutput:
-        """As the network; the state is overwritten when the same evaluation comes again."""
+    def __call__(self, x: Tensor, t: float | Tensor, *, state: Any = None, **conditioning: Tensor) -> ModelOutput:
+        """Evaluate the network; the returned state is overwritten when the same evaluation is repeated."""
         if isinstance(t, Tensor):
-            return self._network(x, t, y, state)
-        if x.shape not in self._inputs:
-            self._inputs[x.shape] = x.clone(), y.clone()
-        fixed_x, fixed_y = self._inputs[x.shape]
-        fixed_x.copy_(x)
-        fixed_y.copy_(y)
-        key = (t, x.shape, *map(_place, tree_flatten(state)[0]))
+            return self._network(x, t, state=state, **conditioning)
+        inputs = {"x": x, **conditioning}
+        shapes = tuple((name, value.shape, value.dtype) for name, value in sorted(inputs.items()))
+        fixed = self._fixed(shapes, inputs)
+        key = (t, shapes, *map(_place, tree_flatten(state)[0]))
         if key not in self._recordings:
-            replay, output = self._capture(lambda: self._network(fixed_x, t, fixed_y, state))
+            replay, output = self._capture(lambda: self._network(t=t, state=state, **fixed))
             kept = output.state if output.state is state else tree_map(_copy, output.state)
             self._recordings[key] = _Recording(replay, output, kept)
         recording = self._recordings[key]
@@ -113,8 +120,18 @@ class GraphedNetwork:
             for kept, new in zip(*(tree_flatten(s)[0] for s in (recording.state, recording.output.state)), strict=True):
                 if isinstance(kept, Tensor):
                     kept.copy_(new)
-        # Recordings share memory, so whatever leaves one is copied out of it.
-        return tree_map(_copy, recording.output._replace(state=None))._replace(state=recording.state)
+        # Recordings share memory, so what is returned is copied out of it.
+        out: ModelOutput = tree_map(_copy, recording.output._replace(state=None))._replace(state=recording.state)
+        return out
+
+    def _fixed(self, shapes: Hashable, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy the inputs to the tensors that recordings of these shapes read."""
+        if shapes not in self._inputs:
+            self._inputs[shapes] = {name: value.clone() for name, value in inputs.items()}
+            return self._inputs[shapes]
+        for name, value in inputs.items():
+            self._inputs[shapes][name].copy_(value)
+        return self._inputs[shapes]
 
 
 def _copy(leaf: Any) -> Any:
@@ -126,23 +143,23 @@ def _place(leaf: Any) -> Hashable:
 
 
 class CudaCapture:
-    """Records CUDA graphs that share one pool of memory, on one stream of its own."""
+    """Recorder of CUDA graphs that share one memory pool, on a stream of its own."""
 
     def __init__(self) -> None:
         self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], ModelOutput]) -> tuple[Callable[[], None], ModelOutput]:
-        """Runs once to set up kernels, then records a second run.
+        """Run once to set up kernels, then record a second run.
 
         Returns:
-            What replays it, and the output that replays overwrite.
+            The function that replays it, and the output that replays overwrite.
         """
         before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):
             run()
             self._stream.synchronize()
-            # Another thread may decode and copy meanwhile; what it allocates is none of this recording's business.
+            # Thread-local, because another thread may decode and copy during the recording.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 output = run()

@@ -1,15 +1,14 @@
 """DDT: the decoupled diffusion transformer (Wang et al., 2025, arXiv 2504.05741), and the plain network it grew from.
 
-A condition encoder turns the noisy image, the time and the label into tokens; a velocity decoder turns the noisy image
-into a velocity, modulated token by token by the encoder's. What the encoder says changes slowly along a trajectory, so
-its output is the state that a later evaluation may reuse. Undivided (`encoder_depth=None`) the same blocks are an
-improved DiT, the baseline of the paper: IDiT in the registry.
+A condition encoder maps the noisy image, the time and the label to tokens; a velocity decoder maps the noisy image to a
+velocity, modulated token by token by the encoder's output. That output changes slowly along a trajectory, so it is the
+state that a later evaluation may reuse. Undivided (`encoder_depth=None`) the same blocks are an improved DiT, the
+baseline of the paper: IDiT in the registry.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,48 +16,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.config import TransformerConfig
 from models.contract import ModelOutput, Network
-from models.layers import FREQUENCY_DIM, LabelEmbedder, TimestepEmbedder, TimestepTable
+from models.layers import FREQUENCY_DIM, LabelEmbedder, TimestepEmbedder, TimestepTable, with_timestep_table
 from models.llama_layers import RMSNorm, RotaryAttention, SwiGLU, rotary_table
+from runtime.settings import setting
 
-SLOWEST_PERIOD = 10.0  # of the time features: times lie in [0, 1]
+SLOWEST_PERIOD = 10.0  # of the time features, for times in [0, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDTConfig:
-    """Everything that fixes a DDT's parameters, and the size of the images that scripts give it.
+class DDTConfig(TransformerConfig):
+    """Everything that fixes a DDT's parameters, which fit every height and width.
 
     Raises:
-        ValueError: naming the field, its value and what would be right.
+        ValueError: Naming the field, its value, and the values that are possible.
     """
 
-    input_size: int = 32  # side of the (latent) image that scripts work on; the weights fit every size
-    patch_size: int = 2
-    in_channels: int = 4
-    hidden_size: int = 1152
-    depth: int = 28  # blocks of encoder and decoder together
-    num_heads: int = 16
-    mlp_ratio: float = 4.0  # of a plain MLP with as many weights: SwiGLU's width is two thirds of it
-    class_dropout_prob: float = 0.1  # 0: no null class, no guidance
-    num_classes: int = 1000
-    encoder_depth: int | None = 22  # blocks of the encoder; None: undivided
+    encoder_depth: int | None = setting(22, "blocks of the condition encoder; none makes the network undivided")
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be built."""
-        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.input_size % self.patch_size:
-            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+        """Validate the fields."""
+        super().__post_init__()
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} over num_heads {self.num_heads} is "
                 f"{self.hidden_size / self.num_heads:g}; rotary positions need a multiple of 4"
             )
-        if not 0 <= self.class_dropout_prob < 1:
-            raise ValueError(f"class_dropout_prob must lie in [0, 1), not {self.class_dropout_prob}")
-        if self.mlp_width < 1:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves the MLP without channels")
         if self.encoder_depth is not None and not 1 <= self.encoder_depth < self.depth:
             raise ValueError(
                 f"encoder_depth must lie in 1..{self.depth - 1}, which leaves the decoder a block, not "
@@ -67,31 +51,35 @@ class DDTConfig:
 
     @property
     def mlp_width(self) -> int:
-        """Channels inside the MLP, rounded down as the releases do (2730 of DDT-L is no multiple of 8)."""
+        """Channels inside SwiGLU: two thirds of a plain MLP's, for as many weights.
+
+        They are rounded down as in the releases (2730 of DDT-L is no multiple of 8).
+        """
         return int(2 * int(self.hidden_size * self.mlp_ratio) / 3)
 
 
 class TokenEmbed(nn.Module):
-    """A linear map from the values of a patch to a token: (N, T, C * p * p) -> (N, T, D)."""
+    """Linear map of the values of a patch: (N, T, C * p * p) -> (N, T, D)."""
 
     def __init__(self, values: int, width: int) -> None:
         super().__init__()
         self.proj = nn.Linear(values, width)
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform weight, zero bias."""
+        """Initialise with Xavier-uniform weight and zero bias."""
         nn.init.xavier_uniform_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(N, T, C * p * p) -> (N, T, D)."""
-        return self.proj(patches)
+        """Map (N, T, C * p * p) -> (N, T, D)."""
+        out: Tensor = self.proj(patches)
+        return out
 
 
 class Modulation(nn.Sequential):
-    """One linear map from the conditioning to `chunks` vectors, for every token or for all tokens alike.
+    """Linear map from the activated conditioning to `chunks` vectors, for each token or for all of them.
 
-    The conditioning has passed a SiLU already. It starts as any linear map does: nothing here begins at zero.
+    It is initialised as any linear map, not with zeros.
     """
 
     def __init__(self, width: int, chunks: int) -> None:
@@ -99,12 +87,14 @@ class Modulation(nn.Sequential):
         self.chunks = chunks
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        """(N or 1, T or 1, D) -> `chunks` tensors of that shape."""
-        return super().forward(c).chunk(self.chunks, dim=-1)
+        """Map (N or 1, T or 1, D) -> `chunks` tensors of that shape."""
+        for layer in self:
+            c = layer(c)
+        return c.chunk(self.chunks, dim=-1)
 
 
 class DDTBlock(nn.Module):
-    """Rotary attention and SwiGLU, each behind a modulated RMSNorm and in front of a gate."""
+    """Rotary attention and SwiGLU, each with a modulated RMSNorm before it and a gate after it."""
 
     def __init__(self, config: DDTConfig) -> None:
         super().__init__()
@@ -116,7 +106,7 @@ class DDTBlock(nn.Module):
         self.adaLN_modulation = Modulation(width, 6)
 
     def forward(self, x: Tensor, c: Tensor, table: Tensor) -> Tensor:
-        """Tokens (N, T, D), conditioning (N or 1, T or 1, D) and rotary table -> (N, T, D)."""
+        """Map tokens (N, T, D), given the conditioning (N or 1, T or 1, D) and a rotary table, to (N, T, D)."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
         x = torch.addcmul(x, gate_msa, self.attn(torch.addcmul(shift_msa, self.norm1(x), 1 + scale_msa), table))
         return torch.addcmul(x, gate_mlp, self.mlp(torch.addcmul(shift_mlp, self.norm2(x), 1 + scale_mlp)))
@@ -132,14 +122,15 @@ class VelocityHead(nn.Module):
         self.adaLN_modulation = Modulation(width, 2)
 
     def reset_parameters(self) -> None:
-        """Zero everything: the untrained network predicts exactly 0."""
+        """Set all parameters to zero, so that an untrained network predicts 0."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens (N, T, D) and conditioning (N or 1, T or 1, D) -> (N, T, C * p * p)."""
+        """Map tokens (N, T, D), given the conditioning (N or 1, T or 1, D), to (N, T, C * p * p)."""
         shift, scale = self.adaLN_modulation(c)
-        return self.linear(torch.addcmul(shift, self.norm(x), 1 + scale))
+        out: Tensor = self.linear(torch.addcmul(shift, self.norm(x), 1 + scale))
+        return out
 
 
 class DDT(Network):
@@ -149,19 +140,17 @@ class DDT(Network):
     """
 
     time_convention = "unit"
-    config_class = DDTConfig
     config: DDTConfig
+    sample_shape: tuple[int, int, int]
 
     def __init__(self, config: DDTConfig) -> None:
         super().__init__()
         self.config = config
-        self.in_channels = self.out_channels = config.in_channels
-        self.input_size = config.input_size
-        self.num_classes = config.num_classes
-        self.class_dropout_prob = config.class_dropout_prob
+        self.sample_shape = config.sample_shape
+        self.out_channels = config.sample_shape[0]
         self.keeps_state = config.encoder_depth is not None
 
-        width, values = config.hidden_size, config.in_channels * config.patch_size**2
+        width, values = config.hidden_size, self.out_channels * config.patch_size**2
         self.x_embedder = TokenEmbed(values, width)
         self.s_embedder = TokenEmbed(values, width) if self.keeps_state else None  # the encoder's own
         self.t_embedder: TimestepEmbedder | TimestepTable = TimestepEmbedder(width, SLOWEST_PERIOD)
@@ -172,7 +161,7 @@ class DDT(Network):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws all weights anew: blocks as PyTorch's linear maps start, small normals for embedders, a zero output."""
+        """Re-initialise: blocks as PyTorch's linear maps, small normals for embedders, zeros for the output."""
         for module in (*self.blocks.modules(), *self.t_embedder.modules()):
             if isinstance(module, nn.Linear | RMSNorm):
                 module.reset_parameters()
@@ -184,40 +173,39 @@ class DDT(Network):
         self,
         x: Tensor,
         t: float | Tensor,
-        y: Tensor,
-        state: Any = None,
         *,
-        features_at: int | None = None,
+        y: Tensor,
+        state: Tensor | None = None,
+        features_at: Collection[int] = (),
     ) -> ModelOutput:
-        """Predicts the velocity of noisy images.
+        """Predict the velocity of noisy images.
 
         Args:
             x: (N, C, H, W) noisy latents, float; H and W any multiples of the patch.
-            t: time in [0, 1], 0 = noise; a number that all rows share, or an (N,) tensor.
+            t: Time in [0, 1], 0 = noise; a number for all rows or an (N,) tensor.
             y: (N,) int64 labels in [0, num_classes], the last being the null class.
-            state: of an earlier evaluation on as many rows and tokens: the decoder alone runs, and neither t nor y has
-                any influence. Ignored where the network is undivided.
-            features_at: 1-based number of the block whose output tokens are returned as `features`.
+            state: State of an earlier evaluation on as many rows and tokens. Only the decoder runs, and neither t nor y
+                has any influence. Ignored by an undivided network.
+            features_at: 1-based numbers of the blocks whose output tokens are returned as `features`.
 
         Returns:
             `ModelOutput` with sample (N, C, H, W) and, unless undivided, state (N, T, D).
 
         Raises:
-            ValueError: if x does not fit the patches or the state, or the block asked for does not run.
+            ValueError: If x does not fit the patches or the state, or one of `features_at` does not run.
         """
         state = state if self.keeps_state else None
         self._check_inputs(x, state, features_at)
         rows, columns = (side // self.config.patch_size for side in x.shape[-2:])
         patches, table = patchify(x, self.config.patch_size), self._table(rows, columns, x.device)
-        features: Tensor | None = None
+        features: dict[int, Tensor] = {}
         decoder_start = self.config.encoder_depth or 0
 
         def run(tokens: Tensor, c: Tensor, blocks: range) -> Tensor:
-            nonlocal features
             for i in blocks:
-                tokens = self.run_block(self.blocks[i], tokens, c, table)
-                if i + 1 == features_at:
-                    features = tokens
+                tokens = self.blocks[i](tokens, c, table)
+                if i + 1 in features_at:
+                    features[i + 1] = tokens
             return tokens
 
         if state is not None:
@@ -228,14 +216,13 @@ class DDT(Network):
             if self.s_embedder is not None:
                 c = state = functional.silu(te + run(self.s_embedder(patches), c, range(decoder_start)))  # (N, T, D)
         tokens = self.final_layer(run(self.x_embedder(patches), c, range(decoder_start, len(self.blocks))), c)
-        sample = unpatchify(tokens, rows, columns, self.config.patch_size)
-        return ModelOutput(sample, state, features=features)
+        return ModelOutput(unpatchify(tokens, rows, columns, self.config.patch_size), state, features)
 
-    def _check_inputs(self, x: Tensor, state: Tensor | None, features_at: int | None) -> None:
+    def _check_inputs(self, x: Tensor, state: Tensor | None, features_at: Collection[int]) -> None:
         patch, first = self.config.patch_size, 1
-        if x.shape[-3] != self.in_channels or x.shape[-2] % patch or x.shape[-1] % patch:
+        if x.shape[-3] != self.out_channels or x.shape[-2] % patch or x.shape[-1] % patch:
             raise ValueError(
-                f"x is {tuple(x.shape)}; this network takes (N, {self.in_channels}, H, W) with sides that are "
+                f"x is {tuple(x.shape)}; this network takes (N, {self.out_channels}, H, W) with sides that are "
                 f"multiples of {patch}"
             )
         if state is not None:
@@ -243,62 +230,56 @@ class DDT(Network):
             tokens = x.shape[-2] * x.shape[-1] // patch**2
             if state.shape[:2] != (len(x), tokens):
                 raise ValueError(f"the state is of {tuple(state.shape[:2])} rows and tokens, x of {(len(x), tokens)}")
-        if features_at is not None and not first <= features_at <= len(self.blocks):
-            raise ValueError(f"features_at must lie in {first}..{len(self.blocks)}, not {features_at}")
+        for number in features_at:
+            if not first <= number <= len(self.blocks):
+                raise ValueError(f"features_at must lie in {first}..{len(self.blocks)}, not {number}")
 
     def _table(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """The rotary table of a grid, computed once for each device."""
+        """Return the rotary table of a grid, computed once for each device."""
         key = (rows, columns, device)
         if key not in self._tables:
             width = self.config.hidden_size // self.config.num_heads
-            with torch.inference_mode(False):  # tensors made in that mode could not serve training later
+            with torch.inference_mode(False):  # tensors made in that mode could not be used in training later
                 self._tables[key] = rotary_table(rows, columns, width, device)
         return self._tables[key]
 
-    def for_sampling(self, times: Iterable[float]) -> Self:
-        """Embeds all times of a schedule in one call; parameters are shared with this network."""
-        prepared = copy.copy(self)
-        prepared._modules = dict(self._modules)  # a shallow copy shares the dict: replacing an entry would leak back
-        prepared.t_embedder = TimestepTable(self.t_embedder, times)
-        return prepared
+    def null_conditioning(self, rows: int) -> dict[str, Tensor]:
+        """Return labels of the null class.
 
-    def multiply_adds(self) -> dict[str, int]:
-        """Multiply-adds of one forward of one image, by part.
-
-        Returns:
-            Parts by name; norms, activations, rotations and softmax are not counted.
+        Raises:
+            ValueError: If the network was built without label dropout.
         """
-        d, encoder, tokens = self.config.hidden_size, self.config.encoder_depth, self._tokens
+        return {"y": self.y_embedder.null_labels(rows)}
+
+    def for_sampling(self, times: Iterable[float]) -> Self:
+        """Embed all times of a schedule in one call; parameters are shared with this network."""
+        return with_timestep_table(self, times)
+
+    def cost(self) -> dict[str, int]:
+        """Count the MACs of one forward of one sample by part, those of encoder and decoder apart.
+
+        Norms, activations, rotations and softmax are not counted.
+        """
+        config, d = self.config, self.config.hidden_size
+        values = config.tokens * d * self.out_channels * config.patch_size**2  # of a linear map from or to patches
         embedding = {"timestep_mlp": FREQUENCY_DIM * d + d * d}
-        if encoder is None:
-            return embedding | self._decoder(self.config.depth, tokens_modulated=1)
-        patches = tokens * d * self.in_channels * self.config.patch_size**2
-        parts = {"patch_embedding": patches} | self._blocks(encoder, tokens_modulated=1)
-        return embedding | {f"encoder_{k}": n for k, n in parts.items()} | self.multiply_adds_with_state()
-
-    def multiply_adds_with_state(self) -> dict[str, int]:
-        """The same for the decoder alone, whose modulation is a linear map of every token."""
-        if self.config.encoder_depth is None:
-            return self.multiply_adds()
-        parts = self._decoder(self.config.depth - self.config.encoder_depth, tokens_modulated=self._tokens)
-        return {f"decoder_{k}": n for k, n in parts.items()}
-
-    @property
-    def _tokens(self) -> int:
-        return (self.input_size // self.config.patch_size) ** 2
-
-    def _decoder(self, depth: int, tokens_modulated: int) -> dict[str, int]:
-        d, values = self.config.hidden_size, self.in_channels * self.config.patch_size**2
-        blocks = self._blocks(depth, tokens_modulated)
+        if config.encoder_depth is None:
+            return embedding | self._decoder_cost(config.depth, values, tokens_modulated=1)
+        encoder = {"patch_embedding": values} | self._blocks_cost(config.encoder_depth, tokens_modulated=1)
+        decoder = self._decoder_cost(config.depth - config.encoder_depth, values, tokens_modulated=config.tokens)
         return {
-            "patch_embedding": self._tokens * d * values,
-            **blocks,
-            "modulation": blocks["modulation"] + 2 * tokens_modulated * d * d,
-            "final_linear": self._tokens * d * values,
+            **embedding,
+            **{f"encoder_{part}": count for part, count in encoder.items()},
+            **{f"decoder_{part}": count for part, count in decoder.items()},
         }
 
-    def _blocks(self, depth: int, tokens_modulated: int) -> dict[str, int]:
-        d, tokens = self.config.hidden_size, self._tokens
+    def _decoder_cost(self, depth: int, values: int, tokens_modulated: int) -> dict[str, int]:
+        blocks = self._blocks_cost(depth, tokens_modulated)
+        modulation = blocks["modulation"] + 2 * tokens_modulated * self.config.hidden_size**2
+        return {"patch_embedding": values, **blocks, "modulation": modulation, "final_linear": values}
+
+    def _blocks_cost(self, depth: int, tokens_modulated: int) -> dict[str, int]:
+        d, tokens = self.config.hidden_size, self.config.tokens
         return {
             "attention_linear": depth * 4 * tokens * d * d,
             "attention_products": depth * 2 * tokens * tokens * d,
@@ -306,13 +287,9 @@ class DDT(Network):
             "modulation": depth * 6 * tokens_modulated * d * d,
         }
 
-    def layer_norm_elements(self) -> int:
-        """Two norms a block over the tokens, two over queries and keys, and the final one: T * D elements each."""
-        return (4 * self.config.depth + 1) * self._tokens * self.config.hidden_size
-
 
 def patchify(x: Tensor, patch: int) -> Tensor:
-    """Cuts images into tokens, row by row; inside a token the channel is slowest, then the row, then the column.
+    """Cut images into tokens, row by row; inside a token the channel is slowest, then the row, then the column.
 
     Args:
         x: (N, C, H, W).
@@ -327,9 +304,28 @@ def patchify(x: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
-    """Undoes `patchify`: (N, rows * columns, C * p * p) -> (N, C, rows * p, columns * p)."""
+    """Undo `patchify`: (N, rows * columns, C * p * p) -> (N, C, rows * p, columns * p)."""
     x = tokens.view(len(tokens), rows, columns, -1, patch, patch).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(len(tokens), -1, rows * patch, columns * patch)
+
+
+def data_settings(weights: Mapping[str, Tensor], config: DDTConfig) -> dict[str, Any] | None:
+    """Infer channels and classes from the weights of a DDT of this size; height and width leave no trace.
+
+    Args:
+        weights: Parameter name -> tensor, of a DDT.
+        config: Named config that they may belong to.
+
+    Returns:
+        The fields sample_shape and num_classes; None if the weights have another size.
+    """
+    width, values = weights["x_embedder.proj.weight"].shape
+    if width != config.hidden_size or values % config.patch_size**2:
+        return None
+    return {
+        "sample_shape": (values // config.patch_size**2, *config.sample_shape[1:]),
+        "num_classes": weights["y_embedder.embedding_table.weight"].shape[0] - 1,
+    }
 
 
 # B, L and XL are the paper's; S divides its blocks as B does.
@@ -339,20 +335,19 @@ SIZES: dict[str, dict[str, int]] = {
     "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16, "encoder_depth": 20},
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16, "encoder_depth": 22},
 }
-# Small enough that every script runs in seconds on a laptop; class-conditional 8 x 8 latents.
+# Small enough for every script to run in seconds on a laptop; class-conditional 8 x 8 latents.
 DEBUG: dict[str, Any] = {
-    "depth": 4, "hidden_size": 64, "num_heads": 4, "input_size": 8, "num_classes": 10, "encoder_depth": 3,
+    "depth": 4, "hidden_size": 64, "num_heads": 4, "sample_shape": (4, 8, 8), "num_classes": 10, "encoder_depth": 3,
 }  # fmt: skip
 # 8 x 8 grey digits.
 DIGITS: dict[str, Any] = {
-    "depth": 6, "hidden_size": 96, "num_heads": 4, "input_size": 8, "in_channels": 1, "num_classes": 10,
-    "encoder_depth": 4,
+    "depth": 6, "hidden_size": 96, "num_heads": 4, "sample_shape": (1, 8, 8), "num_classes": 10, "encoder_depth": 4,
 }  # fmt: skip
 
 DIVIDED: dict[str, dict[str, Any]] = {
     **{f"{size}/{patch}": {**SIZES[size], "patch_size": patch} for size in SIZES for patch in (2, 4, 8)},
-    "debug/2": {**DEBUG, "patch_size": 2},
-    "digits/2": {**DIGITS, "patch_size": 2},
+    "debug/2": DEBUG,
+    "digits/2": DIGITS,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     **{f"DDT-{name}": config for name, config in DIVIDED.items()},

@@ -1,41 +1,38 @@
-"""What a sampling run of a DyDiT leaves out.
+"""Sampling with a DyDiT without computing what is switched off.
 
-All rows of a sampling step share their timestep, so which heads and channel groups it runs follows from the schedule:
+All rows of a sampling step share their timestep, so the heads and channel groups it runs follow from the schedule: the
 width masks of all evaluations are computed once, in float32, and read to the host before sampling starts. A block then
 works with the weights of what is on, and attention sees only heads that are on. Copies of weights are shared by all
 evaluations with the same pattern and kept within a number of bytes.
 
-Which tokens go through the MLP depends on the images, and is known only once the block's attention is done. Those of
-the whole batch are packed into one matrix for norm, modulation and MLP, and added to the residual stream.
+The tokens that go through the MLP depend on the images, and are known only after the block's attention. Those of the
+whole batch are packed into one matrix for norm, modulation and MLP, and added to the residual stream.
 
-Packing needs the number of tokens on the host, to shape that matrix: one read in a block. On a CPU it waits for nobody.
-A GPU idles for some tens of microseconds, until the host, having waited for the count, has launched the next kernels;
-against that stands the part of an MLP that is saved. So few tokens are not packed but masked, and nothing is read.
-(A fixed capacity would need no read, but what exceeds it would be lost, or be a second pass that everybody pays for.)
+Packing needs the number of tokens on the host, to shape that matrix: one read in a block, which costs nothing on a CPU.
+A GPU idles for some tens of microseconds, until the host, after reading the count, has launched the next kernels; the
+gain is the part of an MLP that is saved. So few tokens are not packed but masked, and nothing is read. (A fixed
+capacity would need no read, but tokens beyond it would be lost, or need a second pass in every evaluation.)
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models.contract import Routing
+from models.dydit_block import DyDiTBlock, Routing
 from models.layers import attention_heads, gated_add, modulate
-
-if TYPE_CHECKING:
-    from models.dydit import DyDiT, DyDiTBlock
 
 Weights = TypeVar("Weights", bound="tuple[Tensor, ...]")
 Active = tuple[int, ...]  # heads or groups that are on, ascending
 
 EPS = 1e-6  # of DiT's layer norms
-# Tokens in a batch from which packing pays. The second is an estimate for XL on an H100: a wait of 40 us, 1/4 skipped.
+# Tokens in a batch from which packing pays. For CUDA an estimate for XL on an H100: 40 us idle, 1/4 skipped.
 PACK_FROM = {"cpu": 128, "cuda": 4096}
 
 
@@ -48,7 +45,7 @@ class Modulation(NamedTuple):
 
 
 class AttentionWeights(NamedTuple):
-    """Of the h heads that are on; d = D / H."""
+    """Weights of the h heads that are on; d = D / H."""
 
     qkv: Tensor  # (3 h d, D)
     qkv_bias: Tensor  # (3 h d,)
@@ -57,7 +54,7 @@ class AttentionWeights(NamedTuple):
 
 
 class MlpWeights(NamedTuple):
-    """Of the k channels that are on."""
+    """Weights of the k channels that are on."""
 
     fc1: Tensor  # (k, D)
     fc1_bias: Tensor  # (k,)
@@ -65,13 +62,13 @@ class MlpWeights(NamedTuple):
     fc2_bias: Tensor  # (D,)
 
 
-class Evaluation(NamedTuple):
-    """The width of one evaluation.
+class Width(NamedTuple):
+    """Heads and channel groups of one evaluation.
 
     Attributes:
         heads: (1, L, H) float32 mask.
         groups: (1, L, H) float32 mask.
-        active: (heads, groups) of each block.
+        active: Heads and groups that are on in each block.
     """
 
     heads: Tensor
@@ -80,14 +77,14 @@ class Evaluation(NamedTuple):
 
 
 class BoundedCache:
-    """Tensors made on demand; beyond a number of bytes, those not used for longest are given up."""
+    """Tensors made on demand, up to a number of bytes; the least recently used are dropped first."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
         self._kept: OrderedDict[Hashable, tuple[tuple[Tensor, ...], int]] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Weights]) -> Weights:
-        """The tensors of a key, made anew if they are not there. What exceeds the limit alone is not kept."""
+        """Return the tensors of a key, and make them if necessary; those larger than the limit are not kept."""
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key][0]  # type: ignore[return-value]  # a key always stands for the same kind
@@ -105,58 +102,67 @@ class BoundedCache:
 
 
 class RoutingPlan:
-    """A schedule's routing, and blocks that follow it; a snapshot of the network's weights.
+    """Routing of a schedule, and blocks that follow it; a snapshot of the network's weights.
 
     Args:
-        network: prepared for the timesteps, so that embedding them costs nothing.
-        times: of the schedule; repeats are routed once.
-        cache_bytes: limit for copies of weights.
-        compile_backend: compiles what runs instead of blocks, for any number of heads, groups and tokens; or None.
+        blocks: Blocks of the network.
+        embed: Timestep embedder, a number -> (1, D).
+        times: Timesteps of the schedule; repeats are routed once.
+        cache_bytes: Memory limit for copies of weights.
+        compile_backend: Compiles the functions that run instead of blocks, for any number of heads, groups and tokens;
+            None runs them as they are.
 
     Attributes:
-        evaluations: time -> its width.
-        cache: copies of weights.
-        pack_from: tokens in a batch from which they are packed.
+        widths: Timestep -> heads and groups of its evaluation.
+        cache: Copies of weights.
+        pack_from: Number of tokens in a batch from which they are packed.
     """
 
-    def __init__(self, network: DyDiT, times: Iterable[float], cache_bytes: int, compile_backend: str | None) -> None:
-        self.blocks: list[DyDiTBlock] = list(network.blocks)  # type: ignore[arg-type]  # ModuleList has no item type
-        self.num_heads, self.cache = network.config.num_heads, BoundedCache(cache_bytes)
-        self.pack_from = PACK_FROM.get(network.pos_embed.device.type, PACK_FROM["cuda"])
+    def __init__(
+        self,
+        blocks: Sequence[DyDiTBlock],
+        embed: Callable[[float], Tensor],
+        times: Iterable[float],
+        cache_bytes: int,
+        compile_backend: str | None,
+    ) -> None:
+        self.blocks, self.num_heads = blocks, blocks[0].attn.num_heads
+        self.cache = BoundedCache(cache_bytes)
+        device = blocks[0].attn.qkv.weight.device
+        self.pack_from = PACK_FROM.get(device.type, PACK_FROM["cuda"])
         distinct = sorted(set(times))
-        self.evaluations = dict(zip(distinct, self._route(network, distinct), strict=True))
-        patterns = {active for found in self.evaluations.values() for both in found.active for active in both}
-        device = network.pos_embed.device
+        self.widths = dict(zip(distinct, self._route(embed, distinct), strict=True))
+        patterns = {active for width in self.widths.values() for both in width.active for active in both}
         self._indices = {active: torch.tensor(active, dtype=torch.int64, device=device) for active in patterns}
         compiled = partial(_compiled, backend=compile_backend)
         self._attend, self._mlp, self._packed_mlp = compiled(attend), compiled(masked_mlp), compiled(packed_mlp)
 
     @torch.no_grad()
-    def _route(self, network: DyDiT, times: list[float]) -> Iterable[Evaluation]:
-        """Evaluates all width routers at all times; one read."""
+    def _route(self, embed: Callable[[float], Tensor], times: list[float]) -> Iterable[Width]:
+        """Evaluate all width routers at all times, with one read to the host."""
         if not times:
             return
-        e = torch.cat([network.t_embedder(t) for t in times])  # (K, D)
+        e = torch.cat([embed(t) for t in times])  # (K, D)
         heads = torch.stack([block.attn_rate(e) for block in self.blocks], dim=1)  # (K, L, H)
         groups = torch.stack([block.mlp_rate(e) for block in self.blocks], dim=1)
         on = torch.stack([heads, groups], dim=2).tolist()  # (K, L, 2, H)
         for k, blocks in enumerate(on):
             active = tuple((_active(both[0]), _active(both[1])) for both in blocks)
-            yield Evaluation(heads[k : k + 1], groups[k : k + 1], active)
+            yield Width(heads[k : k + 1], groups[k : k + 1], active)
 
-    def run_block(self, i: int, x: Tensor, c: Tensor, evaluation: Evaluation) -> tuple[Tensor, Routing]:
-        """What block i of the network computes by masks, without what is off.
+    def run_block(self, i: int, x: Tensor, c: Tensor, width: Width) -> tuple[Tensor, Routing]:
+        """Compute the output of block i, as with masks, without what is off.
 
         Args:
-            i: index of the block.
+            i: Index of the block.
             x: (N, T, D) tokens.
             c: (N, D) conditioning.
-            evaluation: of the timestep.
+            width: Heads and groups of the timestep.
 
         Returns:
             Tokens (N, T, D), and masks (1, H), (1, H), (N, T).
         """
-        block, (heads, groups) = self.blocks[i], evaluation.active[i]
+        block, (heads, groups) = self.blocks[i], width.active[i]
         modulations = block.adaLN_modulation(c)
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
@@ -165,19 +171,19 @@ class RoutingPlan:
         x = self._attend(x, Modulation(*modulations[:3]), attention, block.attn.qkv.in_features // self.num_heads)
         tokens = block.token_selection(x)  # (N, T)
         x = self.run_mlp(x, tokens, Modulation(*modulations[3:]), self.mlp_weights(i, groups, dtype))
-        return x, Routing(evaluation.heads[:, i], evaluation.groups[:, i], tokens)
+        return x, Routing(width.heads[:, i], width.groups[:, i], tokens)
 
     def run_mlp(self, x: Tensor, tokens: Tensor, modulation: Modulation, weights: MlpWeights) -> Tensor:
-        """Residual MLP of the tokens (N, T) that are on; overwrites x (N, T, D)."""
+        """Apply the residual MLP to the tokens (N, T) that are on; may overwrite x (N, T, D)."""
         if tokens.numel() < self.pack_from:
             return self._mlp(x, tokens, modulation, weights)
-        rows = tokens.flatten().nonzero().squeeze(1)  # the one read: how many
+        rows = tokens.flatten().nonzero().squeeze(1)  # the one read, of their number
         if len(rows) == tokens.numel():
             return self._mlp(x, None, modulation, weights)
         return self._packed_mlp(x, rows, modulation, weights) if len(rows) else x
 
     def attention_weights(self, i: int, heads: Active, dtype: torch.dtype) -> AttentionWeights:
-        """Block i's weights of these heads; the block's own, uncopied, if they are all."""
+        """Return block i's weights of these heads, uncopied if all are on."""
         attention = self.blocks[i].attn
         qkv, proj = attention.qkv, attention.proj
         own = AttentionWeights(*(w.detach() for w in (qkv.weight, qkv.bias, proj.weight, proj.bias)))
@@ -196,7 +202,7 @@ class RoutingPlan:
         return self.cache.get((i, "attn", heads, dtype), make)
 
     def mlp_weights(self, i: int, groups: Active, dtype: torch.dtype) -> MlpWeights:
-        """Block i's weights of these channel groups; the block's own, uncopied, if they are all."""
+        """Return block i's weights of these channel groups, uncopied if all are on."""
         fc1, fc2 = self.blocks[i].mlp.fc1, self.blocks[i].mlp.fc2
         own = MlpWeights(*(w.detach() for w in (fc1.weight, fc1.bias, fc2.weight, fc2.bias)))
         if len(groups) == self.num_heads and own.fc1.dtype == dtype:
@@ -215,7 +221,7 @@ class RoutingPlan:
 
 
 def _compiled(function: Callable[..., Tensor], backend: str | None) -> Callable[..., Tensor]:
-    """Compiled for any sizes; as it is without a backend."""
+    """Compile a function for any sizes; return it as it is without a backend."""
     return function if backend is None else torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
 
@@ -224,11 +230,11 @@ def _active(mask: list[float]) -> Active:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What runs instead of a block: functions of tensors alone, so that all blocks share what is compiled
+# Parts of a block as functions of tensors only, so that all blocks share the compiled code
 
 
 def attend(x: Tensor, modulation: Modulation, weights: AttentionWeights, head_dim: int) -> Tensor:
-    """Attention behind its norm and gate, by the heads that are on: (N, T, D) -> (N, T, D), a new tensor.
+    """Add the gated attention of the heads that are on: (N, T, D) -> (N, T, D), a new tensor.
 
     With no head on, the output map's bias remains.
     """
@@ -241,7 +247,7 @@ def attend(x: Tensor, modulation: Modulation, weights: AttentionWeights, head_di
 
 
 def masked_mlp(x: Tensor, tokens: Tensor | None, modulation: Modulation, weights: MlpWeights) -> Tensor:
-    """MLP of all tokens, added to those that are on (None: to all): (N, T, D) -> (N, T, D)."""
+    """Add the gated MLP to the tokens that are on (None: to all): (N, T, D) -> (N, T, D)."""
     update = _mlp(modulate(_normed(x), modulation.shift, modulation.scale), weights)
     if tokens is not None:
         update = update * tokens.unsqueeze(-1).to(update.dtype)
@@ -249,7 +255,7 @@ def masked_mlp(x: Tensor, tokens: Tensor | None, modulation: Modulation, weights
 
 
 def packed_mlp(x: Tensor, rows: Tensor, modulation: Modulation, weights: MlpWeights) -> Tensor:
-    """MLP of some tokens: rows (M,) of the flattened batch. Overwrites and returns x (N, T, D)."""
+    """Add the gated MLP to the rows (M,) of the flattened batch; overwrites and returns x (N, T, D)."""
     flat = x.view(-1, x.shape[-1])  # (N T, D)
     image = rows // x.shape[1]
     shift, scale = modulation.shift.index_select(0, image), (1 + modulation.scale).index_select(0, image)

@@ -1,14 +1,15 @@
-"""Layers that every family shares. Parameter names are the official DiT ones, so that checkpoints load as they are.
+"""Layers that all families share. Parameter names are the official DiT ones, so that checkpoints load unchanged.
 
-Shapes: N batch, C channels, S image side, p patch, g = S / p grid side, T = g * g tokens, D width, H heads.
+Shapes: N batch, C channels, p patch, T tokens, D width, H heads.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,24 +18,26 @@ from torch.nn import functional
 
 FREQUENCY_DIM = 256
 
+M = TypeVar("M", bound=nn.Module)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Functions
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Applies adaLN's affine map, the same for every token: x * (1 + scale) + shift.
+    """Apply adaLN's affine map, the same for every token: x * (1 + scale) + shift.
 
     Args:
         x: (N, T, D) normalised tokens.
         shift: (N, D) or (1, D).
-        scale: like `shift`.
+        scale: Shaped like `shift`.
     """
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
 def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """Residual connection behind adaLN's gate: x + gate * update; x and update (N, T, D), gate (N, D) or (1, D)."""
+    """Add a gated update to x: x + gate * update, with x and update (N, T, D), gate (N, D) or (1, D)."""
     return torch.addcmul(x, gate.unsqueeze(1), update)
 
 
@@ -43,18 +46,16 @@ def timestep_features(
 ) -> Tensor:
     """Sinusoidal features of a timestep: cosines, then sines, of t * max_period^(-k / h), k = 0..h-1, h = dim // 2.
 
-    The frequencies are computed where they are used: kept as a buffer they would be cast with a half-precision network
-    and lost by one that is built on the meta device.
-
     Args:
-        t: a number that all rows share (no copy to the device), or an (N,) tensor; may be fractional.
-        dim: number of features; an odd dim ends in a zero column.
-        max_period: of the slowest feature, nearly.
-        device: where a number's features are wanted; a tensor's stay with it.
+        t: Number for all rows (not copied to the device), or an (N,) tensor; may be fractional.
+        dim: Number of features; an odd dim ends in a zero column.
+        max_period: Period of the slowest feature, approximately.
+        device: Device of a number's features; a tensor's are on its own.
 
     Returns:
         (1, dim) for a number, (N, dim) for a tensor; float32.
     """
+    # A buffer of frequencies would be cast with a half-precision network and be empty after building on meta.
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device if isinstance(t, Tensor) else device)
     frequencies = torch.exp(-math.log(max_period) * steps / half)
@@ -62,64 +63,63 @@ def timestep_features(
     return functional.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which operations on the device of x keep the dtypes that they are given."""
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context without autocast on the device of x."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def attention_heads(qkv: Tensor, num_heads: int) -> Tensor:
-    """Softmax attention by PyTorch's fused kernels: [q | k | v] (N, T, 3 D) -> every head's output (N, T, H, D / H)."""
+    """Compute softmax attention by PyTorch's fused kernels: [q | k | v] (N, T, 3 D) -> (N, T, H, D / H)."""
     n, t, width = qkv.shape
     q, k, v = qkv.view(n, t, 3, num_heads, width // 3 // num_heads).permute(2, 0, 3, 1, 4).unbind()
     return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def sincos_position_table(width: int, grid: int) -> Tensor:
-    """Fixed 2-D positions: the first half of the columns encodes x (the column index), the second half y.
-
-    Computed in float64; cast to the parameter's dtype where it is stored.
+def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
+    """Compute fixed 2-D positions: the first half of the width encodes the column index, the second half the row index.
 
     Args:
         width: D, a multiple of 4.
-        grid: tokens per side; token index = row * grid + column.
+        rows: Tokens down.
+        columns: Tokens across; token index = row * columns + column.
 
     Returns:
-        (grid * grid, D) float64.
+        (rows * columns, D) float64.
 
     Raises:
-        ValueError: if D is not a multiple of 4.
+        ValueError: If D is not a multiple of 4.
 
     Note:
-        The official comments call the first half "h"; the values are x first, and values are what checkpoints hold.
+        The official comments call the first half "h"; the values are the column's, and checkpoints hold values.
     """
     if width % 4:
         raise ValueError(f"hidden_size must be a multiple of 4 for 2-D positions, not {width}")
     frequencies = 10_000.0 ** -(np.arange(width // 4, dtype=np.float64) / (width // 4))
-    rows, columns = np.divmod(np.arange(grid * grid, dtype=np.float64), grid)
-    halves = [f(axis[:, None] * frequencies) for axis in (columns, rows) for f in (np.sin, np.cos)]
-    return torch.from_numpy(np.concatenate(halves, axis=1))
+    down, across = np.divmod(np.arange(rows * columns, dtype=np.float64), columns)
+    parts = [f(axis[:, None] * frequencies) for axis in (across, down) for f in (np.sin, np.cos)]
+    return torch.from_numpy(np.concatenate(parts, axis=1))
 
 
-def unpatchify(tokens: Tensor, channels: int, patch: int) -> Tensor:
-    """Lays tokens out as an image; inside a token the order is row, column, channel (channel fastest).
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int, channels: int) -> Tensor:
+    """Arrange tokens as an image; the order inside a token is row, column, channel (channel fastest).
 
     Args:
-        tokens: (N, T, p * p * C) with T a square number.
-        channels: C.
+        tokens: (N, rows * columns, p * p * C).
+        grid: Rows and columns of tokens.
         patch: p.
+        channels: C.
 
     Returns:
-        (N, C, S, S).
+        (N, C, rows * p, columns * p).
     """
-    n, t, _ = tokens.shape
-    grid = math.isqrt(t)
-    x = tokens.view(n, grid, grid, patch, patch, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, grid * patch, grid * patch)
+    rows, columns = grid
+    x = tokens.view(len(tokens), rows, columns, patch, patch, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), channels, rows * patch, columns * patch)
 
 
 def xavier_linear_(module: nn.Module) -> None:
-    """Initialises a linear layer as DiT does: Xavier-uniform weight, zero bias. For `module.apply`."""
+    """Initialise a linear layer as DiT does: Xavier-uniform weight, zero bias. For `module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -131,29 +131,28 @@ def xavier_linear_(module: nn.Module) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Cuts an image into p x p patches and projects each: (N, C, S, S) -> (N, T, D), row-major."""
+    """Linear map of every p x p patch of an image: (N, C, H, W) -> (N, T, D), row-major."""
 
     def __init__(self, patch: int, channels: int, width: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform over the flattened patch, as if the convolution were the linear map that it is."""
+        """Initialise Xavier-uniform over the flattened patch, as for a linear map."""
         nn.init.xavier_uniform_(self.proj.weight.view(self.proj.out_channels, -1))
         if self.proj.bias is not None:
             nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, S, S) -> (N, T, D), contiguous.
-
-        Left strided, the tokens would make every operation of the blocks slower (1.09x of a float32 forward on a CPU),
-        and blocks that PyTorch 2.15 compiles for bf16 on a CPU would return NaN.
-        """
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+        """Embed (N, C, H, W) -> (N, T, D), contiguous."""
+        # Strided tokens slow every operation of the blocks (1.09x of a float32 forward on a CPU), and blocks that
+        # PyTorch 2.15 compiles for bf16 on a CPU return NaN with them.
+        out: Tensor = self.proj(x).flatten(2).transpose(1, 2).contiguous()
+        return out
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of t through a two-layer MLP (DiT, section 3.2, following ADM)."""
+    """Two-layer MLP on sinusoidal features of t (DiT, section 3.2, following ADM)."""
 
     def __init__(self, width: int, max_period: float = 10_000.0) -> None:
         super().__init__()
@@ -161,19 +160,20 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCY_DIM, width), nn.SiLU(), nn.Linear(width, width))
 
     def reset_parameters(self) -> None:
-        """Normal(0, 0.02) weights; biases stay as they are."""
+        """Initialise weights from Normal(0, 0.02); biases stay as they are."""
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, t: float | Tensor) -> Tensor:
-        """A number -> (1, D), an (N,) tensor -> (N, D)."""
+        """Embed a number -> (1, D), or an (N,) tensor -> (N, D)."""
         weight = next(self.parameters())
-        return self.mlp(timestep_features(t, FREQUENCY_DIM, self.max_period, weight.device).to(weight.dtype))
+        out: Tensor = self.mlp(timestep_features(t, FREQUENCY_DIM, self.max_period, weight.device).to(weight.dtype))
+        return out
 
 
 class TimestepTable(nn.Module):
-    """A timestep embedder evaluated once for a whole schedule: looking a time up costs no computation."""
+    """Embeddings of all times of a schedule, computed in one call when it is built."""
 
     def __init__(self, embedder: TimestepEmbedder | TimestepTable, times: Iterable[float]) -> None:
         super().__init__()
@@ -185,29 +185,52 @@ class TimestepTable(nn.Module):
         self.rows = dict(zip(distinct, rows.split(1), strict=True))
 
     def reset_parameters(self) -> None:
-        """Refused: a table is a snapshot of weights, not a place to draw new ones."""
+        """Raise: a table is a snapshot of weights."""
         raise TypeError("a network prepared for sampling cannot be re-initialised; initialise the original")
 
     def forward(self, t: float | Tensor) -> Tensor:
-        """The prepared (1, D) row of a known number; anything else goes through the embedder."""
+        """Look up the (1, D) row of a known number; embed anything else."""
         row = None if isinstance(t, Tensor) else self.rows.get(t)
-        return self.embedder(t) if row is None else row
+        out: Tensor = self.embedder(t) if row is None else row
+        return out
+
+
+def with_timestep_table(network: M, times: Iterable[float]) -> M:
+    """Copy a network, sharing its parameters, and replace its `t_embedder` by a table of these times."""
+    prepared = copy.copy(network)
+    prepared._modules = dict(network._modules)  # copy.copy shares the dict, and the original must keep its embedder
+    embedder = network._modules["t_embedder"]
+    assert isinstance(embedder, TimestepEmbedder | TimestepTable)
+    prepared._modules["t_embedder"] = TimestepTable(embedder, times)
+    return prepared
 
 
 class LabelEmbedder(nn.Module):
-    """A row per class, and one more for "no class" if labels are ever dropped: (N,) int64 -> (N, D)."""
+    """Table with a row per class, and one more for the null class: (N,) int64 -> (N, D)."""
 
     def __init__(self, num_classes: int, width: int, *, null_class: bool) -> None:
         super().__init__()
+        self.num_classes, self.null_class = num_classes, null_class
         self.embedding_table = nn.Embedding(num_classes + null_class, width)
 
     def reset_parameters(self) -> None:
-        """Normal(0, 0.02)."""
+        """Initialise from Normal(0, 0.02)."""
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
     def forward(self, y: Tensor) -> Tensor:
-        """(N,) -> (N, D)."""
-        return self.embedding_table(y)
+        """Embed labels (N,) -> (N, D)."""
+        out: Tensor = self.embedding_table(y)
+        return out
+
+    def null_labels(self, rows: int) -> Tensor:
+        """Return (rows,) labels of the null class.
+
+        Raises:
+            ValueError: If the table has no row for it.
+        """
+        if not self.null_class:
+            raise ValueError("class_dropout_prob is 0: this network has no null class and cannot be guided")
+        return torch.full((rows,), self.num_classes, dtype=torch.int64, device=self.embedding_table.weight.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,11 +247,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(N, T, D) -> (N, T, D); a mask (N, H) or (1, H) silences heads, in front of the output's map."""
+        """Attend over (N, T, D); a mask (N, H) or (1, H) multiplies the heads' outputs."""
         heads = attention_heads(self.qkv(x), self.num_heads)  # (N, T, H, D / H)
         if mask is not None:
             heads = heads * mask[:, None, :, None].to(heads.dtype)
-        return self.proj(heads.flatten(2))
+        out: Tensor = self.proj(heads.flatten(2))
+        return out
 
 
 class Mlp(nn.Module):
@@ -240,28 +264,31 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(N, T, D) -> (N, T, D); a mask (N, H) or (1, H) silences channels, in H groups of neighbours."""
+        """Map (N, T, D) -> (N, T, D); a mask (N, H) or (1, H) multiplies H groups of neighbouring hidden channels."""
         inner = self.fc1(x)
-        if mask is not None:  # in front of GELU, which keeps zeros: the place decides the gradient of the mask
+        if mask is not None:  # before GELU, which keeps zeros: the position determines the gradient of the mask
             inner = (inner.unflatten(2, (mask.shape[1], -1)) * mask[:, None, :, None].to(inner.dtype)).flatten(2)
-        return self.fc2(functional.gelu(inner, approximate="tanh"))
+        out: Tensor = self.fc2(functional.gelu(inner, approximate="tanh"))
+        return out
 
 
 class AdaLNModulation(nn.Sequential):
-    """SiLU and one linear map from the conditioning to `chunks` vectors per sample; starts at zero (adaLN-Zero)."""
+    """SiLU and one linear map from the conditioning to `chunks` vectors per sample, zero at first (adaLN-Zero)."""
 
     def __init__(self, width: int, chunks: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(width, chunks * width))  # so checkpoint keys end in ".1."
         self.chunks = chunks
 
     def reset_parameters(self) -> None:
-        """Zero weight and bias: every gate closed, every block the identity."""
+        """Set weight and bias to zero: gates are closed, blocks are the identity."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        """(N, D) -> `chunks` tensors (N, D)."""
-        return super().forward(c).chunk(self.chunks, dim=-1)
+        """Map (N, D) -> `chunks` tensors (N, D)."""
+        for layer in self:
+            c = layer(c)
+        return c.chunk(self.chunks, dim=-1)
 
 
 class FinalLayer(nn.Module):
@@ -274,12 +301,13 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = AdaLNModulation(width, 2)
 
     def reset_parameters(self) -> None:
-        """Zero everything: the untrained network predicts exactly 0."""
+        """Set all parameters to zero, so that an untrained network predicts 0."""
         self.adaLN_modulation.reset_parameters()
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens (N, T, D) and conditioning (N, D) -> (N, T, p * p * C_out)."""
+        """Map tokens (N, T, D), given the conditioning (N, D), to (N, T, p * p * C_out)."""
         shift, scale = self.adaLN_modulation(c)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        return out

@@ -1,4 +1,4 @@
-"""Layers that came to image transformers from language models: RMSNorm, SwiGLU, rotary positions in two dimensions.
+"""Layers from language models: RMSNorm, SwiGLU, rotary positions in two dimensions.
 
 Shapes: N batch, T tokens, D width, H heads, d = D / H. Parameter names are those of the official DDT.
 """
@@ -16,9 +16,9 @@ class RMSNorm(nn.Module):
     """Division by the root mean square, taken in float32, and a learned scale (Zhang and Sennrich, 2019).
 
     Args:
-        width: length of the last axis.
-        scale_in_float32: where rounding to the input's dtype happens: behind the scale (the improved DiT), or before
-            it (DDT; the result then has the promoted dtype). In float32 it is the same.
+        width: Length of the last axis.
+        scale_in_float32: Round to the input's dtype after the scale (the improved DiT), not before it (DDT; the result
+            then has the promoted dtype). In float32 both are the same.
     """
 
     def __init__(self, width: int, *, scale_in_float32: bool = False) -> None:
@@ -27,11 +27,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def reset_parameters(self) -> None:
-        """Scale 1."""
+        """Set the scale to 1."""
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) -> (..., width)."""
+        """Normalise (..., width)."""
         normalised = functional.rms_norm(x.float(), self.weight.shape, eps=1e-6)
         if self.scale_in_float32:
             return (normalised * self.weight).to(x.dtype)
@@ -48,21 +48,22 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, T, D) -> (N, T, D)."""
-        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+        """Map (N, T, D) -> (N, T, D)."""
+        out: Tensor = self.w2(functional.silu(self.w1(x)) * self.w3(x))
+        return out
 
 
 def rotary_table(rows: int, columns: int, head_width: int, device: torch.device | None = None) -> Tensor:
-    """Angles of rotary positions on a grid, as cosines and sines.
+    """Compute the angles of rotary positions on a grid, as cosines and sines.
 
     Both axes run from 0 to `SPAN`, end points included; an axis of one token stays at 0. Angle 2 k is the column's
     position times 10000^(-4 k / d), angle 2 k + 1 the row's.
 
     Args:
-        rows: tokens down.
-        columns: tokens across; token index = row * columns + column.
+        rows: Tokens down.
+        columns: Tokens across; token index = row * columns + column.
         head_width: d, a multiple of 4.
-        device: where it is computed.
+        device: Device of the table.
 
     Returns:
         (T, d / 2, 2) float32, cosine before sine.
@@ -82,10 +83,7 @@ def rotary_table(rows: int, columns: int, head_width: int, device: torch.device 
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns pairs of neighbouring channels by the angles of their token: (a, b) -> (a cos - b sin, a sin + b cos).
-
-    As complex products this is one pass over memory. `torch.compile` makes no code for those; there it is written out,
-    to be fused with what stands around it.
+    """Rotate pairs of neighbouring channels by the angles of their token: (a, b) -> (a cos - b sin, a sin + b cos).
 
     Args:
         x: (N, T, H, d) float32.
@@ -95,6 +93,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         (N, T, H, d) float32.
     """
     pairs, turns = x.unflatten(-1, (-1, 2)), table[:, None]
+    # Complex products are one pass over memory, but torch.compile generates no code for them; compiled, the written-out
+    # form is fused with its neighbours.
     if not torch.compiler.is_compiling():
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)
     (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
@@ -102,7 +102,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class RotaryAttention(nn.Module):
-    """Self-attention with normalised queries and keys, turned by their positions.
+    """Self-attention with normalised queries and keys, rotated by their positions.
 
     Rows of `qkv` are [q | k | v], heads contiguous; one learned scale serves all heads.
     """
@@ -116,9 +116,10 @@ class RotaryAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        """Tokens (N, T, D) and the table of their positions -> (N, T, D)."""
+        """Attend over tokens (N, T, D) with the table of their positions."""
         n, t, d = x.shape
         q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, d // self.num_heads).unbind(2)
         q, k = (rotate(norm(part).float(), table).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
         heads = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.proj(heads.transpose(1, 2).reshape(n, t, d))
+        out: Tensor = self.proj(heads.transpose(1, 2).reshape(n, t, d))
+        return out

@@ -28,9 +28,15 @@ def table(name: str) -> Any:
     return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
+def with_sample_shape(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Replace input_size and in_channels of the official configs by our sample_shape."""
+    side, channels = recorded.pop("input_size"), recorded.pop("in_channels")
+    return {**recorded, "sample_shape": (channels, side, side)}
+
+
 def tiny_dit(name: str) -> DiT:
     """One of `TINY_DITS` with its recorded weights, strictly loaded, in evaluation mode."""
-    network = DiT(DiTConfig(**table(f"dit/{name}/config")))
+    network = DiT(DiTConfig(**with_sample_shape(table(f"dit/{name}/config"))))
     network.load_state_dict(arrays(f"dit/{name}/state_dict"))
     return network.eval()
 

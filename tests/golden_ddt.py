@@ -18,11 +18,11 @@ OUR_NAMES = {"num_groups": "num_heads", "num_blocks": "depth", "num_encoder_bloc
 def golden_ddt(name: str) -> DDT:
     """One of `NETWORKS` with its recorded weights, strictly loaded, in evaluation mode."""
     recorded = table(f"ddt/{name}/config")
-    sides = recorded.pop("latent_hw")
+    shape = (recorded.pop("in_channels"), *recorded.pop("latent_hw"))
     for other in ("model", "null_class"):
         recorded.pop(other)
     settings = {OUR_NAMES.get(field, field): value for field, value in recorded.items()}
-    network = DDT(DDTConfig(**{"encoder_depth": None, "input_size": sides[0]} | settings))
+    network = DDT(DDTConfig(**{"encoder_depth": None, "sample_shape": shape} | settings))
     network.load_state_dict(arrays(f"ddt/{name}/state_dict"))
     return network.eval()
 
