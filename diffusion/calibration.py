@@ -185,7 +185,7 @@ def _read(path: Path, settings: Mapping[str, object]) -> Tensor | None:
     if not path.is_file():
         return None
     try:
-        groups, stored = read_groups(path, [GROUP], "sharing schedule")
+        groups, stored = read_groups(path, lambda present: [GROUP], "sharing schedule")
     except UserError:
         return None
     return groups[GROUP].get(TENSOR) if stored == settings else None

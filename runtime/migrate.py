@@ -23,7 +23,7 @@ def checkpoint(meta: Json) -> tuple[Json, dict[str, str]]:
         The document in format 2, and the groups of tensors that have another name now, former -> present. Settings
         of the training run stay as they are under "train": `run_config` migrates them for whoever resumes it.
     """
-    if meta["format"] != 1:
+    if meta.get("format") != 1:
         return meta, {}
     decay = meta["train"].get("ema_decay", 0.9999)
     average = f"ema-{decay:g}"

@@ -188,8 +188,6 @@ def resolve(config: C, given: Mapping[str, Any], info: CheckpointInfo) -> tuple[
         fitting = ", ".join(sampler for sampler, other in SAMPLERS.items() if other.process == info.process)
         raise UserError(f"--sampler {name}: --ckpt was trained under {info.process!r}; choose from {fitting}")
     defaults: dict[str, Any] = dict(preset.options) if name == preset.sampler else {}
-    if "clip_denoised" in row.settings.__dataclass_fields__:
-        defaults["clip_denoised"] = info.encoder == "none"  # right for pixels, wrong for latents
     try:
         settings = row.settings(**{**defaults, **given})
         guidance, scale_of_preset = config.guidance, config.guidance.cfg_scale is None

@@ -29,7 +29,8 @@ from diffusion import (
     make_sampler,
     sample_loop,
 )
-from diffusion.caching import Calibration, cheapest, every_nth, sharing_budget, skip_cache
+from diffusion.caching import check_keeps_state, cheapest, every_nth, sharing_budget, skip_cache
+from diffusion.calibration import Calibration
 from diffusion.sampling import Sampler, StepHook
 from models import Network, family_name, family_of
 from models.acceleration import COMPILE_BACKEND, AutocastNetwork, GraphedNetwork, cast_weights_once
@@ -208,7 +209,8 @@ class Pipeline:
         learns_variance = self.network.out_channels != self.network.sample_shape[-3]
         process = PROCESSES[self.info.process](**self.info.process_settings).make(learns_variance)
         with error_prefix(f"--num-sampling-steps {choice.steps}"):
-            sampler = make_sampler(choice.name, process, choice.steps, choice.settings)
+            pixels = self.info.encoder == "none"
+            sampler = make_sampler(choice.name, process, choice.steps, choice.settings, pixels=pixels)
         scale, interval = config.guidance.cfg_scale, config.guidance.guidance_interval
         assert scale is not None  # `resolve` chose it
         if scale != 1 and not self.guidable:
@@ -246,10 +248,9 @@ class Pipeline:
         if caching.cache_interval is None:
             flag = f"--sharing-interval {caching.sharing_interval}"
         with error_prefix(flag):
-            if not network.keeps_state:
-                raise ValueError(f"{config.model} keeps no state between evaluations; {self.state_hint()}")
+            check_keeps_state(network)
             if caching.cache_interval is not None:
-                return skip_cache(sampler.times, caching.cache_interval, sampler.time_convention)
+                return skip_cache(network, sampler, caching.cache_interval)
             assert caching.sharing_interval is not None
             budget = sharing_budget(len(sampler.times), caching.sharing_interval)
             if caching.sharing == "uniform":
@@ -261,6 +262,7 @@ class Pipeline:
                 scale=config.guidance.cfg_scale or 1.0,
                 channels=config.guidance.guidance_channels,
                 interval=interval,
+                shape=network.sample_shape,
                 autocast=torch.bfloat16 if config.compute.precision == "bf16" else None,
             )
             similarity = distributed.on_rank0(lambda: calibration.similarity(caching.sharing_dir).tolist())
@@ -268,12 +270,6 @@ class Pipeline:
 
     def _process(self) -> dict[str, Any]:
         return {"name": self.info.process, **self.info.process_settings}
-
-    def state_hint(self) -> str:
-        """What a user can do about a network that keeps no state."""
-        if "cache_depth" in self.network.config.__dataclass_fields__ and not family_of(self.info.model).data_dependent:
-            return "give --cache-depth B, the blocks at an end that run when state is reused, or leave this flag out"
-        return "no setting changes that; leave this flag out"
 
     def _accelerate(self, config: SamplingSettings, sampler: Sampler) -> NetworkLike:
         """The network for these times, in the precision and as fast as asked for."""

@@ -11,7 +11,7 @@ from torch.distributed._composable import checkpoint as checkpoint_module
 from data import Dataset, open_dataset, open_digits, open_encoder
 from data.encoders import Encoder
 from data.vision_encoder import VisionEncoder
-from diffusion import PROCESSES, PUBLISHED_PROCESS
+from diffusion import PROCESSES
 from diffusion.alignment import Alignment
 from diffusion.loss import DiffusionLoss
 from models import Network, create_model, family_name, family_of, model_config
@@ -107,7 +107,7 @@ def set_up(given: Given[TrainSettings], device: torch.device, start: Checkpoint 
     config = given.general
     with error_prefix(f"--model {config.model}"):
         family = family_of(config.model)
-        process = config.process or PUBLISHED_PROCESS[family.network.time_convention]
+        process = config.process or family.process
         name = family_name(config.model)
     owners = Owners(name, process, loss_of(name), config.optimizer)
     given.check_owners(**owners._asdict())
@@ -161,7 +161,7 @@ def network_fields(given: Given[TrainSettings], owners: Owners, start: Checkpoin
     """
     model, init_from = given.general.model, given.general.run.init_from
     family, fields = family_of(model), given.fields("model", owners.model)
-    if not PROCESSES[owners.process].learns_variance and "learn_sigma" in family.config.__dataclass_fields__:
+    if not PROCESSES[owners.process].has_variance and "learn_sigma" in family.config.__dataclass_fields__:
         if fields.get("learn_sigma"):
             raise UserError(f"--learn-sigma: has no effect with --process {owners.process}; use --process gaussian")
         fields["learn_sigma"] = False

@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader
 
 from data import Dataset
 from data.pixels import enlarge, grid, save_png, to_picture, to_uint8
-from diffusion import ImageNoise, evaluations, guided, plain_sampler, sample_loop
+from diffusion import PREVIEW_SAMPLER, ImageNoise, evaluations, guided, make_sampler, sample_loop
 from diffusion.loss import Batch, DiffusionLoss
 from diffusion.schedules import convert_time
 from models import Network
-from models.acceleration import Autocast
+from models.acceleration import AutocastNetwork
+from models.contract import NetworkLike
 from runtime import distributed
 from runtime.distributed import World
 from runtime.seeds import derive_seed
@@ -137,7 +138,7 @@ class Validation:
             conditioning = y if isinstance(y, dict) else {"y": y}
             batch = Batch(latents, {name: leaf.to(device) for name, leaf in conditioning.items()}, index)
             loss = self.loss(batch, draws, number, {})["loss"]
-            timesteps = convert_time(process.process_times(draws.t), process.time_convention, "index")
+            timesteps = convert_time(process.to_time(draws.t), process.time_convention, "index")
             quarter = (timesteps / (1000 / QUARTERS)).long().clamp(0, QUARTERS - 1)
             sums.index_add_(1, quarter, torch.stack([loss, torch.ones_like(loss)]).double())
         total, seen = distributed.mean_over_ranks(sums).tolist()
@@ -152,11 +153,12 @@ class Validation:
             Number of the first of them, and pixels (n, C, H, W) float32.
         """
         device, encoder, network = self.world.device, self.setup.encoder, self.network
-        sampler = plain_sampler(
-            self.loss.process, self.settings.eval_steps, clip_denoised=self.setup.config.data.vae == "none"
-        )
+        process, steps = self.loss.process, str(self.settings.eval_steps)
+        sampler = make_sampler(PREVIEW_SAMPLER[process.name], process, steps, pixels=encoder.name == "none")
         times = [convert_time(t, sampler.time_convention, network.time_convention) for t in sampler.times]
-        prepared = Autocast(network.for_sampling(times), device, self.loss.autocast)
+        prepared: NetworkLike = network.for_sampling(times)
+        if self.loss.autocast is not None:
+            prepared = AutocastNetwork(prepared, device, self.loss.autocast)
         scale = self.settings.eval_cfg_scale if getattr(network.config, "class_dropout_prob", 0) > 0 else 1.0
         run = evaluations(sampler.times, scale)
         rows = min(ROWS, len(labels))
