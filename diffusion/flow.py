@@ -52,7 +52,7 @@ class FlowMatching:
         0.0,
         "weight of 1 - cosine between predicted and true velocity",
         flag="--flow-cosine",
-        was=("--flow-direction",),
+        was={"--flow-direction": None},
     )
     prediction: FlowPrediction = setting(
         "velocity", "what the network predicts", get_args(FlowPrediction), flag="--flow-prediction"

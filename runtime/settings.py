@@ -323,7 +323,7 @@ def _build(cls: type[T], values: Values) -> T:
 
 def _split_optional(hint: Any) -> tuple[Any, bool]:
     """(int | None) -> (int, True); anything else -> (itself, False)."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         inner = [part for part in typing.get_args(hint) if part is not type(None)]
         return inner[0], True
     return hint, False

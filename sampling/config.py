@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from data.encoders import OFFICIAL_CHANNELS, OFFICIAL_VAES
+from data.autoencoders import OFFICIAL_CHANNELS, OFFICIAL_VAES
 from diffusion import SAMPLERS
 from models import FAMILIES, family_name
 from models.acceleration import can_compile

@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.distributed._composable import checkpoint as checkpoint_module
 
-from data import Dataset, open_dataset, open_digits, open_encoder
+from data import Dataset, encoder_for, open_dataset, open_digits
 from data.encoders import Encoder
 from data.vision_encoder import VisionEncoder
 from diffusion import PROCESSES
 from diffusion.alignment import Alignment
-from diffusion.loss import DiffusionLoss
+from diffusion.loss import DiffusionLoss, row_noise
 from models import Network, create_model, family_name, family_of, model_config
 from models.transfer import adapt_weights
 from runtime import distributed
@@ -128,7 +129,7 @@ def set_up(given: Given[TrainSettings], device: torch.device, start: Checkpoint 
     real = torch.device("cpu") if device.type == "meta" else device
     vae = config.data.vae or dataset.vae
     with error_prefix(f"--vae {vae}"):
-        encoder = open_encoder(dataset, vae, real)
+        encoder = encoder_for(dataset, vae, real)
         shape = encoder.latent_shape(dataset.image_shape)
     network = build_network(config, fields, shape, device)
     made = process_settings.make(network.out_channels != network.sample_shape[-3])
@@ -310,3 +311,12 @@ def initialise(setup: Setup, start: Checkpoint) -> list[str]:
     load_weights(setup.network, weights, f"--init-from {init_from} as {model}")
     with error_prefix(f"--init-from {init_from}"):
         return notes + setup.loss.start(start.weights)
+
+
+def encode(setup: Setup, images: Tensor, step: int, rows: range, seed: int | None = None) -> Tensor:
+    """Latents of some rows of a batch as the data set gives it; of stochastic encoders a sample for (step, row)."""
+    noise = None
+    if setup.encoder.stochastic:
+        seed = setup.config.optimization.global_seed if seed is None else seed
+        noise = row_noise("encoder", seed, step, rows, setup.network.sample_shape, images.device)
+    return setup.encoder.to_latents(setup.encoder.encode_pixels(images), noise)

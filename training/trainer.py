@@ -16,15 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import GlobalBatches
-from diffusion.loss import Batch, Draws, row_noise
+from data import GlobalBatches, conditioning
+from diffusion.loss import Batch, Draws
 from runtime import distributed
 from runtime.checkpoint import load_weights, save_checkpoint
 from runtime.distributed import World
 from runtime.errors import FAILED_STATUS
 from training.optimization import EMA, FiniteGuard, learning_rate
 from training.run import INTERRUPTED_STATUS, ResumeState, RunLog, stop_on_signal, trace_steps
-from training.setup import Setup, recompute_activations
+from training.setup import Setup, encode, recompute_activations
 from training.validation import Validation
 
 PROJECTOR = "projector"  # the alignment's group in checkpoints
@@ -287,10 +287,9 @@ def batches(setup: Setup, world: World, first_step: int) -> Iterator[tuple[int, 
     )
     local, first_row = size // world.size, world.rank * size // world.size
     piece = local // optimization.grad_accum
-    for step, (images, conditioning, index) in zip(steps, loader, strict=True):
+    for step, (images, labels, index) in zip(steps, loader, strict=True):
         pixels = images.to(world.device, non_blocking=True)
-        labelled = conditioning if isinstance(conditioning, dict) else {"y": conditioning}
-        rows = {name: leaf.to(world.device, non_blocking=True) for name, leaf in labelled.items()}
+        rows = {k: leaf.to(world.device, non_blocking=True) for k, leaf in conditioning(labels).items()}
         pieces = []
         for start in range(0, local, piece):
             own = slice(start, start + piece)
@@ -301,13 +300,3 @@ def batches(setup: Setup, world: World, first_step: int) -> Iterator[tuple[int, 
             batch = Batch(latents, {name: leaf[own] for name, leaf in rows.items()}, index[own], raw)
             pieces.append((batch, draws))
         yield step, pieces
-
-
-def encode(setup: Setup, images: Tensor, step: int, rows: range, purpose: str = "encoder") -> Tensor:
-    """Latents of some rows of a batch as the data set gives it; of stochastic encoders a sample for (step, row)."""
-    noise = None
-    if setup.encoder.stochastic:
-        seed, shape = setup.config.optimization.global_seed, setup.network.sample_shape
-        noise = row_noise(purpose, seed, step, rows, shape, images.device)
-    raw = images if setup.dataset.holds_latents else setup.encoder.encode_pixels(images)
-    return setup.encoder.to_latents(raw, noise)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data import Dataset
+from data import Dataset, conditioning
 from data.pixels import enlarge, grid, save_png, to_picture, to_uint8
 from diffusion import PREVIEW_SAMPLER, ImageNoise, evaluations, guided, make_sampler, sample_loop
 from diffusion.loss import Batch, DiffusionLoss
@@ -135,8 +135,7 @@ class Validation:
         for number, (raw, y, index) in zip(own, loader, strict=True):
             draws = self.loss.draw(number, len(index), device=device)
             latents = encode(self.setup, raw.to(device), number, range(len(index)), self.seed)
-            conditioning = y if isinstance(y, dict) else {"y": y}
-            batch = Batch(latents, {name: leaf.to(device) for name, leaf in conditioning.items()}, index)
+            batch = Batch(latents, {name: leaf.to(device) for name, leaf in conditioning(y).items()}, index)
             loss = self.loss(batch, draws, number, {})["loss"]
             timesteps = convert_time(process.to_time(draws.t), process.time_convention, "index")
             quarter = (timesteps / (1000 / QUARTERS)).long().clamp(0, QUARTERS - 1)
