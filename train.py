@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch._subclasses import FakeTensorMode
 
 from diffusion import PROCESSES
 from runtime import distributed, migrate
@@ -104,9 +104,9 @@ def main(argv: Sequence[str]) -> None:
     with distributed.world(config.compute.device, config.compute.dist_timeout) as world:
         distributed.allow_tf32(config.compute.precision != "fp32")
         start = read_checkpoint(config.run.init_from, flag="--init-from") if config.run.init_from else None
-        if config.run.dry_run:  # on the meta device, which computes no values; a vision encoder needs a real one
-            device = world.device if config.alignment.align else torch.device("meta")
-            print_dry_run(set_up(given, device, start), world)
+        if config.run.dry_run:
+            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            print_dry_run(set_up(given, world.device, start, fake), world, fake)
             return
         setup = set_up(given, world.device, start)
         notes = initialise(setup, start) if start else []

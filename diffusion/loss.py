@@ -9,6 +9,7 @@ ranks or micro-batches, and a checkpoint needs no random state.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple, Protocol
@@ -299,7 +300,7 @@ class DiffusionLoss(nn.Module):
             conditioning = self._without(conditioning, draws.dropped[number], batch.null)
         if self.alignment is not None:
             options["features_at"] = (self.alignment.block,)
-        with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
+        with self._precision(x_t.device):
             return self.network(x_t, t, **conditioning, **options)
 
     def losses(self, out: ModelOutput, x_t: Tensor, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -307,8 +308,11 @@ class DiffusionLoss(nn.Module):
         losses = self.process.losses(out.sample, batch.x_start, x_t, draws.t, draws.noise)
         if self.alignment is None:
             return losses
-        with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
+        with self._precision(x_t.device):
             return self.alignment.add_to(losses, out.features.get(self.alignment.block), batch.image)
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[object]:
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
 
     def _without(
         self, conditioning: Mapping[str, Tensor], dropped: Tensor, null: Mapping[str, Tensor] | None

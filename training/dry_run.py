@@ -1,7 +1,7 @@
 """A dry run: settings, data, network, cost, and the memory that a process will need.
 
-The memory of a step is predicted: a forward pass over a few images on the meta device, which computes no values, shows
-what each image keeps for the backward pass in this precision; the rest is counted. Compiled code keeps less.
+The memory of a step is predicted: a forward pass over a few images with tensors that have no values shows what each
+image keeps for the backward pass on this device, in this precision; the rest is counted. Compiled code keeps less.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 
@@ -30,7 +31,7 @@ def predict_memory(setup: Setup, world: World) -> dict[str, int]:
     CUDA context, the allocator's fragments, and what an autoencoder needs while it encodes.
 
     Args:
-        setup: of the run; its network may be on the meta device.
+        setup: of the run; its network may have tensors without values.
         world: its processes.
     """
     network, optimization = setup.network, setup.config.optimization
@@ -93,10 +94,11 @@ def kept_activations(setup: Setup, rows: int) -> int:
     return total
 
 
-def print_dry_run(setup: Setup, world: World) -> None:
+def print_dry_run(setup: Setup, world: World, fake: FakeTensorMode) -> None:
     """Print everything, on rank 0; nothing is written."""
     network, config = setup.network, setup.config
-    memory = predict_memory(setup, world)
+    with fake:
+        memory = predict_memory(setup, world)
     if not world.is_main:
         return
     parameters = sum(p.numel() for p in network.parameters())
@@ -144,4 +146,4 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # on the meta device all addresses are 0
+    return tensor.untyped_storage()._cdata  # tensors without values have no address

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.distributed._composable import checkpoint as checkpoint_module
 
 from data import Dataset, encoder_for, open_dataset, open_digits
@@ -94,13 +95,19 @@ class Setup:
         return lines
 
 
-def set_up(given: Given[TrainSettings], device: torch.device, start: Checkpoint | None = None) -> Setup:
+def set_up(
+    given: Given[TrainSettings],
+    device: torch.device,
+    start: Checkpoint | None = None,
+    fake: FakeTensorMode | None = None,
+) -> Setup:
     """Open the data, build network and process, and check that they fit; nothing is written yet.
 
     Args:
         given: settings of the run.
-        device: where it computes; on "meta" the network has no values (for a dry run).
+        device: where it computes.
         start: weights to start from, which may decide something about the network.
+        fake: mode of tensors without values, which the network then has (for a dry run).
 
     Raises:
         UserError: for anything about settings and data that does not fit.
@@ -126,19 +133,22 @@ def set_up(given: Given[TrainSettings], device: torch.device, start: Checkpoint 
     dataset = open_training_data(config.data, config.optimization.global_seed)
     check_classes(config, fields, dataset)
     held_out = open_held_out(config, dataset)
-    real = torch.device("cpu") if device.type == "meta" else device
     vae = config.data.vae or dataset.vae
     with error_prefix(f"--vae {vae}"):
-        encoder = encoder_for(dataset, vae, real)
+        encoder = encoder_for(dataset, vae, device)
         shape = encoder.latent_shape(dataset.image_shape)
-    network = build_network(config, fields, shape, device)
+    if fake is None:  # made on the CPU: fresh weights are the same on every device
+        network = build_network(config, fields, shape).to(device)
+    else:
+        with fake, device:
+            network = build_network(config, fields, shape)
     made = process_settings.make(network.out_channels != network.sample_shape[-3])
     loss = LOSSES[owners.loss].loss(
         network,
         made,
         seed=config.optimization.global_seed,
         autocast=torch.bfloat16 if config.compute.precision == "bf16" else None,
-        alignment=open_alignment(config, dataset, network, real),
+        alignment=open_alignment(config, dataset, network, device),
         settings=loss_settings,
     )
     total = max(1, config.optimization.epochs * len(dataset) // config.optimization.global_batch_size)
@@ -148,7 +158,7 @@ def set_up(given: Given[TrainSettings], device: torch.device, start: Checkpoint 
         process=owners.process,
         data=replace(config.data, vae=vae, image_size=dataset.image_shape[-1], channels=dataset.image_shape[-3]),
     )
-    scorer = open_scorer(config, dataset.image_shape[-2:], real)
+    scorer = open_scorer(config, dataset.image_shape[-2:], device)
     return Setup(
         resolved, owners, dataset, held_out, encoder, loss, process_settings, optimizer, total, scorer
     )
@@ -216,17 +226,15 @@ def check_classes(config: TrainSettings, fields: Values, dataset: Dataset) -> No
     )
 
 
-def build_network(config: TrainSettings, fields: Values, shape: tuple[int, ...], device: torch.device) -> Network:
-    """The network on its device, with fresh weights that are the same on every rank.
+def build_network(config: TrainSettings, fields: Values, shape: tuple[int, ...]) -> Network:
+    """The network with fresh weights, the same on every rank.
 
     Raises:
         UserError: if it does not take such latents.
     """
     torch.manual_seed(derive_seed("weights", config.optimization.global_seed))
     with error_prefix(f"--image-size {config.data.image_size or 'of the data'}"):
-        with torch.device("meta" if device.type == "meta" else "cpu"):
-            network = create_model(config.model, **fields, sample_shape=shape)
-    return network.to(device)
+        return create_model(config.model, **fields, sample_shape=shape)
 
 
 def recompute_activations(network: Network) -> None:
