@@ -382,8 +382,8 @@ class GaussianSettings:
     """Settings of the Gaussian diffusion."""
 
     noise_schedule: str = setting("linear", "betas", BETA_SCHEDULES)
-    prediction: Prediction = setting("epsilon", "what the network predicts", get_args(Prediction))
-    loss_weight: LossWeight = setting("constant", "weight of the squared error by noise level", get_args(LossWeight))
+    prediction: Prediction = setting("epsilon", "what the network predicts", was={"--predict-xstart": "x_start"})
+    loss_weight: LossWeight = setting("constant", "weight of the squared error by noise level")
     min_snr_gamma: float = setting(5.0, "largest signal-to-noise ratio that --loss-weight min_snr weighs by")
 
     def __post_init__(self) -> None:

@@ -49,10 +49,10 @@ class SamplerRow(NamedTuple):
     process: str
     steps: str
     sampler: Callable[..., Sampler]
-    settings: Callable[..., object]
+    settings: type
 
 
-PROCESSES: dict[str, Callable[..., ProcessSettings]] = {"gaussian": GaussianSettings, "flow": FlowMatching}
+PROCESSES: dict[str, type[ProcessSettings]] = {"gaussian": GaussianSettings, "flow": FlowMatching}
 # Process that families are published with, by the units of time of their networks.
 PUBLISHED_PROCESS: dict[TimeConvention, str] = {"index": "gaussian", "unit": "flow"}
 
