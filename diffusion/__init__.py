@@ -1,26 +1,41 @@
-"""Noise processes and sampling; knows no family by name."""
+"""Noise processes, samplers and losses; knows no family by name."""
 
-from diffusion.flow_matching import FlowMatching
-from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
-from diffusion.objective import Batch, Draws, Objective
-from diffusion.processes import PROCESSES, PUBLISHED_PROCESS
-from diffusion.refresh import skip_cache
-from diffusion.sampling import ImageNoise, guided, sample_loop
-from diffusion.schedules import space_timesteps
-from diffusion.sharing import Calibration
+from diffusion.caching import skip_cache
+from diffusion.calibration import Calibration
+from diffusion.flow import FlowMatching
+from diffusion.flow_samplers import AdamsSampler, EulerSampler, HeunSampler
+from diffusion.gaussian import GaussianDiffusion, create_diffusion
+from diffusion.gaussian_samplers import AncestralSampler, DDIMSampler, DPMSolverSampler
+from diffusion.loss import Batch, DiffusionLoss, Draws, row_noise
+from diffusion.registry import PROCESSES, PUBLISHED_PROCESS, SAMPLERS, make_sampler
+from diffusion.sampling import Evaluation, ImageNoise, Reuse, evaluations, guided, sample_loop
+from diffusion.schedules import convert_time, space_timesteps
 
 __all__ = [
     "PROCESSES",
     "PUBLISHED_PROCESS",
+    "SAMPLERS",
+    "AdamsSampler",
+    "AncestralSampler",
     "Batch",
     "Calibration",
+    "DDIMSampler",
+    "DPMSolverSampler",
+    "DiffusionLoss",
     "Draws",
+    "EulerSampler",
+    "Evaluation",
     "FlowMatching",
     "GaussianDiffusion",
+    "HeunSampler",
     "ImageNoise",
-    "Objective",
+    "Reuse",
+    "convert_time",
     "create_diffusion",
+    "evaluations",
     "guided",
+    "make_sampler",
+    "row_noise",
     "sample_loop",
     "skip_cache",
     "space_timesteps",

@@ -1,7 +1,7 @@
-"""Representation alignment: a network's inner features are drawn towards the tokens of a frozen vision encoder.
+"""Representation alignment (REPA): a network's inner features are trained towards those of a frozen vision encoder.
 
-Yu et al., 2024 (REPA, arXiv 2410.06940). An optional part of training: the projector learns with the network, is saved
-and resumed with it, and is no part of the model that images are drawn with.
+Yu et al., 2024 (arXiv 2410.06940). An optional part of training: the projector learns with the network, is saved and
+resumed with it, and is no part of the model that images are sampled from.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 
 class ImageEncoder(Protocol):
-    """What makes the target tokens."""
+    """Encoder of the target tokens."""
 
     width: int
     """Channels of a token."""
@@ -29,14 +29,14 @@ class Alignment(nn.Module):
     """The loss between projected features and an encoder's tokens, on square grids.
 
     Args:
-        encoder: frozen; its weights are no part of this module.
-        features: width of the network's features.
-        block: 1-based number of the block behind which they are taken.
-        weight: of the loss.
-        hidden: width inside the projector; None takes `features`.
+        encoder: Frozen encoder; its weights are no part of this module.
+        features: Width of the network's features.
+        block: 1-based number of the block after which they are taken.
+        weight: Weight of the loss.
+        hidden: Width inside the projector; None takes `features`.
 
     Raises:
-        ValueError: for a block below 1, a hidden width below 1, or a weight that is not positive and finite.
+        ValueError: For a block below 1, a hidden width below 1, or a weight that is not positive and finite.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class Alignment(nn.Module):
         """1 - cosine between projected features and targets, mean over tokens.
 
         Args:
-            features: (N, T, D) of the block asked for.
+            features: (N, T, D) of `block`.
             images: (N, 3, H, W) float in [0, 1].
 
         Returns:
             (N,) float32.
 
         Raises:
-            ValueError: if one of the grids is not square.
+            ValueError: If one of the grids is not square.
         """
         with torch.no_grad():
             targets = resample_tokens(self._encode(images).float(), features.shape[1])
@@ -78,10 +78,10 @@ class Alignment(nn.Module):
         return 1 - functional.cosine_similarity(projected, targets, dim=-1).mean(dim=1)
 
     def add_to(self, losses: dict[str, Tensor], features: Tensor | None, images: Tensor | None) -> dict[str, Tensor]:
-        """A step's losses, (N,) each, with "align" among them and its share in "loss".
+        """Add "align" to a step's losses, (N,) each, and its share to "loss".
 
         Raises:
-            ValueError: if features or images are missing.
+            ValueError: If features or images are missing.
         """
         if features is None or images is None:
             raise ValueError("alignment needs the network's features and the raw images of the batch")
@@ -90,15 +90,15 @@ class Alignment(nn.Module):
 
 
 def resample_tokens(tokens: Tensor, count: int) -> Tensor:
-    """Brings a square grid of tokens to another number of them, bilinearly: (N, T, D) -> (N, count, D).
+    """Resample a square grid of tokens bilinearly: (N, T, D) -> (N, count, D).
 
     Raises:
-        ValueError: if one of the numbers is no square.
+        ValueError: If one of the numbers is no square.
     """
     if tokens.shape[1] == count:
         return tokens
     old, new = math.isqrt(tokens.shape[1]), math.isqrt(count)
     if old**2 != tokens.shape[1] or new**2 != count:
-        raise ValueError(f"{tokens.shape[1]} target tokens cannot be laid over {count}: both grids must be square")
-    grid = tokens.unflatten(1, (old, old)).permute(0, 3, 1, 2)
+        raise ValueError(f"{tokens.shape[1]} target tokens cannot be resampled to {count}: both grids must be square")
+    grid = tokens.reshape(len(tokens), old, old, -1).permute(0, 3, 1, 2)
     return functional.interpolate(grid, size=(new, new), mode="bilinear").flatten(2).transpose(1, 2)

@@ -4,86 +4,164 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.flow import FlowMatching
 from diffusion.sampling import NoiseFn
-from diffusion.schedules import unit_to_network
-
-if TYPE_CHECKING:
-    from models.contract import TimeConvention
+from diffusion.schedules import unit_grid
+from models.contract import TimeConvention
+from runtime.settings import setting
 
 Kind = Literal["ode", "sde", "sde_mean", "sde_preserve"]
 MAX_ORDER = 4
 
 
-class EulerSampler:
+def flow_steps(spec: int | str) -> int:
+    """Number of steps in a flow's step spec.
+
+    Raises:
+        ValueError: If it is not a positive number.
+    """
+    if isinstance(spec, str) and not spec.isdecimal() or int(spec) < 1:
+        raise ValueError(f"step spec {spec!r}: a flow is sampled in a number of steps, such as 50")
+    return int(spec)
+
+
+class _FlowSampler:
+    """Times of a flow's sampler.
+
+    Args:
+        process: Process that the network was trained under.
+        steps: N, a number or its string.
+        shift: Shift of the times, above 1 for more steps near the noise.
+        last_step: Length of the last step before the shift; None makes all equally long.
+        start: Leave out this many of the first steps: x starts as `process.q_sample` at `times[0]`.
+
+    Attributes:
+        process: The process.
+        grid: Flow times from the start to 1, one more than steps.
+        times: Flow time of each evaluation.
+
+    Raises:
+        ValueError: Naming the argument that is out of range.
+    """
+
+    time_convention: ClassVar[TimeConvention] = FlowMatching.time_convention
+    times: tuple[float, ...]
+
+    def __init__(
+        self, process: FlowMatching, steps: int | str, shift: float, last_step: float | None, start: int
+    ) -> None:
+        grid = unit_grid(flow_steps(steps), shift, last_step)
+        if not 0 <= start < len(grid) - 1:
+            raise ValueError(f"the start must be in 0..{len(grid) - 2}, not {start}")
+        self.process, self.grid = process, grid[start:]
+        self.times = self.grid[:-1]
+        self._lengths: list[float] = np.diff(self.grid).tolist()
+
+    def _velocity(self, i: int, x: Tensor, sample: Tensor) -> Tensor:
+        """Velocity of the raw output of evaluation i, in the dtype of x."""
+        return self.process.convert(sample.to(x.dtype), x, self.times[i], "velocity")
+
+
+@dataclass(frozen=True)
+class FlowSamplerSettings:
+    """Settings of every sampler of flows."""
+
+    shift: float = setting(1.0, "shift of a flow's times, above 1 for more steps near the noise", flag="--time-shift")
+    last_step: float | None = setting(None, "length of a flow's last step before the shift", shown="as all others")
+
+
+@dataclass(frozen=True)
+class EulerSettings(FlowSamplerSettings):
+    """Settings of the Euler sampler."""
+
+    kind: Kind = setting("ode", "the ODE, or a stochastic process instead", flag="--sde")
+
+
+class EulerSampler(_FlowSampler):
     """Euler steps of the flow, or of a stochastic process with the same distribution at every time.
 
     The score of the linear path is s = (t v - x) / (1 - t). With noise of strength w = 1 - t a step dt adds to v dt
 
     - "sde": s w dt and noise of variance 2 w dt; "sde_preserve": half of each;
-    - "sde_mean": s w dt alone, which pulls towards the mode.
+    - "sde_mean": s w dt alone, a drift towards the mode.
 
-    The last step is the flow's own, without noise.
+    The last step is the flow's own, without noise. Published results of DDT (arXiv 2504.05741) are those of 250 steps
+    with a last step of 0.04.
 
-    Attributes:
-        grid: N + 1 unit times.
-        times: the network's time of each evaluation.
-
-    Raises:
-        ValueError: for an unknown kind.
-
-    Source: Ma et al., 2024 (SiT, arXiv 2401.08740), whose diffusion may have any strength.
+    Source: Ma et al., 2024 (SiT, arXiv 2401.08740), where the diffusion may have any strength.
     """
 
-    def __init__(self, grid: Sequence[float], *, kind: Kind = "ode", convention: TimeConvention) -> None:
+    def __init__(
+        self,
+        process: FlowMatching,
+        steps: int | str,
+        *,
+        kind: Kind = "ode",
+        shift: float = 1.0,
+        last_step: float | None = None,
+        start: int = 0,
+    ) -> None:
+        super().__init__(process, steps, shift, last_step, start)
         if kind not in get_args(Kind):
-            raise ValueError(f"{kind!r} is none of {', '.join(get_args(Kind))}")
-        self.grid, self.times = tuple(grid), _network_times(grid[:-1], convention)
-        # (pull of the score, variance of the noise), in units of w dt
-        pull, variance = {"ode": (0, 0), "sde": (1, 2), "sde_mean": (1, 0), "sde_preserve": (0.5, 1)}[kind]
-        # With s w = t v - x, a step is affine in x and v: x <- x_share x + v_share v + deviation noise
+            raise ValueError(f"{kind!r} is not one of {', '.join(get_args(Kind))}")
+        # (drift by the score, variance of the noise), in units of w dt
+        drift, variance = {"ode": (0, 0), "sde": (1, 2), "sde_mean": (1, 0), "sde_preserve": (0.5, 1)}[kind]
+        # With s w = t v - x, a step is affine in x and v: x <- by_x x + by_velocity v + deviation noise
         self._coefficients = [
-            (1 - pull * dt, (1 + pull * t) * dt, math.sqrt(variance * (1 - t) * dt))
-            for t, dt in zip(grid[:-2], np.diff(grid).tolist(), strict=False)
+            (1 - drift * dt, (1 + drift * t) * dt, math.sqrt(variance * (1 - t) * dt))
+            for t, dt in zip(self.times[:-1], self._lengths, strict=False)
         ]
-        self._coefficients.append((1.0, grid[-1] - grid[-2], 0.0))
+        self._coefficients.append((1.0, self._lengths[-1], 0.0))
 
     def step(self, i: int, x: Tensor, sample: Tensor, noise_fn: NoiseFn) -> Tensor:
-        """One step; the stochastic kinds draw noise in all but the last."""
-        x_share, v_share, deviation = self._coefficients[i]
-        moved = torch.add(x if x_share == 1 else x_share * x, _velocity(sample, x), alpha=v_share)
-        return torch.add(moved, noise_fn(x), alpha=deviation) if deviation else moved
+        """One step; the stochastic kinds add noise in all but the last."""
+        by_x, by_velocity, deviation = self._coefficients[i]
+        mean = torch.add(x if by_x == 1 else by_x * x, self._velocity(i, x, sample), alpha=by_velocity)
+        return torch.add(mean, noise_fn(x), alpha=deviation) if deviation else mean
 
 
-class HeunSampler:
-    """Heun's method: an Euler step to look ahead, then the mean of both velocities; the last step is Euler's.
+@dataclass(frozen=True)
+class HeunSettings(FlowSamplerSettings):
+    """Settings of the Heun sampler."""
 
-    Exact, each look ahead costs an evaluation of its own: 2 N - 1 in all. Otherwise the velocity found there serves as
-    the first of the next step: N in all.
+    exact: bool = setting(False, "evaluate twice a step", flag="--heun-exact")
 
-    Attributes:
-        grid: N + 1 unit times.
-        times: the network's time of each evaluation.
+
+class HeunSampler(_FlowSampler):
+    """Heun's method: an Euler step to predict, then the mean of both velocities; the last step is Euler's.
+
+    If exact, each predicted point has an evaluation of its own: 2 N - 1 in all. Otherwise its velocity serves as the
+    first of the next step: N in all.
     """
 
-    def __init__(self, grid: Sequence[float], *, exact: bool = False, convention: TimeConvention) -> None:
-        self.grid, self.exact = tuple(grid), exact
-        visits = [t for t in grid[1:-1] for _ in range(2 if exact else 1)]
-        self.times = _network_times([grid[0], *visits], convention)
-        self._lengths = np.diff(grid).tolist()
-        self._start: tuple[Tensor, Tensor] | None = None  # x and velocity where the step under way began
+    def __init__(
+        self,
+        process: FlowMatching,
+        steps: int | str,
+        *,
+        exact: bool = False,
+        shift: float = 1.0,
+        last_step: float | None = None,
+        start: int = 0,
+    ) -> None:
+        super().__init__(process, steps, shift, last_step, start)
+        self.exact = exact
+        self.times = (self.grid[0], *(t for t in self.grid[1:-1] for _ in range(2 if exact else 1)))
+        self._start: tuple[Tensor, Tensor] | None = None  # x and velocity at the start of the current step
 
     def step(self, i: int, x: Tensor, sample: Tensor, noise_fn: NoiseFn) -> Tensor:
-        """Moves to where the next velocity is wanted: ahead, or to the end of the step."""
-        velocity = _velocity(sample, x)
+        """Move to the point of the next evaluation: the predicted one, or the end of the step."""
+        velocity = self._velocity(i, x, sample)
         if i == 0:
             self._start = None
-        number = (i + 1) // 2 if self.exact else i  # of the step that begins here, or before the look ahead
+        number = (i + 1) // 2 if self.exact else i  # of the step that starts here, or whose end was predicted
         if self._start is not None:
             (x, first), dt = self._start, self._lengths[number - 1]
             x, self._start = torch.add(x, first + velocity, alpha=dt / 2), None
@@ -94,52 +172,68 @@ class HeunSampler:
         return torch.add(x, velocity, alpha=self._lengths[number])
 
 
-class AdamsSampler:
+@dataclass(frozen=True)
+class AdamsSettings(FlowSamplerSettings):
+    """Settings of the Adams-Bashforth sampler."""
+
+    order: int = setting(2, "number of velocities that a step uses, 1 to 4", flag="--adams-order")
+
+
+class AdamsSampler(_FlowSampler):
     """Adams-Bashforth: the velocities of the last evaluations, extrapolated over the step by a polynomial in time.
 
-    The first steps have fewer velocities behind them, and a lower order.
+    The first steps have fewer earlier velocities, and a lower order. For 5 to 12 evaluations, order 2 with a shift of 2
+    is best in the few-step results of arXiv 2504.05741.
+
+    Args:
+        order: Number of velocities that a step uses, 1 to 4.
+        in_log_snr: Extrapolate in the logarithm of the signal-to-noise ratio instead of in time.
 
     Attributes:
-        grid: N + 1 unit times.
-        times: the network's time of each evaluation.
-        weights: of the velocities of each step, oldest first; they sum to 1.
-
-    Raises:
-        ValueError: for an order outside 1..4.
+        weights: Weights of the velocities of each step, oldest first; they sum to 1.
     """
 
     def __init__(
-        self, grid: Sequence[float], *, order: int = 2, in_log_snr: bool = False, convention: TimeConvention
+        self,
+        process: FlowMatching,
+        steps: int | str,
+        *,
+        order: int = 2,
+        in_log_snr: bool = False,
+        shift: float = 1.0,
+        last_step: float | None = None,
+        start: int = 0,
     ) -> None:
+        super().__init__(process, steps, shift, last_step, start)
         if not 1 <= order <= MAX_ORDER:
-            raise ValueError(f"the order must lie in 1..{MAX_ORDER}, not {order}")
-        self.grid, self.times = tuple(grid), _network_times(grid[:-1], convention)
-        nodes = [log_snr(t) for t in grid] if in_log_snr else list(grid)
-        self._lengths = np.diff(grid).tolist()
-        self.weights = [adams_weights(nodes[max(0, i + 1 - order) : i + 1], nodes[i + 1]) for i in range(len(grid) - 1)]
+            raise ValueError(f"the order must be in 1..{MAX_ORDER}, not {order}")
+        nodes = [log_snr(t) for t in self.grid] if in_log_snr else list(self.grid)
+        self.weights = [
+            adams_weights(nodes[max(0, i + 1 - order) : i + 1], nodes[i + 1]) for i in range(len(self.times))
+        ]
         self._history: list[Tensor] = []
 
     def step(self, i: int, x: Tensor, sample: Tensor, noise_fn: NoiseFn) -> Tensor:
-        """One step from the velocities that are remembered."""
+        """One step from the remembered velocities."""
         weights = self.weights[i]
         earlier = self._history[len(self._history) + 1 - len(weights) :]  # none at i = 0
-        self._history = [*earlier, _velocity(sample, x)]
+        self._history = [*earlier, self._velocity(i, x, sample)]
         for velocity, weight in zip(self._history, weights, strict=True):
             x = torch.add(x, velocity, alpha=weight * self._lengths[i])
         return x
 
 
 def adams_weights(nodes: Sequence[float], end: float) -> tuple[float, ...]:
-    """Shares of values at nodes in the mean, from the last node to `end`, of the polynomial through them.
+    """Weights of values at nodes in the mean, from the last node to `end`, of the polynomial through them.
 
     Args:
-        nodes: distinct and ascending.
-        end: beyond the last one.
+        nodes: Distinct and ascending.
+        end: Above the last one.
 
     Returns:
         One weight per node, exact but for rounding; they sum to 1.
     """
-    # Measured from the last node in units of the step: antiderivatives at absolute times would cancel.
+    # Distances from the last node in units of the step: antiderivatives at absolute times would cancel.
     places = (np.asarray(nodes, dtype=np.float64) - nodes[-1]) / (end - nodes[-1])
     weights = []
     for j, place in enumerate(places):
@@ -152,18 +246,3 @@ def adams_weights(nodes: Sequence[float], end: float) -> tuple[float, ...]:
 def log_snr(t: float) -> float:
     """Logarithm of t / (1 - t), kept finite at both ends as the released samplers do."""
     return math.log(max(t, 1e-3) / (1 - t + 1e-3))
-
-
-def _network_times(times: Sequence[float], convention: TimeConvention) -> tuple[float, ...]:
-    return tuple(unit_to_network(t, convention) for t in times)
-
-
-def _velocity(sample: Tensor, x: Tensor) -> Tensor:
-    """A raw output in the dtype of x.
-
-    Raises:
-        ValueError: if it is no velocity of x.
-    """
-    if sample.shape != x.shape:  # other channels might still broadcast
-        raise ValueError(f"the network puts out {tuple(sample.shape)}; a velocity of x is {tuple(x.shape)}")
-    return sample.to(x.dtype)

@@ -1,208 +1,361 @@
-"""The sampling loop, guidance, and noise that belongs to an image.
+"""The sampling loop, its table of evaluations, guidance, reuse of state, and noise that belongs to an image.
 
-There is one loop, and it knows neither families nor samplers nor accelerators: a sampler says at which times the
-network is evaluated and how a raw output moves x, `guided` says what is evaluated, `refresh` says when state that the
-network handed out is thrown away. All decisions come from host numbers; the loop never waits for the device.
+There is one loop. It knows no family, sampler or accelerator: a sampler has the times of the evaluations and moves x by
+a raw output; the table (`evaluations`) has the guidance scale of each and what it may reuse; `guided` evaluates the
+network. All of it is host numbers made before the run, so the loop never waits for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.schedules import convert_time
+from models.contract import Conditioning, ModelOutput, TimeConvention
 from runtime.seeds import image_seed
 
-if TYPE_CHECKING:
-    from models.contract import ModelOutput
-
 NoiseFn = Callable[[Tensor], Tensor]
-StepHook = Callable[[int, Tensor, "ModelOutput"], None]
+StepHook = Callable[[int, Tensor, ModelOutput], Tensor | None]
 
 
-class Denoise(Protocol):
-    """A network with its labels and guidance bound."""
+class Evaluation(NamedTuple):
+    """One row of a sampling run: what happens before step i of the sampler.
 
-    def __call__(self, x: Tensor, t: float | Tensor, state: Any = None, /) -> ModelOutput:
-        """Evaluates at x (N, C, H, W) and time t, reusing `state` unless it is None."""
+    Attributes:
+        t: Process time, a host number (or (N,), which samplers do not use).
+        scale: Guidance scale; 1 is the plain conditional output.
+        guided: The unconditional rows are evaluated too.
+        refresh: State is computed anew, instead of reused.
+        call: The network is called at all; False is a forecast.
+    """
+
+    t: float | Tensor
+    scale: float = 1.0
+    guided: bool = False
+    refresh: bool = True
+    call: bool = True
+
+
+class Denoiser(Protocol):
+    """A network with its conditioning and guidance bound."""
+
+    def __call__(self, x: Tensor, evaluation: Evaluation, state: Any = None, /) -> ModelOutput:
+        """Evaluate at x (N, ..., C, H, W), reusing `state` unless it is None."""
         ...
 
 
 class Sampler(Protocol):
-    """Where to evaluate, and how to move."""
+    """Times of the evaluations, and how each moves x."""
 
     times: tuple[float, ...]
-    """One host number per network evaluation, in the network's units."""
+    """One host number per network evaluation, in the process's time."""
+
+    @property
+    def time_convention(self) -> TimeConvention:
+        """The process's."""
+        ...
 
     def step(self, i: int, x: Tensor, sample: Tensor, noise_fn: NoiseFn) -> Tensor:
-        """Moves x (N, C, H, W) after evaluation i; returns a new tensor. Stochastic ones call `noise_fn` once."""
+        """Move x after evaluation i; returns a new tensor. Stochastic samplers call `noise_fn` once."""
         ...
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table of a run
+
+
+def evaluations(
+    times: Sequence[float],
+    scale: float = 1.0,
+    interval: tuple[float, float] | None = None,
+    refresh: Sequence[bool] | None = None,
+    *,
+    always_both: bool = False,
+) -> tuple[Evaluation, ...]:
+    """Make the table of a sampling run.
+
+    Args:
+        times: The sampler's.
+        scale: Guidance scale; at 1 the unconditional rows are never evaluated.
+        interval: Guide only at process times strictly between these bounds, in either order (Kynkaanniemi et al., 2024,
+            arXiv 2404.07724); the scale is 1 outside.
+        refresh: One flag per evaluation, whether state is computed anew; the first must be True. None: always.
+        always_both: Evaluate the unconditional rows outside the interval too, so that all states have the same rows.
+
+    Raises:
+        ValueError: If `refresh` does not fit the times, or the interval is empty.
+    """
+    fresh = [True] * len(times) if refresh is None else [bool(flag) for flag in refresh]
+    if len(fresh) != len(times):
+        raise ValueError(f"the refresh schedule has {len(fresh)} flags for {len(times)} evaluations")
+    if fresh and not fresh[0]:
+        raise ValueError("the first evaluation of a refresh schedule must be a refresh: there is no state to reuse")
+    scales = [scale if interval is None or _inside(t, interval) else 1.0 for t in times]
+    # State made on N rows cannot serve 2 N rows: within a reuse window (a refresh up to the next), all or none.
+    window = np.cumsum(fresh)
+    with_both = {w for w, value in zip(window, scales, strict=True) if value != 1 or (always_both and scale != 1)}
+    return tuple(
+        Evaluation(t, value, bool(w in with_both), flag)
+        for t, value, w, flag in zip(times, scales, window, fresh, strict=True)
+    )
+
+
+def _inside(t: float, interval: tuple[float, float]) -> bool:
+    # Strict bounds in float32: the released samplers compare so, and evaluations fall on bounds.
+    low, high = sorted(np.float32(bound) for bound in interval)
+    if not low < high:
+        raise ValueError(f"the guidance interval ({interval[0]:g}, {interval[1]:g}) is empty")
+    return bool(low < np.float32(t) < high)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reuse of state
+
+
+class Cache(Protocol):
+    """Decides what an evaluation without refresh reuses."""
+
+    def clear(self) -> None:
+        """Forget everything, at the start of a run."""
+        ...
+
+    def get(self, evaluation: Evaluation, /) -> Any:
+        """State for an evaluation; None to compute it anew."""
+        ...
+
+    def put(self, evaluation: Evaluation, output: ModelOutput, /) -> None:
+        """Remember an evaluation's state."""
+        ...
+
+
+class Reuse:
+    """Reuse of the last state, as by Skip-Cache and encoder sharing."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+
+    def clear(self) -> None:
+        """Forget the state."""
+        self._state = None
+
+    def get(self, evaluation: Evaluation, /) -> Any:
+        """The last state, or None at a refresh."""
+        return None if evaluation.refresh else self._state
+
+    def put(self, evaluation: Evaluation, output: ModelOutput, /) -> None:
+        """Remember the state."""
+        self._state = output.state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
 
 
 @torch.no_grad()
 def sample_loop(
-    denoise: Denoise,
+    denoise: Denoiser,
     sampler: Sampler,
     x: Tensor,
-    refresh: Sequence[bool] | None = None,
+    run: Sequence[Evaluation],
+    *,
+    cache: Cache | None = None,
     noise_fn: NoiseFn = torch.randn_like,
     on_step: StepHook | None = None,
 ) -> Tensor:
-    """Carries x through all evaluations of a sampler.
+    """Carry x through all evaluations of a sampler.
 
     Args:
-        denoise: from `guided`, or any network bound to its labels.
-        sampler: such as `create_diffusion("250").ancestral()`.
-        x: (N, C, H, W) float32 starting noise (for a reverse sampler: images).
-        refresh: one flag per evaluation, whether kept state is recomputed; the first must be True. None: always.
-        noise_fn: gives noise like x, called once a step in order by stochastic samplers.
-        on_step: called as on_step(i, x, out) after each step.
+        denoise: From `guided`, or any function of its kind.
+        sampler: Such as `DDIMSampler(create_diffusion(), "ddim50")`.
+        x: (N, ..., C, H, W) float32 starting noise (for a reverse sampler: samples).
+        run: From `evaluations(sampler.times, ...)`.
+        cache: State between evaluations; None reuses the last one where `run` has no refresh.
+        noise_fn: Returns noise like x; called once a step in order by stochastic samplers.
+        on_step: Called as on_step(i, x, out) after each step; a tensor it returns replaces x.
 
     Returns:
-        (N, C, H, W) float32.
+        The samples, like x.
 
     Raises:
-        ValueError: if `refresh` does not fit the sampler.
+        ValueError: If the run, the sampler and `denoise` do not fit.
     """
-    check_refresh(refresh, len(sampler.times))
-    state = None
-    for i, t in enumerate(sampler.times):
-        if refresh is None or refresh[i]:
-            state = None
-        out = denoise(x, t, state)
-        state = out.state
+    _check_run(denoise, sampler, run)
+    cache = Reuse() if cache is None else cache
+    cache.clear()
+    for i, evaluation in enumerate(run):
+        out = denoise(x, evaluation, cache.get(evaluation))
+        cache.put(evaluation, out)
         x = sampler.step(i, x, out.sample, noise_fn)
-        if on_step is not None:
-            on_step(i, x, out)
+        replaced = None if on_step is None else on_step(i, x, out)
+        x = x if replaced is None else replaced
     return x
 
 
-def check_refresh(refresh: Sequence[bool] | None, evaluations: int) -> None:
-    """Refuses a refresh schedule of another length, or one that starts with nothing to reuse.
+def _check_run(denoise: Denoiser, sampler: Sampler, run: Sequence[Evaluation]) -> None:
+    if len(run) != len(sampler.times):
+        raise ValueError(f"the run has {len(run)} evaluations, the sampler {len(sampler.times)}")
+    if run and not run[0].refresh:
+        raise ValueError("the first evaluation of a run must be a refresh: there is no state to reuse")
+    own, convention = (getattr(part, "time_convention", None) for part in (sampler, denoise))
+    if None not in (own, convention) and own != convention:
+        raise ValueError(
+            f"the sampler's times are in {own!r} and `denoise` expects {convention!r}; "
+            "give guided(..., times=sampler.time_convention)"
+        )
 
-    Raises:
-        ValueError: saying which.
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Guidance
+
+
+class Guided:
+    """A network with its conditioning and guidance bound, from `guided`.
+
+    Attributes:
+        time_convention: Of the evaluations' times; None takes them as they are.
     """
-    if refresh is None:
-        return
-    if len(refresh) != evaluations:
-        raise ValueError(f"the refresh schedule has {len(refresh)} flags for {evaluations} evaluations")
-    if evaluations and not refresh[0]:
-        raise ValueError("the first evaluation of a refresh schedule must be a refresh: there is no state to reuse")
+
+    def __init__(
+        self,
+        network: Callable[..., ModelOutput],
+        cond: Conditioning,
+        second: Conditioning | Callable[..., ModelOutput] | None,
+        times: TimeConvention | None,
+        channels: int | None,
+    ) -> None:
+        self._network, self._cond, self._channels = network, dict(cond), channels
+        self._second: Callable[..., ModelOutput] | None = None
+        self._both: dict[str, Tensor] | None = None  # conditioning of [conditional; unconditional] rows
+        if callable(second):
+            self._second = second
+        elif second is not None:
+            self._both = _doubled(cond, second)
+        self._convention: TimeConvention | None = getattr(network, "time_convention", times)
+        self.time_convention = self._convention if times is None else times
+
+    def __call__(self, x: Tensor, evaluation: Evaluation, state: Any = None, /) -> ModelOutput:
+        """Evaluate at x (N, ..., C, H, W).
+
+        Returns:
+            Output of N rows, whose `state` belongs to all rows that were evaluated.
+
+        Raises:
+            ValueError: If the evaluation is a forecast, or guided without anything to guide by.
+        """
+        if not evaluation.call:
+            raise ValueError(f"evaluation at {evaluation.t} does not call the network: it needs a forecast")
+        if not evaluation.guided:
+            return self._network(x, self._time(evaluation.t, self._network), state=state, **self._cond)
+        if self._second is not None:
+            return self._guide_by_second(x, evaluation, state, self._second)
+        if self._both is None:
+            raise ValueError(f"guidance scale {evaluation.scale:g} needs unconditional rows or a second network")
+        return self._guide_by_rows(x, evaluation, state, self._both)
+
+    def _guide_by_rows(self, x: Tensor, evaluation: Evaluation, state: Any, both: dict[str, Tensor]) -> ModelOutput:
+        """One evaluation of [conditional; unconditional] rows."""
+        t = evaluation.t
+        rows = self._time(torch.cat([t, t]) if isinstance(t, Tensor) else t, self._network)
+        out = self._network(torch.cat([x, x]), rows, state=state, **both)
+        first, second = out.sample.chunk(2)
+        return out._replace(sample=self._mix(x, first, second, evaluation.scale))
+
+    def _guide_by_second(
+        self, x: Tensor, evaluation: Evaluation, state: Any, second: Callable[..., ModelOutput]
+    ) -> ModelOutput:
+        """One evaluation of each network."""
+        of_first, of_second = (None, None) if state is None else state
+        out = self._network(x, self._time(evaluation.t, self._network), state=of_first, **self._cond)
+        other = second(x, self._time(evaluation.t, second), state=of_second)
+        kept = None if out.state is None and other.state is None else (out.state, other.state)
+        return out._replace(sample=self._mix(x, out.sample, other.sample, evaluation.scale), state=kept)
+
+    def _mix(self, x: Tensor, first: Tensor, second: Tensor, scale: float) -> Tensor:
+        """Second + scale * (first - second) on the guided channels, first's values on all others."""
+        if scale == 1:
+            return first
+        first, second = first.to(x.dtype), second.to(x.dtype)  # a scale multiplies half-precision rounding
+        count = x.shape[-3] if self._channels is None else min(self._channels, x.shape[-3])
+        kept = first.narrow(-3, count, first.shape[-3] - count)
+        first, second = first.narrow(-3, 0, count), second.narrow(-3, 0, count)
+        mixed = torch.add(second, first - second, alpha=scale)
+        return torch.cat([mixed, kept], dim=-3) if kept.shape[-3] else mixed
+
+    def _time(self, t: float | Tensor, network: object) -> float | Tensor:
+        """An evaluation's time in the units of one of the networks."""
+        target = getattr(network, "time_convention", self._convention)
+        if self.time_convention is None or target is None:
+            return t
+        return convert_time(t, self.time_convention, target)
 
 
 def guided(
     network: Callable[..., ModelOutput],
-    y: Tensor,
-    y_null: Tensor | int | None,
-    scale: float,
+    cond: Conditioning,
+    second: Conditioning | Callable[..., ModelOutput] | None = None,
+    *,
+    times: TimeConvention | None = None,
     channels: int | None = None,
-    interval: tuple[float, float] | None = None,
-    times: Sequence[float] | None = None,
-    refresh: Sequence[bool] | None = None,
-    always_both: bool = False,
-) -> Denoise:
-    """Binds labels and classifier-free guidance (Ho and Salimans, 2022) to a network: the only place that doubles rows.
+) -> Guided:
+    """Bind conditioning and guidance to a network: the only place that doubles rows.
 
-    Guided channels become null + scale * (conditional - null); all others keep the conditional values.
+    Guided channels become second + scale * (first - second), with the scale of each evaluation.
 
     Args:
-        network: anything with the contract's forward.
-        y: (N,) int64 labels.
-        y_null: the null class, as a number or an (N,) tensor; not used at scale 1.
-        scale: 1 is the plain conditional forward, evaluated on N rows.
-        channels: how many leading channels of x are guided; None guides all. 3 reproduces the official DiT releases.
-        interval: guide only at times strictly between these bounds, compared in float32 (Kynkaanniemi et al., 2024).
-        times: the sampler's times; needed with an interval.
-        refresh: the refresh schedule in use, if any. State made on N rows cannot serve 2 N rows, so within a reuse
-            window (a refresh up to the next) both halves run if any evaluation of the window is guided.
-        always_both: run both halves whatever the interval, so that all states are of the same rows.
-
-    Returns:
-        A `Denoise` of N rows whose `state` belongs to the rows that were evaluated.
+        network: A network, or any function with its signature. If it has no `time_convention`, it takes process times.
+        cond: Conditioning of N rows.
+        second: The unconditional rows, for classifier-free guidance (Ho and Salimans, 2022, arXiv 2207.12598): the same
+            network is evaluated once on [conditional; unconditional] rows. Or another network with its conditioning
+            bound, called as second(x, t, state=state), for autoguidance (Karras et al., 2024, arXiv 2406.02507); its
+            times are those of `network` unless it has a `time_convention`. None: the runs have no guided evaluation.
+        times: Convention of the process's times, such as `sampler.time_convention`; None: the network's own.
+        channels: Guide only this many leading channels of x; None guides all. 3 is that of the official DiT releases.
 
     Raises:
-        ValueError: if an interval is empty or comes without times, or guidance without a null class.
+        ValueError: If the network does not take this conditioning, or the unconditional rows do not fit it.
     """
-    if scale == 1:
-        return lambda x, t, state=None, /: network(x, t, y, state)
-    if y_null is None:
-        raise ValueError(f"guidance scale {scale} needs a null class")
-    if interval is not None and not interval[0] < interval[1]:
-        raise ValueError(f"the guidance interval ({interval[0]:g}, {interval[1]:g}) is empty")
-    if interval is not None and times is None:
-        raise ValueError("a guidance interval needs the sampler's times")
-    both_halves = None if interval is None or always_both else _halves_by_evaluation(times or (), interval, refresh)
-
-    def runs_both(t: float | Tensor, fresh: bool) -> bool:
-        if both_halves is None:
-            return True
-        if isinstance(t, Tensor) or (t, fresh) not in both_halves:
-            raise ValueError(f"guidance with an interval was prepared for the sampler's own times, not for {t}")
-        return both_halves[t, fresh]
-
-    labels = torch.cat([y, torch.as_tensor(y_null, device=y.device).expand_as(y)])
-
-    def denoise(x: Tensor, t: float | Tensor, state: Any = None, /) -> ModelOutput:
-        if not runs_both(t, state is None):
-            return network(x, t, y, state)
-        rows = torch.cat([t, t]) if isinstance(t, Tensor) else t
-        out = network(torch.cat([x, x]), rows, labels, state)
-        if interval is not None and not _inside(float(t), interval):
-            return out._replace(sample=out.sample[: len(x)])
-        conditional, null = out.sample.to(x.dtype).chunk(2)  # a scale multiplies half-precision rounding
-        count = x.shape[-3] if channels is None else min(channels, x.shape[-3])
-        kept = conditional.narrow(-3, count, conditional.shape[-3] - count)
-        conditional, null = conditional.narrow(-3, 0, count), null.narrow(-3, 0, count)
-        mixed = torch.add(null, conditional - null, alpha=scale)
-        return out._replace(sample=torch.cat([mixed, kept], dim=-3) if kept.shape[-3] else mixed)
-
-    return denoise
+    names = getattr(network, "conditioning", None)
+    unknown = [] if names is None else [name for name in cond if name not in names]
+    if unknown:
+        takes = f"takes {', '.join(names)}" if names else "takes none"
+        raise ValueError(f"the network has no conditioning {', '.join(map(repr, unknown))}; it {takes}")
+    return Guided(network, cond, second, times, channels)
 
 
-def _inside(t: float, interval: tuple[float, float]) -> bool:
-    """Strict bounds in float32: the arithmetic of the released samplers decides about evaluations on a bound."""
-    low, high = (np.float32(bound) for bound in interval)
-    return bool(low < np.float32(t) < high)
+def _doubled(cond: Conditioning, second: Conditioning) -> dict[str, Tensor]:
+    """Conditioning of the rows [conditional; unconditional]."""
+    if cond.keys() != second.keys():
+        raise ValueError(f"the unconditional rows have {sorted(second)}, the conditional ones {sorted(cond)}")
+    for name, value in cond.items():
+        if second[name].shape != value.shape:
+            raise ValueError(
+                f"the unconditional rows of {name!r} have shape {tuple(second[name].shape)}, "
+                f"the conditional ones {tuple(value.shape)}"
+            )
+    return {name: torch.cat([value, second[name]]) for name, value in cond.items()}
 
 
-def _halves_by_evaluation(
-    times: Sequence[float], interval: tuple[float, float], refresh: Sequence[bool] | None
-) -> dict[tuple[float, bool], bool]:
-    """Whether both halves run, by (time, does the evaluation start from nothing).
-
-    The pair tells evaluations apart even where a sampler visits a time twice in a row: of two visits either one is the
-    refresh, or both lie in the same window, or each is a window of its own with the same time.
-    """
-    check_refresh(refresh, len(times))
-    fresh = [True] * len(times) if refresh is None else list(refresh)
-    starts = [i for i, flag in enumerate(fresh) if flag] + [len(times)]
-    halves: dict[tuple[float, bool], bool] = {}
-    for start, stop in zip(starts[:-1], starts[1:], strict=True):
-        both = any(_inside(t, interval) for t in times[start:stop])
-        for i in range(start, stop):
-            halves[times[i], fresh[i]] = both
-            # A network that keeps no state starts every evaluation from nothing, whatever the schedule says.
-            halves.setdefault((times[i], True), _inside(times[i], interval))
-    return halves
+# ----------------------------------------------------------------------------------------------------------------------
+# Noise
 
 
 class ImageNoise:
-    """Noise of numbered images: image i gets the same numbers in any batch, on any rank, at any world size.
+    """Noise of numbered images or clips: number i has the same noise in any batch, on any rank, at any world size.
 
-    Draws come from a generator of the image's own, on the device of the samples, several steps at a time.
+    Every image has a generator of its own, on the device of the samples, read several steps at a time.
 
     Args:
-        seed: of the whole job.
-        indices: absolute image numbers of this batch, each in [0, 2^32).
-        shape: (C, H, W) of one image.
-        device: where x lives. CPU and CUDA generators give different numbers.
+        seed: Seed of the whole job.
+        indices: Absolute image numbers of this batch, each in [0, 2^32).
+        shape: (..., C, H, W) of one image or clip.
+        device: Device of x. CPU and CUDA generators give different numbers.
     """
 
-    STEPS_PER_DRAW = 16  # part of the format: another number would deal the same generator's numbers out differently
+    STEPS_PER_DRAW = 16  # part of the format: with another number the same generator gives other noise to a step
 
     def __init__(
         self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
@@ -213,12 +366,12 @@ class ImageNoise:
         self._used = self.STEPS_PER_DRAW
 
     def initial(self) -> Tensor:
-        """The starting noise x_T, (N, C, H, W) float32; to be called first, and once."""
+        """Starting noise x_T, (N, ..., C, H, W) float32; to be called first, and once."""
         shape = self._buffer.shape[2:]
         return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in self._generators])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The next step's noise, like x, valid until the next call; a `noise_fn` for `sample_loop`."""
+        """Noise of the next step, like x, valid until the next call; a `noise_fn` for `sample_loop`."""
         if self._used == self.STEPS_PER_DRAW:
             for row, generator in zip(self._buffer, self._generators, strict=True):
                 row.normal_(generator=generator)

@@ -66,7 +66,8 @@ class LossSecondMomentSampler(UniformSampler):
         if not self.warmed_up:
             return super().weights()
         p = np.sqrt((self._history**2).mean(axis=1))
-        return p / p.sum() * (1 - self.uniform_prob) + self.uniform_prob / len(p)
+        weights: Array = p / p.sum() * (1 - self.uniform_prob) + self.uniform_prob / len(p)
+        return weights
 
     def update(self, indices: Sequence[int], losses: Sequence[float]) -> None:
         """Remembers losses, oldest first; on several ranks, of all ranks in the same order everywhere.

@@ -1,19 +1,18 @@
-"""Schedules: betas, which timesteps to keep, how to shift time. Functions of numbers, in float64 on the host."""
+"""Schedules and times: betas, respacing, time shifts and conversions. Float64 on the host, or tensors as given."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from models.contract import TimeConvention
+from models.contract import TimeConvention
 
 Array = npt.NDArray[np.float64]
-Time = TypeVar("Time", float, Tensor)
+Time = TypeVar("Time", float, Tensor, float | Tensor)
 
 BETA_SCHEDULES = ("linear", "squaredcos_cap_v2")
 
@@ -22,7 +21,7 @@ def named_betas(name: str, num_timesteps: int) -> Array:
     """Betas of a named schedule that scales with the number of timesteps.
 
     Args:
-        name: "linear" (Ho et al., 2020, endpoints 1e-4 and 2e-2 at 1000 steps, scaled by 1000 / T) or
+        name: "linear" (Ho et al., 2020; endpoints 1e-4 and 2e-2 at 1000 steps, scaled by 1000 / T) or
             "squaredcos_cap_v2" (Nichol and Dhariwal, 2021, section 3.2, capped at 0.999).
         num_timesteps: T.
 
@@ -30,14 +29,14 @@ def named_betas(name: str, num_timesteps: int) -> Array:
         (T,) float64 in (0, 1].
 
     Raises:
-        ValueError: for an unknown name, or a T at which "linear" leaves (0, 1] (T < 20).
+        ValueError: For an unknown name, or a T at which "linear" leaves (0, 1] (T < 20).
     """
     if name == "linear":
         scale = 1000 / num_timesteps
-        return _valid(np.linspace(scale * 1e-4, scale * 2e-2, num_timesteps, dtype=np.float64))
+        return _checked(np.linspace(scale * 1e-4, scale * 2e-2, num_timesteps, dtype=np.float64))
     if name == "squaredcos_cap_v2":
         edges = np.cos((np.arange(num_timesteps + 1) / num_timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
-        return _valid(np.minimum(1 - edges[1:] / edges[:-1], 0.999))
+        return _checked(np.minimum(1 - edges[1:] / edges[:-1], 0.999))
     raise ValueError(f"unknown noise schedule {name!r}; known: {', '.join(BETA_SCHEDULES)}")
 
 
@@ -46,44 +45,69 @@ def endpoint_betas(name: str, start: float, end: float, num_timesteps: int) -> A
 
     Args:
         name: "quad", "linear", "warmup10", "warmup50", "const" or "jsd".
-        start: first beta (where the schedule has one of its own).
-        end: last beta.
+        start: First beta, where the schedule has one of its own.
+        end: Last beta.
         num_timesteps: T.
 
     Returns:
         (T,) float64 in (0, 1].
 
     Raises:
-        ValueError: for an unknown name or betas outside (0, 1].
+        ValueError: For an unknown name, or betas outside (0, 1].
     """
+    betas = np.full(num_timesteps, end, dtype=np.float64)
     if name == "quad":
         betas = np.linspace(start**0.5, end**0.5, num_timesteps, dtype=np.float64) ** 2
     elif name == "linear":
         betas = np.linspace(start, end, num_timesteps, dtype=np.float64)
     elif name in ("warmup10", "warmup50"):
         rising = int(num_timesteps * int(name[-2:]) / 100)
-        betas = np.full(num_timesteps, end, dtype=np.float64)
         betas[:rising] = np.linspace(start, end, rising, dtype=np.float64)
-    elif name == "const":
-        betas = np.full(num_timesteps, end, dtype=np.float64)
     elif name == "jsd":
         betas = 1.0 / np.arange(num_timesteps, 0, -1, dtype=np.float64)
-    else:
+    elif name != "const":
         raise ValueError(f"unknown noise schedule {name!r}; known: quad, linear, warmup10, warmup50, const, jsd")
-    return _valid(betas)
+    return _checked(betas)
 
 
-def _valid(betas: Array) -> Array:
+def _checked(betas: Array) -> Array:
     if not ((betas > 0) & (betas <= 1)).all():
-        raise ValueError(f"betas must lie in (0, 1], but range over [{betas.min():.4g}, {betas.max():.4g}]")
+        raise ValueError(f"betas must be in (0, 1], but range over [{betas.min():.4g}, {betas.max():.4g}]")
     return betas
 
 
+def gaussian_tables(betas: Array) -> dict[str, Array]:
+    """Coefficients of a Gaussian process, (T,) float64 each. Names as in the papers' code; abar: `alphas_cumprod`."""
+    alphas_cumprod = np.cumprod(1 - betas)
+    previous = np.append(1.0, alphas_cumprod[:-1])
+    posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
+    # The first posterior variance is 0, so its logarithm is taken from the second. A single step has no second one
+    # (the official code fails there), and beta is the only variance at hand.
+    second = posterior_variance[1] if len(betas) > 1 else betas[0]
+    return {
+        "betas": betas,
+        "alphas_cumprod": alphas_cumprod,
+        "alphas_cumprod_prev": previous,
+        "alphas_cumprod_next": np.append(alphas_cumprod[1:], 0.0),
+        "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
+        "log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_cumprod),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_cumprod - 1),
+        "posterior_variance": posterior_variance,
+        "posterior_log_variance_clipped": np.log(np.append(second, posterior_variance[1:])),
+        "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - alphas_cumprod),
+        "posterior_mean_coef2": (1 - previous) * np.sqrt(1 - betas) / (1 - alphas_cumprod),
+        "log_betas": np.log(betas),
+        "log_fixed_large": np.log(np.append(second, betas[1:])),
+    }
+
+
 def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> list[int]:
-    """Chooses the timesteps of a shorter process.
+    """Choose the timesteps of a shorter process.
 
     Args:
-        num_timesteps: length of the original process.
+        num_timesteps: Length of the original process.
         spec: "ddimN" for N steps at one fixed stride from 0 (Song et al., 2021); or counts per equal section, as
             "250", "10,15,20" or a sequence of numbers (Nichol and Dhariwal, 2021); "" keeps everything.
 
@@ -91,7 +115,7 @@ def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> list[int]:
         The kept indices, ascending, distinct.
 
     Raises:
-        ValueError: naming the spec, if it cannot be met.
+        ValueError: If the spec is malformed or asks for more steps than there are.
     """
     if isinstance(spec, str):
         if spec == "":
@@ -122,11 +146,11 @@ def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> list[int]:
 
 
 def _fixed_stride(num_timesteps: int, spec: str) -> list[int]:
-    (wanted,) = _integers([spec.removeprefix("ddim")], spec)
+    (count,) = _integers([spec.removeprefix("ddim")], spec)
     for stride in range(1, num_timesteps):
-        if len(range(0, num_timesteps, stride)) == wanted:
+        if len(range(0, num_timesteps, stride)) == count:
             return list(range(0, num_timesteps, stride))
-    raise ValueError(f"step spec {spec!r}: no integer stride through {num_timesteps} timesteps makes {wanted} steps")
+    raise ValueError(f"step spec {spec!r}: no integer stride through {num_timesteps} timesteps makes {count} steps")
 
 
 def _integers(texts: Sequence[str | int], spec: str | Sequence[int]) -> list[int]:
@@ -137,11 +161,11 @@ def _integers(texts: Sequence[str | int], spec: str | Sequence[int]) -> list[int
 
 
 def shift_time(t: Time, shift: float) -> Time:
-    """Moves unit time towards noise: t / (t + (1 - t) * shift), with 0 = noise and 1 = data.
+    """Move flow time towards noise: t / (t + (1 - t) * shift), with 0 = noise and 1 = data.
 
     Args:
-        t: in [0, 1].
-        shift: positive; 1 leaves t alone; above 1, more of the steps are spent near the noise.
+        t: In [0, 1].
+        shift: Positive. 1 leaves t as it is; above 1, more of the steps are near the noise.
 
     Source: Esser et al., 2024 (arXiv 2403.03206), section 5.3.2, written for data at 1.
     """
@@ -149,68 +173,59 @@ def shift_time(t: Time, shift: float) -> Time:
 
 
 def unit_grid(num_steps: int, shift: float = 1.0, last_step: float | None = None) -> tuple[float, ...]:
-    """Unit times from noise to data: `num_steps` starts at equal distances, then 1; all moved by `shift_time`.
+    """Flow times from noise to data: `num_steps` starts at equal distances, then 1; all moved by `shift_time`.
 
     Args:
         num_steps: N.
-        shift: of time.
-        last_step: length of the last step before the shift; None, or a single step, makes all steps equally long.
+        shift: Shift of all times.
+        last_step: Length of the last step before the shift; None, or a single step, makes all steps equally long.
 
     Returns:
         N + 1 times, the first 0 and the last 1.
 
     Raises:
-        ValueError: naming the number that makes no grid.
+        ValueError: Naming the argument that is out of range.
     """
     if num_steps < 1:
         raise ValueError(f"the number of steps must be at least 1, not {num_steps}")
-    if not 0 < shift < float("inf"):
-        raise ValueError(f"the time shift must be positive and finite, not {shift}")
+    check_shift(shift)
     if last_step is None or num_steps == 1:
         last_step = 1 / num_steps
     elif not 0 < last_step < 1:
-        raise ValueError(f"the last step must lie in (0, 1), not {last_step}")
+        raise ValueError(f"the last step must be in (0, 1), not {last_step}")
     starts = np.linspace(0, 1 - last_step, num_steps).tolist()
     return tuple(shift_time(t, shift) for t in (*starts, 1.0))
 
 
-def unit_to_network(t: Time, convention: TimeConvention) -> Time:
-    """Says a unit time (0 = noise, 1 = data) in a network's units ("index": 1000 (1 - t), 0 = clean).
+def check_shift(shift: float) -> None:
+    """Check the shift of flow times.
 
     Raises:
-        ValueError: for an unknown convention.
+        ValueError: If it is not positive and finite.
     """
-    if convention == "unit":
+    if not 0 < shift < float("inf"):
+        raise ValueError(f"the time shift must be positive and finite, not {shift}")
+
+
+def convert_time(t: Time, source: TimeConvention, target: TimeConvention) -> Time:
+    """Convert a time between conventions: "index" is 0..999 with 0 = clean, "unit" has 0 = noise and 1 = data.
+
+    Returns:
+        The time in the target's units; `t` itself where the conventions agree.
+
+    Raises:
+        ValueError: For an unknown convention.
+    """
+    for convention in (source, target):
+        if convention not in get_args(TimeConvention):
+            raise ValueError(f"unknown time convention {convention!r}; known: index, unit")
+    if source == target:
         return t
-    if convention == "index":
-        return 1000 * (1 - t)
-    raise ValueError(f"unknown time convention {convention!r}; known: index, unit")
+    return 1 - t / 1000 if target == "unit" else 1000 * (1 - t)
 
 
-def index_to_network(index: Time, convention: TimeConvention) -> Time:
-    """Says a time on the index scale (0..999, 0 = clean) in a network's units ("unit": 0 = noise, 1 = data).
-
-    Raises:
-        ValueError: for an unknown convention.
-    """
-    if convention == "index":
-        return index
-    if convention == "unit":
-        return 1 - index / 1000
-    raise ValueError(f"unknown time convention {convention!r}; known: index, unit")
-
-
-def network_to_index(time: float, convention: TimeConvention) -> float:
-    """Says a network's time on the index scale (0..999, 0 = clean).
-
-    A unit time is a rounded number, and rules on the index scale have bounds that times stand on: the result is rounded
-    to a millionth, so that an index which was said in units comes back as it was.
-
-    Raises:
-        ValueError: for an unknown convention.
-    """
-    if convention == "index":
-        return time
-    if convention == "unit":
-        return round(1000 * (1 - time), 6)
-    raise ValueError(f"unknown time convention {convention!r}; known: index, unit")
+def append_dims(coefficients: Time, x: Tensor) -> Time:
+    """Let coefficients of rows broadcast over x: (N,) becomes (N, 1, ..., 1) of the rank of x; a number stays one."""
+    if isinstance(coefficients, Tensor):
+        return coefficients.view(-1, *(1,) * (x.ndim - 1))
+    return coefficients

@@ -27,9 +27,9 @@ def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Te
     """Log-probability of 8-bit values under a Gaussian integrated over each value's bin.
 
     Args:
-        x: values in [-1, 1] that were 256 equal levels.
-        means: like `x`.
-        log_scales: logarithm of the standard deviation, broadcastable.
+        x: Values in [-1, 1] that were 256 equal levels.
+        means: Like `x`.
+        log_scales: Logarithm of the standard deviation, broadcastable.
 
     Returns:
         Like `x`; the outermost bins reach to infinity.

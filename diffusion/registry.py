@@ -1,0 +1,96 @@
+"""Processes and samplers by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from diffusion.flow import FlowMatching
+from diffusion.flow_samplers import (
+    AdamsSampler,
+    AdamsSettings,
+    EulerSampler,
+    EulerSettings,
+    HeunSampler,
+    HeunSettings,
+)
+from diffusion.gaussian import GaussianSettings
+from diffusion.gaussian_samplers import (
+    AncestralSampler,
+    AncestralSettings,
+    DDIMSampler,
+    DDIMSettings,
+    DPMSolverSampler,
+)
+from diffusion.loss import Process
+from diffusion.sampling import Sampler
+from models.contract import TimeConvention
+
+
+class ProcessSettings(Protocol):
+    """Settings of a process, a dataclass whose fields are flags."""
+
+    def make(self, learn_sigma: bool) -> Process:
+        """Build the process, for a network that predicts a variance or not."""
+        ...
+
+
+class SamplerRow(NamedTuple):
+    """A sampler by its name on the command line.
+
+    Attributes:
+        process: Name of its process.
+        steps: Default step spec.
+        sampler: Its class, called as sampler(process, steps, **settings).
+        settings: Dataclass of its settings.
+    """
+
+    process: str
+    steps: str
+    sampler: Callable[..., Sampler]
+    settings: type
+
+
+PROCESSES: dict[str, type[ProcessSettings]] = {"gaussian": GaussianSettings, "flow": FlowMatching}
+# Process that families are published with, by the units of time of their networks.
+PUBLISHED_PROCESS: dict[TimeConvention, str] = {"index": "gaussian", "unit": "flow"}
+
+SAMPLERS: dict[str, SamplerRow] = {
+    "ddpm": SamplerRow("gaussian", "250", AncestralSampler, AncestralSettings),
+    "ddim": SamplerRow("gaussian", "ddim50", DDIMSampler, DDIMSettings),
+    "dpm++": SamplerRow("gaussian", "20", DPMSolverSampler, AncestralSettings),
+    "euler": SamplerRow("flow", "250", EulerSampler, EulerSettings),
+    "heun": SamplerRow("flow", "50", HeunSampler, HeunSettings),
+    "adams": SamplerRow("flow", "50", AdamsSampler, AdamsSettings),
+}
+# Deterministic sampler of equal steps of each process, for previews in training.
+PREVIEW_SAMPLER = {"gaussian": "ddim", "flow": "euler"}
+
+
+def make_sampler(
+    name: str, process: Process, steps: str | None = None, settings: object = None, *, pixels: bool = False
+) -> Sampler:
+    """Build a sampler of the registry.
+
+    Args:
+        name: Name in `SAMPLERS`.
+        process: Process that the network was trained under.
+        steps: Step spec; None is the sampler's default.
+        settings: Instance of the row's settings; None is all defaults.
+        pixels: x holds pixels in [-1, 1], which predictions are clamped to where `clip_denoised` is None.
+
+    Raises:
+        ValueError: For an unknown name, a sampler of another process, or a setting out of range.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
+    row = SAMPLERS[name]
+    if row.process != process.name:
+        fitting = ", ".join(other for other, row in SAMPLERS.items() if row.process == process.name)
+        raise ValueError(f"sampler {name!r} is of process {row.process!r}, not {process.name!r}; choose from {fitting}")
+    settings = row.settings() if settings is None else settings
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    if values.get("clip_denoised", False) is None:
+        values["clip_denoised"] = pixels
+    return row.sampler(process, row.steps if steps is None else steps, **values)
