@@ -77,7 +77,7 @@ class ExtractConfig:
     shard_size: int = setting(10_240, "images per shard; ImageNet makes 254 files of the default")
     strict: bool = setting(False, "stop at an image that cannot be read, instead of skipping and naming it")
     overwrite: bool = setting(False, "delete the shards in the output folder first")
-    num_workers: int = setting(4, "loader processes per process")
+    num_workers: int = setting(4, "data loading processes per rank")
     device: str | None = setting(None, "cuda where there is one, else cpu", ("cuda", "cpu"))
 
     def __post_init__(self) -> None:
