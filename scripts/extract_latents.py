@@ -19,11 +19,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
+from data.autoencoder import KLAutoencoder, open_autoencoder
+from runtime.config import flag_name, parse_config, setting
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.autoencoder import KLAutoencoder, open_autoencoder
 from data.image_folder import ImageFolder, UnreadableImageError
 from data.latents import (
     FORMAT,
@@ -40,7 +41,6 @@ from data.latents import (
     write_shard,
 )
 from runtime import distributed
-from runtime.config import flag_name, parse_config, setting
 from runtime.distributed import World
 from runtime.errors import UserError, blame, run
 from runtime.files import check_writable

@@ -4,10 +4,10 @@ import os
 import numpy as np
 import pytest
 import torch
+from data.autoencoder import open_autoencoder
 from PIL import Image
 
 from data import open_dataset, open_encoder
-from data.autoencoder import open_autoencoder
 from data.image_folder import ImageFolder
 from data.latents import LatentShards
 from data.pixels import from_uint8
