@@ -129,14 +129,14 @@ class SampleFile:
 
     def _pieces(self) -> dict[int, Piece]:
         """Finished chunks of all processes. A line that a kill cut short has too few words, or a wrong checksum."""
-        found: dict[int, Piece] = {}
+        pieces: dict[int, Piece] = {}
         for path in self.partial.glob("finished.*"):
             for line in path.read_text().splitlines():
                 words = line.split()
                 if len(words) == 2 and all(word.isdigit() for word in words) and int(words[0]) < self.chunks:
                     start, stop = self._rows(int(words[0]))
-                    found[int(words[0])] = Piece(int(words[1]), (stop - start) * self._npz.row_bytes)
-        return found
+                    pieces[int(words[0])] = Piece(int(words[1]), (stop - start) * self._npz.row_bytes)
+        return pieces
 
     def write(self, chunk: int, images: npt.NDArray[np.uint8]) -> None:
         """Store a chunk (n, H, W, C), then record it as finished; rows after the job's end are dropped.

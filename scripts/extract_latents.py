@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -30,6 +30,7 @@ from data.latent_files import (
     INDEX,
     MANIFEST,
     Encoded,
+    Json,
     finished_shard,
     is_finite,
     remove_partial,
@@ -55,17 +56,12 @@ FLAGS = {
     "images": "--data-path",
     "paths_sha256": "--data-path",
     "image_shape": "--image-size",
-    "encoder class": "--vae",
-    "encoder sha256": "--vae",
-    "encoder scaling_factor": "--vae",
-    "encoder shift_factor": "--vae",
-    "encoder latents_mean": "--vae",
-    "encoder latents_std": "--vae",
+    "encoder": "--vae",
     "row_shape": "--both-flips",
     "batch_size": "--batch-size",
     "shard_size": "--shard-size",
 }
-LONG = ("classes", "paths_sha256", "encoder sha256")  # values that messages leave out
+LONG = ("classes", "paths_sha256", "encoder")  # values that messages leave out
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class ExtractConfig:
     shard_size: int = setting(10_240, "images per shard; ImageNet makes 254 files of the default")
     strict: bool = setting(False, "stop at an image that cannot be read, instead of skipping and naming it")
     overwrite: bool = setting(False, "delete the shards in the output folder first")
-    num_workers: int = setting(4, "loader processes per process")
+    num_workers: int = setting(4, "data loading processes per rank")
     device: str | None = setting(None, "cuda where there is one, else cpu", ("cuda", "cpu"))
 
     def __post_init__(self) -> None:
@@ -89,45 +85,27 @@ class ExtractConfig:
         if self.data_path is None:
             raise ValueError("--data-path: needed, the root of an image folder")
         if not 1 <= len(self.image_size) <= 2:
-            raise ValueError(f"--image-size {self.shown_size}: give one side, or height and width")
+            raise ValueError(f"--image-size {self.image_size}: give one side, or height and width")
         if self.vae == "none":
             raise ValueError("--vae none: pixels need no extraction; train on the image folder itself")
         if min(self.image_size) < 1:
-            raise ValueError(f"--image-size {self.shown_size}: must be at least 1")
+            raise ValueError(f"--image-size {min(self.image_size)}: must be at least 1")
         for name in ("batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         if self.num_workers < 0:
             raise ValueError(f"--num-workers {self.num_workers}: must not be negative")
 
-    @property
-    def sides(self) -> tuple[int, int]:
-        """(H, W) of the images."""
-        return self.image_size[0], self.image_size[-1]
-
-    @property
-    def shown_size(self) -> str:
-        """The value of `--image-size`."""
-        return " ".join(map(str, self.image_size))
-
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that is fixed before the first image.
-
-    Attributes:
-        config: Settings.
-        images: Images, not mirrored.
-        encoder: Encoder.
-        row_shape: Shape of one image's row: flips, then the shape of raw latents.
-        manifest: JSON document with all settings that fix the bytes.
-    """
+    """Everything that is fixed before the first image."""
 
     config: ExtractConfig
     images: ImageFolder
     encoder: Encoder
-    row_shape: tuple[int, ...]
-    manifest: dict[str, object]
+    row_shape: tuple[int, ...]  # flips, then the shape of raw latents
+    manifest: Json  # all settings that fix the bytes
 
     @property
     def shard_count(self) -> int:
@@ -144,12 +122,14 @@ class Job:
 def set_up(config: ExtractConfig, device: torch.device) -> Job:
     """Load the encoder and list the images, without writing anything."""
     assert config.data_path is not None
+    size = config.image_size[0], config.image_size[-1]
     with blame(f"--vae {config.vae}"):
-        encoder = open_encoder(config.vae, (3, *config.sides), device)
-    with blame(f"--image-size {config.shown_size}"):
-        raw_shape = encoder.raw_shape((encoder.image_channels, *config.sides))
+        encoder = open_encoder(config.vae, (3, *size), device)
+    channels = encoder.image_channels
+    with blame("--image-size"):
+        raw_shape = encoder.raw_shape((channels, *size))
     with blame(f"--data-path {config.data_path}"):
-        images = ImageFolder(config.data_path, config.sides, channels=encoder.image_channels, flip=False)
+        images = ImageFolder(config.data_path, size, channels=channels, flip=False)
     paths = "\n".join(map(images.path, range(len(images))))
     row_shape = (2 if config.both_flips else 1, *raw_shape)
     manifest = {
@@ -175,8 +155,8 @@ def check_settings(job: Job) -> None:
     path, where = job.config.output / MANIFEST, f"--output {job.config.output}"
     remedy = "give the same settings, another --output, or --overwrite to start again"
     if not path.exists():
-        if found := shard_files(job.config.output):
-            raise UserError(f"{where}: {found[0].name} is there, but no {MANIFEST}; {remedy}")
+        if shards := shard_files(job.config.output):
+            raise UserError(f"{where}: {shards[0].name} is there, but no {MANIFEST}; {remedy}")
         return
     try:
         started = json.loads(path.read_text())
@@ -185,17 +165,13 @@ def check_settings(job: Job) -> None:
     started = latent_index(started) if isinstance(started, dict) else {}
     if started.get("format") != FORMAT:
         raise UserError(f"{where}: {path} is of another format; {remedy}")
-    now, then = flat(job.manifest), flat(started)
+    # The name is left out: the folder of an encoder may have moved
+    now, then = ({**each, "encoder": {**each.get("encoder", {}), "name": ""}} for each in (job.manifest, started))
     for name, flag in FLAGS.items():
-        if now[name] != then.get(name):
-            shown = f"other {name}" if name in LONG else f"{name} {now[name]} instead of {then.get(name)}"
+        ours, theirs = now[name], then.get(name)
+        if ours != theirs:
+            shown = f"other {name}" if name in LONG else f"{name} {ours} instead of {theirs}"
             raise UserError(f"{flag}: {path} was started with other settings ({shown}); {remedy}")
-
-
-def flat(manifest: Mapping[str, object]) -> dict[str, object]:
-    """A manifest with the encoder's members among the others."""
-    encoder = manifest["encoder"]
-    return {**manifest, **({f"encoder {name}": encoder[name] for name in encoder} if isinstance(encoder, dict) else {})}
 
 
 def check_finished(job: Job) -> list[int]:
