@@ -245,7 +245,7 @@ def parse(
     clash = general.keys() & owned.keys()
     assert not clash, f"flags with two owners: {clash}"
     parser = _Parser(prog=program, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS)
+    parser.add_argument("--config", dest="--config", metavar="FILE", default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)
     for flag in (*general.values(), *owned.values()):
         _add_flag(parser, flag)
