@@ -241,20 +241,21 @@ def parse(
         UserError: for anything wrong with flags, file or values.
     """
     general = _flags(cls)
-    owned = {name: flag for kind in kinds for owner in kind.owners for name, flag in kind.flags(owner).items()}
-    clash = general.keys() & owned.keys()
-    assert not clash, f"flags with two owners: {clash}"
+    of_owners = [flag for kind in kinds for owner in kind.owners for flag in kind.flags(owner).values()]
+    owned = {flag.name for flag in of_owners}
+    assert not general.keys() & owned, f"flags with two owners: {general.keys() & owned}"
+    flags = [*general.values(), *of_owners]
     parser = _Parser(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", dest="--config", metavar="FILE", default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)
-    for flag in (*general.values(), *owned.values()):
+    for flag in flags:
         _add_flag(parser, flag)
     wants_help = "-h" in argv or "--help" in argv
     if wants_help:
         _print_help(cls, argv, program, doc or "", kinds)
         raise SystemExit(0)
     typed = vars(parser.parse_args(argv))
-    given = _expand(_current(typed, (*general.values(), *owned.values()), program), aliases, {*general, *owned})
+    given = _expand(_current(typed, flags, program), aliases, {*general, *owned})
     path = given.pop("--config", None)
     sections = {} if path is None else _read(path, program, migrate)
     names = [kind.name for kind in kinds]
@@ -354,14 +355,16 @@ def _add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
     else:
         options["type"] = _or_auto(kind) if optional and kind is int else kind
         options["metavar"] = "PATH" if kind is Path else kind.__name__.upper()
-    if flag.name not in parser._option_string_actions:  # owners of one kind share flags
+    known = parser._option_string_actions
+    if flag.name not in known:
         parser.add_argument(flag.name, **options)
-        for old, value in flag.field.metadata["was"].items():
+    elif (choices := _choices(flag)) and (others := known[flag.name].choices) is not None:
+        known[flag.name].choices = tuple(dict.fromkeys([*others, *choices]))  # owners of one kind share flags
+    for old, value in flag.field.metadata["was"].items():
+        if old not in known:
             action: Values = {} if value is None else {"action": "store_const", "const": value}
             kept = {k: v for k, v in options.items() if value is None and k in ("type", "choices", "nargs", "action")}
-            parser.add_argument(
-                old, **{**kept, **action, "dest": old, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-            )
+            parser.add_argument(old, **{**kept, **action}, dest=old, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _default(flag: Flag) -> str:

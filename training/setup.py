@@ -71,16 +71,15 @@ class Setup:
         return self.loss.network
 
     def document(self) -> Values:
-        """All settings as nested JSON: config.json, and part of every checkpoint."""
+        """All settings as nested JSON, as checkpoints and config.json keep them."""
         names, config = self.owners, self.config
-        sections = document(
+        return document(
             config,
             model=(config.model, self.network.config),
             process=(names.process, self.process),
             loss=(names.loss, self.loss.settings),
             optimizer=(names.optimizer, self.optimizer),
         )
-        return {"format": 2, "script": "train.py", **sections}
 
     def warnings(self) -> list[str]:
         """Lines about settings that a user may regret, for the log and the dry run."""
