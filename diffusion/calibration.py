@@ -83,7 +83,6 @@ class Calibration:
         scale: Guidance scale.
         channels: Guided channels, as for `guided`.
         interval: Guidance interval, in process times.
-        shape: (..., C, H, W) of an image or clip.
         images: Number of images.
         images_at_a_time: Each keeps the states of all its evaluations in memory until it is done.
         seed: Seed of noise and labels.
@@ -98,7 +97,6 @@ class Calibration:
     scale: float
     channels: int | None = None
     interval: tuple[float, float] | None = None
-    shape: tuple[int, ...]
     images: int = 8
     images_at_a_time: int = 1
     seed: int = 0
@@ -110,12 +108,13 @@ class Calibration:
         """All that the similarities depend on, as JSON values; weights and conditioning by their checksums."""
         values = {
             name: getattr(self, name)
-            for name in ("sampling", "scale", "channels", "interval", "shape", "images", "seed", "autocast")
+            for name in ("sampling", "scale", "channels", "interval", "images", "seed", "autocast")
         }
-        values |= {"times": self.sampler.times, "weights": _checksum(self.network.state_dict())}
+        values |= {"times": self.sampler.times, "shape": self.network.sample_shape}
+        values |= {"weights": _checksum(self.network.state_dict())}
         if self.conditioning is not None:
             values |= {"conditioning": _checksum(self.conditioning), "null": _checksum(self.null or {})}
-        plain: dict[str, object] = json.loads(json.dumps(values, default=str))
+        plain: dict[str, object] = json.loads(json.dumps({"format": 2, **values}, default=str))
         return plain
 
     @torch.no_grad()
@@ -135,7 +134,7 @@ class Calibration:
         total = torch.zeros(len(run), len(run), dtype=torch.float64)
         for start in range(0, self.images, self.images_at_a_time):
             rows = slice(start, min(start + self.images_at_a_time, self.images))
-            noise = ImageNoise(self.seed, range(rows.start, rows.stop), self.shape, device)
+            noise = ImageNoise(self.seed, range(rows.start, rows.stop), self.network.sample_shape, device)
             cond, second = (
                 None if values is None else {name: value[rows].to(device) for name, value in values.items()}
                 for values in (conditioning, null)
@@ -185,7 +184,7 @@ def _read(path: Path, settings: Mapping[str, object]) -> Tensor | None:
     if not path.is_file():
         return None
     try:
-        groups, stored = read_groups(path, [GROUP], "sharing schedule")
+        groups, stored = read_groups(path, lambda names: [GROUP], "sharing schedule")
     except UserError:
         return None
     return groups[GROUP].get(TENSOR) if stored == settings else None

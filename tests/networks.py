@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import models
-from models import ModelOutput, Network
+from models import Network
 
 
 def randomise(network: Network, seed: int = 0) -> Network:
@@ -64,24 +63,3 @@ def small_autoencoder(folder: Path) -> Any:
     )
     vae.save_pretrained(folder)
     return vae.eval()
-
-
-class RecordingNetwork:
-    """Predicts label + 1 everywhere, keeps the rows it was evaluated on as state, and records every call.
-
-    Attributes:
-        rows: batch size of each call.
-        fresh: whether each call came without state.
-    """
-
-    def __init__(self, out_channels: int, *, stateful: bool = True) -> None:
-        self.out_channels, self.stateful = out_channels, stateful
-        self.rows: list[int] = []
-        self.fresh: list[bool] = []
-
-    def __call__(self, x: Tensor, t: float | Tensor, y: Tensor, state: Any = None) -> ModelOutput:
-        assert state is None or state == len(x), "state of other rows was handed back"
-        self.rows.append(len(x))
-        self.fresh.append(state is None)
-        sample = (y + 1.0).view(-1, 1, 1, 1).expand(len(x), self.out_channels, *x.shape[-2:])
-        return ModelOutput(sample, state=len(x) if self.stateful else None)
