@@ -88,7 +88,7 @@ class Calibration:
         seed: Seed of noise and labels.
         autocast: Precision of the evaluations; None is that of the weights.
         conditioning: Conditioning of the images, such as text; None takes random labels of all classes.
-        null: Their unconditional rows, where the network has none of its own.
+        null: Their unconditional rows; None asks the network.
     """
 
     network: Network

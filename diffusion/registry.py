@@ -29,7 +29,7 @@ from models.contract import TimeConvention
 
 
 class ProcessSettings(Protocol):
-    """Settings of a process, a dataclass whose fields are flags."""
+    """Settings of a process: a dataclass of flags."""
 
     def make(self, learn_sigma: bool) -> Process:
         """Build the process, for a network that predicts a variance or not."""

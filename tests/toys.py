@@ -1,4 +1,4 @@
-"""Small networks whose outputs are known in closed form, and stand-ins that record their calls."""
+"""Small networks with outputs in closed form, and stand-ins that record their calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models import ModelOutput, Network, TimeConvention
 from models.contract import Conditioning
 
 CLIP = (3, 4, 8, 12)  # frames, channels, height, width
-MEAN, DEVIATION = 0.7, 0.25  # of the data whose exact score is known
+MEAN, DEVIATION = 0.7, 0.25  # of data with a known score
 
 
 class Toy(Network):

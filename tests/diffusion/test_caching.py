@@ -149,7 +149,7 @@ def test_the_published_counts_of_refreshes_are_met(key: str, skip_dit_xl: SkipDi
 
 @pytest.mark.parametrize("key", OTHER_BOUNDS)
 def test_the_rule_with_other_bounds_equals_the_recorded_one(key: str) -> None:
-    """The video networks refresh at every step from t = 900 up, and their tail leaves its bound out."""
+    """The video networks refresh at every step from t = 900 up, and their low times leave the bound out."""
     _, steps, interval = key.split("_")
     times = AncestralSampler(create_diffusion(), steps).times
     schedule = CacheSchedule(t_high=900, t_low=50, low_inclusive=False)

@@ -271,7 +271,7 @@ def test_min_snr_weighs_as_published(prediction: Prediction, gamma: float) -> No
         "epsilon": clipped / snr,
         "x_start": clipped,
         "v": clipped / (snr + 1),
-        "velocity": clipped / (snr.sqrt() + 1) ** 2,  # whose errors are (alpha + sigma) / sigma times those of x_start
+        "velocity": clipped / (snr.sqrt() + 1) ** 2,  # its errors are (alpha + sigma) / sigma times those of x_start
     }[prediction]
     sample, x_start, noise = torch.randn(3, 5, 4, 8, 8)
     losses = process.losses(sample, x_start, process.q_sample(x_start, t, noise), t, noise)

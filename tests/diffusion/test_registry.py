@@ -84,7 +84,7 @@ def test_a_step_does_not_depend_on_the_prediction_type(sampler: str, prediction:
             torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "ddpm"])  # whose steps are a posterior's
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "ddpm"])  # DDPM's steps are a posterior's
 def test_exact_predictions_lead_along_the_path(sampler: str) -> None:
     """With a network that knows the clean image, every step leads to the same mixture at its own level."""
     run, (x_start, noise) = sampler_of(sampler, steps="5"), torch.randn(2, 2, *CLIP, dtype=torch.float64)

@@ -82,7 +82,7 @@ def test_a_reuse_window_has_the_unconditional_rows_if_any_of_it_is_guided(
     ("refresh", "expected"), [((True, True, False, True, False), "...GG"), ((True, False, True, True, False), "...GG")]
 )
 def test_a_time_visited_twice_keeps_its_own_window(refresh: tuple[bool, ...], expected: str) -> None:
-    """As by a two-stage solver, whose second stage ends where the next step begins."""
+    """As by a two-stage solver: its second stage ends where the next step begins."""
     assert shown(evaluations((900.0, 700.0, 700.0, 300.0, 300.0), 2.0, (200, 600), refresh)) == expected
 
 
@@ -352,7 +352,7 @@ def test_without_a_refresh_schedule_nothing_is_reused() -> None:
     assert network.fresh == [True] * 5
 
 
-def test_a_cache_is_empty_at_the_start_of_a_run_and_may_be_any_object() -> None:
+def test_a_cache_is_empty_at_the_start_of_a_run_and_may_reuse_something_else() -> None:
     network, cache = RecordingNetwork(8), Reuse()
     run, x = evaluations(TIMES, refresh=(True, False, False, False, False)), torch.zeros(1, 4, 4, 4)
     sample_loop(plain(network), Idle(TIMES), x, run, cache=cache)
@@ -361,7 +361,7 @@ def test_a_cache_is_empty_at_the_start_of_a_run_and_may_be_any_object() -> None:
     sample_loop(plain(network), Idle(TIMES), x, run, cache=cache)
     calls: list[str] = []
 
-    class Never:
+    class Never(Reuse):
         def clear(self) -> None:
             calls.append("clear")
 
