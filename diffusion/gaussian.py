@@ -274,7 +274,7 @@ class GaussianDiffusion:
     def variational_bound(
         self, sample: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, *, clip_denoised: bool = False
     ) -> Tensor:
-        """One term of the variational bound, (N,) in bits per dimension: a KL, or the decoder's likelihood at index 0."""
+        """One term of the variational bound, (N,) in bits per dimension: a KL, or at index 0 the likelihood."""
         # The decoder term bins values into 256 levels of [-1, 1]. On latents it has no such meaning; it is kept because
         # checkpoints were trained with it.
         truth = self.q_posterior(x_start, x_t, t)
@@ -362,6 +362,8 @@ class GaussianSettings:
     prediction: Prediction = setting("epsilon", "what the network predicts", was={"--predict-xstart": "x_start"})
     loss_weight: LossWeight = setting("constant", "weight of the squared error by noise level")
     min_snr_gamma: float = setting(5.0, "largest signal-to-noise ratio that --loss-weight min_snr weighs by")
+
+    has_variance: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Validate the fields."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,72 +12,128 @@ from models.contract import Network
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 POSITIONS = "pos_embed"
+QKV = re.compile(r"(blocks\.\d+\.)attn\.qkv\.weight")
 
 
 def adapt_weights(
     network: Network,
     weights: Mapping[str, Tensor],
     *,
+    added_parts: Collection[str] = (),
     old_classes: Sequence[str] | None = None,
     new_classes: Sequence[str] | None = None,
+    old_shape: Sequence[int] | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Makes foreign weights fit a freshly built network where that has a meaning; all else is left to a strict load.
+    """Make foreign weights fit a fresh network where that has a meaning; a strict load checks the rest.
 
     Args:
-        network: freshly built; its own rows and positions fill what the weights lack.
-        weights: parameter name -> tensor.
-        old_classes: names of the classes behind the label table's rows, if known.
-        new_classes: names of the network's classes, if known.
+        network: Fresh network; its own values replace what the weights lack.
+        weights: Parameter name -> tensor.
+        added_parts: Modules of the network's family that the weights may lack altogether.
+        old_classes: Names of the classes in the weights' label table, if known.
+        new_classes: Names of the network's classes, if known.
+        old_shape: `sample_shape` of the network that had the weights, if known.
 
     Returns:
         The weights, and a sentence for each change made.
     """
     adapted, notes = dict(weights), []
     own = network.state_dict()
-    if POSITIONS in own and POSITIONS in adapted and adapted[POSITIONS].shape != own[POSITIONS].shape:
-        notes.append(
-            f"positions recomputed for {own[POSITIONS].shape[1]} tokens (the weights had {adapted[POSITIONS].shape[1]})"
-        )
-        adapted[POSITIONS] = own[POSITIONS]
+    if POSITIONS in own and POSITIONS in adapted:
+        other_grid = old_shape is not None and tuple(old_shape)[-2:] != network.sample_shape[-2:]
+        if other_grid or adapted[POSITIONS].shape != own[POSITIONS].shape:
+            counts = own[POSITIONS].shape[1], adapted[POSITIONS].shape[1]
+            notes.append(f"positions recomputed for {counts[0]} tokens (the weights had {counts[1]})")
+            adapted[POSITIONS] = own[POSITIONS]
     same_names = old_classes is None or new_classes is None or list(old_classes) == list(new_classes)
-    if LABEL_TABLE in adapted and (adapted[LABEL_TABLE].shape != own[LABEL_TABLE].shape or not same_names):
-        adapted[LABEL_TABLE], note = _relabelled(own[LABEL_TABLE], adapted[LABEL_TABLE], old_classes, new_classes)
-        notes.append(note)
-    added = [name for name in own if not {*network.added_parts}.isdisjoint(name.split("."))]
-    if added and not any(name in adapted for name in added):  # where some are there, others are missing: damaged
+    if {LABEL_TABLE} <= adapted.keys() & own.keys():
+        if adapted[LABEL_TABLE].shape != own[LABEL_TABLE].shape or not same_names:
+            table, note = _relabelled(own[LABEL_TABLE], adapted[LABEL_TABLE], old_classes, new_classes)
+            adapted[LABEL_TABLE] = table
+            notes.append(note)
+    added = [name for name in own if not {*added_parts}.isdisjoint(name.split("."))]
+    if added and not any(name in adapted for name in added):  # if only some are missing, the weights are damaged
         adapted.update((name, own[name]) for name in added)
-        notes.append(f"drawn anew, because the weights have none: {', '.join(_counted(added))}")
+        notes.append(f"initialised afresh, because the weights have none: {', '.join(_grouped(added))}")
     return adapted, notes
 
 
-def _counted(names: Sequence[str]) -> list[str]:
-    """Parameter names with the numbers of their layers drawn together: "skip_norms.0..3.weight"."""
+def _grouped(names: Sequence[str]) -> list[str]:
+    """Group parameter names by the numbers of their layers: "skip_norms.0..3.weight"."""
     layers: dict[str, list[str]] = {}
     for name in names:
         number = re.search(r"\.(\d+)\.", name)
         layers.setdefault(re.sub(r"\.\d+\.", ".{}.", name, count=1), []).append(number[1] if number else "")
-    return [pattern.format("..".join(dict.fromkeys((found[0], found[-1])))) for pattern, found in layers.items()]
+    return [pattern.format("..".join(dict.fromkeys((each[0], each[-1])))) for pattern, each in layers.items()]
 
 
 def _relabelled(
     own: Tensor, table: Tensor, old_classes: Sequence[str] | None, new_classes: Sequence[str] | None
 ) -> tuple[Tensor, str]:
-    """The network's label table with the rows that both know, by name, taken from the weights."""
+    """Copy into the network's label table the weights' rows of classes with the same names."""
     if own.shape[1] != table.shape[1]:
         return table, "label table left alone: another width"
     rows = own.clone()
     kept = 0
     if old_classes is not None and new_classes is not None:
-        places = {name: i for i, name in enumerate(old_classes)}
+        index = {name: i for i, name in enumerate(old_classes)}
         for i, name in enumerate(new_classes):
-            if name in places:
-                rows[i] = table[places[name]]
+            if name in index:
+                rows[i] = table[index[name]]
                 kept += 1
         has_null = len(own) == len(new_classes) + 1 and len(table) == len(old_classes) + 1
     else:
         has_null = True  # releases have one, as their last row
     if has_null:
         rows[-1] = table[-1]
-    drawn = len(own) - kept - has_null
+    fresh = len(own) - kept - has_null
     null = ", null row kept" if has_null else ""
-    return torch.as_tensor(rows), f"label rows: {kept} kept by name, {drawn} drawn anew{null}"
+    return torch.as_tensor(rows), f"label rows: {kept} kept by name, {fresh} initialised afresh{null}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranking: where groups of heads or channels can be switched off and one of them cannot, it should be the most important
+
+
+def rank_by_magnitude(weights: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+    """Sort the heads and the MLP channels of every block, largest first.
+
+    The magnitude of a head is the norm of its rows of q, k and v and its columns of the output's map; that of a channel
+    is the norm of its row of the first map and its column of the second. Groups of neighbouring channels then hold
+    channels of similar magnitude.
+
+    Args:
+        weights: Parameter name -> tensor, of a DiT or a family with its blocks.
+        num_heads: H.
+
+    Returns:
+        The weights, permuted; without routing the function is the same, up to rounding.
+
+    Source: arXiv 2410.03456, section 3, which ranks before training; the criterion is ours, the paper leaves it open.
+    """
+    ranked = dict(weights)
+    for block in [match[1] for match in map(QKV.fullmatch, weights) if match]:
+        _rank_heads(ranked, f"{block}attn.", num_heads)
+        _rank_channels(ranked, f"{block}mlp.")
+    return ranked
+
+
+def _rank_heads(weights: dict[str, Tensor], prefix: str, num_heads: int) -> None:
+    qkv = weights[f"{prefix}qkv.weight"].unflatten(0, (3, num_heads, -1))  # (3, H, D / H, D)
+    proj = weights[f"{prefix}proj.weight"].unflatten(1, (num_heads, -1))  # (D, H, D / H)
+    order = torch.argsort(_energy(qkv, 1) + _energy(proj, 1), descending=True, stable=True)
+    weights[f"{prefix}qkv.weight"] = qkv[:, order].flatten(0, 2)
+    weights[f"{prefix}qkv.bias"] = weights[f"{prefix}qkv.bias"].unflatten(0, (3, num_heads, -1))[:, order].flatten()
+    weights[f"{prefix}proj.weight"] = proj[:, order].flatten(1)
+
+
+def _rank_channels(weights: dict[str, Tensor], prefix: str) -> None:
+    fc1, fc2 = weights[f"{prefix}fc1.weight"], weights[f"{prefix}fc2.weight"]
+    order = torch.argsort(_energy(fc1, 0) + _energy(fc2, 1), descending=True, stable=True)
+    weights[f"{prefix}fc1.weight"], weights[f"{prefix}fc2.weight"] = fc1[order], fc2[:, order]
+    weights[f"{prefix}fc1.bias"] = weights[f"{prefix}fc1.bias"][order]
+
+
+def _energy(weight: Tensor, dim: int) -> Tensor:
+    """Sum of squares over all dimensions but one."""
+    return weight.double().square().movedim(dim, 0).flatten(1).sum(1)
