@@ -275,7 +275,6 @@ class Pipeline:
                 scale=config.guidance.cfg_scale or 1.0,
                 channels=config.guidance.guidance_channels,
                 interval=interval,
-                shape=network.sample_shape,
                 autocast=torch.bfloat16 if config.compute.precision == "bf16" else None,
             )
             similarity = distributed.on_rank0(lambda: calibration.similarity(caching.sharing_dir).tolist())

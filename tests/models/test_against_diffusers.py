@@ -1,6 +1,6 @@
 """Our DiT against diffusers' DiTTransformer2DModel, through a map of parameter names.
 
-Two things keep the same weights from giving the same numbers there, and neither is part of a saved config in full:
+Two things keep the same weights from giving the same numbers there, and no saved config holds both:
 diffusers' timestep frequencies end at 1/10000 (`downscale_freq_shift` 1; the official ones would reach it one place
 later), and its layer norms default to another epsilon. diffusers' pipeline differs further, outside the network: its
 null class is always 1000 and it guides all latent channels (issue 13616 of its repository).
@@ -11,7 +11,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
-from models import DiT
+from models import DiT, model_config
 from models.diffusers_format import correct_timesteps, diffusers_config, diffusers_twin, to_diffusers
 from tests.golden_data import assert_close, relative_error
 from tests.networks import debug_network
@@ -31,7 +31,7 @@ def network() -> DiT:
     network = debug_network("DiT")
     assert isinstance(network, DiT)
     with torch.no_grad():
-        # diffusers computes its positions; ours were drawn at random with everything else.
+        # diffusers computes its positions; ours are random, as everything else.
         network.pos_embed.copy_(DiT(network.config).pos_embed)
         # Small tokens, so that the epsilon of the layer norms shows.
         network.pos_embed.mul_(0.02)
@@ -63,3 +63,8 @@ def test_positions_are_the_same() -> None:
 @pytest.mark.parametrize("trap", [{"freq_shift": 1}, {"norm_eps": 1e-5}])
 def test_diffusers_defaults_give_another_output(network: DiT, trap: dict[str, float]) -> None:
     assert relative_error(*both(network, twin_with(network, **trap))) > 1e-4
+
+
+def test_a_rectangle_is_refused() -> None:
+    with pytest.raises(ValueError, match="diffusers' DiT is for squares, not 6 x 10"):
+        diffusers_config(DiT(model_config("DiT-debug/2", sample_shape=(4, 6, 10))))
