@@ -2,82 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from data.autoencoder import Autoencoder, open_autoencoder
+import data.autoencoders  # noqa: F401  (registers the encoders of diffusers)
 from data.batches import GlobalBatches
-from data.digits import Split, load_digits
-from data.image_folder import ArrayImages, ImageFolder
-from data.latents import LatentShards
+from data.dataset import Dataset, DatasetSettings, Example, Key, conditioning, sides
+from data.digits import load_digits, open_digits, open_training_digits
+from data.encoders import Encoder, open_encoder
+from data.image_folder import open_image_folder
+from data.latents import LatentShards, open_latents
 
-__all__ = ["DATASETS", "GlobalBatches", "ImageDataset", "load_digits", "open_dataset", "open_digits", "open_encoder"]
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "Encoder",
+    "Example",
+    "GlobalBatches",
+    "Key",
+    "conditioning",
+    "encoder_for",
+    "load_digits",
+    "open_dataset",
+    "open_digits",
+    "open_encoder",
+]
 
-ImageDataset = ImageFolder | ArrayImages | LatentShards
-DATASETS = ("imagefolder", "digits", "latents")
+DATASETS: dict[str, Callable[[DatasetSettings], Dataset]] = {  # by the value of `--dataset`
+    "imagefolder": open_image_folder,
+    "digits": open_training_digits,
+    "latents": open_latents,
+}
 
 
 def open_dataset(
     name: str,
     path: Path | None,
-    image_size: int | None,
+    image_size: int | tuple[int, int] | None,
     channels: int,
     *,
     flip: bool | None = None,
     seed: int = 0,
     strict: bool = False,
-) -> ImageDataset:
-    """Opens a training set by the value of `--dataset`.
+) -> Dataset:
+    """Open a training set by the value of `--dataset`.
 
     Args:
-        name: one of `DATASETS`.
-        path: root of an image folder, or folder of latents; the embedded digits need none.
-        image_size: side of the square images; None takes 256, or what the digits (8) or the latents have.
+        name: One of `DATASETS`.
+        path: Root of an image folder, or folder of latents; the embedded digits need none.
+        image_size: Side of square images, or (H, W); None is 256, or the size of the digits (8) or the latents.
         channels: 3 for RGB, 1 for grey; the digits are grey.
-        flip: mirror at random; None does so for photographs and not for digits.
-        seed: of the flips.
-        strict: an image that cannot be read is an error, instead of being replaced and named.
+        flip: Mirror at random; None does so for photographs and not for digits.
+        seed: Seed of the flips.
+        strict: An image that cannot be read is an error, instead of being replaced and named.
 
     Raises:
-        ValueError: naming what is missing or does not fit.
+        ValueError: Naming what is missing or does not fit.
     """
-    if name == "digits":
-        digits = open_digits("train", flip=bool(flip), seed=seed)
-        if image_size not in (None, digits.image_shape[-1]):
-            raise ValueError(f"the digits are {digits.image_shape[-1]} pixels wide, not {image_size}")
-        return digits
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
-    if path is None:
-        raise ValueError(f"{'an image folder' if name == 'imagefolder' else 'a folder of latents'} needs --data-path")
-    if name == "imagefolder":
-        flip = flip is not False
-        return ImageFolder(path, image_size or 256, channels=channels, flip=flip, seed=seed, strict=strict)
-    latents = LatentShards(path, flip=flip, seed=seed)
-    wanted = (channels, *[image_size or latents.image_shape[-1]] * 2)
-    if latents.image_shape != wanted:
-        raise ValueError(f"the latents are of images {latents.image_shape}, not {wanted}; check size and channels")
-    return latents
+    size = None if image_size is None else sides(image_size)
+    return DATASETS[name](DatasetSettings(path, size, channels, flip, seed, strict))
 
 
-def open_digits(split: Split, *, flip: bool = False, seed: int = 0) -> ArrayImages:
-    """A split of the embedded digits, "train" or "test", as a data set."""
-    images, labels = load_digits(split)
-    return ArrayImages(images, labels, [str(k) for k in range(10)], flip=flip, seed=seed)
-
-
-def open_encoder(dataset: ImageDataset, vae: str, device: torch.device | str = "cpu") -> Autoencoder:
-    """What turns the batches of a data set into latents, and latents into pixels.
+def encoder_for(dataset: Dataset, vae: str, device: torch.device | str = "cpu") -> Encoder:
+    """Encoder of the items of a data set.
 
     Args:
-        dataset: whose items `encode` will take.
-        vae: value of `--vae`; `dataset.vae` where the user says nothing.
-        device: where it runs.
+        dataset: Data set of images, or of latents, which need no encoding.
+        vae: Value of `--vae`; `dataset.vae` if the user gives none.
+        device: Device of the encoder.
 
     Raises:
-        ValueError: if it cannot be loaded, or does not fit the data.
+        ValueError: If the encoder cannot be loaded, or does not fit the data.
     """
     if isinstance(dataset, LatentShards):
-        return dataset.autoencoder(vae, device)
-    return open_autoencoder(vae, dataset.image_shape[-1], device)
+        return dataset.encoder(vae, device)
+    return open_encoder(vae, dataset.image_shape, device)

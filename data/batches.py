@@ -1,4 +1,4 @@
-"""Which images a training step sees: a function of (seed, step) that no rank, worker or restart can change."""
+"""Keys of the images of each training step: a function of (seed, step), independent of ranks, workers and restarts."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from data.image_folder import Key
+from data.dataset import Key
 from runtime.seeds import derive_seed
 
 
 class GlobalBatches:
     """Cuts an endless stream of shuffled epochs into global batches, and each of those into one slice per rank.
 
-    Batches run on across the end of an epoch, so no image is ever dropped, and a data set smaller than a batch works.
-    For a DataLoader's `batch_sampler`.
+    Batches cross the end of an epoch, so no image is ever dropped, and a data set smaller than a batch works. For the
+    `batch_sampler` of a DataLoader.
 
     Args:
-        length: images in the data set.
-        global_batch: images per step over all ranks.
-        rank: this process.
-        world: number of processes, a divisor of `global_batch`.
-        seed: of the shuffles.
-        steps: range of step numbers to serve.
+        length: Images in the data set.
+        global_batch: Images per step over all ranks.
+        rank: Rank of this process.
+        world: Number of processes, a divisor of `global_batch`.
+        seed: Seed of the shuffles.
+        steps: Range of step numbers.
     """
 
     def __init__(self, length: int, global_batch: int, *, rank: int, world: int, seed: int, steps: range) -> None:

@@ -1,7 +1,7 @@
-"""The embedded data set: scikit-learn's handwritten digits, 8 x 8 pixels, 10 classes, split once and for all.
+"""The embedded data set: scikit-learn's handwritten digits, 8 x 8 pixels, 10 classes, with a fixed split.
 
-Everything downstream (training, the feature network, the scores) sees the same 1,297 training and 500 test images,
-so that a number printed on one machine can be compared with a number printed on another.
+Training, the feature network and the scores use the same 1,297 training and 500 test images, so that numbers from
+different machines can be compared.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from data.dataset import DatasetSettings
+from data.image_folder import ArrayImages
 
 NUM_CLASSES = 10
 IMAGE_SIZE = 8
@@ -20,7 +23,7 @@ Split = Literal["train", "test"]
 
 
 def load_digits(split: Split) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Loads one split of the digits.
+    """Load one split of the digits.
 
     Args:
         split: "train" (1,297 images) or "test" (500 images), disjoint and fixed.
@@ -29,7 +32,7 @@ def load_digits(split: Split) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int
         Images (N, 8, 8, 1) uint8 in [0, 255] and labels (N,) int64 in [0, 10).
 
     Raises:
-        ValueError: for another split name.
+        ValueError: For another split name.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
@@ -38,6 +41,23 @@ def load_digits(split: Split) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int
     bunch = load_sklearn_digits()
     order = np.random.default_rng(SPLIT_SEED).permutation(len(bunch.target))
     chosen = order[:TEST_SIZE] if split == "test" else order[TEST_SIZE:]
-    # 17 grey levels, 0..16, spread over the 8-bit range
+    # 17 grey levels, 0..16, are spread over the 8-bit range
     images = np.rint(bunch.images[chosen] * (255.0 / 16.0)).astype(np.uint8)[..., None]
     return images, bunch.target[chosen].astype(np.int64)
+
+
+def open_digits(split: Split, *, flip: bool = False, seed: int = 0) -> ArrayImages:
+    """Open a split of the digits as a data set."""
+    images, labels = load_digits(split)
+    return ArrayImages(images, labels, [str(k) for k in range(NUM_CLASSES)], flip=flip, seed=seed)
+
+
+def open_training_digits(settings: DatasetSettings) -> ArrayImages:
+    """Open the training split of the digits, not mirrored by default.
+
+    Raises:
+        ValueError: For images of another size.
+    """
+    if settings.size not in (None, (IMAGE_SIZE, IMAGE_SIZE)):
+        raise ValueError(f"the digits are {IMAGE_SIZE} pixels wide, not {settings.size[-1]}")
+    return open_digits("train", flip=bool(settings.flip), seed=settings.seed)

@@ -1,6 +1,6 @@
-"""Images on disk: one folder per class, brought to 8-bit grey or RGB, upright, cropped as ADM crops.
+"""Images on disk, one folder per class: converted to 8-bit grey or RGB, set upright, cropped as in ADM.
 
-What cannot be decoded is named, and is survived where the caller allows it; an error of the file system never is,
+A damaged image is named, and replaced where the caller allows it. An error of the file system always ends the work,
 because a lost disk must not look like a million damaged images.
 """
 
@@ -17,12 +17,10 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from data.dataset import DatasetSettings, Example, Key, sides
 from runtime.seeds import derive_seed
 
-Key = tuple[int, int]  # (epoch, index): what a batch sampler asks a data set for
-Example = tuple[Tensor, int, int]  # (C, H, W) uint8 image, label, index
-
-UPRIGHT = {  # EXIF orientation -> what undoes it
+UPRIGHT = {  # EXIF orientation -> its inverse
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -37,8 +35,8 @@ class UnreadableImageError(ValueError):
     """An image file that cannot be decoded.
 
     Args:
-        message: one line that names the file.
-        reason: what is wrong with it, without its name.
+        message: One line that names the file.
+        reason: The fault, without the file's name.
     """
 
     def __init__(self, message: str, reason: str = "") -> None:
@@ -47,17 +45,17 @@ class UnreadableImageError(ValueError):
 
 
 def decode_image(data: bytes, channels: int) -> Image.Image:
-    """The bytes of an image file -> an upright 8-bit image.
+    """Decode an image file into an upright 8-bit image.
 
-    Alpha is dropped, as the official loader drops it. 16-bit grey is scaled to 8 bits (PIL alone would clip it). The
-    camera's EXIF orientation is obeyed.
+    Alpha is dropped, as in the official loader. 16-bit grey is scaled to 8 bits (PIL alone would clip it). The camera's
+    EXIF orientation is applied.
 
     Args:
-        data: of any format that PIL reads; of several frames the first counts.
+        data: Bytes of any format that PIL reads; of several frames the first counts.
         channels: 3 for RGB, 1 for grey.
 
     Raises:
-        UnreadableImageError: whatever is wrong with the bytes.
+        UnreadableImageError: For bytes that cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(data)) as file:
@@ -65,33 +63,33 @@ def decode_image(data: bytes, channels: int) -> Image.Image:
             image = _upright(_eight_bit(file), _orientation(file))
             return image.convert("RGB" if channels == 3 else "L")
     except MemoryError:
-        raise  # the machine's fault, not the file's
+        raise  # not a fault of the file
     except UnidentifiedImageError as error:
         reason = "not an image of a known format" if data else "the file is empty"
         raise UnreadableImageError(f"cannot be read: {reason}", reason) from error
-    except Exception as error:  # PIL's decoders raise whatever damaged bytes lead them to
+    except Exception as error:  # PIL's decoders raise exceptions of all kinds on damaged bytes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImageError(f"cannot be read: {reason}", reason) from error
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits to 8, palettes with transparency to RGBA; other modes are left to PIL's `convert`."""
+    """Convert grey of more than 8 bits to 8, and palettes with transparency to RGBA; `convert` does the rest."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range")
-    if image.mode.startswith("I"):  # I;16 and I;16B; I for formats that PIL widens, but they hold 16 bits
+    if image.mode.startswith("I"):  # I;16 and I;16B; I for 16-bit formats that PIL widens
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 0xFFFF:
             raise ValueError("pixels of more than 16 bits have no agreed range")
         return Image.fromarray(np.rint(levels / 257).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA")  # straight to RGB, PIL would warn about each file
+        return image.convert("RGBA")  # PIL would warn about each file if converted to RGB at once
     return image
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF raises anything, and says nothing about the pixels
+    except Exception:  # damaged EXIF raises anything, but the pixels may be fine
         return 1
 
 
@@ -99,54 +97,66 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's preprocessing: box-halve while twice too large, bicubic to the shorter side, cut out the centre.
+def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """Crop as in ADM: halve by boxes while twice too large, resize bicubically to cover the crop, cut out the centre.
 
     Args:
-        image: any mode that PIL can resize.
-        size: side of the square result; smaller images are enlarged.
+        image: Any mode that PIL can resize.
+        size: Side of a square crop, or (H, W); smaller images are enlarged.
     """
-    while min(image.size) >= 2 * size:
+    height, width = sides(size)
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(width / image.width, height / image.height)
     image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def is_flipped(key: Key, seed: int) -> bool:
-    """Whether an image is mirrored in an epoch: every other one, decided by (seed, epoch, index) alone."""
+    """Check if an image is mirrored in an epoch: half of them are, by (seed, epoch, index) alone."""
     return bool(derive_seed("flip", seed, *key) % 2)
 
 
 def random_flip(image: Tensor, key: Key, seed: int) -> Tensor:
-    """Mirrors every other image, whatever worker or rank it is on."""
+    """Mirror half of the images, independently of workers and ranks."""
     return image.flip(-1) if is_flipped(key, seed) else image
+
+
+def open_image_folder(settings: DatasetSettings) -> ImageFolder:
+    """Open an image folder, by default with 256 x 256 pixels and mirrored at random.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    root, size = settings.require_path("an image folder"), settings.size or (256, 256)
+    flip = settings.flip is not False
+    return ImageFolder(root, size, channels=settings.channels, flip=flip, seed=settings.seed, strict=settings.strict)
 
 
 class ImageFolder:
     """A folder of class folders (the layout of ImageNet's train set); classes are the sorted folder names.
 
-    In the place of an image that cannot be decoded stands the next one that can be, in the order of their indices
-    (behind the last comes the first), with its own label, index and flip. That depends on the files alone, so every
-    rank, worker and restart agrees; a warning names each damaged file once a process.
+    An image that cannot be decoded is replaced by the next one that can be, in the order of indices (the first follows
+    the last), with its own label, index and flip. That depends on the files alone, so all ranks, workers and restarts
+    agree. A warning names each damaged file once per process.
 
     Args:
-        root: the folder.
-        image_size: side of the square crops.
+        root: The folder.
+        image_size: Side of square crops, or (H, W).
         channels: 3 for RGB, 1 for grey.
-        flip: mirror at random.
-        seed: of the flips.
-        strict: an image that cannot be decoded is an error.
+        flip: Mirror at random.
+        seed: Seed of the flips.
+        strict: An image that cannot be decoded is an error.
 
     Attributes:
-        classes: folder names; a class's label is its position.
+        classes: Folder names; a class's label is its position.
         image_shape: (C, H, W).
-        vae: what `--vae` is where the user says nothing.
-        worth_workers: whether loading takes long enough to be done in processes of its own.
+        vae: Value of `--vae` if the user gives none.
+        worth_workers: Loading takes long enough for processes of its own.
 
     Raises:
-        ValueError: if the folder is missing, or no class folder with an image is in it.
+        ValueError: If the folder is missing, or has no class folder with an image.
     """
 
     vae = "ema"
@@ -155,7 +165,7 @@ class ImageFolder:
     def __init__(
         self,
         root: Path,
-        image_size: int,
+        image_size: int | tuple[int, int],
         *,
         channels: int = 3,
         flip: bool = True,
@@ -171,9 +181,9 @@ class ImageFolder:
         except FileNotFoundError as error:
             raise ValueError(f"{root}: expected class folders with images in them ({error})") from error
         self.classes: list[str] = scanned.classes
-        self.image_shape = (channels, image_size, image_size)
+        self.image_shape: tuple[int, ...] = (channels, *sides(image_size))
         self._root, self._flip, self._seed, self._strict = root, flip, seed, strict
-        # Shared by the loader's workers: one warning a file, no second try, and `unreadable` sees what they found
+        # Shared with the loader's workers: one warning per file, no second try, and `unreadable` includes their files
         self._damaged = torch.zeros(len(self._samples), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -181,12 +191,12 @@ class ImageFolder:
         return len(self._samples)
 
     def __getitem__(self, key: Key) -> Example:
-        """The image at `index` as it looks in `epoch`, or its substitute.
+        """The image at `index` as it is in `epoch`, or its replacement.
 
         Raises:
-            UnreadableImageError: if it cannot be decoded and `strict` is set.
-            ValueError: if no image at all can be decoded.
-            OSError: if the file cannot be opened.
+            UnreadableImageError: If it cannot be decoded and `strict` is set.
+            ValueError: If no image at all can be decoded.
+            OSError: If the file cannot be opened.
         """
         epoch, first = key
         for index in itertools.chain(range(first, len(self)), range(first)):
@@ -198,7 +208,7 @@ class ImageFolder:
 
     @property
     def unreadable(self) -> list[str]:
-        """Paths, relative to the root, that this process and its workers found damaged so far."""
+        """Paths of damaged images met so far by this process and its workers, relative to the root."""
         return [self.path(index) for index in self._damaged.nonzero().flatten().tolist()]
 
     def path(self, index: int) -> str:
@@ -210,23 +220,23 @@ class ImageFolder:
         return self._samples[index][1]
 
     def read(self, index: int) -> Tensor:
-        """Decodes and crops one image.
+        """Decode and crop one image.
 
         Returns:
             (C, H, W) uint8, not mirrored.
 
         Raises:
-            UnreadableImageError: naming the file, if it cannot be decoded.
-            OSError: naming the file, if it cannot be opened.
+            UnreadableImageError: Naming the file, if it cannot be decoded.
+            OSError: Naming the file, if it cannot be opened.
         """
         path = Path(self._samples[index][0])
-        channels, size, _ = self.image_shape
+        channels, height, width = self.image_shape
         data = path.read_bytes()
         try:
-            image = center_crop(decode_image(data, channels), size)
+            image = center_crop(decode_image(data, channels), (height, width))
         except UnreadableImageError as error:
             raise UnreadableImageError(f"{path}: {error}; replace or remove the file", error.reason) from error
-        return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
 
     def _read_or_skip(self, index: int) -> Tensor | None:
         if self._damaged[index]:
@@ -237,23 +247,24 @@ class ImageFolder:
             if self._strict:
                 raise
             self._damaged[index] = True
-            warnings.warn(f"{error}; until then the next readable image stands in for it", stacklevel=2)
+            warnings.warn(f"{error}; until then the next readable image replaces it", stacklevel=2)
             return None
 
 
 class ArrayImages:
-    """Images that fit in memory, behind the same interface.
+    """A data set of images that fit in memory.
 
     Args:
         images: (N, H, W, C) uint8.
         labels: (N,) int64.
-        classes: names of the classes.
-        flip: mirror at random.
-        seed: of the flips.
+        classes: Names of the classes.
+        flip: Mirror at random.
+        seed: Seed of the flips.
 
     Attributes:
-        vae: what `--vae` is where the user says nothing.
-        worth_workers: whether loading takes long enough to be done in processes of its own.
+        image_shape: (C, H, W).
+        vae: Value of `--vae` if the user gives none.
+        worth_workers: Loading takes long enough for processes of its own.
     """
 
     vae = "none"
@@ -271,7 +282,7 @@ class ArrayImages:
         self._images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         self._labels = labels.tolist()
         self.classes = classes
-        self.image_shape = tuple(self._images.shape[1:])
+        self.image_shape: tuple[int, ...] = tuple(self._images.shape[1:])
         self._flip, self._seed = flip, seed
 
     def __len__(self) -> int:
@@ -279,6 +290,6 @@ class ArrayImages:
         return len(self._images)
 
     def __getitem__(self, key: Key) -> Example:
-        """The image at `index` as it looks in `epoch`."""
+        """The image at `index` as it is in `epoch`."""
         image = self._images[key[1]]
         return random_flip(image, key, self._seed) if self._flip else image, self._labels[key[1]], key[1]

@@ -7,13 +7,13 @@ from diffusion.flow_samplers import AdamsSampler, EulerSampler, HeunSampler
 from diffusion.gaussian import GaussianDiffusion, create_diffusion
 from diffusion.gaussian_samplers import AncestralSampler, DDIMSampler, DPMSolverSampler
 from diffusion.loss import Batch, DiffusionLoss, Draws, row_noise
-from diffusion.registry import PROCESSES, PUBLISHED_PROCESS, SAMPLERS, make_sampler
+from diffusion.registry import PREVIEW_SAMPLER, PROCESSES, SAMPLERS, make_sampler
 from diffusion.sampling import Evaluation, ImageNoise, Reuse, evaluations, guided, sample_loop
 from diffusion.schedules import convert_time, space_timesteps
 
 __all__ = [
+    "PREVIEW_SAMPLER",
     "PROCESSES",
-    "PUBLISHED_PROCESS",
     "SAMPLERS",
     "AdamsSampler",
     "AncestralSampler",

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from diffusion.sampling import Denoiser, Evaluation, ImageNoise, NoiseFn, Sampler, evaluations, guided, sample_loop
 from models.contract import Conditioning, ModelOutput, Network
+from runtime import migrate
 from runtime.checkpoint import read_groups, save_checkpoint
 from runtime.errors import UserError
 
@@ -172,7 +173,9 @@ class Calibration:
         settings = self.settings()
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         path = store / f"sharing-{digest[:16]}.safetensors"
-        similarity = _read(path, settings)
+        # An earlier version gave files other names.
+        candidates = [path] if path.exists() else sorted(store.glob("sharing-*.safetensors"))
+        similarity = next((stored for each in candidates if (stored := _read(each, settings)) is not None), None)
         if similarity is None:
             similarity = self.measure()
             store.mkdir(parents=True, exist_ok=True)
@@ -185,9 +188,10 @@ def _read(path: Path, settings: Mapping[str, object]) -> Tensor | None:
     if not path.is_file():
         return None
     try:
-        groups, stored = read_groups(path, [GROUP], "sharing schedule")
+        groups, stored = read_groups(path, lambda present: [GROUP], "sharing schedule")
     except UserError:
         return None
+    stored = None if stored is None else migrate.calibration(stored, settings)
     return groups[GROUP].get(TENSOR) if stored == settings else None
 
 

@@ -54,6 +54,7 @@ class FlowMatching:
 
     name: ClassVar[str] = "flow"
     time_convention: ClassVar[TimeConvention] = "unit"
+    has_variance: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Validate the fields."""

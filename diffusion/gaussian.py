@@ -386,6 +386,8 @@ class GaussianSettings:
     loss_weight: LossWeight = setting("constant", "weight of the squared error by noise level")
     min_snr_gamma: float = setting(5.0, "largest signal-to-noise ratio that --loss-weight min_snr weighs by")
 
+    has_variance: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Validate the fields."""
         self.make(learn_sigma=True)

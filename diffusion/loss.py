@@ -9,9 +9,10 @@ ranks or micro-batches, and a checkpoint needs no random state.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,23 @@ def row_noise(
     return noise
 
 
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """Settings of a loss; the plain one has none."""
+
+    def check(self, *, rows: int, ranks: int, from_weights: bool) -> None:
+        """Check that the settings fit a run.
+
+        Args:
+            rows: Rows of a step on each process.
+            ranks: Number of processes.
+            from_weights: Training starts from the weights in a file.
+
+        Raises:
+            ValueError: If not.
+        """
+
+
 class DiffusionLoss(nn.Module):
     """Losses of a network under a process. A family's own loss is a subclass.
 
@@ -145,11 +163,17 @@ class DiffusionLoss(nn.Module):
         dropout_prob: Share of rows without conditioning, for guidance; None is the config's `class_dropout_prob`, or 0.
         autocast: Lower precision of the networks, and of nothing else; None is that of the weights.
         alignment: Alignment of the network's features with those of a vision encoder.
-        settings: Settings of a family's own loss; here there are none.
+        settings: Settings of the loss; None takes the defaults.
+
+    Attributes:
+        logged: Names of losses that belong into the log line.
 
     Raises:
         ValueError: If the network's output is not that of the process, or a row cannot be unconditional.
     """
+
+    Settings: ClassVar[type[LossSettings]] = LossSettings
+    logged: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -160,7 +184,7 @@ class DiffusionLoss(nn.Module):
         dropout_prob: float | None = None,
         autocast: torch.dtype | None = None,
         alignment: Alignment | None = None,
-        settings: object = None,
+        settings: LossSettings | None = None,
     ) -> None:
         super().__init__()
         channels = network.sample_shape[-3]
@@ -175,7 +199,22 @@ class DiffusionLoss(nn.Module):
         if not 0 <= dropout_prob < 1:
             raise ValueError(f"the share of rows without conditioning must be in [0, 1), not {dropout_prob}")
         self.network, self.process, self.seed, self.dropout_prob = network, process, seed, dropout_prob
-        self.autocast, self.alignment, self.settings = autocast, alignment, settings
+        self.autocast, self.alignment, self.settings = autocast, alignment, settings or self.Settings()
+
+    def warnings(self, total_steps: int) -> list[str]:
+        """Lines about settings that a user who trains for so many steps may regret."""
+        return []
+
+    def start(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """Prepare a network that was filled from a file for the first step, in place; return a line for each change.
+
+        Args:
+            weights: Content of the file; the network has fresh values for what it lacks.
+
+        Raises:
+            ValueError: If a setting does not go with these weights.
+        """
+        return []
 
     # ------------------------------------------------------------------------------------------------------------------
     # Randomness
@@ -261,7 +300,7 @@ class DiffusionLoss(nn.Module):
             conditioning = self._without(conditioning, draws.dropped[number], batch.null)
         if self.alignment is not None:
             options["features_at"] = (self.alignment.block,)
-        with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
+        with self._precision(x_t.device):
             return self.network(x_t, t, **conditioning, **options)
 
     def losses(self, out: ModelOutput, x_t: Tensor, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -269,8 +308,11 @@ class DiffusionLoss(nn.Module):
         losses = self.process.losses(out.sample, batch.x_start, x_t, draws.t, draws.noise)
         if self.alignment is None:
             return losses
-        with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
+        with self._precision(x_t.device):
             return self.alignment.add_to(losses, out.features.get(self.alignment.block), batch.image)
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[object]:
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
 
     def _without(
         self, conditioning: Mapping[str, Tensor], dropped: Tensor, null: Mapping[str, Tensor] | None

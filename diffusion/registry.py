@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from diffusion.flow import FlowMatching
 from diffusion.flow_samplers import (
@@ -25,11 +25,13 @@ from diffusion.gaussian_samplers import (
 )
 from diffusion.loss import Process
 from diffusion.sampling import Sampler
-from models.contract import TimeConvention
 
 
 class ProcessSettings(Protocol):
     """Settings of a process, a dataclass whose fields are flags."""
+
+    has_variance: ClassVar[bool]
+    """A network may predict a variance."""
 
     def make(self, learn_sigma: bool) -> Process:
         """Build the process, for a network that predicts a variance or not."""
@@ -53,8 +55,6 @@ class SamplerRow(NamedTuple):
 
 
 PROCESSES: dict[str, type[ProcessSettings]] = {"gaussian": GaussianSettings, "flow": FlowMatching}
-# Process that families are published with, by the units of time of their networks.
-PUBLISHED_PROCESS: dict[TimeConvention, str] = {"index": "gaussian", "unit": "flow"}
 
 SAMPLERS: dict[str, SamplerRow] = {
     "ddpm": SamplerRow("gaussian", "250", AncestralSampler, AncestralSettings),

@@ -14,6 +14,7 @@ Json = dict[str, Any]
 
 # Settings of version 0.1 whose values have another form now: the process's own are migrated where they are stored.
 _PROCESS = {"direction": "cosine"}
+_SAMPLER = {"time_shift": "shift", "sde": "kind", "heun_exact": "exact", "adams_order": "order"}
 
 
 def checkpoint(meta: Json) -> tuple[Json, dict[str, str]]:
@@ -23,7 +24,7 @@ def checkpoint(meta: Json) -> tuple[Json, dict[str, str]]:
         The document in format 2, and the groups of tensors that have another name now, former -> present. Settings
         of the training run stay as they are under "train": `run_config` migrates them for whoever resumes it.
     """
-    if meta["format"] != 1:
+    if meta.get("format") != 1:
         return meta, {}
     decay = meta["train"].get("ema_decay", 0.9999)
     average = f"ema-{decay:g}"
@@ -86,3 +87,36 @@ def run_config(values: Json, cls: type, kinds: Sequence[Kind], program: str) -> 
             fields = {"name", *(flag.field.name for flag in kind.flags(kind.owner_of(owner)).values())}
             nested[kind.name] = {name: value for name, value in nested[kind.name].items() if name in fields}
     return nested
+
+
+def calibration(old: Json, like: Mapping[str, Any]) -> Json:
+    """Migrate the settings that similarities of states were measured with.
+
+    Args:
+        old: settings in a file of similarities.
+        like: today's settings of the same kind, which tell the sampler's own ones from the rest.
+    """
+    sampling = old.get("sampling", {})
+    if not isinstance(sampling.get("process"), list):
+        return old
+    name, process = sampling["process"]
+    renamed = {_SAMPLER.get(key, key): value for key, value in sampling.items() if value is not None}
+    own = {key: renamed.get(key, default) for key, default in like["sampling"].items()}
+    process = process_fields({"name": name, **process})
+    return {**old, "sampling": {**own, "sampler": sampling["sampler"], "process": process}}
+
+
+def latent_index(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Migrate the index or manifest of a latent store .
+
+    Format 1 knew one kind of encoder, AutoencoderKL, and recorded its scaling factor alone. A document of another
+    format is returned as it is.
+    """
+    if old.get("format") != 1:
+        return dict(old)
+    names = {"vae": "name", "encoder_sha256": "sha256", "scale": "scaling_factor"}
+    encoder = {"class": "AutoencoderKL", "stochastic": True, "shift_factor": 0.0, "latents_mean": [], "latents_std": []}
+    encoder |= {new: old[name] for name, new in names.items() if name in old}
+    kept = {name: value for name, value in old.items() if name not in (*names, "moments_shape")}
+    shape = {"row_shape": old["moments_shape"]} if "moments_shape" in old else {}
+    return {**kept, **shape, "format": 2, "encoder": encoder}

@@ -15,7 +15,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
@@ -185,7 +185,7 @@ class Given(Generic[T]):
             return self._kinds[kind].owners[owner](**{**defaults, **self.fields(kind, owner)})
 
     def check_owners(self, **used: str) -> None:
-        """Check that every given flag belongs to an owner that is used.
+        """Check that flags given for these kinds belong to the owners that are used.
 
         Args:
             **used: kind -> owner.
@@ -193,15 +193,13 @@ class Given(Generic[T]):
         Raises:
             UserError: naming the flag and its owners.
         """
-        taken = {name for kind, owner in used.items() for name in self._kinds[kind].flags(owner)}
         for name, value in self._flags.items():
-            if name not in taken:
-                kind = next(k for k in self._kinds.values() if any(name in k.flags(owner) for owner in k.owners))
-                owners = " or ".join(owner for owner in kind.owners if name in kind.flags(owner))
-                raise UserError(
-                    f"{name} {_typed(value)}: is a setting of the {kind.name} {owners}; "
-                    f"this run uses {used.get(kind.name, 'none')}"
-                )
+            for kind, owner in used.items():
+                row = self._kinds[kind]
+                owners = [each for each in row.owners if name in row.flags(each)]
+                if owners and owner not in owners:
+                    names = " or ".join(owners)
+                    raise UserError(f"{name} {_typed(value)}: is a setting of the {kind} {names}; this run uses {owner}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -243,20 +241,21 @@ def parse(
         UserError: for anything wrong with flags, file or values.
     """
     general = _flags(cls)
-    owned = {name: flag for kind in kinds for owner in kind.owners for name, flag in kind.flags(owner).items()}
-    clash = general.keys() & owned.keys()
-    assert not clash, f"flags with two owners: {clash}"
+    of_owners = [flag for kind in kinds for owner in kind.owners for flag in kind.flags(owner).values()]
+    owned = {flag.name for flag in of_owners}
+    assert not general.keys() & owned, f"flags with two owners: {general.keys() & owned}"
+    flags = [*general.values(), *of_owners]
     parser = _Parser(prog=program, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS)
+    parser.add_argument("--config", dest="--config", metavar="FILE", default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)
-    for flag in (*general.values(), *owned.values()):
+    for flag in flags:
         _add_flag(parser, flag)
     wants_help = "-h" in argv or "--help" in argv
     if wants_help:
         _print_help(cls, argv, program, doc or "", kinds)
         raise SystemExit(0)
     typed = vars(parser.parse_args(argv))
-    given = _expand(_current(typed, (*general.values(), *owned.values()), program), aliases, {*general, *owned})
+    given = _expand(_current(typed, flags, program), aliases, {*general, *owned})
     path = given.pop("--config", None)
     sections = {} if path is None else _read(path, program, migrate)
     names = [kind.name for kind in kinds]
@@ -281,7 +280,10 @@ def _current(typed: Values, flags: Sequence[Flag], program: str) -> Values:
             new, stands_for = former[name]
             text = new if stands_for is None else f"{new} {stands_for}"
             if os.environ.get("RANK", "0") == "0":
-                print(f"{program}: warning: {name} is now {text}; the old name goes with the next version", file=sys.stderr)
+                print(
+                    f"{program}: warning: {name} is now {text}; the old name goes with the next version",
+                    file=sys.stderr,
+                )
             given.setdefault(new, value if stands_for is None else stands_for)
         else:
             given[name] = value
@@ -324,7 +326,7 @@ def _build(cls: type[T], values: Values) -> T:
 
 def _split_optional(hint: Any) -> tuple[Any, bool]:
     """(int | None) -> (int, True); anything else -> (itself, False)."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         inner = [part for part in typing.get_args(hint) if part is not type(None)]
         return inner[0], True
     return hint, False
@@ -353,12 +355,16 @@ def _add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
     else:
         options["type"] = _or_auto(kind) if optional and kind is int else kind
         options["metavar"] = "PATH" if kind is Path else kind.__name__.upper()
-    if flag.name not in parser._option_string_actions:  # owners of one kind share flags
+    known = parser._option_string_actions
+    if flag.name not in known:
         parser.add_argument(flag.name, **options)
-        for old, value in flag.field.metadata["was"].items():
+    elif (choices := _choices(flag)) and (others := known[flag.name].choices) is not None:
+        known[flag.name].choices = tuple(dict.fromkeys([*others, *choices]))  # owners of one kind share flags
+    for old, value in flag.field.metadata["was"].items():
+        if old not in known:
             action: Values = {} if value is None else {"action": "store_const", "const": value}
             kept = {k: v for k, v in options.items() if value is None and k in ("type", "choices", "nargs", "action")}
-            parser.add_argument(old, **{**kept, **action, "dest": old, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS})
+            parser.add_argument(old, **{**kept, **action}, dest=old, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _default(flag: Flag) -> str:
@@ -395,7 +401,7 @@ class _TupleAction(argparse.Action):
 
 
 def _print_help(cls: type, argv: Sequence[str], program: str, doc: str, kinds: Sequence[Kind]) -> None:
-    """Print the general settings by group, those of the owners that the command line chooses, and which others exist."""
+    """Print the general settings by group, those of the owners on the command line, and the names of all others."""
     summary, _, rest = doc.strip().partition("\n")
     examples = [line for line in rest.splitlines() if line.startswith("    ")]
     chosen, others = [], []
@@ -423,8 +429,12 @@ def _print_help(cls: type, argv: Sequence[str], program: str, doc: str, kinds: S
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     general = parser.add_argument_group("general")
-    general.add_argument("-h", "--help", action="store_true", help="show this text; with --model, --sampler ...: theirs too")
-    general.add_argument("--config", metavar="FILE", help="JSON of settings, as this script writes it; flags override it")
+    general.add_argument(
+        "-h", "--help", action="store_true", help="show this text; with --model, --sampler ...: theirs too"
+    )
+    general.add_argument(
+        "--config", metavar="FILE", help="JSON of settings, as this script writes it; flags override it"
+    )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for found in _flags(cls).values():
         title = " ".join(found.path[:-1]).replace("_", " ")
@@ -474,9 +484,9 @@ def free_settings(cls: type) -> set[str]:
     return {".".join(flag.path) for flag in _flags(cls).values() if flag.field.metadata.get("free")}
 
 
-def flag_of(cls: type, path: str) -> str:
-    """The flag of a setting that is given as in `free_settings`; the path itself if there is none."""
-    return next((flag.name for flag in _flags(cls).values() if ".".join(flag.path) == path), path)
+def flag_of(cls: type, kinds: Sequence[Kind], path: str) -> str:
+    """The flag of a setting that is given as "section.field"; the path itself if there is none."""
+    return next((flag for flag, place in places(cls, kinds).items() if ".".join(place.path) == path), path)
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -490,6 +500,25 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
                 yield f"{prefix}{name}", value
 
     return dict(walk(values, ""))
+
+
+def differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = (), name: Callable[[str], str] = str
+) -> list[str]:
+    """Settings that changed, a phrase each.
+
+    Args:
+        then: nested JSON values.
+        now: the same of today; settings that are only in `then` are ignored.
+        free: those that may change, as in `free_settings`.
+        name: what a setting is called in messages, from "section.field".
+    """
+    before, after = flatten(then), flatten(now)
+    return [
+        f"{name(key)} was {before.get(key)!r}, now {value!r}"
+        for key, value in after.items()
+        if key not in free and before.get(key) != value
+    ]
 
 
 def _read(path: str, program: str, migrate: Callable[[Values], Values]) -> Values:
@@ -506,7 +535,11 @@ def _read(path: str, program: str, migrate: Callable[[Values], Values]) -> Value
     values = migrate(values)
     script = values.pop("script", program)
     if script != program:
-        hint = f"; give its checkpoint: --ckpt {Path(path).parent}/checkpoints/NUMBER.safetensors" if script == "train.py" else ""
+        hint = (
+            f"; give its checkpoint: --ckpt {Path(path).parent}/checkpoints/NUMBER.safetensors"
+            if script == "train.py"
+            else ""
+        )
         raise UserError(f"--config {path}: settings of {script}, not of {program}{hint}")
     return {name: value for name, value in values.items() if name not in ("format", "version")}
 

@@ -1,174 +1,92 @@
-"""The settings of a training run: train.py's flags, their defaults, and what is refused before any work."""
+"""Settings of a training run: the flags of train.py by group, and the owners of all others."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_args
+from typing import Literal
 
 import torch
 
 from data import DATASETS
-from diffusion import PROCESSES, create_diffusion
-from diffusion.flow_matching import LossWeight, TimeDistribution
-from diffusion.schedules import BETA_SCHEDULES
-from models import FAMILIES
+from diffusion import PROCESSES
+from models import FAMILIES, family_name
 from models.acceleration import can_compile
 from runtime import distributed
-from runtime.config import flag_name, setting
-from runtime.errors import blame
-from training.objective import check_alignment
-
-PRECISIONS = ("fp32", "tf32", "bf16")
-NON_FINITE = ("fatal", "skip")
-GRAD_NORM_MODES = ("clip", "skip")
-# Settings of some network's config, and of some family's recipe; None, as everywhere, is the model's own.
-NETWORK_SETTINGS = (
-    "num_classes class_dropout_prob learn_sigma encoder_depth router_layout width_router_bias token_router_bias".split()
-)
-RECIPE_SETTINGS = sorted({f.name for row in FAMILIES.values() for f in dataclasses.fields(row.network.recipe_class)})
-# Settings that say how a run is carried out, not what it computes: they may change when it is resumed.
-FREE_ON_RESUME = frozenset(
-    "results_dir resume init_from data_path strict epochs max_steps grad_accum grad_checkpointing compile non_finite "
-    "num_workers log_every ckpt_every keep_last eval_every eval_data_path eval_reference eval_images eval_samples "
-    "eval_steps eval_cfg_scale tensorboard profile dry_run align_ckpt dist_timeout device".split()
-)
+from runtime.distributed import PRECISIONS
+from runtime.settings import Kind, flag_name, setting
+from training.losses import LOSSES
+from training.optimization import OPTIMIZERS
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a training run."""
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What is trained on."""
 
-    data_path: Path | None = setting(None, "root of an image folder, one folder per class; or a folder of latents")
-    dataset: str = setting("imagefolder", "latents come from extract_latents.py; the digits are embedded", DATASETS)
-    strict: bool = setting(False, "an unreadable image ends the run, instead of being named and replaced")
-    results_dir: Path = setting(Path("results"), "where runs are put, each in a numbered folder")
-    resume: str | None = setting(None, "go on with a run: a checkpoint, or auto for the newest run of these settings")
-    init_from: Path | None = setting(None, "start from the weights in a file: ours, or an official .pt")
-    # network
-    model: str = setting("DiT-XL/2", "name in the registry (models.list_models())")
-    image_size: int | None = setting(None, "side of the images in pixels; 256, or 8 for the digits")
-    in_channels: int | None = setting(None, "channels without an autoencoder: 3 for RGB, 1 for grey; the model's own")
-    num_classes: int | None = setting(None, "number of classes, which the data must have; the model's own (1000)")
-    class_dropout_prob: float | None = setting(None, "share of labels dropped for guidance; the model's own (0.1)")
-    learn_sigma: bool | None = setting(None, "predict the variance too; the model's own (yes), no for a flow")
-    encoder_depth: int | None = setting(None, "blocks of a divided network's encoder, of all its blocks; its own")
+    data_path: Path | None = setting(None, "root of an image folder, one folder a class; or a latent store", free=True)
+    dataset: str = setting(
+        "imagefolder", "kind of data; extract_latents.py writes latents, digits are embedded", tuple(DATASETS)
+    )
+    image_size: int | None = setting(None, "side of the images in pixels", shown="256; the data's own, if it has one")
+    channels: int | None = setting(
+        None,
+        "channels without an autoencoder: 3 for RGB, 1 for grey",
+        flag="--in-channels",
+        shown="3; 1 for the digits",
+    )
     vae: str | None = setting(
-        None, "autoencoder: ema, mse, a local folder, or none for pixels (ema; digits: none; latents: their own)"
+        None, "autoencoder: ema, mse, a local folder, or none for pixels", shown="ema; latents: theirs; digits: none"
     )
-    router_layout: str | None = setting(None, "DyDiT: first_always_on or all_heads; as in --init-from, or the first")
-    width_router_bias: float | None = setting(None, "DyDiT: initial bias of width routers (15)")
-    token_router_bias: float | None = setting(None, "DyDiT: initial bias of token routers (35)")
-    # what the model's family trains for
-    flops_target: float | None = setting(None, "DyDiT: share of the blocks' multiply-adds to come down to (0.5)")
-    flops_warmup_steps: int | None = setting(None, "DyDiT: steps over which that target falls from 1 (1000)")
-    flops_weight: float | None = setting(None, "DyDiT: weight of the squared distance from the target (2)")
-    complete_loss_steps: int | None = setting(None, "DyDiT: steps that also train the network unrouted; all")
-    gate_noise_steps: int | None = setting(None, "DyDiT: steps with noise in the routers' decisions; all")
-    stratified_t: bool | None = setting(None, "DyDiT: times of a batch cover the four quarters evenly (no)")
-    rank_by_magnitude: bool | None = setting(
-        None, "DyDiT: sort the heads and MLP channels of --init-from, largest first (no)"
-    )
-    # process
-    process: str | None = setting(None, "how images are noised; what the family is published with", tuple(PROCESSES))
-    noise_schedule: str = setting("linear", "betas", BETA_SCHEDULES)
-    predict_xstart: bool = setting(False, "predict the clean image instead of the noise")
-    flow_times: str | None = setting(None, "distribution of a flow's times (logit_normal)", get_args(TimeDistribution))
-    flow_shift: float | None = setting(None, "shift of a flow's times, above 1 towards noise (1)")
-    flow_weight: str | None = setting(None, "weight of a flow's loss at its times (constant)", get_args(LossWeight))
-    flow_direction: float | None = setting(None, "weight of 1 - cosine between a flow's velocities (0)")
-    # alignment with a vision encoder
-    align: str | None = setting(None, "align features with this encoder's: dinov2_vitb14, ..., or a ViT of timm; none")
-    align_ckpt: Path | None = setting(None, "the encoder's weights in a local file; else the hub or its cache")
-    align_block: int = setting(8, "number of the block whose features are aligned, from 1")
-    align_weight: float = setting(0.5, "weight of the alignment loss")
-    align_width: int | None = setting(None, "width inside the projector; the network's")
-    # optimisation
-    epochs: int = setting(1400, "passes over the data")
-    max_steps: int | None = setting(None, "stop after this many steps, whatever the epochs")
-    global_batch_size: int = setting(256, "images per step over all processes")
-    grad_accum: int = setting(1, "micro-batches per step and process; the step's result is the same")
-    grad_clip: float | None = setting(None, "largest norm of the gradient; none")
-    grad_norm_mode: str = setting("clip", "what happens to a larger one: clip it, or skip the update", GRAD_NORM_MODES)
-    grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
-    precision: str = setting("tf32", "of matrix products: fp32, tf32 (CUDA; as official), bf16 autocast", PRECISIONS)
-    compile: bool = setting(False, "compile every block (on a CPU this needs a C++ compiler)")
-    non_finite: str = setting("fatal", "after a step whose gradient is not finite (it is never applied)", NON_FINITE)
-    global_seed: int = setting(0, "seed of weights, order, noise and dropped labels")
-    lr: float = setting(1e-4, "peak learning rate of AdamW")
-    lr_schedule: str = setting("constant", "learning rate after warm-up", ("constant", "cosine"))
-    lr_warmup_steps: int = setting(0, "steps of linear warm-up")
-    lr_final_ratio: float = setting(0.0, "where cosine ends, as a share of the peak")
-    adam_betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's betas")
-    weight_decay: float = setting(0.0, "AdamW's weight decay")
-    ema_decay: float = setting(0.9999, "decay of the averaged weights")
-    ema_ramp: bool = setting(False, "average over little at first: decay min(ema_decay, (1 + n) / (10 + n))")
-    flip: bool | None = setting(None, "mirror images at random; yes, but not for the digits")
-    # running
-    num_workers: int = setting(4, "loader processes per rank")
-    log_every: int = setting(100, "steps between log lines")
-    ckpt_every: int = setting(50_000, "steps between checkpoints; the last step always makes one")
-    keep_last: int | None = setting(None, "keep this many newest checkpoints of the run; all")
-    eval_every: int | None = setting(None, "steps between validations, and one at the end; never")
-    eval_data_path: Path | None = setting(None, "held-out data, as --data-path; the digits have their own")
-    eval_images: int = setting(1024, "held-out images of a validation's loss, the first ones")
-    eval_samples: int = setting(16, "images drawn at a validation, by DDIM from the averaged weights; 0 for none")
-    eval_reference: Path | None = setting(
-        None, "ADM's reference .npz with mu and sigma: FID and Inception Score of the images drawn"
-    )
-    eval_steps: int = setting(50, "steps of that sampling")
-    eval_cfg_scale: float = setting(1.5, "guidance scale of that sampling; 1 is none")
-    tensorboard: bool = setting(False, "write the metrics for TensorBoard too (needs the package tensorboard)")
-    profile: bool = setting(False, "trace some early steps of the main process into the run's folder")
-    dry_run: bool = setting(False, "say what would be trained, its cost and its memory; train and write nothing")
-    dist_timeout: float = setting(1800.0, "seconds to wait for another process before the run ends")
-    device: str | None = setting(None, "cuda where there is one, else cpu", ("cuda", "cpu"))
+    flip: bool | None = setting(None, "mirror images at random", shown="yes, but not for the digits")
+    strict: bool = setting(False, "end the run at an unreadable image instead of replacing and naming it", free=True)
+    num_workers: int = setting(4, "loader processes a rank", free=True)
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be meant, before any work."""
-        counts = "epochs max_steps global_batch_size grad_accum log_every ckpt_every keep_last image_size".split()
-        for name in (*counts, "eval_every", "eval_images", "eval_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{flag_name(name)} {value}: must be at least 1")
-        for name in ("lr_warmup_steps", "num_workers", "weight_decay", "eval_samples"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must not be negative")
+        """Validate the fields."""
+        _at_least(self, 1, "image_size")
+        _at_least(self, 0, "num_workers")
+        digits = self.dataset == "digits"
+        if self.channels not in (None, 1, 3) or (digits and self.channels == 3):
+            raise ValueError(f"--in-channels {self.channels}: 3 for RGB or 1 for grey (the digits are grey)")
+        if self.data_path is not None and digits:
+            raise ValueError(f"--data-path {self.data_path}: has no effect with --dataset digits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationSettings:
+    """How the weights move."""
+
+    epochs: int = setting(1400, "epochs to train", free=True)
+    max_steps: int | None = setting(None, "end after this many steps, if that is earlier", free=True)
+    global_batch_size: int = setting(256, "images a step, over all processes")
+    grad_accum: int = setting(1, "micro-batches that a process cuts its part of a step into", free=True)
+    lr: float = setting(1e-4, "peak learning rate")
+    lr_schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after warm-up")
+    lr_warmup_steps: int = setting(0, "steps of linear warm-up")
+    lr_final_ratio: float = setting(0.0, "end of the cosine, as a share of the peak")
+    grad_clip: float | None = setting(None, "largest norm of the gradient")
+    grad_norm_mode: Literal["clip", "skip"] = setting("clip", "for a larger norm: clip it, or skip the update")
+    non_finite: Literal["fatal", "skip"] = setting(
+        "fatal", "after a step whose gradient is not finite (it is never applied)", free=True
+    )
+    ema_decay: float = setting(0.9999, "decay of the averaged weights (EMA)")
+    ema_ramp: bool = setting(False, "average over few steps at first: decay min(ema_decay, (1 + n) / (10 + n))")
+    global_seed: int = setting(0, "seed of weights, order, noise and dropped labels")
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        _at_least(self, 1, "epochs", "max_steps", "global_batch_size", "grad_accum")
+        _at_least(self, 0, "lr_warmup_steps")
+        _positive(self, "lr", "grad_clip")
         for name in ("ema_decay", "lr_final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must lie in [0, 1]")
-        if self.class_dropout_prob is not None and not 0 <= self.class_dropout_prob < 1:
-            raise ValueError(f"--class-dropout-prob {self.class_dropout_prob}: must lie in [0, 1)")
-        for name in ("lr", "grad_clip", "dist_timeout"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{flag_name(name)} {value}: must be positive and finite")
-        if not all(0 <= beta < 1 for beta in self.adam_betas):
-            raise ValueError(f"--adam-betas {' '.join(map(str, self.adam_betas))}: both must lie in [0, 1)")
-        if self.in_channels not in (None, 1, 3) or (self.dataset == "digits" and self.in_channels == 3):
-            raise ValueError(f"--in-channels {self.in_channels}: 3 for RGB or 1 for grey (the digits are grey)")
-        if not 1 <= self.eval_cfg_scale < math.inf:
-            raise ValueError(
-                f"--eval-cfg-scale {self.eval_cfg_scale}: must be at least 1 (1 is no guidance), and finite"
-            )
-        self._check_validation()
-        check_alignment(self)
         if self.lr_final_ratio and self.lr_schedule == "constant":
             raise ValueError(f"--lr-final-ratio {self.lr_final_ratio}: has no effect without --lr-schedule cosine")
-        if self.data_path is not None and self.dataset == "digits":
-            raise ValueError(f"--data-path {self.data_path}: has no effect with --dataset digits")
-        if self.resume not in (None, "auto") and self.init_from is not None:
-            raise ValueError(f"--init-from {self.init_from}: has no effect with --resume {self.resume}")
-        if self.rank_by_magnitude and self.init_from is None and self.resume is None:
-            raise ValueError("--rank-by-magnitude: has no effect without --init-from")
         if self.grad_norm_mode == "skip" and self.grad_clip is None:
             raise ValueError("--grad-norm-mode skip: needs --grad-clip, the norm from which updates are skipped")
-        on_gpu = self.device != "cpu" and torch.cuda.is_available()
-        if self.compile and not can_compile("cuda" if on_gpu else "cpu"):
-            raise ValueError("--compile: on a CPU it needs a C++ compiler (g++ or clang++), and none is found")
         shares = distributed.world_size() * self.grad_accum
         if self.global_batch_size % shares:
             raise ValueError(
@@ -176,26 +94,152 @@ class TrainConfig:
                 f"processes times {self.grad_accum} micro-batches; choose a multiple of {shares}"
             )
 
-    def _check_validation(self) -> None:
-        """Refuses validation settings that would do nothing."""
-        if self.eval_reference is not None:
-            if self.eval_every is None:
-                raise ValueError(f"--eval-reference {self.eval_reference}: has no effect without --eval-every")
-            if self.dataset == "digits" or self.in_channels == 1:
-                raise ValueError(f"--eval-reference {self.eval_reference}: is for RGB images")
-        if self.eval_data_path is not None:
-            if self.eval_every is None:
-                raise ValueError(f"--eval-data-path {self.eval_data_path}: has no effect without --eval-every")
-            if self.dataset == "digits":
-                raise ValueError(f"--eval-data-path {self.eval_data_path}: the digits have a test split of their own")
-        elif self.eval_every is not None and self.dataset != "digits" and not self.eval_samples:
-            raise ValueError(f"--eval-every {self.eval_every}: nothing to do; give --eval-data-path or --eval-samples")
-        if self.eval_every is not None:
-            with blame(f"--eval-steps {self.eval_steps}"):
-                create_diffusion(str(self.eval_steps))
-            if self.eval_reference is not None and self.eval_samples < 2:
-                raise ValueError(f"--eval-samples {self.eval_samples}: FID needs at least 2, better thousands")
-            if self.dataset == "digits" and 0 < self.eval_samples < 4:
-                raise ValueError(f"--eval-samples {self.eval_samples}: the scores need at least 4 (0 for none)")
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeSettings:
+    """Where and how a step is computed."""
+
+    precision: str = setting("tf32", "of matrix products: fp32, tf32 (CUDA; as official), bf16 autocast", PRECISIONS)
+    compile: bool = setting(False, "compile every block (on a CPU this needs a C++ compiler)", free=True)
+    grad_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, a third slower", free=True
+    )
+    device: Literal["cuda", "cpu"] | None = setting(None, "where to compute", shown="cuda if there is one", free=True)
+    dist_timeout: float = setting(1800.0, "seconds to wait for another process before the run ends", free=True)
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        _positive(self, "dist_timeout")
+        on_gpu = self.device != "cpu" and torch.cuda.is_available()
+        if self.compile and not can_compile("cuda" if on_gpu else "cpu"):
+            raise ValueError("--compile: on a CPU it needs a C++ compiler (g++ or clang++), and none is found")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where a run starts from, and what it writes."""
+
+    results_dir: Path = setting(Path("results"), "folder of all runs, each in a numbered folder", free=True)
+    resume: str | None = setting(
+        None, "resume a run: a checkpoint, or auto for the newest run of these settings", free=True
+    )
+    init_from: Path | None = setting(None, "start from the weights in a file: ours, or an official .pt", free=True)
+    log_every: int = setting(100, "steps between log lines", free=True)
+    ckpt_every: int = setting(50_000, "steps between checkpoints; the last step always makes one", free=True)
+    keep_last: int | None = setting(None, "number of newest checkpoints to keep", shown="all", free=True)
+    tensorboard: bool = setting(False, "write metrics for TensorBoard too (needs the package)", free=True)
+    profile: bool = setting(False, "trace some early steps of rank 0 into the run's folder", free=True)
+    dry_run: bool = setting(False, "print settings, cost and memory; train and write nothing", free=True)
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        _at_least(self, 1, "log_every", "ckpt_every", "keep_last")
+        if self.resume not in (None, "auto") and self.init_from is not None:
+            raise ValueError(f"--init-from {self.init_from}: has no effect with --resume {self.resume}")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("--tensorboard: the package is not installed; pip install tensorboard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSettings:
+    """What a run measures while it trains."""
+
+    eval_every: int | None = setting(None, "steps between validations, and one at the end", shown="never", free=True)
+    eval_data_path: Path | None = setting(None, "held-out data, as --data-path; the digits have their own", free=True)
+    eval_images: int = setting(1024, "held-out images of a validation's loss, the first ones", free=True)
+    eval_samples: int = setting(16, "images sampled at a validation from the averaged weights; 0: no image", free=True)
+    eval_steps: int = setting(50, "steps of that sampling", free=True)
+    eval_cfg_scale: float = setting(1.5, "guidance scale of that sampling; 1: no guidance", free=True)
+    eval_reference: Path | None = setting(
+        None, "ADM's reference .npz with mu and sigma: FID and Inception Score of the samples", free=True
+    )
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        _at_least(self, 1, "eval_every", "eval_images", "eval_steps")
+        _at_least(self, 0, "eval_samples")
+        if not 1 <= self.eval_cfg_scale < math.inf:
+            raise ValueError(
+                f"--eval-cfg-scale {self.eval_cfg_scale}: must be at least 1 (1 is no guidance), and finite"
+            )
+        if self.eval_every is None:
+            for name in ("eval_reference", "eval_data_path"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{flag_name(name)} {getattr(self, name)}: has no effect without --eval-every")
+        elif self.eval_reference is not None and self.eval_samples < 2:
+            raise ValueError(f"--eval-samples {self.eval_samples}: FID needs at least 2, better thousands")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentSettings:
+    """Alignment of features with a vision encoder's (REPA)."""
+
+    align: str | None = setting(None, "vision encoder: dinov2_vitb14, ..., or a ViT of timm")
+    align_ckpt: Path | None = setting(None, "its weights in a local file", shown="the hub or its cache", free=True)
+    align_block: int = setting(8, "number of the block with the aligned features, from 1")
+    align_weight: float = setting(0.5, "weight of the alignment loss")
+    align_width: int | None = setting(None, "width inside the projector", shown="the network's")
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        for own in fields(self):
+            name = own.name
+            if self.align is None and getattr(self, name) != own.default:
+                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: has no effect without --align")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings of a training run; the model's family, the process, the loss and the optimizer have their own."""
+
+    model: str = setting("DiT-XL/2", "name in the registry (models.list_models())")
+    process: str | None = setting(
+        None, "noise process", tuple(PROCESSES), shown="the one that the model's family is published with"
+    )
+    optimizer: str = setting("adamw", "optimizer", tuple(OPTIMIZERS))
+    data: DataSettings = field(default_factory=DataSettings)
+    optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    alignment: AlignmentSettings = field(default_factory=AlignmentSettings)
+
+    def __post_init__(self) -> None:
+        """Validate what concerns several groups."""
+        data, validation = self.data, self.validation
+        digits = data.dataset == "digits"
+        if validation.eval_reference is not None and (digits or data.channels == 1):
+            raise ValueError(f"--eval-reference {validation.eval_reference}: is for RGB images")
+        if validation.eval_data_path is not None and digits:
+            raise ValueError(f"--eval-data-path {validation.eval_data_path}: the digits have a test split of their own")
+        if validation.eval_every is None:
+            return
+        if validation.eval_data_path is None and not digits and not validation.eval_samples:
+            raise ValueError(
+                f"--eval-every {validation.eval_every}: nothing to do; give --eval-data-path or --eval-samples"
+            )
+        if digits and 0 < validation.eval_samples < 4:
+            raise ValueError(f"--eval-samples {validation.eval_samples}: the scores need at least 4 (0: no image)")
+
+
+KINDS = (
+    Kind("model", {name: family.config for name, family in FAMILIES.items()}, family_name),
+    Kind("process", PROCESSES),
+    Kind("loss", {name: row.settings for name, row in LOSSES.items()}),
+    Kind("optimizer", OPTIMIZERS),
+)
+
+
+def _at_least(settings: object, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            bound = f"at least {least}" if least else "not negative"
+            raise ValueError(f"{flag_name(name)} {value}: must be {bound}")
+
+
+def _positive(settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{flag_name(name)} {value}: must be positive and finite")

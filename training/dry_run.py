@@ -1,123 +1,131 @@
-"""What a run would be, said before it starts: data, network, cost, and the memory that a process will need.
+"""A dry run: settings, data, network, cost, and the memory that a process will need.
 
-The memory of a step is predicted, not met: a forward pass over a few images shows what each image leaves behind for the
-backward pass, on this device, in this precision, compiled or not; the rest is counted.
+The memory of a step is predicted: a forward pass over a few images with tensors that have no values shows what each
+image keeps for the backward pass on this device, in this precision; the rest is counted. Compiled code keeps less.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map
 
-from diffusion import Batch
-from runtime.config import to_dict
+from diffusion.loss import Batch
 from runtime.distributed import World
-
-if TYPE_CHECKING:
-    from training.setup import Setup
+from training.setup import Setup, recompute_activations
 
 PROBES = (2, 4)  # images of the two trial passes
-# While the backward pass is inside a block, gradients of the block's inner tensors stand beside what was kept for them.
+# While the backward pass is inside a block, gradients of the block's inner tensors coexist with what was kept for them.
 INSIDE_BLOCK = 0.5
 
 
 def predict_memory(setup: Setup, world: World) -> dict[str, int]:
     """Bytes on a process's device at the peak of a training step, by part, and their "peak".
 
-    The peak lies where the backward pass starts or, if gradients outweigh activations, where it ends. Not in it: the
+    The peak is where the backward pass starts or, if gradients outweigh activations, where it ends. Not in it: the
     CUDA context, the allocator's fragments, and what an autoencoder needs while it encodes.
+
+    Args:
+        setup: of the run; its network may have tensors without values.
+        world: its processes.
     """
-    network, config = setup.network, setup.config
-    rows = config.global_batch_size // world.size // config.grad_accum
+    network, optimization = setup.network, setup.config.optimization
+    rows = optimization.global_batch_size // world.size // optimization.grad_accum
     weights = _bytes([*network.parameters(), *network.buffers()])
     gradients = _bytes(p for p in network.parameters() if p.requires_grad)
-    kept = _at(rows, [kept_activations(setup, probe, world.device) for probe in PROBES])
-    block = kept
-    if config.grad_checkpointing:
-        network.grad_checkpointing = False
-        block = _at(rows, [kept_activations(setup, probe, world.device) for probe in PROBES])
-        network.grad_checkpointing = True
-    block //= len(network.blocks)
+    kept = _at(rows, [kept_activations(setup, probe) for probe in PROBES])
+    block, recomputed = kept // len(network.blocks), setup.config.compute.grad_checkpointing
+    if recomputed:
+        recompute_activations(network)
+        kept = _at(rows, [kept_activations(setup, probe) for probe in PROBES])
     lasting = {
         "weights": weights,
         "averaged weights": weights,
         "optimizer, two moments": 2 * gradients,
-        "autoencoder": setup.autoencoder.weight_bytes,
+        "autoencoder": setup.encoder.weight_bytes,
         "images and draws of a step": _draws_bytes(setup, world),
     }
     passing = {
         "gradients": gradients,
         "kept for the backward pass": kept,
-        "inside a block": int(block * (INSIDE_BLOCK + config.grad_checkpointing)),  # one block is recomputed
+        "inside a block": int(block * (INSIDE_BLOCK + recomputed)),  # one block is recomputed
     }
     start = passing["kept for the backward pass"] + passing["inside a block"]
-    if world.size > 1 or config.grad_accum > 1:
+    if world.size > 1 or optimization.grad_accum > 1:
         start += gradients  # DDP's buckets hold room for them all the time; micro-batches add theirs up
     return {**lasting, **passing, "peak": sum(lasting.values()) + max(start, gradients)}
 
 
-def kept_activations(setup: Setup, rows: int, device: torch.device) -> int:
-    """Bytes that one forward pass of the objective keeps for the backward pass, weights not counted."""
-    network, objective, shape = setup.network, setup.objective, setup.latent_shape
-    known = {_place(tensor) for tensor in [*network.parameters(), *network.buffers()]}
+def kept_activations(setup: Setup, rows: int) -> int:
+    """Bytes that one forward pass of the loss keeps for the backward pass, weights not counted."""
+    network, loss = setup.network, setup.loss
+    device = next(network.parameters()).device
+    weights = {_storage(tensor) for tensor in [*network.parameters(), *network.buffers()]}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if _place(tensor) not in known:
-            kept[_place(tensor)] = tensor.detach()
+        if _storage(tensor) not in weights:
+            kept[_storage(tensor)] = tensor.detach()
         return tensor
 
-    def run_block(block: Callable[..., Any], *args: Tensor | None) -> Any:
+    def keep_inputs(block: torch.nn.Module, args: tuple[object, ...]) -> None:
         for tensor in args:
-            if tensor is not None:
-                keep(tensor)  # a recomputed block holds on to them out of sight
-        return type(network).run_block(network, block, *args)
+            if isinstance(tensor, Tensor):
+                keep(tensor)  # a recomputed block keeps its inputs where the hooks below do not see them
 
-    batch = Batch(torch.zeros(rows, *shape, device=device), *torch.zeros(2, rows, dtype=torch.long, device=device))
+    draws = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, loss.draw(0, rows))
+    conditioning = {name: torch.zeros(rows, dtype=torch.long, device=device) for name in network.conditioning}
+    latents = torch.zeros(rows, *network.sample_shape, device=device)
+    batch = Batch(latents, conditioning, torch.zeros(rows, dtype=torch.long))
+    hooks = [block.register_forward_pre_hook(keep_inputs) for block in network.blocks]
     try:
-        network.run_block = run_block  # type: ignore[method-assign]  # of this network alone, and taken back below
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            losses = objective(batch, 0, objective.draw(0, rows, shape, device))  # the graph lives until it is counted
+            losses = loss(batch, draws, 0, {})  # the graph lives until it is counted
             total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         del losses
     finally:
-        del network.run_block
+        for hook in hooks:
+            hook.remove()
     return total
 
 
-def print_dry_run(setup: Setup, world: World) -> None:
-    """Prints everything, on the main process; nothing is written."""
+def print_dry_run(setup: Setup, world: World, fake: FakeTensorMode) -> None:
+    """Print everything, on rank 0; nothing is written."""
     network, config = setup.network, setup.config
-    if config.compile:
-        network.compile_blocks()
-    memory = predict_memory(setup, world)
+    with fake:
+        memory = predict_memory(setup, world)
     if not world.is_main:
         return
     parameters = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    image, label, _ = setup.dataset[0, 0]
-    local = config.global_batch_size // world.size
-    work = network.multiply_adds()
-    step = 6 * sum(work.values()) * config.global_batch_size  # 2 FLOP a multiply-add; backward costs two forwards
-    print(json.dumps(to_dict(config), indent=2))
+    image = setup.dataset[0, 0][0]
+    size = config.optimization.global_batch_size
+    local = size // world.size
+    work = network.cost()
+    step = 6 * sum(work.values()) * size  # 2 FLOP a MAC; the backward pass costs two forward passes
+    print(json.dumps(setup.document(), indent=2))
     print(f"\n{config.model} on {world.device.type}, {world.size} process{'es' if world.size > 1 else ''}")
     print(f"parameters          {parameters:,}, of which {trained:,} are trained")
     print(f"data                {len(setup.dataset):,} images, {len(setup.dataset.classes):,} classes")
-    print(f"training            {setup.total_steps:,} steps of {config.global_batch_size} images")
+    print(f"training            {setup.total_steps:,} steps of {size} images")
     print(f"batch of a process  {local} x {tuple(image.shape)} {str(image.dtype).removeprefix('torch.')} from the data")
-    print(f"                    {local} x {setup.latent_shape} float32 latents, labels such as {int(label)}")
-    print(f"\nmultiply-adds of one image forward: {sum(work.values()) / 1e9:.4f} G; a step: {step / 1e12:.4g} TFLOP")
+    print(f"                    {local} x {network.sample_shape} float32 latents")
+    print(f"\nMACs of one image forward: {sum(work.values()) / 1e9:.4f} G; a step: {step / 1e12:.4g} TFLOP")
     for name, count in work.items():
         print(f"  {name.replace('_', ' '):<28}{count / 1e9:>12.4f} G")
-    print(f"\nmemory of a process at the peak of a step, predicted: {memory.pop('peak') / 1e9:.3f} GB")
-    for name, size in memory.items():
-        print(f"  {name:<28}{size / 1e9:>12.3f} GB")
-    print("Gradients grow while what was kept shrinks: the peak is at one end or the other.")
+    uncompiled = ", uncompiled (compiled blocks keep less)" if config.compute.compile else ""
+    peak = memory.pop("peak")
+    print(f"\nmemory of a process at the peak of a step, predicted{uncompiled}: {peak / 1e9:.3f} GB")
+    for name, count in memory.items():
+        print(f"  {name:<28}{count / 1e9:>12.3f} GB")
+    print("Gradients grow while kept activations shrink: the peak is at one end or the other.")
+    for warning in setup.warnings():
+        print(f"Warning: {warning}")
 
 
 def _at(rows: int, probed: list[int]) -> int:
@@ -127,15 +135,15 @@ def _at(rows: int, probed: list[int]) -> int:
 
 
 def _draws_bytes(setup: Setup, world: World) -> int:
-    """Two latents' worth of noise for the global batch, and this process's latents."""
-    config = setup.config
-    latents = 2 * config.global_batch_size + config.global_batch_size // world.size
-    return 4 * latents * int(torch.Size(setup.latent_shape).numel())
+    """This process's latents, their noise, and the encoder's noise if there is any."""
+    local = setup.config.optimization.global_batch_size // world.size
+    latents = (2 + setup.encoder.stochastic) * local
+    return 4 * latents * int(torch.Size(setup.network.sample_shape).numel())
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum({_place(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return sum({_storage(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # tensors without values have no address

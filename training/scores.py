@@ -1,4 +1,4 @@
-"""Scores of drawn images during training: for the digits by themselves, for photographs where a reference is given."""
+"""Scores of samples during training: digits have their own, photographs are compared with a given reference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,40 +16,39 @@ from evaluator.inception.weights import default_cache, find_weights, inspect_wei
 from evaluator.metrics import feature_statistics, frechet_distance, inception_score
 from evaluator.npz import ImageFile
 from runtime import distributed
-from runtime.errors import UserError, blame
-
-if TYPE_CHECKING:
-    from training.config import TrainConfig
+from runtime.errors import UserError, error_prefix
+from training.config import TrainSettings
 
 
 class Scorer(NamedTuple):
-    """How images are scored a few at a time, so that never all of them are kept.
+    """The score of images that arrive a few at a time, so that never all of them are kept.
 
     Attributes:
-        features: what is kept of (n, H, W, C) uint8 images: a row each; on all processes.
-        scores: of the features of all images (N, ...) and the labels asked for (N,), on the main process.
+        features: maps (n, H, W, C) uint8 images to the rows that are kept; on all processes.
+        scores: maps the features of all images (N, ...) and their labels (N,) to scores; on rank 0.
     """
 
     features: Callable[[Tensor], Tensor]
     scores: Callable[[Tensor, Tensor], dict[str, float]]
 
 
-def open_scorer(config: TrainConfig, image_size: tuple[int, int], device: torch.device) -> Scorer | None:
-    """The scorer that a run's settings ask for; None where nothing scores its images. Called by all processes.
+def open_scorer(config: TrainSettings, image_size: tuple[int, ...], device: torch.device) -> Scorer | None:
+    """The scorer that a run's settings ask for; None without one. A collective operation.
 
     Args:
         config: of the run.
-        image_size: (H, W) of what it draws.
-        device: where features are computed.
+        image_size: (H, W) of its samples.
+        device: of the features' computation.
 
     Raises:
         UserError: if the reference or the network's weights cannot be used.
     """
-    if config.eval_every is None or not config.eval_samples:
+    settings = config.validation
+    if settings.eval_every is None or not settings.eval_samples:
         return None
-    if config.dataset == "digits":
+    if config.data.dataset == "digits":
         return Scorer(lambda images: images, digits_scores)
-    return None if config.eval_reference is None else open_inception(config.eval_reference, image_size, device)
+    return None if settings.eval_reference is None else open_inception(settings.eval_reference, image_size, device)
 
 
 def digits_scores(images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -62,7 +61,7 @@ def digits_scores(images: Tensor, labels: Tensor) -> dict[str, float]:
     return {"frechet_distance": scores.frechet_distance, "accuracy": scores.accuracy}
 
 
-def open_inception(reference: Path, image_size: tuple[int, int], device: torch.device) -> Scorer:
+def open_inception(reference: Path, image_size: tuple[int, ...], device: torch.device) -> Scorer:
     """FID to a reference's stored statistics and Inception Score, by ADM's network.
 
     FID falls with the number of images: a few thousand show a run's course, and compare with as many only.
@@ -73,23 +72,23 @@ def open_inception(reference: Path, image_size: tuple[int, int], device: torch.d
         raise UserError(f"{flag}: its images are of {file.size} pixels, this run's of {image_size}")
     if file.statistics is None:
         raise UserError(f"{flag}: holds no mu and sigma, as ADM's references do; take one of those")
-    known = file.statistics.pool
-    weights = distributed.by_main(lambda: inspect_weights(find_weights(None, default_cache(), offline=False)))
-    with blame(str(weights.path)):
+    reference_statistics = file.statistics.pool
+    weights = distributed.on_rank0(lambda: inspect_weights(find_weights(None, default_cache(), offline=False)))
+    with error_prefix(str(weights.path)):
         network = load_network(weights.path, device)
 
     def features(images: Tensor) -> Tensor:
         return network.features(images.cpu().numpy()).pool
 
     def scores(rows: Tensor, labels: Tensor) -> dict[str, float]:
-        found = feature_statistics(rows.cpu())
+        statistics = feature_statistics(rows.cpu())
         score = inception_score(network.probabilities(rows))
-        return {"fid": frechet_distance(known, found), "inception_score": score}
+        return {"fid": frechet_distance(reference_statistics, statistics), "inception_score": score}
 
-    with blame(flag):
+    with error_prefix(flag):
         width = network.features(torch.zeros(1, *image_size, 3, dtype=torch.uint8).numpy()).pool.shape[1]
-        if len(known.mean) != width:
-            raise ValueError(f"its mu has {len(known.mean):,} numbers, the network {width:,} features")
+        if len(reference_statistics.mean) != width:
+            raise ValueError(f"its mu has {len(reference_statistics.mean):,} numbers, the network {width:,} features")
     if weights.doubt is not None and os.environ.get("RANK", "0") == "0":
-        print(f"note: {weights.doubt}: these scores compare with nobody's", file=sys.stderr)
+        print(f"note: {weights.doubt}: these scores are comparable with no published ones", file=sys.stderr)
     return Scorer(features, scores)

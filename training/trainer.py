@@ -1,20 +1,14 @@
-"""The one trainer: a loop over steps, what a step changes, and what is said and saved along the way.
-
-Which images, noise and dropped labels a step sees follows from (seed, step). So a run that stops anywhere goes on just
-where it was, and the number of processes and micro-batches changes nothing but rounding.
-"""
+"""The training loop."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,45 +16,35 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import GlobalBatches
-from diffusion import Batch, Draws
+from data import GlobalBatches, conditioning
+from diffusion.loss import Batch, Draws
 from runtime import distributed
 from runtime.checkpoint import load_weights, save_checkpoint
-from runtime.config import to_dict
 from runtime.distributed import World
-from runtime.ema import EMA
 from runtime.errors import FAILED_STATUS
-from runtime.finite import FiniteGuard
-from runtime.profiling import trace_steps
-from runtime.resume import ALIGNMENT, Resumable
-from runtime.run_log import RunLog
-from runtime.stopping import INTERRUPTED_STATUS, stop_on_signal
-from training.setup import Setup
+from training.optimization import EMA, FiniteGuard, learning_rate
+from training.run import INTERRUPTED_STATUS, ResumeState, RunLog, stop_on_signal, trace_steps
+from training.setup import Setup, encode, recompute_activations
 from training.validation import Validation
 
-if TYPE_CHECKING:
-    from training.config import TrainConfig
-
-
-def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """Learning rate of step `step` (from 0) of `total`: linear warm-up, then constant or cosine."""
-    if step < config.lr_warmup_steps:
-        return config.lr * (step + 1) / config.lr_warmup_steps
-    if config.lr_schedule == "constant":
-        return config.lr
-    done = (step - config.lr_warmup_steps) / max(1, total - config.lr_warmup_steps)
-    return config.lr * (config.lr_final_ratio + (1 - config.lr_final_ratio) * (1 + math.cos(math.pi * done)) / 2)
+PROJECTOR = "projector"  # the alignment's group in checkpoints
+DRAWS = 2  # version of the random numbers of a step; version 0.1 had 1
 
 
 def checkpoint_meta(setup: Setup, step: int) -> dict[str, Any]:
-    """The JSON document of a checkpoint: all that sample.py needs to know."""
+    """The JSON document of a checkpoint: all settings, and what sampling has to know."""
+    sections = setup.document()
+    owners = {name: sections.pop(name) for name in ("model", "process", "loss", "optimizer")}
+    decay = setup.config.optimization.ema_decay
     return {
-        "format": 1,
+        "format": 2,
         "step": step,
-        "model": {"name": setup.config.model, **dataclasses.asdict(setup.network.config)},
-        "process": {"name": setup.objective.process.name, **setup.process_settings},
-        "data": {"vae": setup.config.vae, "image_shape": setup.dataset.image_shape, "classes": setup.dataset.classes},
-        "train": to_dict(setup.config),
+        **owners,
+        "encoder": {"name": setup.config.data.vae},
+        "data": {"image_shape": list(setup.dataset.image_shape), "classes": list(setup.dataset.classes)},
+        "averages": {f"ema-{decay:g}": {"decay": decay}},
+        "train": sections,
+        "draws": DRAWS,
     }
 
 
@@ -68,15 +52,13 @@ class TrainingState:
     """All that a step changes: weights, their average, the optimizer, the count of steps."""
 
     def __init__(self, setup: Setup) -> None:
-        config, self.network, self.step = setup.config, setup.network, 0
+        optimization, self.network, self.step = setup.config.optimization, setup.network, 0
         self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        self.alignment = setup.objective.alignment
+        self.alignment = setup.loss.alignment
         if self.alignment is not None:
-            self.trained |= {f"{ALIGNMENT}.{name}": p for name, p in self.alignment.named_parameters()}
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay, fused=True
-        )
-        self.ema = EMA(self.network, config.ema_decay, ramp=config.ema_ramp)
+            self.trained |= {f"{PROJECTOR}.{name}": p for name, p in self.alignment.named_parameters()}
+        self.optimizer = setup.optimizer.make(self.trained.values(), optimization.lr)
+        self.ema = EMA(self.network, optimization.ema_decay, ramp=optimization.ema_ramp)
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """The state as named tensors."""
@@ -85,27 +67,27 @@ class TrainingState:
             for name, parameter in self.trained.items()
             for key, value in self.optimizer.state[parameter].items()
         }
-        groups = {"model": self.network.state_dict(), "ema": self.ema.network.state_dict(), "optimizer": moments}
-        return groups if self.alignment is None else {**groups, ALIGNMENT: self.alignment.state_dict()}
+        own = {"model": self.network.state_dict(), self.ema.name: self.ema.network.state_dict(), "optimizer": moments}
+        return own if self.alignment is None else {**own, PROJECTOR: self.alignment.state_dict()}
 
-    def restore(self, resumable: Resumable) -> None:
-        """Takes a checkpoint's place in the run.
+    def restore(self, saved: ResumeState) -> None:
+        """Continue where a checkpoint was saved.
 
         Raises:
             UserError: if it belongs to another network.
         """
-        source = f"--resume {resumable.folder}"
-        load_weights(self.network, resumable.groups["model"], source)
-        load_weights(self.ema.network, resumable.groups["ema"], source)
+        source, (average, *_) = f"--resume {saved.folder}", saved.meta["averages"]
+        load_weights(self.network, saved.groups["model"], source)
+        load_weights(self.ema.network, saved.groups[average], source)
         if self.alignment is not None:
-            load_weights(self.alignment, resumable.groups[ALIGNMENT], source)
+            load_weights(self.alignment, saved.groups[PROJECTOR], source)
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in saved.groups["optimizer"].items():
+            parameter, key = name.replace("alignment.", f"{PROJECTOR}.", 1).rsplit("/", 1)
+            moments.setdefault(parameter, {})[key] = tensor
         for name, parameter in self.trained.items():
-            moments = {
-                key: resumable.groups["optimizer"][f"{name}/{key}"].to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-            self.optimizer.state[parameter] = moments
-        self.step = self.ema.updates = resumable.meta["step"]
+            self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments[name].items()}
+        self.step = self.ema.updates = saved.meta["step"]
 
 
 class LossMeter:
@@ -117,18 +99,18 @@ class LossMeter:
         self._steps, self._since = 0, time.perf_counter()
 
     def add(self, losses: dict[str, Tensor]) -> None:
-        """Counts one step's per-sample losses."""
+        """Count one step's per-sample losses."""
         for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().mean()
         self._counts.update(losses.keys())
         self._steps += 1
 
     def pause(self, seconds: float) -> None:
-        """Time that did not go into steps."""
+        """Leave out time that was not spent on steps."""
         self._since += seconds
 
     def read(self) -> dict[str, float]:
-        """Means over steps and processes, and steps per second; starts anew."""
+        """Means over steps and processes, and steps per second; then start again."""
         sums = distributed.mean_over_ranks(torch.stack(list(self._sums.values()))).tolist()
         values = {name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)}
         now = time.perf_counter()
@@ -138,58 +120,48 @@ class LossMeter:
 
 
 class Trainer:
-    """The training loop, and what it says and saves along the way.
+    """The training loop, its log and its checkpoints.
 
     Args:
-        setup: what is trained, on what.
-        world: this process among its peers.
-        folder: of the run, on the main process; None elsewhere.
-        resumable: where to go on.
+        setup: of the run.
+        world: this process and its place among all.
+        folder: of the run, on rank 0; None elsewhere.
+        saved: the checkpoint to continue from; None starts at step 0.
     """
 
-    def __init__(self, setup: Setup, world: World, folder: Path | None, resumable: Resumable | None) -> None:
+    def __init__(self, setup: Setup, world: World, folder: Path | None, saved: ResumeState | None) -> None:
         self.setup, self.config, self.world, self.folder = setup, setup.config, world, folder
-        self.log = RunLog(folder, tensorboard=self.config.tensorboard)
+        self.log = RunLog(folder, tensorboard=self.config.run.tensorboard)
         self.state = TrainingState(setup)
-        if resumable is not None:
-            self.state.restore(resumable)
-        if self.config.compile:
+        if saved is not None:
+            self.state.restore(saved)
+        if self.config.compute.grad_checkpointing:
+            recompute_activations(setup.network)
+        if self.config.compute.compile:
             setup.network.compile_blocks()
-        self.objective: nn.Module = setup.objective
+        self.loss: nn.Module = setup.loss
         if world.size > 1:
             devices = [world.device.index] if world.device.type == "cuda" else None
-            self.objective = DistributedDataParallel(setup.objective, device_ids=devices, gradient_as_bucket_view=True)
+            self.loss = DistributedDataParallel(setup.loss, device_ids=devices, gradient_as_bucket_view=True)
         self.guard = FiniteGuard(self.state.optimizer, world.device)
         self.meter = LossMeter()
-        self.validation = Validation(setup, self.state.ema.network, world) if self.config.eval_every else None
+        self.validation = (
+            Validation(setup, self.state.ema.network, world) if self.config.validation.eval_every else None
+        )
 
     def run(self) -> None:
-        """Trains to the last step, or until asked to stop.
+        """Train to the last step, or until a signal asks to stop.
 
         Raises:
             SystemExit: with `INTERRUPTED_STATUS` after a signal (the state is saved), or 1 after a non-finite step
                 where that is fatal.
         """
-        state, total = self.state, self.setup.total_steps
-        parameters = sum(p.numel() for p in state.network.parameters())
-        self.log.line(f"{self.config.model.rsplit('-', 1)[0]} Parameters: {parameters:,}")
-        source = self.config.data_path or self.config.dataset
-        self.log.line(f"Dataset contains {len(self.setup.dataset):,} images ({source})")
-        epochs = "" if self.config.max_steps else f"{self.config.epochs} epochs, "
-        self.log.line(f"Training for {epochs}{total:,} steps...")
-        for doubt in self.setup.objective.recipe.doubts(total):
-            self.log.line(f"Warning: {doubt}")
-        remembered = self.config.ema_decay**total
-        if remembered > 0.05 and not self.config.ema_ramp:
-            self.log.line(
-                f"Warning: at --ema-decay {self.config.ema_decay} the average still holds {remembered:.0%} of the "
-                "untrained weights at the end; add --ema-ramp, or sample with --weights model"
-            )
-        hidden = None if self.world.is_main else True
-        traces = self.folder / "profile" if self.config.profile and self.folder is not None else None
+        state, total, run = self.state, self.setup.total_steps, self.config.run
+        self.introduce()
+        traces = self.folder / "profile" if run.profile and self.folder is not None else None
         with (
             stop_on_signal() as stop,
-            tqdm(total=total, initial=state.step, disable=hidden, unit="step") as bar,
+            tqdm(total=total, initial=state.step, disable=None if self.world.is_main else True, unit="step") as bar,
             trace_steps(traces) as end_of_step,
         ):
             for step, pieces in batches(self.setup, self.world, state.step):
@@ -197,39 +169,50 @@ class Trainer:
                 state.step = step + 1
                 bar.update()
                 end_of_step()
-                if state.step % self.config.log_every == 0:
+                if state.step % run.log_every == 0:
                     self.report(grad_norm)
                 if self.validation is not None and (state.step % self.validation.every == 0 or state.step == total):
                     self.validate(self.validation)
                 stopping = stop.by_any_rank()
-                if state.step % self.config.ckpt_every == 0 or state.step == total or stopping:
+                if state.step % run.ckpt_every == 0 or state.step == total or stopping:
                     self.save()
                 if stopping and state.step < total:
-                    self.log.line(f"Stopped by a signal at step {state.step}; --resume auto goes on from here")
+                    self.log.line(f"Stopped by a signal at step {state.step}; --resume auto resumes here")
                     raise SystemExit(INTERRUPTED_STATUS)
         if traces is not None and not list(traces.iterdir()):
             self.log.line("Warning: --profile found nothing to trace: the run was shorter than 15 steps")
         self.log.line("Done!")
 
+    def introduce(self) -> None:
+        """Log what is trained on what, and the warnings."""
+        parameters = sum(p.numel() for p in self.state.network.parameters())
+        self.log.line(f"{self.setup.owners.model} Parameters: {parameters:,}")
+        source = self.config.data.data_path or self.config.data.dataset
+        self.log.line(f"Dataset contains {len(self.setup.dataset):,} images ({source})")
+        epochs = "" if self.config.optimization.max_steps else f"{self.config.optimization.epochs} epochs, "
+        self.log.line(f"Training for {epochs}{self.setup.total_steps:,} steps...")
+        for warning in self.setup.warnings():
+            self.log.line(f"Warning: {warning}")
+
     def train_step(self, step: int, pieces: Sequence[tuple[Batch, Draws]]) -> Tensor:
         """One step over this process's micro-batches; returns the norm of the gradient, on the device."""
-        state, config = self.state, self.config
+        state, optimization = self.state, self.config.optimization
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, self.setup.total_steps)
+            group["lr"] = learning_rate(optimization, step, self.setup.total_steps)
         state.optimizer.zero_grad(set_to_none=True)
-        batch_mean = self.setup.objective.mean_statistic(pieces, step) if len(pieces) > 1 else None
+        shared = self.setup.loss.shared(pieces, step)
         seen: list[dict[str, Tensor]] = []
         for number, (batch, draws) in enumerate(pieces, start=1):
-            with averaging(self.objective, wanted=number == len(pieces)):
-                losses = self.objective(batch, step, draws, batch_mean)
+            with synchronization(self.loss, last=number == len(pieces)):
+                losses = self.loss(batch, draws, step, shared)
                 (losses["loss"].mean() / len(pieces)).backward()
             seen.append(losses)
         losses = {name: torch.cat([piece[name].detach() for piece in seen]) for name in seen[0]}
         gradients = [p.grad for p in state.trained.values() if p.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if config.grad_clip is not None and config.grad_norm_mode == "clip":
-            torch.nn.utils.clip_grads_with_norm_(state.trained.values(), config.grad_clip, grad_norm)
-        limit = config.grad_clip if config.grad_norm_mode == "skip" else None
+        if optimization.grad_clip is not None and optimization.grad_norm_mode == "clip":
+            torch.nn.utils.clip_grads_with_norm_(state.trained.values(), optimization.grad_clip, grad_norm)
+        limit = optimization.grad_clip if optimization.grad_norm_mode == "skip" else None
         self.guard.watch(step, losses["loss"].mean(), grad_norm, limit)
         state.optimizer.step()
         state.ema.update()
@@ -237,65 +220,64 @@ class Trainer:
         return grad_norm
 
     def report(self, grad_norm: Tensor) -> None:
-        """A log line, a line of metrics, and word of non-finite steps."""
+        """Write a log line and a line of metrics, and report non-finite steps."""
         step, values = self.state.step, self.meter.read()
-        rate = learning_rate(self.config, step - 1, self.setup.total_steps)
+        rate = learning_rate(self.config.optimization, step - 1, self.setup.total_steps)
         line = f"(step={step:07d}) Train Loss: {values['loss']:.4f}, Train Steps/Sec: {values['steps_per_sec']:.2f}"
-        name = self.setup.objective.recipe.statistic_name
-        if name is not None:
+        for name in self.setup.loss.logged:
             line += f", {name.replace('_', ' ')}: {values[name]:.3f}"
         self.log.line(line)
-        if self.config.grad_norm_mode == "skip":
+        if self.config.optimization.grad_norm_mode == "skip":
             values["updates_skipped"] = self.guard.count_too_large()
         self.log.metrics(step=step, lr=rate, grad_norm=float(grad_norm), **values)
         self.check_finite()
 
     def validate(self, validation: Validation) -> None:
-        """Loss on held-out images, pictures and scores of the averaged weights."""
-        found = validation.run()
-        self.meter.pause(found.seconds)
+        """Log the loss on held-out images, samples and scores of the averaged weights."""
+        report = validation.run()
+        self.meter.pause(report.seconds)
         if self.folder is None:
             return
-        found.save_grid(self.folder / "samples" / f"{self.state.step:07d}.png")
-        self.log.line(f"(step={self.state.step:07d}) {found.summary()}")
-        self.log.metrics(step=self.state.step, **found.values)
+        report.save_grid(self.folder / "samples" / f"{self.state.step:07d}.png")
+        self.log.line(f"(step={self.state.step:07d}) {report.summary()}")
+        self.log.metrics(step=self.state.step, **report.values)
 
     def check_finite(self) -> None:
-        """Says what was skipped; ends the run on all processes if that is fatal."""
+        """Log skipped steps; end the run on all processes if that is fatal."""
         message = self.guard.report()
         if message is None:
             return
         self.log.line(message)
-        if self.config.non_finite == "fatal":
-            self.log.line("Weights and average are as before that step. --non-finite skip goes on.")
+        if self.config.optimization.non_finite == "fatal":
+            self.log.line("Weights and average are as before that step. --non-finite skip continues.")
             raise SystemExit(FAILED_STATUS)
 
     def save(self) -> None:
-        """Writes a checkpoint, then removes those that are no longer wanted."""
+        """Write a checkpoint, then remove those that --keep-last leaves out."""
         self.check_finite()
         if self.folder is None:
             return
         path = self.folder / "checkpoints" / f"{self.state.step:07d}.safetensors"
         save_checkpoint(path, self.state.groups(), checkpoint_meta(self.setup, self.state.step))
         self.log.line(f"Saved checkpoint to {path}")
-        if self.config.keep_last is not None:
-            for old in sorted(path.parent.glob("[0-9]*.safetensors"))[: -self.config.keep_last]:
+        if self.config.run.keep_last is not None:
+            for old in sorted(path.parent.glob("[0-9]*.safetensors"))[: -self.config.run.keep_last]:
                 old.unlink()
 
 
-def averaging(objective: nn.Module, *, wanted: bool) -> AbstractContextManager[None]:
-    """Whether a backward pass averages gradients over processes; of several micro-batches only the last one need."""
-    return nullcontext() if wanted or not isinstance(objective, DistributedDataParallel) else objective.no_sync()
+def synchronization(loss: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Context of a backward pass: of several micro-batches, only the last one averages gradients over processes."""
+    return nullcontext() if last or not isinstance(loss, DistributedDataParallel) else loss.no_sync()
 
 
 def batches(setup: Setup, world: World, first_step: int) -> Iterator[tuple[int, list[tuple[Batch, Draws]]]]:
     """Each step's number and this rank's rows of its batch, with their draws, in micro-batches."""
-    config, size = setup.config, setup.config.global_batch_size
+    optimization, size = setup.config.optimization, setup.config.optimization.global_batch_size
     steps = range(first_step, setup.total_steps)
     keys = GlobalBatches(
-        len(setup.dataset), size, rank=world.rank, world=world.size, seed=config.global_seed, steps=steps
+        len(setup.dataset), size, rank=world.rank, world=world.size, seed=optimization.global_seed, steps=steps
     )
-    workers = min(config.num_workers, os.cpu_count() or 1) if setup.dataset.worth_workers else 0
+    workers = min(setup.config.data.num_workers, os.cpu_count() or 1) if setup.dataset.worth_workers else 0
     loader: DataLoader[Any] = DataLoader(
         setup.dataset,  # type: ignore[arg-type]  # items are asked for by (epoch, index)
         batch_sampler=keys,
@@ -304,15 +286,17 @@ def batches(setup: Setup, world: World, first_step: int) -> Iterator[tuple[int, 
         persistent_workers=workers > 0,
     )
     local, first_row = size // world.size, world.rank * size // world.size
-    piece = local // config.grad_accum
-    for step, (images, y, index) in zip(steps, loader, strict=True):
-        draws = setup.objective.draw(step, size, setup.latent_shape, world.device)
-        pixels, labels = images.to(world.device, non_blocking=True), y.to(world.device, non_blocking=True)
+    piece = local // optimization.grad_accum
+    for step, (images, labels, index) in zip(steps, loader, strict=True):
+        pixels = images.to(world.device, non_blocking=True)
+        rows = {k: leaf.to(world.device, non_blocking=True) for k, leaf in conditioning(labels).items()}
         pieces = []
         for start in range(0, local, piece):
-            rows = slice(start, start + piece)
-            own = draws.rows(first_row + start, first_row + start + piece)
-            latents = setup.autoencoder.encode(pixels[rows], own.encoder_noise)
-            raw = None if setup.objective.alignment is None else pixels[rows].float() / 255
-            pieces.append((Batch(latents, labels[rows], index[rows], raw), own))
+            own = slice(start, start + piece)
+            drawn = range(first_row + start, first_row + start + piece)
+            draws = setup.loss.draw(step, size, drawn, world.device)
+            latents = encode(setup, pixels[own], step, drawn)
+            raw = None if setup.loss.alignment is None else pixels[own].float() / 255
+            batch = Batch(latents, {name: leaf[own] for name, leaf in rows.items()}, index[own], raw)
+            pieces.append((batch, draws))
         yield step, pieces

@@ -1,8 +1,8 @@
-"""What a run says about itself while it trains: the loss on held-out images, pictures, a score where one can be had.
+"""Measurements during training: loss on held-out images, samples, and a score where one can be had.
 
 All of it is a function of the averaged weights and the seed: the same images, times, noise and labels every time, so
-that two lines of a log differ by the weights alone; the same for any number of processes, up to rounding; and training
-goes on as if nobody had looked.
+that two lines of a log differ by the weights alone; the same for any number of processes, up to rounding; and no bit of
+the training depends on it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,31 +20,33 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data import ImageDataset
+from data import Dataset, conditioning
 from data.pixels import enlarge, grid, save_png, to_picture, to_uint8
-from diffusion import PROCESSES, Batch, ImageNoise, Objective, guided, sample_loop
-from models import ModelOutput, Network
+from diffusion import PREVIEW_SAMPLER, ImageNoise, evaluations, guided, make_sampler, sample_loop
+from diffusion.loss import Batch, DiffusionLoss
+from diffusion.schedules import convert_time
+from models import Network
+from models.acceleration import AutocastNetwork
+from models.contract import NetworkLike
 from runtime import distributed
 from runtime.distributed import World
 from runtime.seeds import derive_seed
-
-if TYPE_CHECKING:
-    from training.setup import Setup
+from training.setup import Setup, encode
 
 ROWS = 32  # of one evaluation; fixed, because draws belong to a chunk of images
 QUARTERS = 4
-SHOWN = 100  # pictures at most
+SHOWN = 100  # images in the picture, at most
 SMALLEST_PICTURE = 64  # pixels; smaller images are enlarged in the grid
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one validation found.
+    """Result of one validation.
 
     Attributes:
         values: names and numbers for a line of metrics.
-        pictures: (N, H, W, C) uint8; None where none were asked for, and on all but the main process.
-        seconds: what it took.
+        pictures: (N, H, W, C) uint8; None without samples, and on all ranks but 0.
+        seconds: duration.
     """
 
     values: dict[str, float]
@@ -52,12 +54,12 @@ class Report:
     seconds: float
 
     def summary(self) -> str:
-        """The numbers as one line for people."""
-        found = [f"{name.replace('_', ' ')}: {value:.4f}" for name, value in self.values.items()]
-        return ", ".join([*found, f"validation took {self.seconds:.1f} s"])
+        """The numbers as one line of text."""
+        numbers = [f"{name.replace('_', ' ')}: {value:.4f}" for name, value in self.values.items()]
+        return ", ".join([*numbers, f"validation took {self.seconds:.1f} s"])
 
     def save_grid(self, path: Path) -> None:
-        """Writes the pictures, about as wide as high."""
+        """Write the pictures, about as wide as high."""
         if self.pictures is None:
             return
         shown = enlarge(self.pictures, max(1, SMALLEST_PICTURE // self.pictures.shape[1]))
@@ -66,40 +68,43 @@ class Report:
 
 
 class Validation:
-    """Looks at a network as it is now.
+    """Measures a network as it is now.
 
     Args:
         setup: of the run; its `held_out` images are those of the loss.
         network: the averaged one, in eval mode.
-        world: this process among its peers.
+        world: this process and its place among all.
     """
 
     def __init__(self, setup: Setup, network: Network, world: World) -> None:
-        self.setup, self.config, self.network, self.world = setup, setup.config, network, world
-        seed = derive_seed("validation", self.config.global_seed)
-        self.objective = Objective(network, setup.objective.process, seed=seed, autocast=setup.objective.autocast)
+        self.setup, self.settings, self.network, self.world = setup, setup.config.validation, network, world
+        self.seed = derive_seed("validation", setup.config.optimization.global_seed)
+        self.loss = DiffusionLoss(
+            network, setup.loss.process, seed=self.seed, dropout_prob=0.0, autocast=setup.loss.autocast
+        )
 
     @property
     def every(self) -> int:
         """Steps from one validation to the next."""
-        assert self.config.eval_every is not None  # else there is none
-        return self.config.eval_every
+        assert self.settings.eval_every is not None  # else there is none
+        return self.settings.eval_every
 
     def run(self) -> Report:
-        """Loss, pictures and scores; by all processes together."""
+        """Loss, samples and scores; a collective operation."""
         started = time.perf_counter()
         values = {} if self.setup.held_out is None else self.losses(self.setup.held_out)
         pictures = None
-        if self.config.eval_samples:
-            pictures, scores = self.look()
+        if self.settings.eval_samples:
+            pictures, scores = self.sample_and_score()
             values |= scores
         return Report(values, pictures, time.perf_counter() - started)
 
-    def look(self) -> tuple[npt.NDArray[np.uint8] | None, dict[str, float]]:
-        """Draws images of all classes in turn, shows the first of them, scores them all; results are on main alone."""
-        labels = torch.arange(self.config.eval_samples) % self.network.num_classes
+    def sample_and_score(self) -> tuple[npt.NDArray[np.uint8] | None, dict[str, float]]:
+        """Sample images of all classes in turn, keep the first as pictures, score all; results are on rank 0 only."""
+        classes = len(self.setup.dataset.classes)
+        labels = torch.arange(self.settings.eval_samples) % max(classes, 1)
         scorer, shown, rows = self.setup.scorer, [], []
-        for first, pixels in self.draw(labels):
+        for first, pixels in self.sample(labels):
             shown.append(to_picture(pixels[: max(0, SHOWN - first)]))
             if scorer is not None:
                 rows.append(scorer.features(to_uint8(pixels)))
@@ -111,60 +116,56 @@ class Validation:
         return None if pictures is None else pictures[: min(SHOWN, len(labels))].cpu().numpy(), scores
 
     @torch.no_grad()
-    def losses(self, images: ImageDataset) -> dict[str, float]:
+    def losses(self, images: Dataset) -> dict[str, float]:
         """Mean loss without dropped labels, over all times and over each quarter of them, cleanest first.
 
-        A quarter is one of [0, 250), ..., [750, 1000) on the index scale. One that no image was drawn for is left out.
+        A quarter is one of [0, 250), ..., [750, 1000) in timesteps. A quarter without images is left out.
         """
-        device, count = self.world.device, min(self.config.eval_images, len(images))
+        device, count = self.world.device, min(self.settings.eval_images, len(images))
         chunks = [range(start, min(start + ROWS, count)) for start in range(0, count, ROWS)]
         own = range(self.world.rank, len(chunks), self.world.size)
-        workers = min(self.config.num_workers, os.cpu_count() or 1) if images.worth_workers else 0
+        workers = min(self.setup.config.data.num_workers, os.cpu_count() or 1) if images.worth_workers else 0
         loader: DataLoader[Any] = DataLoader(
             images,  # type: ignore[arg-type]  # items are asked for by (epoch, index)
             batch_sampler=[[(0, i) for i in chunks[number]] for number in own],
             num_workers=workers,
         )
         sums = torch.zeros(2, QUARTERS, dtype=torch.float64, device=device)  # losses, and how many
+        process = self.loss.process
         for number, (raw, y, index) in zip(own, loader, strict=True):
-            draws = self.objective.draw(number, len(y), self.setup.latent_shape, device)
-            draws = draws._replace(label_dropped=torch.zeros_like(draws.label_dropped))
-            latents = self.setup.autoencoder.encode(raw.to(device), draws.encoder_noise)
-            loss = self.objective(Batch(latents, y.to(device), index), number, draws)["loss"]
-            times = self.objective.process.network_times(draws.t, "index")
-            quarter = (times / (1000 / QUARTERS)).long().clamp(0, QUARTERS - 1)
+            draws = self.loss.draw(number, len(index), device=device)
+            latents = encode(self.setup, raw.to(device), number, range(len(index)), self.seed)
+            batch = Batch(latents, {name: leaf.to(device) for name, leaf in conditioning(y).items()}, index)
+            loss = self.loss(batch, draws, number, {})["loss"]
+            timesteps = convert_time(process.to_time(draws.t), process.time_convention, "index")
+            quarter = (timesteps / (1000 / QUARTERS)).long().clamp(0, QUARTERS - 1)
             sums.index_add_(1, quarter, torch.stack([loss, torch.ones_like(loss)]).double())
         total, seen = distributed.mean_over_ranks(sums).tolist()
         quarters = {f"val_loss_q{q + 1}": loss / n for q, (loss, n) in enumerate(zip(total, seen, strict=True)) if n}
         return {"val_loss": sum(total) / sum(seen)} | quarters
 
     @torch.no_grad()
-    def draw(self, labels: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """This process's share of images of these labels, a few at a time; behind the last label the first come again.
+    def sample(self, labels: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Sample this process's share of images of these labels, a few at a time; extra rows repeat the first labels.
 
         Yields:
             Number of the first of them, and pixels (n, C, H, W) float32.
         """
-        config, device, autocast = self.config, self.world.device, self.objective.autocast
-        sampler = PROCESSES[self.objective.process.name].plain_sampler(
-            config.eval_steps,
-            clip_denoised=config.vae == "none",
-            convention=self.network.time_convention,
-            **self.setup.process_settings,
-        )
-        network = self.network.for_sampling(sampler.times)
-        guidable = network.class_dropout_prob > 0
-        scale, null_class = (config.eval_cfg_scale, network.null_class) if guidable else (1.0, None)
-
-        def evaluate(*args: Any) -> ModelOutput:
-            with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                return network(*args)
-
+        device, encoder, network = self.world.device, self.setup.encoder, self.network
+        process, steps = self.loss.process, str(self.settings.eval_steps)
+        sampler = make_sampler(PREVIEW_SAMPLER[process.name], process, steps, pixels=encoder.name == "none")
+        times = [convert_time(t, sampler.time_convention, network.time_convention) for t in sampler.times]
+        prepared: NetworkLike = network.for_sampling(times)
+        if self.loss.autocast is not None:
+            prepared = AutocastNetwork(prepared, device, self.loss.autocast)
+        scale = self.settings.eval_cfg_scale if getattr(network.config, "class_dropout_prob", 0) > 0 else 1.0
+        run = evaluations(sampler.times, scale)
         rows = min(ROWS, len(labels))
         share = -(-len(labels) // (rows * self.world.size)) * rows  # of each process; all make equally many
         for start in range(self.world.rank * share, (self.world.rank + 1) * share, rows):
             indices = range(start, start + rows)
-            y = labels[[i % len(labels) for i in indices]].to(device)
-            noise = ImageNoise(self.objective.seed, indices, self.setup.latent_shape, device)
-            latents = sample_loop(guided(evaluate, y, null_class, scale), sampler, noise.initial(), noise_fn=noise)
-            yield start, self.setup.autoencoder.decode(latents)
+            cond = {"y": labels[[i % len(labels) for i in indices]].to(device)}
+            second = network.null_conditioning(rows) if scale != 1 else None
+            denoise = guided(prepared, cond, second, times=sampler.time_convention)
+            noise = ImageNoise(self.seed, indices, network.sample_shape, device)
+            yield start, encoder.decode(sample_loop(denoise, sampler, noise.initial(), run, noise_fn=noise))

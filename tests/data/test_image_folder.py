@@ -12,6 +12,16 @@ from data.image_folder import ArrayImages, ImageFolder, UnreadableImageError, ce
 from tests import golden_data
 
 
+@pytest.mark.parametrize("size", [(6, 10), (10, 6), (24, 5), (5, 24)])
+def test_crops_need_not_be_square(size):
+    pixels = np.arange(24 * 20, dtype=np.uint8).reshape(24, 20)
+    image = np.array(center_crop(Image.fromarray(pixels), size))
+    assert image.shape == size
+    flat = Image.fromarray(np.repeat(np.linspace(0, 250, 20)[None], 24, axis=0).round().astype(np.uint8))
+    columns = np.array(center_crop(flat, size)).astype(int)[0]
+    assert (np.diff(columns) >= 0).all() and abs(columns[0] + columns[-1] - 250) <= 14, "the centre is kept to a pixel"
+
+
 def test_center_crop_matches_the_recorded_crops():
     arrays = golden_data.arrays("dit/center_crop")
     names = [name for name in arrays if name.startswith("in_")]
@@ -45,6 +55,14 @@ def test_pixels_are_the_cropped_file_channels_first(folder):
     with Image.open(folder / "ant" / "0.png") as file:
         expected = np.array(center_crop(file.convert("RGB"), 16))
     assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+
+
+def test_images_need_not_be_square(folder):
+    data = open_dataset("imagefolder", folder, (8, 12), 3, flip=False)
+    image = data[0, 4][0]
+    assert data.image_shape == image.shape == (3, 8, 12)
+    with Image.open(folder / "cat" / "2.png") as file:
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.array(center_crop(file.convert("RGB"), (8, 12))))
 
 
 def test_grey_has_one_channel(folder):
@@ -202,7 +220,7 @@ def test_the_next_readable_image_stands_in_and_each_damaged_one_is_named_once(da
     assert all("\n" not in text and "replace or remove the file; until then" in text for text in texts)
 
 
-@pytest.mark.filterwarnings("ignore:.*stands in for it")
+@pytest.mark.filterwarnings("ignore:.*replaces it")
 def test_workers_survive_damaged_files_and_tell_which(damaged):
     data = ImageFolder(damaged, 16, seed=2)
     keys = [[(0, i) for i in range(6)], [(1, i) for i in range(6)]]
@@ -225,7 +243,7 @@ def test_strict_stops_and_names_the_file(damaged):
     assert str(type(error.value)(f"Caught in worker 0: {error.value}")).endswith("remove the file")
 
 
-@pytest.mark.filterwarnings("ignore:.*stands in for it")
+@pytest.mark.filterwarnings("ignore:.*replaces it")
 def test_a_folder_without_a_readable_image_is_named(tmp_path):
     (tmp_path / "a").mkdir()
     for i in range(3):

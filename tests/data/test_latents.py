@@ -7,24 +7,28 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from data import GlobalBatches, open_dataset, open_encoder
-from data.autoencoder import open_autoencoder, sample_moments
+from data import GlobalBatches, encoder_for, open_dataset
+from data.encoders import LatentScaling
 from data.image_folder import is_flipped
-from data.latents import Encoded, LatentShards, finished_shard, is_finite, write_index, write_json, write_shard
-from data.pixels import from_uint8
+from data.latent_files import Encoded, finished_shard, is_finite, write_index, write_json, write_shard
+from data.latents import LatentShards
+from runtime.migrate import latent_index
 
 COUNTS = (4, 0, 5, 1)
 SHAPE = (2, 6, 4, 4)  # flips, 2 C, h, w
+SCALING = {"scaling_factor": 0.5, "shift_factor": 0.25, "latents_mean": [1.0, 2.0, 3.0], "latents_std": [1.0, 2.0, 4.0]}
+ENCODER = {"name": "ema", "class": "AutoencoderKL", "sha256": "0", "stochastic": True, **SCALING}
+MANIFEST = {"format": 2, "classes": ["ant", "cat"], "image_shape": [3, 8, 8], "encoder": ENCODER}
+FORMAT_1 = {
+    "format": 1, "classes": ["ant", "cat"], "image_shape": [3, 8, 8], "vae": "ema", "encoder_sha256": "0",
+    "scale": 0.5, "moments_shape": list(SHAPE), "batch_size": 32,
+}  # fmt: skip
 
 
-def store(folder, moments, counts=COUNTS):
-    """Writes rows (n, flips, 2 C, h, w) as shards of the given counts, each in parts of two rows."""
+def store(folder, raw, counts=COUNTS, **changes):
+    """Write rows (n, flips, *raw shape) as shards of the given counts, each in parts of two rows."""
     folder.mkdir()
-    flips = moments.shape[1]
-    manifest = {
-        "format": 1, "classes": ["ant", "cat"], "image_shape": [3, 8, 8], "vae": "ema", "encoder_sha256": "0",
-        "scale": 0.5, "moments_shape": [flips, *SHAPE[1:]],
-    }  # fmt: skip
+    manifest = {**MANIFEST, "row_shape": list(raw.shape[1:]), **changes}
     write_json(folder / "manifest.json", manifest)
     row = 0
     for number, count in enumerate(counts):
@@ -32,30 +36,30 @@ def store(folder, moments, counts=COUNTS):
         for start in range(row, row + count, 2):
             rows = range(start, min(start + 2, row + count))
             names = [f"{'cat' if i % 2 else 'ant'}/{i}.png" for i in rows]
-            parts.append(Encoded(moments[list(rows)], [i % 2 for i in rows], names, []))
-        write_shard(folder, number, manifest["moments_shape"], parts)
+            parts.append(Encoded(raw[list(rows)], [i % 2 for i in rows], names, []))
+        write_shard(folder, number, manifest["row_shape"], parts)
         row += count
     return write_index(folder, len(counts))
 
 
 @pytest.fixture
-def moments():
+def raw():
     return np.random.default_rng(0).standard_normal((sum(COUNTS), *SHAPE)).astype(np.float16)
 
 
 @pytest.fixture
-def folder(tmp_path, moments):
-    store(tmp_path / "latents", moments)
+def folder(tmp_path, raw):
+    store(tmp_path / "latents", raw)
     return tmp_path / "latents"
 
 
-def test_rows_come_back_in_order_from_whatever_shard(folder, moments):
+def test_rows_come_back_in_order_from_whatever_shard(folder, raw):
     data = LatentShards(folder, flip=False)
     assert len(data) == 10 and data.classes == ["ant", "cat"] and data.image_shape == (3, 8, 8)
-    assert data.moments_shape == (6, 4, 4) and data.vae == "ema"
+    assert data.raw_shape == (6, 4, 4) and data.vae == "ema"
     for index in range(10):
         row, label, place = data[7, index]
-        assert row.dtype == torch.float16 and np.array_equal(row.numpy(), moments[index, 0])
+        assert row.dtype == torch.float16 and np.array_equal(row.numpy(), raw[index, 0])
         assert (label, place) == (index % 2, index)
         assert data.path(index) == f"{'cat' if index % 2 else 'ant'}/{index}.png"
 
@@ -74,20 +78,20 @@ def test_a_gathered_batch_is_its_items(folder):
             data.gather([(0, index)])
 
 
-def test_flips_are_those_of_images(folder, moments):
+def test_flips_are_those_of_images(folder, raw):
     data = LatentShards(folder, seed=5)
     flips = []
     for key in ((epoch, index) for epoch in range(20) for index in range(10)):
         flips.append(is_flipped(key, 5))
-        assert np.array_equal(data[key][0].numpy(), moments[key[1], int(flips[-1])])
+        assert np.array_equal(data[key][0].numpy(), raw[key[1], int(flips[-1])])
     assert 70 < sum(flips) < 130
 
 
-def test_one_stored_flip_is_never_mirrored(tmp_path, moments):
-    store(tmp_path / "plain", moments[:, :1])
+def test_one_stored_flip_is_never_mirrored(tmp_path, raw):
+    store(tmp_path / "plain", raw[:, :1])
     data = LatentShards(tmp_path / "plain")
     for epoch in range(8):
-        assert np.array_equal(data[epoch, 4][0].numpy(), moments[4, 0])
+        assert np.array_equal(data[epoch, 4][0].numpy(), raw[4, 0])
     with pytest.raises(ValueError, match=r"index\.json: holds no mirrored images; extract with --both-flips"):
         LatentShards(tmp_path / "plain", flip=True)
 
@@ -112,28 +116,70 @@ def test_a_loader_serves_global_batches(folder, workers):
         assert all(torch.equal(*pair) for pair in zip((rows, labels, indices), expected, strict=True))
 
 
-def test_encoding_samples_the_moments(folder):
+def test_latents_are_scaled_samples_of_the_stored_posterior(folder):
     data = LatentShards(folder)
-    encoder = open_encoder(data, data.vae)
-    assert encoder.latent_shape((3, 8, 8)) == (3, 4, 4)
+    encoder = encoder_for(data, data.vae)
+    assert encoder.stochastic and encoder.weight_bytes == 0
+    assert encoder.raw_shape((3, 8, 8)) == data.raw_shape and encoder.latent_shape((3, 8, 8)) == (3, 4, 4)
     rows, noise = data.gather([(0, 1), (0, 6)])[0], torch.randn(2, 3, 4, 4)
-    latents = encoder.encode(rows, noise)
+    latents = encoder.to_latents(encoder.encode_pixels(rows), noise)
     assert latents.dtype == torch.float32
-    assert torch.equal(latents, (rows[:, :3].float() + rows[:, 3:].float() * noise) * 0.5)
-    assert torch.equal(sample_moments(rows.float(), noise, 0.5), latents)
+    mean, std = (torch.tensor(SCALING[name]).view(3, 1, 1) for name in ("latents_mean", "latents_std"))
+    z = rows[:, :3].float() + rows[:, 3:].float() * noise
+    torch.testing.assert_close(latents, (z - 0.25 - mean) * 0.5 / std)
 
 
-def test_encoders_take_what_data_sets_hand_out():
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal(open_autoencoder("none", 16).encode(images, torch.zeros(())), from_uint8(images))
+def test_a_store_of_a_deterministic_encoder_needs_no_noise(tmp_path, raw):
+    trivial = {"stochastic": False, "shift_factor": 0.0, "latents_mean": [], "latents_std": []}
+    store(tmp_path / "plain", raw, encoder={**ENCODER, "class": "AutoencoderDC", **trivial})
+    data = LatentShards(tmp_path / "plain")
+    encoder, rows = encoder_for(data, data.vae), data.gather([(0, 1)])[0]
+    assert encoder.latent_shape((3, 8, 8)) == (6, 4, 4)
+    assert torch.equal(encoder.to_latents(encoder.encode_pixels(rows)), rows.float() * 0.5)
+
+
+def test_clips_are_rows_of_frames(tmp_path):
+    raw = np.random.default_rng(0).standard_normal((10, 1, 5, 6, 2, 4)).astype(np.float16)
+    store(tmp_path / "clips", raw, image_shape=[5, 3, 4, 8])
+    data = open_dataset("latents", tmp_path / "clips", (4, 8), 3)
+    encoder, rows = encoder_for(data, data.vae), data.gather([(0, 1), (0, 6)])[0]
+    assert encoder.latent_shape((5, 3, 4, 8)) == (5, 3, 2, 4)
+    assert encoder.to_latents(rows, torch.zeros(2, 5, 3, 2, 4)).shape == (2, 5, 3, 2, 4)
 
 
 def test_an_encoder_that_does_not_fit_is_refused(folder):
     data = LatentShards(folder)
-    with pytest.raises(ValueError, match="holds latents of the autoencoder 'ema'; they cannot do without"):
-        open_encoder(data, "none")
+    with pytest.raises(ValueError, match="holds latents of the autoencoder 'ema'; give that one"):
+        encoder_for(data, "none")
     with pytest.raises(ValueError, match=r"of images \(3, 8, 8\), not \(3, 16, 16\)"):
-        open_encoder(data, "ema").latent_shape((3, 16, 16))
+        encoder_for(data, "ema").latent_shape((3, 16, 16))
+    with pytest.raises(ValueError, match=r"takes stored latents \(6, 4, 4\), not \(3, 8, 8\)"):
+        encoder_for(data, "ema").encode_pixels(torch.zeros(2, 3, 8, 8))
+
+
+def test_a_store_of_format_1_trains_as_before(tmp_path, raw):
+    store(tmp_path / "new", raw)
+    store(tmp_path / "old", raw)
+    index = json.loads((tmp_path / "old/index.json").read_text())
+    (tmp_path / "old/index.json").write_text(
+        json.dumps({**FORMAT_1, **{name: index[name] for name in ("count", "skipped", "shards")}})
+    )
+    old, new = (LatentShards(tmp_path / name, seed=3) for name in ("old", "new"))
+    assert (old.classes, old.vae, old.raw_shape, old.image_shape) == (new.classes, "ema", new.raw_shape, (3, 8, 8))
+    keys, noise = [(epoch, index) for epoch in range(2) for index in range(10)], torch.randn(20, 3, 4, 4)
+    rows = old.gather(keys)[0]
+    assert torch.equal(rows, new.gather(keys)[0])
+    latents = encoder_for(old, old.vae).to_latents(rows, noise)
+    assert torch.equal(latents, (rows[:, :3].float() + rows[:, 3:].float() * noise) * 0.5)
+
+
+def test_format_1_becomes_format_2():
+    migrated = latent_index(FORMAT_1)
+    assert migrated["format"] == 2 and migrated["row_shape"] == list(SHAPE) and migrated["batch_size"] == 32
+    assert migrated["encoder"].keys() == ENCODER.keys()
+    assert LatentScaling.from_config(migrated["encoder"], 3) == LatentScaling(0.5)
+    assert not {"vae", "scale", "moments_shape", "encoder_sha256"} & migrated.keys()
+    assert latent_index(migrated) == migrated and latent_index({"format": 7}) == {"format": 7}
 
 
 def test_open_dataset_checks_what_the_flags_say(folder):
@@ -172,9 +218,13 @@ DAMAGES = {
     "no folder": (lambda f: f.rename(f.with_name("moved")), "latents: no such folder"),
     "no index": (lambda f: (f / "index.json").unlink(), "index.json: missing; .* run scripts/extract_latents.py again"),
     "half an index": (lambda f: (f / "index.json").write_text("{"), "index.json: not JSON .* run scripts"),
-    "old index": (lambda f: edit_index(f, format=0), "index.json: not an index of latents in format 1; .*--overwrite"),
+    "old index": (
+        lambda f: edit_index(f, format=0),
+        "index.json: not an index of latents in format 2 or 1; .*--overwrite",
+    ),
     "a list": (lambda f: (f / "index.json").write_text("[]"), "index.json: not an index"),
-    "index without scale": (lambda f: (f / "index.json").write_text('{"format": 1}'), "index.json: lacks classes, "),
+    "index without classes": (lambda f: (f / "index.json").write_text('{"format": 1}'), "index.json: lacks classes, "),
+    "index without encoder": (lambda f: edit_index(f, encoder={"name": "ema"}), "index.json: lacks sha256, stochastic"),
     "no images": (lambda f: edit_index(f, count=0), "index.json: no images; none could be read"),
     "no shard": (lambda f: (f / "00002.npy").unlink(), "00002.npy: missing; run scripts"),
     "no description": (lambda f: (f / "00003.json").unlink(), "00003.json: missing; run scripts"),
@@ -183,7 +233,7 @@ DAMAGES = {
         "00002.npy: 2,041 bytes instead of 2,048; delete it and run",
     ),
     "other shape": (
-        lambda f: edit_index(f, moments_shape=[2, 8, 4, 4]),
+        lambda f: edit_index(f, row_shape=[2, 8, 4, 4]),
         r"00000.npy: float16 \(4, 2, 6, 4, 4\) instead of float16 \(4, 2, 8, 4, 4\); it is of another extraction",
     ),
     "not an array": (
@@ -223,13 +273,13 @@ def test_a_wrong_checksum_is_found_on_demand(name, folder):
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
-def test_numbers_that_are_none_are_named_before_they_reach_a_network(value, tmp_path, moments):
-    moments[6, 1, 2, 3, 1] = value
-    store(tmp_path / "latents", moments)
+def test_numbers_that_are_none_are_named_before_they_reach_a_network(value, tmp_path, raw):
+    raw[6, 1, 2, 3, 1] = value
+    store(tmp_path / "latents", raw)
     data = LatentShards(tmp_path / "latents", seed=0)
     epoch = next(e for e in range(20) if is_flipped((e, 6), 0))
     data.gather([(epoch, 5), (epoch, 7)])
-    with pytest.raises(ValueError, match="00002.npy: the moments of ant/6.png are not finite; delete the file and run"):
+    with pytest.raises(ValueError, match="00002.npy: the latents of ant/6.png are not finite; delete the file and run"):
         data.gather([(epoch, 5), (epoch, 6)])
     with pytest.raises(ValueError, match="00002.npy: holds NaN or infinity"):
         data.verify()
@@ -248,9 +298,9 @@ def test_a_shard_is_finished_by_its_description(folder):
         write_index(folder, 4)
 
 
-def test_an_interrupted_shard_is_not_there(folder, moments):
+def test_an_interrupted_shard_is_not_there(folder, raw):
     def broken():
-        yield Encoded(moments[:2], [0, 0], ["a", "b"], [])
+        yield Encoded(raw[:2], [0, 0], ["a", "b"], [])
         raise RuntimeError
 
     with pytest.raises(RuntimeError):

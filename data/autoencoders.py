@@ -1,0 +1,169 @@
+"""Adapters for autoencoders of diffusers, by the class that a folder's config.json names."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from data.encoders import Encoder, LatentScaling
+from runtime.download import quiet_hub
+
+OFFICIAL_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+OFFICIAL_FACTOR = 8
+OFFICIAL_CHANNELS = 4  # of their latents
+
+
+class Autoencoder(Encoder):
+    """Base class of the adapters.
+
+    In bfloat16 convolutions decode about three times as fast.
+
+    Attributes:
+        packages: Packages that it needs besides diffusers.
+        decoder_parts: Prefixes of the weights that do not encode.
+
+    Raises:
+        ValueError: If the autoencoder cannot be loaded, or its weights do not fill it exactly.
+    """
+
+    packages: ClassVar[tuple[str, ...]] = ()
+    decoder_parts: ClassVar[tuple[str, ...]] = ("decoder.",)
+
+    def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(name)
+        for package in self.packages:
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(f"{self.class_name} needs the package {package}; install it with pip")
+        self.module = _load(self.class_name, OFFICIAL_VAES.get(name, name), dtype)
+        self.module.to(device).eval().requires_grad_(False)
+        if dtype != torch.float32:  # convolutions are faster channels last; float32 keeps the rounding of training
+            self.module.to(memory_format=torch.channels_last)
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in self.module.parameters())
+        self.read_config(self.module.config)
+
+    def read_config(self, config: Mapping[str, Any]) -> None:
+        """Set channels, factor and scaling."""
+        self.image_channels, self.latent_channels = config["in_channels"], config["latent_channels"]
+        self.factor = 2 ** (len(config["block_out_channels"]) - 1)
+        self.scaling = LatentScaling.from_config(config, self.latent_channels)
+
+    def decode_rows(self, z: Tensor) -> Tensor:
+        """Images of latents that are neither shifted nor scaled."""
+        return self.module.decode(z.to(self.module.dtype)).sample.float()
+
+    def encoder_sha256(self) -> str:
+        """Fingerprint of the weights that encode; autoencoders that differ in the decoder alone share it."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.module.state_dict().items()):
+            if not name.startswith(self.decoder_parts):
+                digest.update(f"{name} {tuple(weight.shape)} ".encode())
+                digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class KLAutoencoder(Autoencoder, folder_class="AutoencoderKL"):
+    """AutoencoderKL: raw latents are means and standard deviations of a normal posterior."""
+
+    stochastic = True
+    decoder_parts = ("decoder.", "post_quant_conv.")
+
+    def encode_rows(self, pixels: Tensor) -> Tensor:
+        """Posterior parameters: C channels of means, then C of standard deviations."""
+        posterior = self.module.encode(pixels.to(self.module.dtype)).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1).float()
+
+
+class OfficialAutoencoder(KLAutoencoder, names=tuple(OFFICIAL_VAES)):
+    """The autoencoders of Stable Diffusion, from the hub or its cache."""
+
+    factor = OFFICIAL_FACTOR
+
+
+class TinyAutoencoder(Autoencoder, folder_class="AutoencoderTiny"):
+    """AutoencoderTiny, which approximates the latents of a larger autoencoder; deterministic."""
+
+    def encode_rows(self, pixels: Tensor) -> Tensor:
+        """Latents as they are."""
+        return self.module.encode(pixels.to(self.module.dtype)).latents.float()
+
+
+class DCAutoencoder(Autoencoder, folder_class="AutoencoderDC"):
+    """AutoencoderDC, of high compression; deterministic."""
+
+    def read_config(self, config: Mapping[str, Any]) -> None:
+        """Set channels, factor and scaling."""
+        super().read_config({**config, "block_out_channels": config["encoder_block_out_channels"]})
+
+    def encode_rows(self, pixels: Tensor) -> Tensor:
+        """Latents as they are."""
+        return self.module.encode(pixels.to(self.module.dtype)).latent.float()
+
+
+class RepresentationAutoencoder(Autoencoder, folder_class="AutoencoderRAE"):
+    """AutoencoderRAE: features of a frozen vision transformer, for images of one size; deterministic."""
+
+    packages = ("transformers",)
+
+    def read_config(self, config: Mapping[str, Any]) -> None:
+        """Set channels and factor; there is no scaling, because the autoencoder itself normalises by position."""
+        if not config["reshape_to_2d"]:
+            raise ValueError("reshape_to_2d is false: its latents are not images")
+        self.image_channels, self.latent_channels = config["num_channels"], config["encoder_hidden_size"]
+        self.factor, side = config["patch_size"], self.module.decoder_image_size
+        self.image_size = (side, side)
+
+    def encode_rows(self, pixels: Tensor) -> Tensor:
+        """Normalised features; this autoencoder takes pixels in [0, 1]."""
+        return self.module.encode(((pixels + 1) / 2).to(self.module.dtype)).latent.float()
+
+    def decode_rows(self, z: Tensor) -> Tensor:
+        """Images of normalised features."""
+        return super().decode_rows(z) * 2 - 1
+
+
+def _load(class_name: str, source: str, dtype: torch.dtype) -> Any:
+    """Load an autoencoder of diffusers from a folder or the hub; any failure is a ValueError of one line."""
+    import diffusers  # heavy, and only latents need it
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what it warns of is an error here, in one line
+    try:
+        with quiet_hub():
+            module, report = getattr(diffusers, class_name).from_pretrained(
+                source,
+                low_cpu_mem_usage=False,
+                torch_dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+            )
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        hint = "" if Path(source).is_dir() else " from cache or hub; without network download it and give its folder"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot load the autoencoder {source!r}{hint} ({reason})") from error
+    finally:
+        logging.set_verbosity(level)
+    _check_report(module, report)
+    return module
+
+
+def _check_report(module: nn.Module, report: Mapping[str, Sequence[Any]]) -> None:
+    """Raise a ValueError that names the first key of each kind of misfit, which diffusers only logs."""
+    problems = {
+        "missing": [key for key in module.state_dict() if key in report["missing_keys"]],
+        "unexpected": sorted(report["unexpected_keys"]),
+        "of another shape": sorted(key for key, *_ in report["mismatched_keys"]),
+    }
+    words = [
+        f"{kind}: {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+        for kind, keys in problems.items()
+        if keys
+    ]
+    if words:
+        raise ValueError(f"its weights do not fit {type(module).__name__} ({'; '.join(words)})")

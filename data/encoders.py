@@ -1,0 +1,254 @@
+"""Encoders: the two maps between pixels and the latents that a network models.
+
+    pixels --encode_pixels--> raw latents --to_latents--> latents --decode--> pixels
+
+Raw latents are what a latent store keeps. Those of a stochastic encoder are posterior parameters: means, then standard
+deviations, along the channel axis. The adapters for autoencoders of diffusers are in autoencoders.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from data.pixels import from_uint8
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LatentScaling:
+    """The map from raw latents z to latents: (z - shift_factor - latents_mean) * scaling_factor / latents_std.
+
+    The names are those of diffusers' configs.
+
+    Raises:
+        ValueError: For values that cannot be inverted.
+    """
+
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+    latents_mean: tuple[float, ...] = ()  # one number per channel, or none
+    latents_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            positive = field.name in ("scaling_factor", "latents_std")
+            for number in value if isinstance(value, tuple) else (value,):
+                if not math.isfinite(number) or (positive and number <= 0):
+                    raise ValueError(f"{field.name} {value}: must be {'positive' if positive else 'finite'}")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], channels: int) -> LatentScaling:
+        """Read the fields from a config of diffusers or a latent store's index; absent and null mean no effect."""
+        values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
+        for name in values.keys() & {"latents_mean", "latents_std"}:
+            values[name] = tuple(values[name])
+            if len(values[name]) not in (0, channels):
+                raise ValueError(f"{name} has {len(values[name])} numbers for {channels} latent channels")
+        return cls(**values)
+
+    def apply(self, z: Tensor) -> Tensor:
+        """Shift and scale."""
+        shift, scale = _coefficients(self, z.device)
+        return (z - shift) * scale
+
+    def invert(self, latents: Tensor) -> Tensor:
+        """Undo `apply`."""
+        shift, scale = _coefficients(self, latents.device)
+        return latents / scale + shift
+
+
+@functools.cache  # numbers per channel are uploaded once, not at every step
+def _coefficients(scaling: LatentScaling, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
+    mean, std = (
+        torch.tensor(values, device=device).view(-1, 1, 1) if values else neutral
+        for values, neutral in ((scaling.latents_mean, 0.0), (scaling.latents_std, 1.0))
+    )
+    return scaling.shift_factor + mean, scaling.scaling_factor / std
+
+
+class Encoder:
+    """Base class of encoders that take images one by one; the frames of a clip become rows of the batch.
+
+    Shapes of images are (C, H, W) or, for clips, (F, C, H, W); the channel axis is -3 everywhere.
+
+    A subclass sets the attributes, defines `encode_rows` and `decode_rows`, and is registered by its class statement:
+    `names` are values of `--vae`; `folder_class` is the `_class_name` in the config.json of a folder given as `--vae`.
+
+    Args:
+        name: Value of `--vae`.
+        device: Device of the weights.
+        dtype: Precision of the weights and computations. Latents and pixels are float32 in any case.
+
+    Attributes:
+        stochastic: Raw latents are posterior parameters, and `to_latents` needs noise.
+        scaling: Shift and scale between raw latents and latents.
+        weight_bytes: Memory of the weights on the device.
+        image_channels: Channels of the images.
+        image_size: (H, W) of the images, if the encoder takes no other.
+        latent_channels: Channels of the latents.
+        factor: Pixels per latent, on each side.
+    """
+
+    names: ClassVar[dict[str, type[Encoder]]] = {}
+    folder_classes: ClassVar[dict[str, type[Encoder]]] = {}
+    class_name: ClassVar[str] = ""
+
+    stochastic = False
+    scaling = LatentScaling()
+    weight_bytes = 0
+    image_channels = 3
+    image_size: tuple[int, int] | None = None
+    latent_channels = 3
+    factor = 1
+
+    def __init_subclass__(cls, names: Sequence[str] = (), folder_class: str | None = None) -> None:
+        """Register the class."""
+        Encoder.names.update(dict.fromkeys(names, cls))
+        if folder_class is not None:
+            cls.class_name = folder_class
+            Encoder.folder_classes[folder_class] = cls
+
+    def __init__(
+        self, name: str = "none", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.name = name
+
+    def latent_shape(self, image_shape: Shape) -> Shape:
+        """Shape of the latents of an image or clip.
+
+        Raises:
+            ValueError: If the encoder cannot take such images.
+        """
+        *frames, channels, height, width = image_shape
+        if channels != self.image_channels:
+            raise ValueError(f"the autoencoder takes images of {self.image_channels} channels, not {channels}")
+        if self.image_size not in (None, (height, width)):
+            raise ValueError(f"the autoencoder takes images of {self.image_size} pixels, not {(height, width)}")
+        check_sides((height, width), self.factor)
+        return *frames, self.latent_channels, height // self.factor, width // self.factor
+
+    def raw_shape(self, image_shape: Shape) -> Shape:
+        """Shape of the raw latents of an image or clip."""
+        *frames, channels, height, width = self.latent_shape(image_shape)
+        return *frames, 2 * channels if self.stochastic else channels, height, width
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Raw latents of pixels (N, ..., C, H, W): uint8, or float32 in [-1, 1]."""
+        return _by_rows(self.encode_rows, from_uint8(pixels) if pixels.dtype == torch.uint8 else pixels)
+
+    def to_latents(self, raw: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents of raw latents: a sample of the posterior if there is one, shifted and scaled.
+
+        Args:
+            raw: Raw latents of any float type.
+            noise: Standard normal in the shape of the latents, needed by stochastic encoders and ignored by others;
+                zeros give the posterior's mean.
+        """
+        z = raw.float()
+        if self.stochastic:
+            if noise is None:
+                raise ValueError("posterior parameters need noise to become latents")
+            mean, std = z.chunk(2, dim=-3)
+            z = mean + std * noise
+        return self.scaling.apply(z)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels (N, ..., C, H, W) of latents, not clamped."""
+        return _by_rows(self.decode_rows, self.scaling.invert(latents))
+
+    def describe(self) -> dict[str, object]:
+        """JSON values that fix raw latents, and how they become latents."""
+        identity = {"name": self.name, "class": self.class_name or type(self).__name__, "sha256": self.encoder_sha256()}
+        return {**identity, "stochastic": self.stochastic, **asdict(self.scaling)}
+
+    def encoder_sha256(self) -> str:
+        """Fingerprint of the weights that encode; encoders that differ in the decoder alone share it."""
+        return ""
+
+    def encode_rows(self, pixels: Tensor) -> Tensor:
+        """Raw latents of images (N, C, H, W) in [-1, 1]."""
+        raise NotImplementedError
+
+    def decode_rows(self, z: Tensor) -> Tensor:
+        """Images (N, C, H, W) of latents that are neither shifted nor scaled."""
+        raise NotImplementedError
+
+
+class Pixels(Encoder, names=("none",)):
+    """No encoder: the network models pixels, of any number of channels."""
+
+    def latent_shape(self, image_shape: Shape) -> Shape:
+        """Shape of the image or clip itself."""
+        return tuple(image_shape)
+
+    def encode_rows(self, pixels: Tensor) -> Tensor:
+        """Pixels, unchanged."""
+        return pixels
+
+    def decode_rows(self, z: Tensor) -> Tensor:
+        """Pixels, unchanged."""
+        return z
+
+
+def open_encoder(
+    name: str, image_shape: Shape, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Encoder:
+    """Open an encoder by the value of `--vae`.
+
+    Args:
+        name: "ema", "mse", "none", or a local folder of an autoencoder of diffusers.
+        image_shape: Shape of the images; a size that does not fit is an error before the official weights are loaded.
+        device: Device of the weights.
+        dtype: Precision of the weights and computations.
+
+    Raises:
+        ValueError: If the encoder cannot be loaded, or is known not to take such images.
+    """
+    encoder_class = Encoder.names.get(name) or _class_of_folder(Path(name))
+    check_sides(image_shape[-2:], encoder_class.factor)
+    return encoder_class(name, device, dtype)
+
+
+def check_sides(sides: Sequence[int], factor: int) -> None:
+    """Raise a ValueError unless the factor divides the sides of an image."""
+    for side in sides:
+        if side < factor or side % factor:
+            below, above = side // factor * factor, (side // factor + 1) * factor
+            nearest = f"{below} or {above}" if below else str(above)
+            raise ValueError(
+                f"image size {side} is not a multiple of the autoencoder's factor {factor}; nearest: {nearest}"
+            )
+
+
+def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a function of (N, C, H, W) to (..., C, H, W)."""
+    return function(x.flatten(0, -4)).unflatten(0, x.shape[:-3])
+
+
+def _class_of_folder(folder: Path) -> type[Encoder]:
+    """The encoder for a folder, by the class that its config.json names."""
+    supported = ", ".join(sorted(Encoder.folder_classes))
+    if not folder.is_dir():
+        raise ValueError(f"no such folder; give {', '.join(Encoder.names)}, or the folder of an autoencoder")
+    try:
+        name = json.loads((folder / "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        hint = "give its subfolder vae" if (folder / "vae").is_dir() else f"supported are {supported} of diffusers"
+        raise ValueError(f"has no config.json that names a class (_class_name); {hint}") from error
+    if name not in Encoder.folder_classes:
+        raise ValueError(f"{name} is not supported; supported are {supported}, which take single images and frames")
+    return Encoder.folder_classes[name]

@@ -1,0 +1,226 @@
+"""Files of a latent store: raw latents of an encoder, extracted once.
+
+A folder holds `manifest.json` (the settings), shards, and `index.json`, which is written last. Shard 7 is
+
+- `00007.npy`, float16 (images, flips, *raw shape): raw latents as an `Encoder` makes them, not scaled; one or two
+  flips, the plain image first;
+- `00007.json`: labels, relative paths, images that could not be read, size and sha256 of the array.
+
+Posterior parameters are means and standard deviations. Standard deviations and not log-variances: a sample is then one
+multiply-add, and float16 keeps them to 2^-11 relative or, below 6e-5, to 3e-8 absolute, far below the rounding of a
+mean. A log-variance near -17 would be off by 0.4 %.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.files import atomic_path
+from runtime.migrate import latent_index
+
+FORMAT = 2
+INDEX, MANIFEST = "index.json", "manifest.json"
+REMEDY = "run scripts/extract_latents.py again with the same settings: it makes what is missing"
+_NOT_FINITE = 0x7C00  # float16 bits without the sign: infinity; NaNs are above it
+
+Raw = npt.NDArray[np.float16]
+Json = dict[str, Any]
+
+
+class Encoded(NamedTuple):
+    """Some consecutive images of a shard.
+
+    Attributes:
+        raw: (n, flips, *raw shape) float16.
+        labels: n class numbers.
+        paths: n paths relative to the image folder.
+        skipped: (path, reason) of the images that could not be read; they have no row.
+    """
+
+    raw: Raw
+    labels: list[int]
+    paths: list[str]
+    skipped: list[tuple[str, str]]
+
+
+def is_finite(raw: Raw) -> bool:
+    """Check for NaN and infinity by the bits, several times faster than `np.isfinite`."""
+    return raw.size == 0 or int((raw.view(np.uint16) & 0x7FFF).max()) < _NOT_FINITE
+
+
+def shard_paths(folder: Path, number: int) -> tuple[Path, Path]:
+    """Array and description of a shard."""
+    return folder / f"{number:05d}.npy", folder / f"{number:05d}.json"
+
+
+def array_path(folder: Path, shard: Json) -> Path:
+    """Array of a shard in the index."""
+    return folder / next(name for name in shard["files"] if name.endswith(".npy"))
+
+
+def write_shard(folder: Path, number: int, row_shape: Sequence[int], parts: Iterable[Encoded]) -> None:
+    """Stream a shard to disk: first its array, then the description, which marks it as finished.
+
+    Args:
+        folder: Existing folder.
+        number: Number of the shard.
+        row_shape: Shape of one image's row: flips, then the shape of raw latents.
+        parts: Its images, in order.
+    """
+    array, description_path = shard_paths(folder, number)
+    description_path.unlink(missing_ok=True)
+    labels: list[int] = []
+    paths: list[str] = []
+    skipped: list[tuple[str, str]] = []
+    with atomic_path(array) as temporary:
+        with temporary.open("wb") as file:
+            size = _write_header(file, (0, *row_shape))
+            for part in parts:
+                file.write(np.ascontiguousarray(part.raw).data)
+                labels += part.labels
+                paths += part.paths
+                skipped += part.skipped
+            file.seek(0)
+            assert _write_header(file, (len(labels), *row_shape)) == size  # NumPy pads for a longer first axis
+        description = {
+            "count": len(labels),
+            "bytes": temporary.stat().st_size,
+            "sha256": sha256_of(temporary),
+            "skipped": skipped,
+            "labels": labels,
+            "paths": paths,
+        }
+    write_json(description_path, description, indent=None)
+
+
+def finished_shard(folder: Path, number: int) -> Json | None:
+    """The description of a shard that is complete, judged by the size of its array; None for any other."""
+    array, description_path = shard_paths(folder, number)
+    try:
+        description = json.loads(description_path.read_text())
+        return description if array.stat().st_size == description["bytes"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_index(folder: Path, shard_count: int) -> Json:
+    """Write index.json from the manifest and the descriptions of all shards.
+
+    Raises:
+        ValueError: Naming a shard that is not finished.
+    """
+    shards = []
+    for number in range(shard_count):
+        array, path = shard_paths(folder, number)
+        description = finished_shard(folder, number)
+        if description is None:
+            raise ValueError(f"{array}: not finished; {REMEDY}")
+        files = {
+            array.name: {"bytes": description["bytes"], "sha256": description["sha256"]},
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)},
+        }
+        shards.append({"count": description["count"], "skipped": len(description["skipped"]), "files": files})
+    totals = {name: sum(shard[name] for shard in shards) for name in ("count", "skipped")}
+    index = {**latent_index(json.loads((folder / MANIFEST).read_text())), **totals, "shards": shards}
+    write_json(folder / INDEX, index)
+    return index
+
+
+def read_index(folder: Path) -> Json:
+    """Read index.json, of this format or the one before.
+
+    Raises:
+        ValueError: Naming the file, if it is missing, damaged or without images.
+    """
+    path = folder / INDEX
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    try:
+        index = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: missing; the extraction is not finished, {REMEDY}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); {REMEDY}") from error
+    index = latent_index(index) if isinstance(index, dict) else {}
+    if index.get("format") != FORMAT:
+        raise ValueError(f"{path}: not an index of latents in format {FORMAT} or 1; extract with --overwrite")
+    missing = {"classes", "image_shape", "row_shape", "encoder", "count", "shards"} - index.keys()
+    missing |= {"name", "sha256", "stochastic"} - index.get("encoder", {}).keys()
+    if missing:
+        raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; {REMEDY}")
+    if not index["count"]:
+        raise ValueError(f"{path}: no images; none could be read at extraction, see `skipped` in the shards")
+    return index
+
+
+def write_json(path: Path, value: Mapping[str, object], indent: int | None = 2) -> None:
+    """Write one JSON document, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=indent) + "\n")
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove temporary files of a killed extraction."""
+    for path in folder.glob(".*.tmp.*"):
+        if re.fullmatch(r"\.(\d{5}|index|manifest)\.\d+\.tmp\.(npy|json)", path.name):
+            path.unlink(missing_ok=True)
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Files that are named like a part of a shard; none if there is no such folder."""
+    return sorted(path for path in folder.glob("[0-9]*") if re.fullmatch(r"\d{5}\.(npy|json)", path.name))
+
+
+def remove_shards(folder: Path) -> None:
+    """Remove an extraction: index, manifest and shards, the index first."""
+    for path in (folder / INDEX, folder / MANIFEST, *shard_files(folder)):
+        path.unlink(missing_ok=True)
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Raise a ValueError unless a file has so many bytes."""
+    try:
+        actual = path.stat().st_size
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: missing; {REMEDY}") from error
+    if actual != expected:
+        raise ValueError(f"{path}: {actual:,} bytes instead of {expected:,}; delete it and {REMEDY}")
+
+
+def map_array(path: Path, shape: tuple[int, ...]) -> Raw:
+    """Memory-map the array of a shard.
+
+    Raises:
+        ValueError: Unless it is a float16 array of this shape.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except ValueError as error:
+        raise ValueError(f"{path}: not a NumPy array ({error}); delete it and {REMEDY}") from error
+    if array.shape != shape or array.dtype != np.float16:
+        raise ValueError(
+            f"{path}: {array.dtype} {array.shape} instead of float16 {shape}; it is of another extraction, "
+            f"delete it and {REMEDY}"
+        )
+    return array
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> int:
+    """Write the header of a float16 .npy file; returns the position after it."""
+    descr = np.lib.format.dtype_to_descr(np.dtype(np.float16))
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    return file.tell()

@@ -1,0 +1,278 @@
+import importlib.util
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.encoders import Encoder, LatentScaling, Pixels, open_encoder
+from data.pixels import from_uint8
+from tests.golden_data import relative_error
+from tests.networks import small_autoencoder
+
+IMAGE = (3, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    return folder, small_autoencoder(folder)
+
+
+@pytest.fixture
+def copy(vae_folder, tmp_path):
+    """A copy of the folder, to be changed."""
+    for path in vae_folder[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder, change):
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file(change(weights), path, metadata={"format": "pt"})
+
+
+def test_latents_are_a_scaled_sample_of_the_posterior(vae_folder):
+    folder, vae = vae_folder
+    encoder = open_encoder(str(folder), IMAGE)
+    pixels, noise = torch.randn(2, *IMAGE), torch.randn(2, 4, 8, 8)
+    assert encoder.stochastic and encoder.weight_bytes > 0 and encoder.name == str(folder)
+    assert encoder.latent_shape(IMAGE) == (4, 8, 8) and encoder.raw_shape(IMAGE) == (8, 8, 8)
+    raw = encoder.encode_pixels(pixels)
+    latents = encoder.to_latents(raw, noise)
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+        assert torch.equal(raw, torch.cat([posterior.mean, posterior.std], dim=1))
+        assert torch.equal(latents, (posterior.mean + posterior.std * noise) * 0.25)
+        assert torch.equal(encoder.decode(latents), vae.decode(latents / 0.25).sample)
+    with pytest.raises(ValueError, match="need noise"):
+        encoder.to_latents(raw)
+
+
+def test_shift_mean_and_deviation_are_those_of_diffusers_pipelines(copy):
+    noise, pixels = torch.randn(2, 4, 8, 8), torch.randn(2, *IMAGE)
+    plain = open_encoder(str(copy), IMAGE)
+    z = plain.encode_pixels(pixels).chunk(2, dim=1)
+    z = z[0] + z[1] * noise
+    edit_config(copy, shift_factor=0.1159)
+    shifted = open_encoder(str(copy), IMAGE)
+    torch.testing.assert_close(shifted.to_latents(shifted.encode_pixels(pixels), noise), (z - 0.1159) * 0.25)
+    torch.testing.assert_close(shifted.decode((z - 0.1159) * 0.25), plain.decode(z * 0.25))
+    mean, std = [0.1, -0.2, 0.3, 0.0], [1.0, 2.0, 0.5, 4.0]
+    edit_config(copy, shift_factor=None, latents_mean=mean, latents_std=std)
+    whitened = open_encoder(str(copy), IMAGE)
+    expected = (z - torch.tensor(mean).view(1, 4, 1, 1)) * 0.25 / torch.tensor(std).view(1, 4, 1, 1)
+    torch.testing.assert_close(whitened.to_latents(whitened.encode_pixels(pixels), noise), expected)
+    torch.testing.assert_close(whitened.decode(expected), plain.decode(z * 0.25))
+    assert whitened.describe()["latents_std"] == (1.0, 2.0, 0.5, 4.0)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
+def test_frames_are_encoded_and_decoded_one_by_one(vae_folder, size):
+    encoder = open_encoder(str(vae_folder[0]), (3, *size))
+    clip, latent = torch.randint(0, 256, (2, 3, 3, *size), dtype=torch.uint8), (4, size[0] // 2, size[1] // 2)
+    assert encoder.latent_shape((3, 3, *size)) == (3, *latent)
+    raw = encoder.encode_pixels(clip)
+    assert raw.shape == (2, *encoder.raw_shape((3, 3, *size)))
+    torch.testing.assert_close(raw[1], encoder.encode_pixels(clip[1]))
+    latents = encoder.to_latents(raw, torch.randn(2, 3, *latent))
+    assert latents.shape == (2, 3, *latent) and encoder.decode(latents).shape == clip.shape
+    torch.testing.assert_close(encoder.decode(latents)[1], encoder.decode(latents[1]))
+
+
+def test_in_bf16_it_decodes_to_the_same_pixels_within_its_precision(vae_folder):
+    plain, half = (open_encoder(str(vae_folder[0]), IMAGE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    latents = torch.randn(3, 4, 8, 8)
+    expected, actual = plain.decode(latents), half.decode(latents)
+    assert actual.dtype == torch.float32 and half.module.dtype == torch.bfloat16
+    assert 0 < relative_error(actual, expected) < 0.05
+    assert half.encode_pixels(torch.randn(2, *IMAGE)).dtype == torch.float32
+    weight = half.module.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def small_tiny():
+    from diffusers import AutoencoderTiny
+
+    blocks = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
+    return AutoencoderTiny(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **blocks)
+
+
+def small_dc():
+    from diffusers import AutoencoderDC
+
+    sides = ("encoder", "decoder")
+    channels = {f"{part}_block_out_channels": (8, 16) for part in sides}
+    layers = {f"{part}_layers_per_block": (1, 1) for part in sides}
+    scales = {f"{part}_qkv_multiscales": ((), ()) for part in sides}
+    return AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.5, **channels, **layers, **scales)
+
+
+@pytest.mark.parametrize(("make", "output"), [(small_tiny, "latents"), (small_dc, "latent")])
+@torch.no_grad()
+def test_deterministic_autoencoders_need_no_noise(make, output, tmp_path):
+    torch.manual_seed(0)
+    autoencoder = make().eval()
+    autoencoder.save_pretrained(tmp_path)
+    encoder, pixels = open_encoder(str(tmp_path), IMAGE), torch.rand(2, *IMAGE) * 2 - 1
+    scale = autoencoder.config.scaling_factor
+    assert not encoder.stochastic
+    assert encoder.latent_shape(IMAGE) == encoder.raw_shape(IMAGE) == (4, 8, 8)
+    raw = encoder.encode_pixels(pixels)
+    torch.testing.assert_close(raw, getattr(autoencoder.encode(pixels), output))
+    torch.testing.assert_close(encoder.to_latents(raw), raw * scale)
+    torch.testing.assert_close(encoder.decode(raw * scale), autoencoder.decode(raw).sample)
+    assert encoder.encode_pixels(pixels[None]).shape == (1, 2, 4, 8, 8)
+    assert encoder.describe()["class"] == type(autoencoder).__name__
+
+
+@torch.no_grad()
+def test_a_representation_autoencoder_takes_one_size_and_pixels_from_0_to_1(tmp_path):
+    pytest.importorskip("transformers")
+    from diffusers import AutoencoderRAE
+
+    autoencoder = AutoencoderRAE(
+        encoder_hidden_size=64, encoder_patch_size=4, encoder_num_hidden_layers=1, decoder_hidden_size=16,
+        decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=16, patch_size=8,
+        encoder_input_size=8, latents_mean=torch.randn(64, 2, 2).tolist(), latents_std=torch.rand(64, 2, 2).tolist(),
+    ).eval()  # fmt: skip
+    autoencoder.save_pretrained(tmp_path)
+    encoder, pixels = open_encoder(str(tmp_path), IMAGE), torch.rand(2, *IMAGE)
+    assert encoder.latent_shape(IMAGE) == (64, 2, 2)
+    latents = encoder.to_latents(encoder.encode_pixels(pixels * 2 - 1))
+    torch.testing.assert_close(latents, autoencoder.encode(pixels).latent)
+    torch.testing.assert_close(encoder.decode(latents), autoencoder.decode(latents).sample * 2 - 1)
+    with pytest.raises(ValueError, match=r"takes images of \(16, 16\) pixels, not \(16, 24\)"):
+        encoder.latent_shape((3, 16, 24))
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderRAE"}')
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="AutoencoderRAE needs the package transformers"):
+        open_encoder(str(tmp_path), IMAGE)
+
+
+MISFITS = {
+    "prefix": (
+        lambda w: {f"first_stage_model.{key}": value for key, value in w.items()},
+        r"AutoencoderKL \(missing: encoder.conv_in.weight and 123 more; unexpected: first_stage_model.decoder",
+    ),
+    "missing": (lambda w: {k: v for k, v in w.items() if k != "quant_conv.bias"}, r"\(missing: quant_conv.bias\)"),
+    "unexpected": (lambda w: {**w, "loss.logvar": torch.zeros(1)}, r"\(unexpected: loss.logvar\)"),
+    "shape": (
+        lambda w: {**w, "decoder.conv_in.weight": torch.zeros(3, 3, 3, 3)},
+        r"\(of another shape: decoder.conv_in.weight\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_weights_that_do_not_fill_it_are_named(name, copy, recwarn):
+    change, message = MISFITS[name]
+    edit_weights(copy, change)
+    with pytest.raises(ValueError, match=f"its weights do not fit .*{message}") as error:
+        open_encoder(str(copy), IMAGE)
+    assert "\n" not in str(error.value) and not recwarn.list
+
+
+def test_older_names_of_attention_weights_are_understood(vae_folder, copy):
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def older(weights):
+        for new, old in names.items():
+            weights = {key.replace(new, old): value for key, value in weights.items()}
+        return weights
+
+    edit_weights(copy, older)
+    first, second = (open_encoder(str(folder), IMAGE) for folder in (vae_folder[0], copy))
+    assert first.encoder_sha256() == second.encoder_sha256()
+
+
+def test_image_size_must_fit_the_factor(vae_folder):
+    words = "image size 15 is not a multiple of the autoencoder's factor 2; nearest: 14 or 16"
+    with pytest.raises(ValueError, match=words):
+        open_encoder(str(vae_folder[0]), (3, 15, 16)).latent_shape((3, 16, 15))
+    with pytest.raises(ValueError, match="takes images of 3 channels, not 1"):
+        open_encoder(str(vae_folder[0]), IMAGE).latent_shape((1, 16, 16))
+    with pytest.raises(ValueError, match="image size 250 is not a multiple of the autoencoder's factor 8"):
+        open_encoder("ema", (3, 256, 250))  # before anything is loaded
+    with pytest.raises(ValueError, match="image size 4 .* factor 8; nearest: 8$"):
+        open_encoder("mse", (3, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"_class_name": "AutoencoderKLWan"}, "AutoencoderKLWan is not supported; supported are AutoencoderDC, Auto"),
+        ({"latents_mean": [0.0, 1.0]}, "latents_mean has 2 numbers for 4 latent channels"),
+        ({"latents_std": [1.0, 1.0, 1.0, 0.0]}, r"latents_std \(1.0, .*\): must be positive"),
+        ({"scaling_factor": 0.0}, "scaling_factor 0.0: must be positive"),
+        ({"block_out_channels": [8, 24]}, "of another shape: decoder.conv_in.bias"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_one_line(change, words, copy):
+    edit_config(copy, **change)
+    with pytest.raises(ValueError, match=words) as error:
+        open_encoder(str(copy), IMAGE)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_autoencoder_is_named(copy, tmp_path_factory):
+    with pytest.raises(ValueError, match="no such folder; give none, ema, mse, or the folder"):
+        open_encoder(str(copy / "nothing"), IMAGE)
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(ValueError, match="has no config.json that names a class .*AutoencoderTiny of diffusers"):
+        open_encoder(str(empty), IMAGE)
+    (empty / "vae").mkdir()
+    with pytest.raises(ValueError, match="give its subfolder vae"):
+        open_encoder(str(empty), IMAGE)
+    (copy / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="cannot load the autoencoder .*Unable to load weights") as error:
+        open_encoder(str(copy), IMAGE)
+    assert "\n" not in str(error.value)
+
+
+def test_its_loader_does_not_talk(monkeypatch, recwarn):
+    def failing(*args, **kwargs):
+        warnings.warn("The `local_dir_use_symlinks` argument is deprecated", stacklevel=2)
+        raise OSError("no connection")
+
+    monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", failing)
+    with pytest.raises(ValueError, match=r"cannot load the autoencoder .* without network .*\(no connection\)"):
+        open_encoder("ema", (3, 256, 256))
+    assert not recwarn.list
+
+
+def test_pixels_pass_through():
+    pixels, x = open_encoder("none", (1, 5, 5)), torch.randn(1, 1, 5, 5)
+    assert isinstance(pixels, Pixels) and pixels.latent_shape((1, 5, 5)) == pixels.raw_shape((1, 5, 5)) == (1, 5, 5)
+    assert torch.equal(pixels.encode_pixels(x), x) and torch.equal(pixels.to_latents(x), x)
+    assert torch.equal(pixels.decode(x), x)
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(pixels.encode_pixels(images), from_uint8(images))
+
+
+def test_a_new_encoder_is_one_class(monkeypatch):
+    monkeypatch.setattr(Encoder, "names", dict(Encoder.names))
+
+    class Halved(Encoder, names=("halved",)):
+        factor, scaling = 2, LatentScaling(scaling_factor=3.0)
+
+        def encode_rows(self, pixels):
+            return torch.nn.functional.avg_pool2d(pixels, 2)
+
+        def decode_rows(self, z):
+            return torch.nn.functional.interpolate(z, scale_factor=2)
+
+    encoder = open_encoder("halved", (2, 3, 8, 4))
+    latents = encoder.to_latents(encoder.encode_pixels(torch.ones(1, 2, 3, 8, 4)))
+    assert latents.shape == (1, *encoder.latent_shape((2, 3, 8, 4))) and (latents == 3).all()
+    assert torch.equal(encoder.decode(latents), torch.ones(1, 2, 3, 8, 4))

@@ -1,0 +1,27 @@
+"""Losses by name: a family with a loss of its own has a file here, a row in `LOSSES`, and one in `FAMILY_LOSS`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from diffusion.loss import DiffusionLoss, LossSettings
+from training.losses.dydit import DyDiTLoss, DyDiTLossSettings
+
+
+class LossRow(NamedTuple):
+    """One row of the registry."""
+
+    loss: type[DiffusionLoss]
+    settings: type[LossSettings]
+
+
+LOSSES: dict[str, LossRow] = {
+    "diffusion": LossRow(DiffusionLoss, LossSettings),
+    "dydit": LossRow(DyDiTLoss, DyDiTLossSettings),
+}
+FAMILY_LOSS = {"DyDiT": "dydit"}  # "diffusion" for all others
+
+
+def loss_of(family: str) -> str:
+    """Name of the loss that a family is trained with."""
+    return FAMILY_LOSS.get(family, "diffusion")

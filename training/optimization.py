@@ -1,0 +1,170 @@
+"""How weights move: optimizers, learning rate, their average (EMA), and a guard against non-finite steps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from runtime import distributed
+from runtime.settings import setting
+
+N = TypeVar("N", bound=nn.Module)
+
+
+class OptimizerSettings(Protocol):
+    """Settings of an optimizer, which make it."""
+
+    def make(self, parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
+        """Build the optimizer; a fused one, so that `FiniteGuard` can skip its steps on the device."""
+        ...
+
+
+OPTIMIZERS: dict[str, type] = {}
+
+
+def register(name: str) -> Callable[[type], type]:
+    """Enter a dataclass of settings, with a `make` like `OptimizerSettings`, as the optimizer of this name."""
+
+    def enter(cls: type) -> type:
+        OPTIMIZERS[name] = cls
+        return cls
+
+    return enter
+
+
+@register("adamw")
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101).
+
+    Raises:
+        ValueError: naming the flag and its value.
+    """
+
+    adam_betas: tuple[float, float] = setting((0.9, 0.999), "betas of AdamW")
+    weight_decay: float = setting(0.0, "weight decay of AdamW")
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"--adam-betas {' '.join(map(str, self.adam_betas))}: both must lie in [0, 1)")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--weight-decay {self.weight_decay}: must not be negative, and finite")
+
+    def make(self, parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
+        """Build the optimizer."""
+        return torch.optim.AdamW(
+            list(parameters), lr=lr, betas=self.adam_betas, weight_decay=self.weight_decay, fused=True
+        )
+
+
+class Schedule(Protocol):
+    """Settings of a learning-rate schedule, as `training.config.OptimizationSettings` has them."""
+
+    @property
+    def lr(self) -> float: ...  # noqa: D102
+    @property
+    def lr_schedule(self) -> str: ...  # noqa: D102
+    @property
+    def lr_warmup_steps(self) -> int: ...  # noqa: D102
+    @property
+    def lr_final_ratio(self) -> float: ...  # noqa: D102
+
+
+def learning_rate(schedule: Schedule, step: int, total: int) -> float:
+    """Learning rate of step `step` (from 0) of `total`: linear warm-up, then constant or cosine."""
+    if step < schedule.lr_warmup_steps:
+        return schedule.lr * (step + 1) / schedule.lr_warmup_steps
+    if schedule.lr_schedule == "constant":
+        return schedule.lr
+    done = (step - schedule.lr_warmup_steps) / max(1, total - schedule.lr_warmup_steps)
+    final = schedule.lr_final_ratio
+    return schedule.lr * (final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
+
+
+class EMA(Generic[N]):
+    """An exponential moving average of a network's weights.
+
+    Args:
+        network: the network being trained; the average starts as a copy of it.
+        decay: weight of the past at each update.
+        ramp: start at a low decay, min(decay, (1 + n) / (10 + n)) at update n, so that short runs forget their start.
+
+    Attributes:
+        network: the average, in eval mode, without gradients. Frozen parameters are copied once and left alone.
+        name: of its group in checkpoints, by its decay.
+    """
+
+    def __init__(self, network: N, decay: float, *, ramp: bool = False) -> None:
+        self.decay, self.ramp, self.updates, self.name = decay, ramp, 0, f"ema-{decay:g}"
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        averaged = dict(self.network.named_parameters())
+        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self._source: list[Tensor] = list(trained.values())
+        self._average: list[Tensor] = [averaged[name] for name in trained]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the network: one fused operation over all weights."""
+        ramped = (1 + self.updates) / (10 + self.updates)
+        decay = min(self.decay, ramped) if self.ramp else self.decay
+        torch._foreach_lerp_(self._average, self._source, 1 - decay)
+        self.updates += 1
+
+
+class FiniteGuard:
+    """Skips optimizer steps with a non-finite gradient, and records the step and rank of a non-finite loss.
+
+    The decision stays on the device: fused optimizers skip an update where their `found_inf` is 1. Gradients are
+    already averaged over ranks, so all ranks skip together.
+
+    Args:
+        optimizer: a fused one.
+        device: of the losses.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self._optimizer = optimizer
+        self._skipped = torch.zeros((), device=device)
+        self._too_large = torch.zeros((), device=device)
+        self._last_bad_loss = torch.full((), -1.0, device=device)
+
+    def watch(self, step: int, loss: Tensor, grad_norm: Tensor, limit: float | None = None) -> None:
+        """Decide about a step; to be called between the backward pass and the optimizer's step.
+
+        Args:
+            step: number of the step, below 2^24.
+            loss: this rank's loss, a scalar.
+            grad_norm: norm of the averaged gradient, a scalar.
+            limit: skip finite gradients of this norm or more, too; None skips none.
+        """
+        bad = ~torch.isfinite(grad_norm)
+        too_large = torch.zeros_like(bad) if limit is None else (grad_norm >= limit) & ~bad
+        self._optimizer.found_inf = (bad | too_large).float()  # type: ignore[attr-defined]  # read by fused optimizers
+        self._skipped += bad
+        self._too_large += too_large
+        self._last_bad_loss = torch.where(torch.isfinite(loss.detach()), self._last_bad_loss, float(step))
+
+    def count_too_large(self) -> int:
+        """Finite gradients that were skipped since the last call, the same on every rank. Waits for the device."""
+        count = int(self._too_large)
+        self._too_large.zero_()
+        return count
+
+    def report(self) -> str | None:
+        """Non-finite steps since the last report, the same on every rank; None without any. Waits for the device."""
+        seen = distributed.from_all_ranks(torch.stack([self._skipped, self._last_bad_loss])).tolist()
+        self._skipped.zero_()
+        self._last_bad_loss.fill_(-1)
+        skipped = int(max(count for count, _ in seen))
+        if not skipped:
+            return None
+        places = [f"step {int(step) + 1} on rank {rank}" for rank, (_, step) in enumerate(seen) if step >= 0]
+        where = f"non-finite loss at {', '.join(places)}" if places else "non-finite gradient of a finite loss"
+        return f"{where}; {skipped} optimizer step{'s' if skipped > 1 else ''} skipped"
