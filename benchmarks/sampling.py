@@ -241,13 +241,13 @@ def diffusers_case(network: DiT, images: int, steps: int) -> Case:
     """
     from diffusers import DDIMScheduler
 
-    from models.diffusers_format import diffusers_twin
+    from models.diffusers_format import diffusers_network
 
     spec, make = SAMPLERS["DDIM"]
     device = next(network.parameters()).device
 
     def ready() -> tuple[Any, Any, Tensor, Tensor]:
-        twin = nn.Module.to(diffusers_twin(network), device, torch.bfloat16)  # its own way to move would warn
+        twin = nn.Module.to(diffusers_network(network), device, torch.bfloat16)  # its own way to move would warn
         twin.pos_embed.pos_embed.copy_(network.pos_embed)  # type: ignore[union-attr,operator]
         scheduler: Any = DDIMScheduler(beta_start=1e-4, beta_end=2e-2, clip_sample=False)
         scheduler.set_timesteps(create_diffusion(spec).num_timesteps)

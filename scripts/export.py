@@ -21,7 +21,7 @@ import torch
 from runtime.config import parse_config, setting
 
 from models import DiT, Network, create_model
-from models.diffusers_format import diffusers_twin
+from models.diffusers_format import diffusers_network
 from models.loading import unknown_weights
 from models.recognise import recognise
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
@@ -129,7 +129,7 @@ def export_diffusers(name: str, network: Network, process: dict[str, Any], folde
     if type(network) is not DiT:
         raise UserError(f"--format diffusers: diffusers has no {name}; only the plain DiT")
     with blame("--format diffusers"):
-        twin: Any = diffusers_twin(network)
+        twin: Any = diffusers_network(network)
     scheduler: Any = DDIMScheduler(
         beta_start=1e-4,
         beta_end=2e-2,

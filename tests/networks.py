@@ -40,13 +40,13 @@ VARIED: dict[str, Any] = {"cache_depth": 1, "learn_sigma": False, "encoder_depth
 
 def variants() -> dict[str, tuple[str, dict[str, Any]]]:
     """Every family as it is, and once more for each setting of `VARIED` that it takes: name -> family, overrides."""
-    found: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in models.FAMILIES}
+    result: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in models.FAMILIES}
     for family in models.FAMILIES:
         for field, value in VARIED.items():
             with suppress(ValueError):  # of families that do not know the setting, or refuse the value
                 models.model_config(debug_name(family), **{field: value})
-                found[f"{family}, {field} {value}"] = family, {field: value}
-    return found
+                result[f"{family}, {field} {value}"] = family, {field: value}
+    return result
 
 
 def inputs(network: Network, rows: int = 2) -> tuple[Tensor, float, dict[str, Tensor]]:

@@ -148,9 +148,9 @@ def test_weights_with_the_official_names_and_shapes_load_strictly(layout: str) -
     assert len(weights) == official["num_keys"] == 516
     with torch.device("meta"):
         named = create_model("DyDiT-XL/2")
-        found = settings_from(weights, named.config)
-        network = create_model("DyDiT-XL/2", **found)
-    assert found == {"router_layout": layout}
+        fields = settings_from(weights, named.config)
+        network = create_model("DyDiT-XL/2", **fields)
+    assert fields == {"router_layout": layout}
     network.load_state_dict(weights, strict=True, assign=True)
     assert [(name, list(tensor.shape)) for name, tensor in network.state_dict().items()] == list(shapes.items())
     counts = official["parameters"][layout]

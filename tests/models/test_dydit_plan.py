@@ -60,10 +60,10 @@ def inputs(rows: int = 3) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 4, 8, 8), torch.arange(rows) % 11
 
 
-def assert_same(found: ModelOutput, masked: ModelOutput) -> None:
+def assert_same(actual: ModelOutput, masked: ModelOutput) -> None:
     """To float32 rounding; masks exactly."""
-    assert_close(found.sample, masked.sample, 5e-6)
-    assert all(torch.equal(one, other) for one, other in zip(found.aux, masked.aux, strict=True))
+    assert_close(actual.sample, masked.sample, 5e-6)
+    assert all(torch.equal(one, other) for one, other in zip(actual.aux, masked.aux, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,9 +99,9 @@ def test_nothing_and_everything_in_any_combination(layout: str, pack_from: int) 
     out = ready(x, TIMES[5], y=y)
     assert_same(out, network(x, TIMES[5], y=y))
     floor = 0.0 if layout == "all_heads" else 1 / network.config.num_heads
-    for i, wanted in enumerate(states):
-        found = [float(mask[:, i].mean()) for mask in out.aux]
-        assert found == [1.0 if wanted[0] > 0 else floor, 1.0 if wanted[1] > 0 else floor, float(wanted[2] > 0)]
+    for i, state in enumerate(states):
+        kept = [float(mask[:, i].mean()) for mask in out.aux]
+        assert kept == [1.0 if state[0] > 0 else floor, 1.0 if state[1] > 0 else floor, float(state[2] > 0)]
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def test_with_everything_off_only_biases_remain() -> None:
 
 
 def network_of_biases(network: DyDiT, x: Tensor, t: float, y: Tensor) -> Tensor:
-    """Tokens behind the last block where every block adds its gated output biases."""
+    """Tokens after the last block where every block adds its gated output biases."""
     c = network.t_embedder(t) + network.y_embedder(y)
     x = network.x_embedder(x) + network.pos_embed
     for block in network.blocks:
@@ -155,9 +155,9 @@ def test_a_gpu_gives_what_its_masks_give(pack_from: int) -> None:
     ready, _ = prepared(network, pack_from=pack_from)
     x, y = (part.cuda() for part in inputs())
     for t in TIMES[::5]:
-        found, masked = ready(x, t, y=y), network(x, t, y=y)
-        assert_close(found.sample, masked.sample, 1e-4)
-        assert all(torch.equal(one, other) for one, other in zip(found.aux, masked.aux, strict=True))
+        actual, masked = ready(x, t, y=y), network(x, t, y=y)
+        assert_close(actual.sample, masked.sample, 1e-4)
+        assert all(torch.equal(one, other) for one, other in zip(actual.aux, masked.aux, strict=True))
 
 
 @torch.no_grad()

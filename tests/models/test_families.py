@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed._composable import checkpoint
 
 import models
 from benchmarks.costs import counted_cost, layer_norm_elements, reused_cost
@@ -120,6 +121,19 @@ def test_reset_gives_the_distribution_of_a_fresh_network_from_any_values(family:
                 assert parameter.std() == pytest.approx(float(expected.std()), rel=0.5), key
                 assert abs(parameter.mean()) < expected.std(), key
             assert parameter.isfinite().all(), key
+
+
+def test_recomputed_blocks_give_the_same_gradients_under_the_same_names(network: Network) -> None:
+    (x, t, conditioning), names, gradients = inputs(network), list(network.state_dict()), []
+    for recompute in (False, True):
+        network.zero_grad()
+        if recompute:
+            for block in network.blocks:
+                checkpoint(block)
+        network(x, t, **conditioning).sample.square().sum().backward()
+        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)) and len(gradients[0]) > 40
+    assert list(network.state_dict()) == names
 
 
 def test_costs_equal_what_pytorch_counts(network: Network) -> None:

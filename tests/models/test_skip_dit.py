@@ -5,9 +5,8 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed._composable import checkpoint
 
-from benchmarks.costs import counted_cost, layer_norm_elements, reused_cost
+from benchmarks.costs import layer_norm_elements, reused_cost
 from diffusion import Batch, DiffusionLoss, Draws, Evaluation, create_diffusion, guided
 from models import DiT, SkipDiT, create_model, list_models, model_config
 from models.dit import DiTConfig
@@ -139,8 +138,8 @@ def official_size() -> SkipDiT:
 
 def test_state_dict_has_the_official_names_shapes_and_order() -> None:
     network = official_size()
-    found = [(name, list(value.shape)) for name, value in network.state_dict().items()]
-    assert found == list(OFFICIAL["keys"].items()) and len(found) == 348
+    shapes = [(name, list(value.shape)) for name, value in network.state_dict().items()]
+    assert shapes == list(OFFICIAL["keys"].items()) and len(shapes) == 348
     assert sum(p.numel() for p in network.parameters()) == OFFICIAL["params_total"]
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) == OFFICIAL["params_trainable"]
 
@@ -148,9 +147,8 @@ def test_state_dict_has_the_official_names_shapes_and_order() -> None:
 def test_costs_equal_the_official_ones() -> None:
     network, official = official_size(), OFFICIAL["gmacs_per_image_forward"]
     full, reused = network.cost(), reused_cost(network)
-    assert sum(full.values()) == counted_cost(network) == round(official["skip_full"]["total"] * 1e9)
-    cached = round(official["skip_cached_step"]["total"] * 1e9)
-    assert sum(reused.values()) == counted_cost(network, reused=True) == cached
+    assert sum(full.values()) == round(official["skip_full"]["total"] * 1e9)
+    assert sum(reused.values()) == round(official["skip_cached_step"]["total"] * 1e9)
     assert full["skip_units"] == 14 * round(official["skip_full"]["skip"] * 1e9)
     assert reused["skip_units"] == 4 * round(official["skip_full"]["skip"] * 1e9)
     depth, tokens, width = network.config.depth, network.config.tokens, network.config.hidden_size
@@ -300,20 +298,6 @@ def test_every_trainable_parameter_takes_part() -> None:
     network(x, t, y=y).sample.square().sum().backward()
     idle = [n for n, p in network.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert idle == []
-
-
-def test_recomputed_activations_give_the_same_gradients() -> None:
-    network = debug_network("Skip-DiT")
-    x, t, y = sample(network)
-    gradients = []
-    for recompute in (False, True):
-        network.zero_grad()
-        if recompute:
-            for block in network.blocks:
-                checkpoint(block)
-        network(x, t, y=y).sample.square().sum().backward()
-        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @torch.no_grad()
