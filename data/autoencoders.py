@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from data.encoders import Encoder, LatentScaling, Shape
+from data.encoders import Encoder, LatentScaling
 from runtime.download import quiet_hub
 
 OFFICIAL_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -26,7 +25,6 @@ class Autoencoder(Encoder):
     In bfloat16 convolutions decode about three times as fast.
 
     Attributes:
-        class_name: Class of diffusers.
         packages: Packages that it needs besides diffusers.
         decoder_parts: Prefixes of the weights that do not encode.
 
@@ -34,15 +32,8 @@ class Autoencoder(Encoder):
         ValueError: If the autoencoder cannot be loaded, or its weights do not fill it exactly.
     """
 
-    class_name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()
     decoder_parts: ClassVar[tuple[str, ...]] = ("decoder.",)
-
-    def __init_subclass__(cls, names: Sequence[str] = (), folder_class: str | None = None) -> None:
-        """Register the class."""
-        super().__init_subclass__(names, folder_class)
-        if folder_class is not None:
-            cls.class_name = folder_class
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(name)
@@ -55,22 +46,16 @@ class Autoencoder(Encoder):
             self.module.to(memory_format=torch.channels_last)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.module.parameters())
         self.read_config(self.module.config)
-        self.scaling.check_channels(self.latent_channels)
 
     def read_config(self, config: Mapping[str, Any]) -> None:
         """Set channels, factor and scaling."""
         self.image_channels, self.latent_channels = config["in_channels"], config["latent_channels"]
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
-        self.scaling = LatentScaling.from_config(config)
+        self.scaling = LatentScaling.from_config(config, self.latent_channels)
 
     def decode_rows(self, z: Tensor) -> Tensor:
         """Images of latents that are neither shifted nor scaled."""
         return self.module.decode(z.to(self.module.dtype)).sample.float()
-
-    def describe(self) -> dict[str, object]:
-        """JSON values that fix raw latents, and how they become latents."""
-        identity = {"name": self.name, "class": self.class_name, "sha256": self.encoder_sha256()}
-        return {**identity, "stochastic": self.stochastic, **asdict(self.scaling)}
 
     def encoder_sha256(self) -> str:
         """Fingerprint of the weights that encode; autoencoders that differ in the decoder alone share it."""
@@ -130,18 +115,8 @@ class RepresentationAutoencoder(Autoencoder, folder_class="AutoencoderRAE"):
         if not config["reshape_to_2d"]:
             raise ValueError("reshape_to_2d is false: its latents are not images")
         self.image_channels, self.latent_channels = config["num_channels"], config["encoder_hidden_size"]
-        self.factor = config["patch_size"]
-
-    def latent_shape(self, image_shape: Shape) -> Shape:
-        """Shape of the latents of an image or clip.
-
-        Raises:
-            ValueError: For images of another size or with other channels.
-        """
-        side = self.module.decoder_image_size
-        if tuple(image_shape[-2:]) != (side, side):
-            raise ValueError(f"the autoencoder takes images of {side} x {side} pixels, not {image_shape[-2:]}")
-        return super().latent_shape(image_shape)
+        self.factor, side = config["patch_size"], self.module.decoder_image_size
+        self.image_size = (side, side)
 
     def encode_rows(self, pixels: Tensor) -> Tensor:
         """Normalised features; this autoencoder takes pixels in [0, 1]."""
@@ -153,11 +128,7 @@ class RepresentationAutoencoder(Autoencoder, folder_class="AutoencoderRAE"):
 
 
 def _load(class_name: str, source: str, dtype: torch.dtype) -> Any:
-    """Load an autoencoder of diffusers from a folder or the hub.
-
-    Raises:
-        ValueError: In one line, if it cannot be loaded or its weights do not fill it exactly.
-    """
+    """Load an autoencoder of diffusers from a folder or the hub; any failure is a ValueError of one line."""
     import diffusers  # heavy, and only latents need it
     from diffusers.utils import logging
 
@@ -183,11 +154,7 @@ def _load(class_name: str, source: str, dtype: torch.dtype) -> Any:
 
 
 def _check_report(module: nn.Module, report: Mapping[str, Sequence[Any]]) -> None:
-    """Refuse what diffusers only logs, and then leaves at random values.
-
-    Raises:
-        ValueError: Naming the first key of each kind.
-    """
+    """Raise a ValueError that names the first key of each kind of misfit, which diffusers only logs."""
     problems = {
         "missing": [key for key in module.state_dict() if key in report["missing_keys"]],
         "unexpected": sorted(report["unexpected_keys"]),

@@ -1,4 +1,4 @@
-"""Keys of the images of each training step, as a function of (seed, step), whatever the ranks, workers and restarts."""
+"""Keys of the images of each training step: a function of (seed, step), independent of ranks, workers and restarts."""
 
 from __future__ import annotations
 

@@ -52,30 +52,17 @@ def conditioning(labels: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class DatasetSettings(NamedTuple):
-    """Settings that a data set is opened with.
+    """Settings that a data set is opened with; None leaves the choice to the data set."""
 
-    Attributes:
-        path: Folder of the data.
-        size: (H, W) of the images; None is the data set's own choice.
-        channels: 3 for RGB, 1 for grey.
-        flip: Mirror at random; None is the data set's own choice.
-        seed: Seed of the flips.
-        strict: An image that cannot be read is an error.
-    """
-
-    path: Path | None
-    size: tuple[int, int] | None
-    channels: int
-    flip: bool | None = None
-    seed: int = 0
-    strict: bool = False
+    path: Path | None  # folder of the data
+    size: tuple[int, int] | None  # (H, W)
+    channels: int  # 3 for RGB, 1 for grey
+    flip: bool | None = None  # mirror at random
+    seed: int = 0  # of the flips
+    strict: bool = False  # an image that cannot be read is an error
 
     def require_path(self, content: str) -> Path:
-        """The folder.
-
-        Raises:
-            ValueError: If none is given.
-        """
+        """The folder; a ValueError if none is given."""
         if self.path is None:
             raise ValueError(f"{content} needs --data-path")
         return self.path

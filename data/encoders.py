@@ -12,7 +12,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,11 +28,7 @@ Shape = tuple[int, ...]
 class LatentScaling:
     """The map from raw latents z to latents: (z - shift_factor - latents_mean) * scaling_factor / latents_std.
 
-    Attributes:
-        scaling_factor: As in the configs of diffusers, like the following.
-        shift_factor: Subtracted before scaling.
-        latents_mean: One number per channel, or none.
-        latents_std: One number per channel, or none.
+    The names are those of diffusers' configs.
 
     Raises:
         ValueError: For values that cannot be inverted.
@@ -40,7 +36,7 @@ class LatentScaling:
 
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
-    latents_mean: tuple[float, ...] = ()
+    latents_mean: tuple[float, ...] = ()  # one number per channel, or none
     latents_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -53,20 +49,14 @@ class LatentScaling:
                     raise ValueError(f"{field.name} {value}: must be {'positive' if positive else 'finite'}")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> LatentScaling:
+    def from_config(cls, config: Mapping[str, Any], channels: int) -> LatentScaling:
         """Read the fields from a config of diffusers or a latent store's index; absent and null mean no effect."""
-        return cls(
-            float(1 if config.get("scaling_factor") is None else config["scaling_factor"]),
-            float(config.get("shift_factor") or 0),
-            tuple(map(float, config.get("latents_mean") or ())),
-            tuple(map(float, config.get("latents_std") or ())),
-        )
-
-    def check_channels(self, channels: int) -> None:
-        """Raise a ValueError unless there are as many numbers per channel as channels."""
-        for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
-            if len(values) not in (0, channels):
-                raise ValueError(f"{name} has {len(values)} numbers for {channels} latent channels")
+        values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
+        for name in values.keys() & {"latents_mean", "latents_std"}:
+            values[name] = tuple(values[name])
+            if len(values[name]) not in (0, channels):
+                raise ValueError(f"{name} has {len(values[name])} numbers for {channels} latent channels")
+        return cls(**values)
 
     def apply(self, z: Tensor) -> Tensor:
         """Shift and scale."""
@@ -81,13 +71,11 @@ class LatentScaling:
 
 @functools.cache  # numbers per channel are uploaded once, not at every step
 def _coefficients(scaling: LatentScaling, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
-    shift: float | Tensor = scaling.shift_factor
-    scale: float | Tensor = scaling.scaling_factor
-    if scaling.latents_mean:
-        shift = shift + torch.tensor(scaling.latents_mean, device=device).view(-1, 1, 1)
-    if scaling.latents_std:
-        scale = scale / torch.tensor(scaling.latents_std, device=device).view(-1, 1, 1)
-    return shift, scale
+    mean, std = (
+        torch.tensor(values, device=device).view(-1, 1, 1) if values else neutral
+        for values, neutral in ((scaling.latents_mean, 0.0), (scaling.latents_std, 1.0))
+    )
+    return scaling.shift_factor + mean, scaling.scaling_factor / std
 
 
 class Encoder:
@@ -108,17 +96,20 @@ class Encoder:
         scaling: Shift and scale between raw latents and latents.
         weight_bytes: Memory of the weights on the device.
         image_channels: Channels of the images.
+        image_size: (H, W) of the images, if the encoder takes no other.
         latent_channels: Channels of the latents.
         factor: Pixels per latent, on each side.
     """
 
     names: ClassVar[dict[str, type[Encoder]]] = {}
     folder_classes: ClassVar[dict[str, type[Encoder]]] = {}
+    class_name: ClassVar[str] = ""
 
     stochastic = False
     scaling = LatentScaling()
     weight_bytes = 0
     image_channels = 3
+    image_size: tuple[int, int] | None = None
     latent_channels = 3
     factor = 1
 
@@ -126,6 +117,7 @@ class Encoder:
         """Register the class."""
         Encoder.names.update(dict.fromkeys(names, cls))
         if folder_class is not None:
+            cls.class_name = folder_class
             Encoder.folder_classes[folder_class] = cls
 
     def __init__(
@@ -137,11 +129,13 @@ class Encoder:
         """Shape of the latents of an image or clip.
 
         Raises:
-            ValueError: If the factor does not divide the image's sides, or the images have other channels.
+            ValueError: If the encoder cannot take such images.
         """
         *frames, channels, height, width = image_shape
         if channels != self.image_channels:
             raise ValueError(f"the autoencoder takes images of {self.image_channels} channels, not {channels}")
+        if self.image_size not in (None, (height, width)):
+            raise ValueError(f"the autoencoder takes images of {self.image_size} pixels, not {(height, width)}")
         check_sides((height, width), self.factor)
         return *frames, self.latent_channels, height // self.factor, width // self.factor
 
@@ -160,11 +154,8 @@ class Encoder:
 
         Args:
             raw: Raw latents of any float type.
-            noise: Standard normal in the shape of the latents; zeros give the posterior's mean. Has no effect unless
-                the encoder is stochastic.
-
-        Raises:
-            ValueError: If noise is needed and not given.
+            noise: Standard normal in the shape of the latents, needed by stochastic encoders and ignored by others;
+                zeros give the posterior's mean.
         """
         z = raw.float()
         if self.stochastic:
@@ -178,6 +169,15 @@ class Encoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (N, ..., C, H, W) of latents, not clamped."""
         return _by_rows(self.decode_rows, self.scaling.invert(latents))
+
+    def describe(self) -> dict[str, object]:
+        """JSON values that fix raw latents, and how they become latents."""
+        identity = {"name": self.name, "class": self.class_name or type(self).__name__, "sha256": self.encoder_sha256()}
+        return {**identity, "stochastic": self.stochastic, **asdict(self.scaling)}
+
+    def encoder_sha256(self) -> str:
+        """Fingerprint of the weights that encode; encoders that differ in the decoder alone share it."""
+        return ""
 
     def encode_rows(self, pixels: Tensor) -> Tensor:
         """Raw latents of images (N, C, H, W) in [-1, 1]."""
@@ -195,17 +195,13 @@ class Pixels(Encoder, names=("none",)):
         """Shape of the image or clip itself."""
         return tuple(image_shape)
 
-    def to_latents(self, raw: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Pixels, unchanged."""
-        return raw
-
     def encode_rows(self, pixels: Tensor) -> Tensor:
         """Pixels, unchanged."""
         return pixels
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode_rows(self, z: Tensor) -> Tensor:
         """Pixels, unchanged."""
-        return latents
+        return z
 
 
 def open_encoder(
@@ -244,11 +240,7 @@ def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _class_of_folder(folder: Path) -> type[Encoder]:
-    """The encoder for a folder, by its config.json.
-
-    Raises:
-        ValueError: If there is no such folder or config, or its class is not supported.
-    """
+    """The encoder for a folder, by the class that its config.json names."""
     supported = ", ".join(sorted(Encoder.folder_classes))
     if not folder.is_dir():
         raise ValueError(f"no such folder; give {', '.join(Encoder.names)}, or the folder of an autoencoder")

@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple, TypedDict
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,44 +32,7 @@ REMEDY = "run scripts/extract_latents.py again with the same settings: it makes 
 _NOT_FINITE = 0x7C00  # float16 bits without the sign: infinity; NaNs are above it
 
 Raw = npt.NDArray[np.float16]
-
-
-class Description(TypedDict):
-    """JSON document of a shard."""
-
-    count: int
-    bytes: int
-    sha256: str
-    skipped: list[tuple[str, str]]
-    labels: list[int]
-    paths: list[str]
-
-
-class FileRecord(TypedDict):
-    """Size and checksum of a file."""
-
-    bytes: int
-    sha256: str
-
-
-class ShardRecord(TypedDict):
-    """A shard in the index."""
-
-    count: int
-    skipped: int
-    files: dict[str, FileRecord]
-
-
-class Index(TypedDict):
-    """The members of index.json that readers need."""
-
-    classes: list[str]
-    image_shape: list[int]
-    row_shape: list[int]  # flips, then the shape of raw latents
-    encoder: dict[str, object]  # as `Autoencoder.describe` gives it
-    count: int
-    skipped: int
-    shards: list[ShardRecord]
+Json = dict[str, Any]
 
 
 class Encoded(NamedTuple):
@@ -98,7 +61,7 @@ def shard_paths(folder: Path, number: int) -> tuple[Path, Path]:
     return folder / f"{number:05d}.npy", folder / f"{number:05d}.json"
 
 
-def array_path(folder: Path, shard: ShardRecord) -> Path:
+def array_path(folder: Path, shard: Json) -> Path:
     """Array of a shard in the index."""
     return folder / next(name for name in shard["files"] if name.endswith(".npy"))
 
@@ -127,7 +90,7 @@ def write_shard(folder: Path, number: int, row_shape: Sequence[int], parts: Iter
                 skipped += part.skipped
             file.seek(0)
             assert _write_header(file, (len(labels), *row_shape)) == size  # NumPy pads for a longer first axis
-        description: Description = {
+        description = {
             "count": len(labels),
             "bytes": temporary.stat().st_size,
             "sha256": sha256_of(temporary),
@@ -138,40 +101,40 @@ def write_shard(folder: Path, number: int, row_shape: Sequence[int], parts: Iter
     write_json(description_path, description, indent=None)
 
 
-def finished_shard(folder: Path, number: int) -> Description | None:
+def finished_shard(folder: Path, number: int) -> Json | None:
     """The description of a shard that is complete, judged by the size of its array; None for any other."""
     array, description_path = shard_paths(folder, number)
     try:
-        description: Description = json.loads(description_path.read_text())
+        description = json.loads(description_path.read_text())
         return description if array.stat().st_size == description["bytes"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def write_index(folder: Path, shard_count: int) -> Index:
+def write_index(folder: Path, shard_count: int) -> Json:
     """Write index.json from the manifest and the descriptions of all shards.
 
     Raises:
         ValueError: Naming a shard that is not finished.
     """
-    shards: list[ShardRecord] = []
+    shards = []
     for number in range(shard_count):
         array, path = shard_paths(folder, number)
         description = finished_shard(folder, number)
         if description is None:
             raise ValueError(f"{array}: not finished; {REMEDY}")
-        files: dict[str, FileRecord] = {
+        files = {
             array.name: {"bytes": description["bytes"], "sha256": description["sha256"]},
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)},
         }
         shards.append({"count": description["count"], "skipped": len(description["skipped"]), "files": files})
-    totals = {"count": sum(shard["count"] for shard in shards), "skipped": sum(shard["skipped"] for shard in shards)}
-    index: Index = {**latent_index(json.loads((folder / MANIFEST).read_text())), **totals, "shards": shards}  # type: ignore[typeddict-item]
+    totals = {name: sum(shard[name] for shard in shards) for name in ("count", "skipped")}
+    index = {**latent_index(json.loads((folder / MANIFEST).read_text())), **totals, "shards": shards}
     write_json(folder / INDEX, index)
     return index
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Path) -> Json:
     """Read index.json, of this format or the one before.
 
     Raises:
@@ -181,21 +144,18 @@ def read_index(folder: Path) -> Index:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     try:
-        content = json.loads(path.read_text())
+        index = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ValueError(f"{path}: missing; the extraction is not finished, {REMEDY}") from error
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); {REMEDY}") from error
-    migrated = latent_index(content) if isinstance(content, dict) else {}
-    if migrated.get("format") != FORMAT:
+    index = latent_index(index) if isinstance(index, dict) else {}
+    if index.get("format") != FORMAT:
         raise ValueError(f"{path}: not an index of latents in format {FORMAT} or 1; extract with --overwrite")
-    missing = Index.__required_keys__ - migrated.keys() - {"skipped"}
-    missing |= {f"encoder.{name}" for name in ("name", "sha256", "stochastic")} - {
-        f"encoder.{name}" for name in migrated.get("encoder", {})
-    }
+    missing = {"classes", "image_shape", "row_shape", "encoder", "count", "shards"} - index.keys()
+    missing |= {"name", "sha256", "stochastic"} - index.get("encoder", {}).keys()
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; {REMEDY}")
-    index: Index = migrated  # type: ignore[assignment]
     if not index["count"]:
         raise ValueError(f"{path}: no images; none could be read at extraction, see `skipped` in the shards")
     return index

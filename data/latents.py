@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data.autoencoders import Autoencoder
 from data.dataset import DatasetSettings, Example, Key
 from data.encoders import Encoder, LatentScaling, Shape, open_encoder
 from data.image_folder import is_flipped
 from data.latent_files import (
     INDEX,
     REMEDY,
+    Json,
     Raw,
     array_path,
     check_size,
@@ -68,9 +68,9 @@ class LatentShards:
         index = read_index(folder)
         self._folder, self._seed, self._shards = folder, seed, index["shards"]
         self._encoder = index["encoder"]
-        self.classes = index["classes"]
+        self.classes: list[str] = index["classes"]
         self.image_shape: tuple[int, ...] = tuple(index["image_shape"])
-        self.vae = str(self._encoder["name"])
+        self.vae: str = self._encoder["name"]
         flips, *raw_shape = index["row_shape"]
         self.raw_shape: tuple[int, ...] = tuple(raw_shape)
         if flip and flips < 2:
@@ -82,7 +82,7 @@ class LatentShards:
         self._labels = self._read_labels()
 
     def __len__(self) -> int:
-        """Number of images; each counts once, whatever its flips."""
+        """Number of images; flips of one image count once."""
         return int(self._ends[-1])
 
     def __getitem__(self, key: Key) -> Example:
@@ -174,12 +174,12 @@ class LatentShards:
         for position, shard in enumerate(self._shards):
             path = self._description(position)
             try:
-                found = json.loads(path.read_text())["labels"]
+                part = json.loads(path.read_text())["labels"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}: not the description of a shard; delete it and {REMEDY}") from error
-            if len(found) != shard["count"]:
-                raise ValueError(f"{path}: {len(found)} labels instead of {shard['count']}; delete it and {REMEDY}")
-            labels += found
+            if len(part) != shard["count"]:
+                raise ValueError(f"{path}: {len(part)} labels instead of {shard['count']}; delete it and {REMEDY}")
+            labels += part
         return np.array(labels, dtype=np.int64)
 
     def _description(self, position: int) -> Path:
@@ -208,14 +208,14 @@ class StoredEncoder(Encoder):
     """
 
     def __init__(
-        self, name: str, device: torch.device | str, recorded: dict[str, object], raw_shape: Shape, image_shape: Shape
+        self, name: str, device: torch.device | str, recorded: Json, raw_shape: Shape, image_shape: Shape
     ) -> None:
         super().__init__(name)
-        self.stochastic = bool(recorded["stochastic"])
-        self.scaling = LatentScaling.from_config(recorded)
-        self._sha256, self._raw_shape, self._image_shape = str(recorded["sha256"]), raw_shape, image_shape
+        self._sha256, self._raw_shape, self._image_shape = recorded["sha256"], raw_shape, image_shape
         self._device = device
-        self._autoencoder: Autoencoder | None = None
+        self._decoder: Encoder | None = None
+        self.stochastic = recorded["stochastic"]
+        self.scaling = LatentScaling.from_config(recorded, self.latent_shape(image_shape)[-3])
 
     def raw_shape(self, image_shape: Shape) -> Shape:
         """Shape of an item.
@@ -248,13 +248,13 @@ class StoredEncoder(Encoder):
         Raises:
             ValueError: If the autoencoder cannot be loaded, or is not the one that encoded.
         """
-        if self._autoencoder is None:
-            self._autoencoder = self._load()
-        return self._autoencoder.decode(latents)
+        if self._decoder is None:
+            self._decoder = self._load()
+        return self._decoder.decode(latents)
 
-    def _load(self) -> Autoencoder:
+    def _load(self) -> Encoder:
         loaded = open_encoder(self.name, self._image_shape, self._device)
-        if not isinstance(loaded, Autoencoder) or loaded.encoder_sha256() != self._sha256:
+        if loaded.encoder_sha256() != self._sha256:
             raise ValueError(f"the autoencoder {self.name!r} is not the one that made these latents")
         if loaded.scaling != self.scaling:
             raise ValueError(f"the autoencoder {self.name!r} has {loaded.scaling}, but these latents {self.scaling}")

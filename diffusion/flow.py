@@ -41,22 +41,16 @@ class FlowMatching:
         ValueError: Naming the unknown choice, or the number out of range.
     """
 
-    times: TimeDistribution = setting(
-        "logit_normal", "distribution of training times", get_args(TimeDistribution), flag="--flow-times"
-    )
+    times: TimeDistribution = setting("logit_normal", "distribution of training times", flag="--flow-times")
     shift: float = setting(1.0, "shift of training times, above 1 towards noise", flag="--flow-shift")
-    weight: FlowWeight = setting(
-        "constant", "weight of the squared error by time", get_args(FlowWeight), flag="--flow-weight"
-    )
+    weight: FlowWeight = setting("constant", "weight of the squared error by time", flag="--flow-weight")
     cosine: float = setting(
         0.0,
-        "weight of 1 - cosine between predicted and true velocity",
+        "weight of 1 - cosine between prediction and target",
         flag="--flow-cosine",
         was={"--flow-direction": None},
     )
-    prediction: FlowPrediction = setting(
-        "velocity", "what the network predicts", get_args(FlowPrediction), flag="--flow-prediction"
-    )
+    prediction: FlowPrediction = setting("velocity", "what the network predicts")
 
     name: ClassVar[str] = "flow"
     time_convention: ClassVar[TimeConvention] = "unit"

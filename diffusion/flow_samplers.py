@@ -74,16 +74,14 @@ class FlowSamplerSettings:
     """Settings of every sampler of flows."""
 
     shift: float = setting(1.0, "shift of a flow's times, above 1 for more steps near the noise", flag="--time-shift")
-    last_step: float | None = setting(
-        None, "length of a flow's last step before the shift; the default is as all others"
-    )
+    last_step: float | None = setting(None, "length of a flow's last step before the shift", shown="as all others")
 
 
 @dataclass(frozen=True)
 class EulerSettings(FlowSamplerSettings):
     """Settings of the Euler sampler."""
 
-    kind: Kind = setting("ode", "the ODE, or a stochastic process instead", get_args(Kind), flag="--sde")
+    kind: Kind = setting("ode", "the ODE, or a stochastic process instead", flag="--sde")
 
 
 class EulerSampler(_FlowSampler):

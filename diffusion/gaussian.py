@@ -383,7 +383,7 @@ class GaussianSettings:
 
     noise_schedule: str = setting("linear", "betas", BETA_SCHEDULES)
     prediction: Prediction = setting("epsilon", "what the network predicts", was={"--predict-xstart": "x_start"})
-    loss_weight: LossWeight = setting("constant", "weight of the squared error by noise level", get_args(LossWeight))
+    loss_weight: LossWeight = setting("constant", "weight of the squared error by noise level")
     min_snr_gamma: float = setting(5.0, "largest signal-to-noise ratio that --loss-weight min_snr weighs by")
 
     has_variance: ClassVar[bool] = True

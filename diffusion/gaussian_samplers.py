@@ -79,7 +79,7 @@ class AncestralSettings:
     """Settings of the ancestral sampler, and of every other one of the Gaussian diffusion."""
 
     clip_denoised: bool | None = setting(
-        None, "clamp predicted clean images to [-1, 1]; the default is yes for pixels, no for latents"
+        None, "clamp predicted clean images to [-1, 1]", shown="yes for pixels, no for latents"
     )
 
 

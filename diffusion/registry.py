@@ -51,10 +51,10 @@ class SamplerRow(NamedTuple):
     process: str
     steps: str
     sampler: Callable[..., Sampler]
-    settings: Callable[..., object]
+    settings: type
 
 
-PROCESSES: dict[str, Callable[..., ProcessSettings]] = {"gaussian": GaussianSettings, "flow": FlowMatching}
+PROCESSES: dict[str, type[ProcessSettings]] = {"gaussian": GaussianSettings, "flow": FlowMatching}
 
 SAMPLERS: dict[str, SamplerRow] = {
     "ddpm": SamplerRow("gaussian", "250", AncestralSampler, AncestralSettings),

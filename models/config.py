@@ -15,7 +15,7 @@ class TransformerConfig:
         ValueError: Naming the field, its value, and the values that are possible.
     """
 
-    sample_shape: tuple[int, int, int] = (4, 32, 32)  # channels, height, width; follows from the data
+    sample_shape: tuple[int, int, int] = (4, 32, 32)  # (C, H, W) of a latent; no flag, because it follows from the data
     patch_size: int = setting(2, "side of a patch in latent pixels")
     hidden_size: int = setting(1152, "width of the tokens")
     depth: int = setting(28, "number of transformer blocks")

@@ -1,8 +1,8 @@
-"""DiT's weights under the names of diffusers' DiTTransformer2DModel, and what that class needs to compute the same.
+"""Conversion of a DiT to diffusers' DiTTransformer2DModel.
 
-It repeats the timestep and label embedders in every block, keeps q, k and v apart, and computes positions itself. Its
-timestep frequencies end at 1/10000, where the official ones would reach it one place later; the number that decides it
-(`downscale_freq_shift`) is not part of a saved config, so whoever loads the weights has to set it.
+That class repeats the timestep and label embedders in every block, keeps q, k and v apart, and computes positions
+itself. Its timestep frequencies end at 1/10000, where the official ones would reach it one place later; the setting
+that decides it (`downscale_freq_shift`) is not part of a saved config and has to be made after loading.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from models.dit import DiT
 
 NORM_EPS = 1e-6  # of the official layer norms; the default there is 1e-5
 
-# Our names in a block -> theirs; those of the timestep embedder stand outside the blocks here
+# Our names in a block -> theirs; our timestep embedder is outside the blocks
 _IN_BLOCK = {
     "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
@@ -33,11 +33,14 @@ _OUTSIDE = {
 
 
 def to_diffusers(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Our parameters under diffusers' names: embedders copied into every block, qkv cut in three, positions dropped.
+    """Convert parameters: embedders copied into every block, qkv cut in three, positions dropped.
 
     Args:
-        weights: a DiT's state dict.
-        depth: number of blocks.
+        weights: State dict of a DiT.
+        depth: Number of blocks.
+
+    Returns:
+        The weights under diffusers' names.
     """
     mapped: dict[str, Tensor] = {}
     for kind in ("weight", "bias"):
@@ -55,12 +58,15 @@ def to_diffusers(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]
 
 
 def diffusers_config(network: DiT) -> dict[str, Any]:
-    """Arguments of DiTTransformer2DModel for a network.
+    """Return the arguments of DiTTransformer2DModel for a network.
 
     Raises:
-        ValueError: if there is no such model there.
+        ValueError: If diffusers has no such model.
     """
     config = network.config
+    channels, height, width = config.sample_shape
+    if height != width:
+        raise ValueError(f"diffusers' DiT is for squares, not {height} x {width}")
     if config.class_dropout_prob == 0:
         raise ValueError("diffusers' DiT has a null class, which a network with class_dropout_prob 0 has no row for")
     if config.mlp_ratio != 4:
@@ -68,10 +74,10 @@ def diffusers_config(network: DiT) -> dict[str, Any]:
     return {
         "num_attention_heads": config.num_heads,
         "attention_head_dim": config.hidden_size // config.num_heads,
-        "in_channels": config.in_channels,
+        "in_channels": channels,
         "out_channels": network.out_channels,
         "num_layers": config.depth,
-        "sample_size": config.input_size,
+        "sample_size": height,
         "patch_size": config.patch_size,
         "num_embeds_ada_norm": config.num_classes,
         "norm_eps": NORM_EPS,
@@ -79,7 +85,7 @@ def diffusers_config(network: DiT) -> dict[str, Any]:
 
 
 def correct_timesteps(transformer: nn.Module) -> nn.Module:
-    """Sets what no saved config carries; to be called on a DiTTransformer2DModel after it was loaded."""
+    """Set the timestep frequencies, which no saved config holds, of a loaded DiTTransformer2DModel."""
     blocks: Any = transformer.transformer_blocks
     for block in blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
@@ -87,10 +93,10 @@ def correct_timesteps(transformer: nn.Module) -> nn.Module:
 
 
 def diffusers_twin(network: DiT) -> nn.Module:
-    """The network of diffusers with the weights of ours, computing the same.
+    """Build diffusers' network with our weights, which computes the same function.
 
     Raises:
-        ValueError: if there is no such model there.
+        ValueError: If diffusers has no such model.
     """
     from diffusers import DiTTransformer2DModel  # heavy, and only exports need it
 

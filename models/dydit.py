@@ -42,9 +42,7 @@ class DyDiTConfig(DiTConfig):
     """
 
     router_layout: RouterLayout = setting(
-        "first_always_on",
-        "gates of a width router: for all heads, or for all but the first, which is always on",
-        get_args(RouterLayout),
+        "first_always_on", "gates of a width router: for all heads, or for all but the first, which is always on"
     )
     # sigmoid(15) keeps every head and group on; the other is larger because its input is not bounded.
     width_router_bias: float = setting(15.0, "initial bias of the routers of heads and channel groups")

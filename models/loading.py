@@ -1,134 +1,224 @@
-"""Networks out of checkpoints: whose weights a file holds, and a network filled with them."""
+"""From a file to a network: `network, info = load_network("DiT-XL-2-256x256")`."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from functools import cache
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models import FAMILIES, Network, create_model, family_of, list_models, model_config
-from models.recognise import recognise
-from runtime.checkpoint import Checkpoint, load_weights
-from runtime.errors import UserError, blame
+from models.recognise import check_family, describe_unknown, recognise, recognised_name
+from runtime import distributed
+from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
+from runtime.download import obtain
+from runtime.errors import UserError, error_prefix
+from runtime.releases import Preset, Release, close_names, find_release, release_of_model
 
 
-def restore(checkpoint: Checkpoint, source: str, model: str | None = None, **overrides: Any) -> Network:
-    """Builds the network that a checkpoint was made with, and fills it, strictly.
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """Description of a checkpoint.
+
+    Attributes:
+        path: The file.
+        weights: Name of the set of weights that was read: "model", "ema-0.9999".
+        model: Name in the registry.
+        config: Fields of the model's config that are known to differ from the named one's.
+        process: Name of the noise process.
+        process_settings: Settings of the process.
+        encoder: Value of --vae.
+        image_shape: (C, H, W) of the images; None if the file does not tell.
+        classes: Names of the classes, if known.
+        step: Training step, if known.
+        release: The released checkpoint that it is, if any.
+        preset: Settings of the published samples, if it is a release.
+        meta: JSON document of our own files, in format 2.
+    """
+
+    path: Path
+    weights: str
+    model: str
+    config: Mapping[str, Any]
+    process: str
+    process_settings: Mapping[str, object]
+    encoder: str
+    image_shape: tuple[int, int, int] | None = None
+    classes: tuple[str, ...] | None = None
+    step: int | None = None
+    release: Release | None = None
+    preset: Preset | None = None
+    meta: Mapping[str, Any] | None = None
+
+
+def load_network(
+    source: str | Path,
+    *,
+    weights: str = "ema",
+    model: str | None = None,
+    device: str | torch.device = "cpu",
+    download_dir: str | Path = "pretrained_models",
+    flag: str = "--ckpt",
+    **overrides: Any,
+) -> tuple[Network, CheckpointInfo]:
+    """Load the network of a checkpoint.
 
     Args:
-        checkpoint: ours, or a foreign one.
-        source: flag and file, for messages.
-        model: registry name, where the user gave one.
-        **overrides: fields of the family's config that change no parameter, such as `cache_depth`.
+        source: A file (ours or an official one), the name of a release, or of a model with one release.
+        weights: "model", "ema" for the file's average, or the name of one of several averages ("ema-0.9999").
+        model: Name in the registry, for foreign files that are not recognised by names and shapes.
+        device: Device of the network.
+        download_dir: Folder of released checkpoints, downloaded where necessary.
+        flag: Flag of the source, for messages.
+        **overrides: Fields of the model's config that change no weights, such as `cache_depth`.
 
     Returns:
-        The network on the CPU, in evaluation mode, its parameters frozen.
+        The network, in evaluation mode and without gradients, and the description of its checkpoint.
 
     Raises:
-        UserError: if the file's model is unknown, is not the one given, or does not fit the weights.
+        UserError: If the file cannot be had or read, or does not fit the model.
     """
-    name, settings = settings_of(checkpoint, source, model)
-    with blame(source):
-        network = create_model(name, **{**settings, **overrides})
-        check_family(name, checkpoint.weights)
-    load_weights(network, checkpoint.weights, f"{source} as {name}")
-    return network.eval().requires_grad_(False)
+    info, tensors = resolve_checkpoint(source, weights=weights, model=model, download_dir=download_dir, flag=flag)
+    return build_network(info, tensors, device=device, flag=flag, **overrides), info
 
 
-def settings_of(checkpoint: Checkpoint, source: str, model: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Registry name and overrides of the network that a checkpoint was made with.
+def resolve_checkpoint(
+    source: str | Path,
+    *,
+    weights: str = "ema",
+    model: str | None = None,
+    download_dir: str | Path = "pretrained_models",
+    flag: str = "--ckpt",
+) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    """Read a checkpoint and find out all that it tells, without building the network.
 
-    Our files say them. For foreign ones it is the user's name, or else the model that has their names and shapes.
+    Args and exceptions are those of `load_network`.
 
-    Raises:
-        UserError: if the name is unknown, or not the one given.
+    Returns:
+        The description, and the weights by name.
     """
+    if model is not None:
+        with error_prefix(f"--model {model}"):
+            family_of(model)
+    path, release = _locate(source, Path(download_dir), flag)
+    checkpoint = read_checkpoint(path, weights, flag)
+    actual = _model_of(checkpoint, release)
+    if model is not None and actual not in (None, model):
+        raise UserError(f"--model {model}: {flag} {source} was trained with {actual}")
     if checkpoint.meta is not None:
-        settings = dict(checkpoint.meta["model"])
-        name = settings.pop("name")
-        if model not in (None, name):
-            raise UserError(f"--model {model}: {source} was trained as {name}")
-        return name, settings
-    with blame(source):
-        found = recognise(checkpoint.weights)
-        if found is None and model is None:
-            raise ValueError(unknown_weights(checkpoint.weights))
-    if found is not None and model in (None, found.name):
-        return found
-    assert model is not None  # or it was refused above
-    with blame(f"{source} as {model}"):
-        return model, family_of(model).network.settings_from(checkpoint.weights, model_config(model))
+        return _own_info(path, checkpoint.group, checkpoint.meta), checkpoint.weights
+    return _foreign_info(path, checkpoint, release, model, f"{flag} {source}"), checkpoint.weights
 
 
-def family_of_weights(names: Iterable[str]) -> str | None:
-    """Finds the family whose networks have parameters of these names, whatever their depth.
-
-    Args:
-        names: of all parameters in a checkpoint.
-
-    Returns:
-        A family of the registry; None if no family's names are exactly these.
-    """
-    found = _without_numbers(names)
-    return next((family for family in FAMILIES if found in _layouts(family)), None)
-
-
-def unknown_weights(names: Iterable[str]) -> str:
-    """What to say of weights that are no named model's: whose they are, as far as their names tell."""
-    family = family_of_weights(names)
-    if family is None:
-        return "its names and sizes are those of no model in the registry"
-    return f"weights of a {family}, but their sizes are those of no model in the registry"
-
-
-def check_family(model: str, names: Iterable[str]) -> None:
-    """Refuses weights that are known to be another family's than the model's; leaves unknown ones to a strict load.
-
-    Args:
-        model: registry name that they are to be loaded as.
-        names: of all parameters in a checkpoint.
+def build_network(
+    info: CheckpointInfo,
+    weights: Mapping[str, Tensor],
+    *,
+    device: str | torch.device = "cpu",
+    flag: str = "--ckpt",
+    **overrides: Any,
+) -> Network:
+    """Build the network of a resolved checkpoint; arguments as for `load_network`.
 
     Raises:
-        ValueError: saying what the weights lack or have beyond the model, and which model to choose.
+        UserError: If the overrides or the weights do not fit the model.
     """
-    row, found = family_of(model), family_of_weights(names)
-    (wanted,) = (family for family in FAMILIES if FAMILIES[family] is row)
-    if found in (None, wanted):
-        return
-    assert found is not None
-    (ours, *_), theirs = _layouts(wanted), _without_numbers(names)
-    differences = [
-        f"{word} {', '.join(parts)}"
-        for word, parts in (("without", _parts(ours, theirs)), ("with", _parts(theirs, ours)))
-        if parts
-    ]
-    sibling = found + model.removeprefix(wanted)
-    choice = sibling if sibling in list_models() else f"a {found} model"
-    raise ValueError(f"weights of a {found} ({', '.join(differences)}), not of {model}; choose {choice}")
+    source, classes = f"{flag} {info.path}", overrides.get("num_classes")
+    if info.meta is not None and classes not in (None, info.config["num_classes"]):
+        raise UserError(f"--num-classes {classes}: {source} was trained with {info.config['num_classes']}")
+    with error_prefix(source):
+        network = create_model(info.model, **{**info.config, **overrides})
+        if network.state_dict().keys() != weights.keys():
+            check_family(info.model, weights)
+    load_weights(network, weights, f"{source} as {info.model}", recognised_name)
+    return network.to(device).eval().requires_grad_(False)
 
 
-@cache
-def _layouts(family: str) -> tuple[frozenset[str], ...]:
-    """Parameter names of a family's networks, one set for each kind of name in front of the size."""
-    kinds = {name.rsplit("-", 1)[0]: name for name in reversed(FAMILIES[family].configs)}
-    with torch.device("meta"):
-        networks = [create_model(name) for name in reversed(kinds.values())]
-    return tuple(_without_numbers(network.state_dict()) for network in networks)
+def _locate(source: str | Path, folder: Path, flag: str) -> tuple[Path, Release | None]:
+    """Find the file of a source, downloaded if it is a release that is not here yet."""
+    path, name = Path(source), str(source)
+    if path.exists():
+        return path, find_release(path.name)
+    release = find_release(name)
+    if release is None and name in list_models():
+        release = release_of_model(name, None, FAMILIES)
+    if release is None:
+        close = close_names(name, FAMILIES)
+        if close:
+            raise UserError(f"{flag} {source}: no such file; released, and close to it: {', '.join(close)}")
+        return path, None  # reading it fails with the right message
+    if release.family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"{flag} {name}: is of the family {release.family}, which is not here yet; here: {known}")
+    return _download(release, folder), release
 
 
-def _without_numbers(names: Iterable[str]) -> frozenset[str]:
-    return frozenset(re.sub(r"\.\d+(?=\.|$)", "", name) for name in names)
+def _download(release: Release, folder: Path) -> Path:
+    path = distributed.on_rank0(lambda: obtain(release, folder))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        obtain(release, folder)  # on a node that does not share the first one's disk
+    distributed.barrier()
+    return path
 
 
-def _parts(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """What is in some of these names and in none of the others, as far from the end of a name as can be said."""
-    known = {".".join(name.split(".")[:n]) for name in others for n in range(1, name.count(".") + 2)}
-    found = set()
-    for name in names:
-        words = name.split(".")
-        prefixes = (".".join(words[:n]) for n in range(1, len(words) + 1))
-        found.add(next((prefix for prefix in prefixes if prefix not in known), ""))
-    return sorted(found - {""})
+def _model_of(checkpoint: Checkpoint, release: Release | None) -> str | None:
+    """Return the name of the model that a file is known to hold."""
+    if checkpoint.meta is not None:
+        return str(checkpoint.meta["model"]["name"])
+    return None if release is None else release.model
+
+
+def _own_info(path: Path, group: str, meta: Mapping[str, Any]) -> CheckpointInfo:
+    """Describe one of our own files."""
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["model"].items()}
+    process, data = dict(meta["process"]), meta.get("data", {})
+    classes, shape = data.get("classes"), data.get("image_shape")
+    return CheckpointInfo(
+        path=path,
+        weights=group,
+        model=fields.pop("name"),
+        config=fields,
+        process=process.pop("name"),
+        process_settings=process,
+        encoder=meta["encoder"]["name"],
+        image_shape=None if shape is None else tuple(shape),
+        classes=None if classes is None else tuple(classes),
+        step=meta.get("step"),
+        meta=meta,
+    )
+
+
+def _foreign_info(
+    path: Path, checkpoint: Checkpoint, release: Release | None, model: str | None, source: str
+) -> CheckpointInfo:
+    """Describe a file of other code: a release, or weights that are recognised."""
+    name, fields = _recognised(checkpoint.weights, model if release is None else release.model, source)
+    return CheckpointInfo(
+        path=path,
+        weights=checkpoint.group,
+        model=name,
+        config=fields if release is None else {**fields, **release.config},
+        process=family_of(name).process,
+        process_settings={},
+        encoder="ema" if release is None else release.preset.vae,
+        image_shape=None if release is None else (3, release.image_size, release.image_size),
+        release=release,
+        preset=None if release is None else release.preset,
+    )
+
+
+def _recognised(weights: Mapping[str, Tensor], model: str | None, source: str) -> tuple[str, dict[str, Any]]:
+    """Return name and config fields of the given model, or of the one that takes the weights."""
+    with error_prefix(source):
+        recognised = recognise(weights, model)
+        if recognised is not None:
+            return recognised
+        if model is None:
+            raise ValueError(describe_unknown(weights))
+    row = family_of(model)
+    with error_prefix(f"{source} as {model}"):
+        return model, {} if row.settings_from is None else row.settings_from(weights, model_config(model))

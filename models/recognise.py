@@ -1,97 +1,178 @@
-"""Which model a set of weights belongs to: names and shapes say it, without a config beside them."""
+"""Models and families of weights in files: names and shapes tell them, without a config."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from models import FAMILIES, create_model, model_config
+from models import FAMILIES, Family, create_model, family_name, model_config
 
-LABELS, PATCHES, POSITIONS = "y_embedder.embedding_table.weight", "x_embedder.proj.weight", "pos_embed"
-OUTPUT = "final_layer.linear.weight"
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Recognised(NamedTuple):
     """A model that takes the weights as they are.
 
     Attributes:
-        name: in the registry.
-        config: what the shapes say about the data, as `create_model` takes it.
+        name: Name in the registry.
+        fields: Fields of its config that the weights determine.
     """
 
     name: str
-    config: dict[str, Any]
+    fields: dict[str, Any]
 
 
-def recognise(weights: Mapping[str, Tensor]) -> Recognised | None:
-    """The first model of the registry whose parameters have exactly these names and shapes; None if there is none.
+def recognise(weights: Mapping[str, Tensor], only: str | None = None) -> Recognised | None:
+    """Find the first model of the registry with exactly these parameter names and shapes.
 
-    Data may differ from the named config: number of classes, channels, size and variance are read off the shapes. What
-    leaves no trace there, such as the number of heads, is the named config's. Where a patch's side cannot be told from
-    its channels (DDT), the model with the channels of its name is meant.
+    The data may differ from the named config's: number of classes, channels, size and variance follow from the shapes.
+    Fields that leave no trace there, such as the number of heads, are the named config's. Of several models, as where
+    the patch size cannot be told from the channels (DDT), the one with the fewest changed fields is meant.
 
-    Note:
-        The label table of a network without a null class looks like that of one with a class less.
+    Args:
+        weights: Parameter name -> tensor.
+        only: The one model to consider.
+
+    Returns:
+        The model, or None if there is none.
 
     Raises:
-        ValueError: if they have a named model's size, and its family says why they cannot be that model's.
+        ValueError: If the weights have a named model's names and size, but its family refuses them.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if PATCHES not in shapes:
-        return None
-    found: Recognised | None = None
-    refused: str | None = None
+    fitting: list[tuple[int, Recognised]] = []  # with the number of changed fields
+    refusal: str | None = None
     for family in FAMILIES.values():
-        fields = family.network.config_class.__dataclass_fields__
-        for name, named in family.configs.items():
-            traces = _traces(shapes, named["patch_size"])
-            if any(named.get(field, value) != value for field, value in traces.body.items()):
-                continue  # building it would take longer
-            data = {field: value for field, value in traces.data.items() if field in fields}
+        for name in family.configs if only is None else {only} & family.configs.keys():
             try:
-                config = model_config(name, **data)
-            except ValueError:
-                continue
-            try:
-                settings = data | family.network.settings_from(weights, config)
+                fields = _fields(family, name, weights, shapes)
             except ValueError as error:
-                refused = f"weights of {name}, but {error}"
+                refusal = f"weights of {name}, but {error}"
                 continue
-            try:
-                with torch.device("meta"):
-                    network = create_model(name, **settings)
-            except ValueError:
+            if fields is None:
                 continue
-            if {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()} == shapes:
-                found = found or Recognised(name, settings)
-                if network.in_channels == model_config(name).in_channels:
-                    return Recognised(name, settings)
-    if found is None and refused is not None:
-        raise ValueError(refused)
-    return found
+            named = model_config(name)
+            fitting.append(
+                (sum(getattr(named, key) != value for key, value in fields.items()), Recognised(name, fields))
+            )
+    if not fitting and refusal is not None:
+        raise ValueError(refusal)
+    return min(fitting, key=lambda each: each[0])[1] if fitting else None
 
 
-class _Traces(NamedTuple):
-    """Fields of a config that names and shapes decide: of the network's size, and of the data it was trained on."""
+def _fields(family: Family, name: str, weights: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Any] | None:
+    """Find the config fields with which a named model takes the weights; None if there are none.
 
-    body: dict[str, int]
-    data: dict[str, Any]
+    Raises:
+        ValueError: If the family refuses weights of these names and this size.
+    """
+    if family.data_settings is None:
+        return None
+    try:
+        data = family.data_settings(weights, model_config(name))
+        if data is None or _shapes(name).keys() != shapes.keys():
+            return None
+        config = model_config(name, **data)
+    except (LookupError, ValueError):  # other names or ranks, or a shape that no config has
+        return None
+    fields = data | (family.settings_from(weights, config) if family.settings_from is not None else {})
+    return fields if _shapes(name, **fields) == shapes else None
 
 
-def _traces(shapes: Mapping[str, tuple[int, ...]], patch: int) -> _Traces:
-    """What shows if patches have this side: maps of patches are (D, C, p, p), or (D, C p p) in some families."""
-    width, channels, *sides = shapes[PATCHES]
-    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-    body = {"hidden_size": width, "patch_size": sides[0] if sides else patch, "depth": len(blocks)}
-    data: dict[str, Any] = {"in_channels": channels if sides else channels // patch**2}
-    if LABELS in shapes:
-        data["num_classes"] = shapes[LABELS][0] - 1  # the last row is the null class
-    if OUTPUT in shapes:
-        data["learn_sigma"] = shapes[OUTPUT][0] == 2 * data["in_channels"] * patch**2
-    if POSITIONS in shapes:
-        data["input_size"] = math.isqrt(shapes[POSITIONS][1]) * patch
-    return _Traces(body, data)
+@cache
+def _shapes(name: str, **fields: Any) -> Shapes:
+    with torch.device("meta"):
+        network = create_model(name, **fields)
+    return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Families
+
+
+def family_of_weights(names: Iterable[str]) -> str | None:
+    """Find the family with parameters of these names, whatever their depth.
+
+    Args:
+        names: Names of all parameters in a checkpoint.
+
+    Returns:
+        A family of the registry; None if no family has exactly these names.
+    """
+    plain = _without_numbers(names)
+    return next((family for family in FAMILIES if plain in _layouts(family)), None)
+
+
+def describe_unknown(names: Iterable[str]) -> str:
+    """Describe weights that no named model takes, for a message."""
+    family = family_of_weights(names)
+    if family is None:
+        return "its names and sizes are those of no model in the registry"
+    return f"weights of a {family}, but their sizes are those of no model in the registry"
+
+
+def check_family(model: str, weights: Mapping[str, Tensor]) -> None:
+    """Check that weights are not those of another family than the model's.
+
+    Weights of no known family pass; loading them strictly says what is wrong.
+
+    Args:
+        model: Name in the registry.
+        weights: Parameter name -> tensor.
+
+    Raises:
+        ValueError: Naming what the weights lack or have in addition, and the model to choose.
+    """
+    actual, expected = family_of_weights(weights), family_name(model)
+    if actual in (None, expected):
+        return
+    (ours, *_), theirs = _layouts(expected), _without_numbers(weights)
+    differences = [
+        f"{word} {', '.join(parts)}"
+        for word, parts in (("without", _parts(ours, theirs)), ("with", _parts(theirs, ours)))
+        if parts
+    ]
+    choice = recognised_name(weights) or f"a {actual} model"
+    raise ValueError(f"weights of a {actual} ({', '.join(differences)}), not of {model}; choose {choice}")
+
+
+def recognised_name(weights: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the model that takes the weights, for messages; None if there is none."""
+    try:
+        recognised = recognise(weights)
+    except ValueError:
+        return None
+    return None if recognised is None else recognised.name
+
+
+@cache
+def _layouts(family: str) -> tuple[frozenset[str], ...]:
+    """Collect the parameter names of a family's networks without numbers.
+
+    Configs that differ in numbers only have the same names, so one of each kind is built.
+    """
+    kinds: dict[frozenset[tuple[str, object]], str] = {}
+    for name in FAMILIES[family].configs:
+        fields = vars(model_config(name)).items()
+        kinds[frozenset((key, value) for key, value in fields if isinstance(value, bool | str | None))] = name
+    return tuple(_without_numbers(_shapes(name)) for name in kinds.values())
+
+
+def _without_numbers(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(re.sub(r"\.\d+(?=\.|$)", "", name) for name in names)
+
+
+def _parts(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Name the modules that occur in some of these names and in none of the others, at the highest level possible."""
+    known = {".".join(name.split(".")[:n]) for name in others for n in range(1, name.count(".") + 2)}
+    parts = set()
+    for name in names:
+        words = name.split(".")
+        prefixes = (".".join(words[:n]) for n in range(1, len(words) + 1))
+        parts.add(next((prefix for prefix in prefixes if prefix not in known), ""))
+    return sorted(parts - {""})

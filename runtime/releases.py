@@ -124,7 +124,7 @@ RELEASES = (
     ),
     Release(
         "DDT-XL-22en6de-R512.ckpt", "DDT", "DDT-XL/2", 512, "lightning", f"{_NANJING}/DDT-XL-22en6de-R512", None, 1.28,
-        Preset("euler", "250", 3.0, None, (0, 700), options=_FLOW), there="*.ckpt",
+        Preset("euler", "250", 3.0, None, (0, 700), options=_FLOW), {"sample_shape": (4, 64, 64)}, there="*.ckpt",
     ),
     Release(
         "DiT-XL-2-skip.pt", "Skip-DiT", "Skip-DiT-XL/2", 256, "training", _SPARSE, 11.40, None,

@@ -177,7 +177,7 @@ def test_format_1_becomes_format_2():
     migrated = latent_index(FORMAT_1)
     assert migrated["format"] == 2 and migrated["row_shape"] == list(SHAPE) and migrated["batch_size"] == 32
     assert migrated["encoder"].keys() == ENCODER.keys()
-    assert LatentScaling.from_config(migrated["encoder"]) == LatentScaling(0.5)
+    assert LatentScaling.from_config(migrated["encoder"], 3) == LatentScaling(0.5)
     assert not {"vae", "scale", "moments_shape", "encoder_sha256"} & migrated.keys()
     assert latent_index(migrated) == migrated and latent_index({"format": 7}) == {"format": 7}
 
@@ -224,7 +224,7 @@ DAMAGES = {
     ),
     "a list": (lambda f: (f / "index.json").write_text("[]"), "index.json: not an index"),
     "index without classes": (lambda f: (f / "index.json").write_text('{"format": 1}'), "index.json: lacks classes, "),
-    "index without encoder": (lambda f: edit_index(f, encoder={"name": "ema"}), "lacks encoder.sha256, encoder.stoch"),
+    "index without encoder": (lambda f: edit_index(f, encoder={"name": "ema"}), "index.json: lacks sha256, stochastic"),
     "no images": (lambda f: edit_index(f, count=0), "index.json: no images; none could be read"),
     "no shard": (lambda f: (f / "00002.npy").unlink(), "00002.npy: missing; run scripts"),
     "no description": (lambda f: (f / "00003.json").unlink(), "00003.json: missing; run scripts"),

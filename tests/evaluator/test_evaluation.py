@@ -419,7 +419,7 @@ WRONG = {
         "samples.npz against a.npz: the two sets have different numbers of features: 3 and 128",
     ),
     "protocol that is no JSON": (
-        lambda: Path("samples.json").write_text("{sampler"), {}, (), "samples.json: cannot read the settings of the samples as JSON",
+        lambda: Path("samples.json").write_text("{sampler"), {}, (), "samples.json: cannot read the settings of the",
     ),
     "NaN in the protocol": (
         lambda: Path("samples.json").write_text('{"loss": NaN}'), {}, (), r"samples.json: .* \(NaN is no finite number",

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusion.refresh import every_nth
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 import models
 from diffusion import ImageNoise, create_diffusion, guided, sample_loop
-from diffusion.refresh import every_nth
 from models import ModelOutput, Network
 from models.acceleration import GraphedNetwork, autocast, cast_weights_once
 from tests.dispatch_trace import DispatchTrace
@@ -34,9 +34,9 @@ def inputs(network: Network, rows: int = 2) -> tuple[Tensor, float, Tensor]:
 @torch.no_grad()
 def test_compiled_blocks_compute_the_same(network: Network) -> None:
     x, t, y = inputs(network)
-    wanted = network(x, t, y).sample
+    wanted = network(x, t, y=y).sample
     network.compile_blocks("eager")
-    assert_close(network(x, t, y).sample, wanted)
+    assert_close(network(x, t, y=y).sample, wanted)
 
 
 @torch.no_grad()
@@ -44,12 +44,12 @@ def test_weights_cast_once_compute_the_same_to_the_bit(network: Network) -> None
     x, t, y = inputs(network)
     prepared = network.for_sampling([t])
     evaluate = autocast(prepared, CPU, BF16)
-    plain, wanted = prepared(x, t, y).sample, evaluate(x, t, y).sample
+    plain, wanted = prepared(x, t, y=y).sample, evaluate(x, t, y=y).sample
     with DispatchTrace() as before:
-        evaluate(x, t, y)
-    assert cast_weights_once(prepared, BF16, lambda: evaluate(x, t, y)) > 0
+        evaluate(x, t, y=y)
+    assert cast_weights_once(prepared, BF16, lambda: evaluate(x, t, y=y)) > 0
     with DispatchTrace() as after:
-        found = evaluate(x, t, y).sample
+        found = evaluate(x, t, y=y).sample
     assert torch.equal(found, wanted)
     assert after.names(inside=False)["_to_copy"] < before.names(inside=False)["_to_copy"]
     assert 0 < relative_error(wanted.float(), plain) < 0.1
@@ -107,7 +107,7 @@ def test_a_recording_follows_inputs_time_shape_and_state() -> None:
             x, y = torch.randn(rows, 4), torch.arange(rows)
             state = other = None
             for t in (0.5, 0.25, 0.5):
-                wanted, found = plain(x, t, y, state), graphed(x, t, y, other)
+                wanted, found = plain(x, t, y=y, state=state), graphed(x, t, y=y, state=other)
                 assert torch.equal(found.sample, wanted.sample)
                 state, other = wanted.state, found.state
     assert graphed.recordings == 2 * 3  # fresh at 0.5, and with its state at 0.25 and 0.5, for two shapes
@@ -115,15 +115,15 @@ def test_a_recording_follows_inputs_time_shape_and_state() -> None:
 
 def test_what_a_recording_gave_stays_what_it_was() -> None:
     graphed = GraphedNetwork(lambda x, t, y, state: ModelOutput(2 * x), rerun)
-    first = graphed(torch.ones(1), 1.0, torch.ones(1)).sample
-    second = graphed(torch.zeros(1), 1.0, torch.ones(1)).sample
+    first = graphed(torch.ones(1), 1.0, y=torch.ones(1)).sample
+    second = graphed(torch.zeros(1), 1.0, y=torch.ones(1)).sample
     assert (first.item(), second.item(), graphed.recordings) == (2, 0, 1)
 
 
 def test_a_tensor_for_t_passes_through() -> None:
     graphed = GraphedNetwork(Stateful(), rerun)
     x, t, y = torch.randn(2, 4), torch.tensor([[0.5], [0.1]]), torch.arange(2)
-    assert torch.equal(graphed(x, t, y).sample, Stateful()(x, t, y).sample) and graphed.recordings == 0
+    assert torch.equal(graphed(x, t, y=y).sample, Stateful()(x, t, y=y).sample) and graphed.recordings == 0
 
 
 def trajectory(network: Any, source: Network, refresh: tuple[bool, ...] | None) -> Tensor:
@@ -171,6 +171,6 @@ def test_weights_cast_once_compute_the_same_on_a_gpu(network: Network) -> None:
     x, t, y = inputs(network)
     x, y = x.to(device), y.to(device)
     evaluate = autocast(network.for_sampling([t]), device, BF16)
-    wanted = evaluate(x, t, y).sample
-    cast_weights_once(network, BF16, lambda: evaluate(x, t, y))
-    assert_close(evaluate(x, t, y).sample.float(), wanted.float())
+    wanted = evaluate(x, t, y=y).sample
+    cast_weights_once(network, BF16, lambda: evaluate(x, t, y=y))
+    assert_close(evaluate(x, t, y=y).sample.float(), wanted.float())

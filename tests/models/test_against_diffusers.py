@@ -48,7 +48,7 @@ def both(network: DiT, twin: DiTTransformer2DModel) -> tuple[Tensor, Tensor]:
     x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0, 20, 500, 999]), torch.tensor([0, 3, 9, 10])
     with torch.no_grad():
         twin.pos_embed.pos_embed.copy_(network.pos_embed)
-        return twin(x, timestep=t, class_labels=y).sample, network(x, t, y).sample
+        return twin(x, timestep=t, class_labels=y).sample, network(x, t, y=y).sample
 
 
 def test_the_same_weights_give_the_same_output(network: DiT) -> None:

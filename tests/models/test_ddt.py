@@ -37,7 +37,7 @@ def undivided(**overrides: Any) -> DDT:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_forward_equals_the_recorded_one(name: str) -> None:
     golden, network = arrays(f"ddt/{name}/forward"), golden_ddt(name)
-    out = network(golden["x"], golden["t"], golden["y"])
+    out = network(golden["x"], golden["t"], y=golden["y"])
     assert_within(out.sample, golden["v"], FORWARD)
     assert out.features is None and out.routing is None
     if name in DIVIDED:
@@ -51,16 +51,16 @@ def test_forward_equals_the_recorded_one(name: str) -> None:
 def test_another_resolution_and_aspect_ratio_equal_the_recorded_one(name: str) -> None:
     golden = arrays(f"ddt/{name}/forward")
     assert golden["xb"].shape[-2] != golden["xb"].shape[-1]
-    assert_within(golden_ddt(name)(golden["xb"], golden["tb"], golden["yb"]).sample, golden["vb"], FORWARD)
+    assert_within(golden_ddt(name)(golden["xb"], golden["tb"], y=golden["yb"]).sample, golden["vb"], FORWARD)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", DIVIDED)
 def test_reused_state_equals_the_recorded_reuse(name: str) -> None:
     golden, network = arrays(f"ddt/{name}/forward"), golden_ddt(name)
-    state = network(golden["x"], golden["t"], golden["y"]).state
-    reused = network(golden["x2"], golden["t2"], golden["y2"], state)
-    fresh = network(golden["x2"], golden["t2"], golden["y2"])
+    state = network(golden["x"], golden["t"], y=golden["y"]).state
+    reused = network(golden["x2"], golden["t2"], y=golden["y2"], state=state)
+    fresh = network(golden["x2"], golden["t2"], y=golden["y2"])
     assert reused.state is state
     assert_within(reused.sample, golden["v2_reuse"], FORWARD)
     assert_within(fresh.sample, golden["v2_fresh"], FORWARD)
@@ -71,12 +71,12 @@ def test_reused_state_equals_the_recorded_reuse(name: str) -> None:
 @pytest.mark.parametrize("name", DIVIDED)
 def test_with_state_time_and_label_have_no_influence_and_the_encoder_does_not_run(name: str) -> None:
     golden, network = arrays(f"ddt/{name}/forward"), golden_ddt(name)
-    state = network(golden["x"], golden["t"], golden["y"]).state
+    state = network(golden["x"], golden["t"], y=golden["y"]).state
     ran: list[str] = []
     for part, module in network.named_modules():
         module.register_forward_hook(lambda *_, part=part: ran.append(part))
-    first = network(golden["x2"], golden["t2"], golden["y2"], state).sample
-    assert torch.equal(network(golden["x2"], 0.123, golden["y2"] * 0, state).sample, first)
+    first = network(golden["x2"], golden["t2"], y=golden["y2"], state=state).sample
+    assert torch.equal(network(golden["x2"], 0.123, y=golden["y2"] * 0, state=state).sample, first)
     encoder = {f"blocks.{i}" for i in range(network.config.encoder_depth)} | {"s_embedder", "t_embedder", "y_embedder"}
     assert f"blocks.{network.config.encoder_depth}" in ran and encoder.isdisjoint(ran)
 
@@ -97,7 +97,7 @@ def test_parts_equal_the_recorded_ones(name: str) -> None:
     for key, module in watched:
         module.register_forward_hook(lambda _, arguments, output, key=key: seen.update({key: output}))
     first.register_forward_pre_hook(lambda _, arguments: seen.update(cond=arguments[1]))
-    network(golden["x"], golden["t"], golden["y"])
+    network(golden["x"], golden["t"], y=golden["y"])
     for key, value in seen.items():
         assert_within(value, golden[key], FORWARD)
     assert_within(patchify(golden["x"], 2), golden["tokens"], 0)
@@ -117,7 +117,7 @@ def test_features_are_the_tokens_behind_the_block_asked_for(name: str) -> None:
     depth = network.config.encoder_depth
     recorded = {1: "block0", depth: "enc_tokens", depth + 1: "dec0"}
     for number, key in recorded.items():
-        features = network(golden["x"], golden["t"], golden["y"], features_at=number).features
+        features = network(golden["x"], golden["t"], y=golden["y"], features_at=(number,)).features
         assert_within(features, golden[key], FORWARD)
 
 
@@ -159,9 +159,9 @@ def test_pytorchs_own_counter_agrees_exactly(name: str) -> None:
         network = create_model(name)
         x, y = torch.empty(1, 4, network.input_size, network.input_size), torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        state = network(x, 0.5, y).state
+        state = network(x, 0.5, y=y).state
     with FlopCounterMode(display=False) as counter_with_state:
-        network(x, 0.5, y, state)
+        network(x, 0.5, y=y, state=state)
     assert counter.get_total_flops() == 2 * sum(network.multiply_adds().values())
     assert counter_with_state.get_total_flops() == 2 * sum(network.multiply_adds_with_state().values())
 
@@ -199,7 +199,7 @@ def test_the_width_of_the_mlp_is_rounded_down() -> None:
 @torch.no_grad()
 def test_fresh_weights_follow_the_published_initialisation() -> None:
     network = create_model("DDT-debug/2", num_classes=1000)
-    assert network(torch.randn(2, 4, 8, 8), 0.3, torch.tensor([0, 1000])).sample.abs().max() == 0
+    assert network(torch.randn(2, 4, 8, 8), 0.3, y=torch.tensor([0, 1000])).sample.abs().max() == 0
     for linear in (module for module in network.blocks.modules() if isinstance(module, nn.Linear)):
         bound = linear.in_features**-0.5
         assert 0.98 * bound < linear.weight.abs().max() <= bound  # the modulation too: gates do not start at zero
@@ -228,7 +228,7 @@ def test_reset_parameters_draws_everything_anew() -> None:
 @pytest.mark.parametrize("make", [lambda: debug_network("DDT"), undivided])
 def test_every_parameter_takes_part(make: Any) -> None:
     network = make()
-    out = network(torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.7]), torch.tensor([1, 10]))
+    out = network(torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.7]), y=torch.tensor([1, 10]))
     out.sample.square().sum().backward()
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -240,8 +240,8 @@ def test_every_parameter_takes_part(make: Any) -> None:
 @torch.no_grad()
 def test_half_precision_weights_give_nearly_the_same() -> None:
     network, x, y = debug_network("DDT"), torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
-    reference = network(x, 0.4, y).sample
-    half = network.bfloat16()(x.bfloat16(), 0.4, y)
+    reference = network(x, 0.4, y=y).sample
+    half = network.bfloat16()(x.bfloat16(), 0.4, y=y)
     assert half.sample.dtype == half.state.dtype == torch.bfloat16
     assert_close(half.sample.float(), reference, 0.05)
 
@@ -252,7 +252,7 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
     for recompute in (False, True):
         network = debug_network("DDT")
         network.grad_checkpointing = recompute
-        network(x, t, y).sample.square().sum().backward()
+        network(x, t, y=y).sample.square().sum().backward()
         gradients.append([p.grad for p in network.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -265,16 +265,16 @@ def test_a_prepared_schedule_costs_one_call_of_the_timestep_embedder() -> None:
     times = tuple(i / 50 for i in range(50))
     prepared = network.for_sampling(times)
     for t in times:
-        prepared(x, t, y)
+        prepared(x, t, y=y)
     assert calls == [len(times)]
 
 
 def test_a_network_used_in_inference_mode_can_still_be_trained_and_pickled() -> None:
     network, x, y = debug_network("DDT"), torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
     with torch.inference_mode():
-        network(x, 0.5, y)
-    network(x, 0.5, y).sample.sum().backward()
-    assert torch.equal(pickle.loads(pickle.dumps(network))(x, 0.5, y).sample, network(x, 0.5, y).sample)
+        network(x, 0.5, y=y)
+    network(x, 0.5, y=y).sample.sum().backward()
+    assert torch.equal(pickle.loads(pickle.dumps(network))(x, 0.5, y=y).sample, network(x, 0.5, y=y).sample)
 
 
 def test_tokens_put_together_are_the_image() -> None:
@@ -309,24 +309,24 @@ def test_values_that_do_not_fit_are_named(overrides: dict[str, Any], message: st
 @pytest.mark.parametrize("shape", [(2, 4, 9, 8), (2, 4, 8, 7), (2, 3, 8, 8)])
 def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"x is \(2, .*; this network takes \(N, 4, H, W\) with sides"):
-        debug_network("DDT")(torch.randn(shape), 0.5, torch.tensor([1, 2]))
+        debug_network("DDT")(torch.randn(shape), 0.5, y=torch.tensor([1, 2]))
 
 
 def test_state_of_other_rows_or_tokens_is_refused() -> None:
     network, y = debug_network("DDT"), torch.tensor([1, 2])
-    state = network(torch.randn(2, 4, 8, 8), 0.5, y).state
+    state = network(torch.randn(2, 4, 8, 8), 0.5, y=y).state
     for x in (torch.randn(4, 4, 8, 8), torch.randn(2, 4, 8, 12)):
         with pytest.raises(ValueError, match=r"the state is of \(2, 16\) rows and tokens, x of \("):
-            network(x, 0.5, y.repeat(len(x) // 2), state)
+            network(x, 0.5, y=y.repeat(len(x) // 2), state=state)
 
 
 @pytest.mark.parametrize("block", [0, 5])
 def test_features_of_a_block_that_is_not_there_are_refused(block: int) -> None:
     with pytest.raises(ValueError, match=rf"features_at must lie in 1..4, not {block}"):
-        debug_network("DDT")(torch.randn(1, 4, 8, 8), 0.5, torch.tensor([1]), features_at=block)
+        debug_network("DDT")(torch.randn(1, 4, 8, 8), 0.5, y=torch.tensor([1]), features_at=(block,))
 
 
 def test_features_of_an_encoder_that_does_not_run_are_refused() -> None:
     network, x, y = debug_network("DDT"), torch.randn(1, 4, 8, 8), torch.tensor([1])
     with pytest.raises(ValueError, match=r"features_at must lie in 4..4, not 3"):
-        network(x, 0.5, y, network(x, 0.5, y).state, features_at=3)
+        network(x, 0.5, y=y, state=network(x, 0.5, y=y).state, features_at=(3,))

@@ -24,7 +24,7 @@ def on_meta(row: str) -> DiT:
 @pytest.mark.parametrize("name", TINY_DITS)
 def test_forward_equals_the_recorded_one(name: str, times: str) -> None:
     inputs, golden = arrays(f"dit/{name}/inputs"), arrays(f"dit/{name}/outputs")
-    out = tiny_dit(name)(inputs["x"], inputs[times], inputs["y"])
+    out = tiny_dit(name)(inputs["x"], inputs[times], y=inputs["y"])
     assert_close(out.sample, golden["forward" if times == "t" else "forward_t_frac"])
     assert out.state is None and out.routing is None and out.features is None
 
@@ -50,7 +50,7 @@ def record(network: DiT, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Tensor]:
     for number, each in enumerate(network.blocks):
         watch(each, f"tokens_{number + 1}", inputs=(f"tokens_{number}",))
     watch(network.final_layer, "final_tokens")
-    network(x, t, y)
+    network(x, t, y=y)
     return seen
 
 
@@ -80,13 +80,13 @@ def test_a_number_for_t_equals_a_tensor(name: str) -> None:
     inputs, network = arrays(f"dit/{name}/inputs"), tiny_dit(name)
     for t in (0, 999, 400.25):
         rows = torch.full((len(inputs["x"]),), float(t))
-        reference = network(inputs["x"], rows, inputs["y"]).sample
-        assert_close(network(inputs["x"], t, inputs["y"]).sample, reference, 1e-6)
+        reference = network(inputs["x"], rows, y=inputs["y"]).sample
+        assert_close(network(inputs["x"], t, y=inputs["y"]).sample, reference, 1e-6)
 
 
 def test_a_fresh_network_predicts_exactly_zero() -> None:
     network = create_model("DiT-debug/2")
-    assert not network(torch.randn(2, 4, 8, 8), torch.tensor([0, 999]), torch.tensor([0, 10])).sample.any()
+    assert not network(torch.randn(2, 4, 8, 8), torch.tensor([0, 999]), y=torch.tensor([0, 10])).sample.any()
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def test_fresh_weights_follow_the_published_initialisation() -> None:
 
 def test_every_trainable_parameter_takes_part() -> None:
     network = debug_network("DiT")
-    out = network(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 10]))
+    out = network(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), y=torch.tensor([1, 10]))
     out.sample.square().sum().backward()
     idle = [n for n, p in network.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert idle == []
@@ -121,8 +121,8 @@ def test_prepared_network_gives_the_same_outputs() -> None:
     inputs, network = arrays("dit/tiny_p2/inputs"), tiny_dit("tiny_p2")
     prepared = network.for_sampling([979, 20, 20, 400.25])
     for t in (20, 979, 400.25, 555, inputs["t"]):
-        reference = network(inputs["x"], t, inputs["y"]).sample
-        assert_close(prepared(inputs["x"], t, inputs["y"]).sample, reference, 1e-6)
+        reference = network(inputs["x"], t, y=inputs["y"]).sample
+        assert_close(prepared(inputs["x"], t, y=inputs["y"]).sample, reference, 1e-6)
 
 
 def test_preparing_shares_parameters_and_leaves_the_original_alone() -> None:
@@ -141,7 +141,7 @@ def test_a_prepared_schedule_costs_one_call_of_the_timestep_embedder() -> None:
     times = tuple(range(990, -1, -10))
     prepared = network.for_sampling(times)
     for t in times:
-        prepared(x, t, y)
+        prepared(x, t, y=y)
     assert calls == [len(times)]
 
 
@@ -151,20 +151,20 @@ def test_features_are_the_tokens_behind_the_block_asked_for(name: str) -> None:
     inputs, golden = arrays(f"dit/{name}/inputs"), arrays(f"dit/{name}/intermediates")
     network = tiny_dit(name)
     for block in range(1, network.config.depth + 1):
-        out = network(inputs["x"], inputs["t"], inputs["y"], features_at=block)
+        out = network(inputs["x"], inputs["t"], y=inputs["y"], features_at=(block,))
         assert_close(out.features, golden[f"tokens_{block}"])
 
 
 @pytest.mark.parametrize("block", [0, 5])
 def test_features_of_a_block_that_is_not_there_are_refused(block: int) -> None:
     with pytest.raises(ValueError, match=f"features_at must lie in 1..4, not {block}"):
-        debug_network("DiT")(torch.randn(1, 4, 8, 8), 5, torch.tensor([1]), features_at=block)
+        debug_network("DiT")(torch.randn(1, 4, 8, 8), 5, y=torch.tensor([1]), features_at=(block,))
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 16, 16), (2, 4, 8, 16), (2, 3, 8, 8)])
 def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"x is \(2, .*; this network takes \(N, 4, 8, 8\)"):
-        debug_network("DiT")(torch.randn(shape), 5, torch.tensor([1, 2]))
+        debug_network("DiT")(torch.randn(shape), 5, y=torch.tensor([1, 2]))
 
 
 @pytest.mark.parametrize(("row", "keys"), [("DiT-XL/2", "256"), ("DiT-XL/2@512", "512")])
@@ -207,16 +207,16 @@ def test_a_cached_step_runs_the_last_blocks_on_the_remembered_tokens(cache_depth
     for i, block in enumerate(network.blocks):
         block.register_forward_hook(lambda _, arguments, output, i=i: ran.append((i, arguments[0], output)))
     x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
-    fresh = network(x, 500.0, y)
+    fresh = network(x, 500.0, y=y)
     assert [i for i, _, _ in ran] == [0, 1, 2, 3]
     assert torch.equal(fresh.state, ran[-cache_depth][1])
     ran.clear()
-    again = network(torch.randn(2, 4, 8, 8), 300.0, y, fresh.state)  # x is not looked at, time and label are
+    again = network(torch.randn(2, 4, 8, 8), 300.0, y=y, state=fresh.state)  # x is not looked at, time and label are
     assert [i for i, _, _ in ran] == list(range(4 - cache_depth, 4))
     assert torch.equal(ran[0][1], fresh.state) and again.state is fresh.state
-    assert torch.equal(network(x, 300.0, y, fresh.state).sample, again.sample)
-    assert not torch.equal(network(x, 100.0, y, fresh.state).sample, again.sample)
-    assert not torch.equal(network(x, 300.0, y.flip(0), fresh.state).sample, again.sample)
+    assert torch.equal(network(x, 300.0, y=y, state=fresh.state).sample, again.sample)
+    assert not torch.equal(network(x, 100.0, y=y, state=fresh.state).sample, again.sample)
+    assert not torch.equal(network(x, 300.0, y=y.flip(0), state=fresh.state).sample, again.sample)
 
 
 @torch.no_grad()
@@ -224,8 +224,8 @@ def test_caching_changes_neither_names_nor_fresh_outputs() -> None:
     plain, cached = debug_network("DiT"), debug_network("DiT", cache_depth=1)
     x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
     assert list(plain.state_dict()) == list(cached.state_dict())
-    assert torch.equal(plain(x, 5.0, y).sample, cached(x, 5.0, y).sample)
-    assert plain(x, 5.0, y, cached(x, 5.0, y).state).state is None
+    assert torch.equal(plain(x, 5.0, y=y).sample, cached(x, 5.0, y=y).sample)
+    assert plain(x, 5.0, y=y, state=cached(x, 5.0, y=y).state).state is None
     assert (plain.keeps_state, cached.keeps_state) == (False, True)
 
 
@@ -245,18 +245,18 @@ def test_a_cached_step_costs_the_last_blocks_and_no_patches() -> None:
 def test_features_of_a_block_that_does_not_run_are_refused() -> None:
     network = debug_network("DiT", cache_depth=1)
     x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
-    out = network(x, 5.0, y, features_at=4)
-    assert torch.equal(network(x, 5.0, y, out.state, features_at=4).features, out.features)
+    out = network(x, 5.0, y=y, features_at=(4,))
+    assert torch.equal(network(x, 5.0, y=y, state=out.state, features_at=(4,)).features, out.features)
     with pytest.raises(ValueError, match="features_at 3: that block does not run when state is reused"):
-        network(x, 5.0, y, out.state, features_at=3)
+        network(x, 5.0, y=y, state=out.state, features_at=(3,))
 
 
 @torch.no_grad()
 def test_state_of_other_rows_is_refused() -> None:
     network = debug_network("DiT", cache_depth=1)
-    state = network(torch.randn(2, 4, 8, 8), 5.0, torch.tensor([1, 2])).state
+    state = network(torch.randn(2, 4, 8, 8), 5.0, y=torch.tensor([1, 2])).state
     with pytest.raises(ValueError, match="state of 2 rows cannot be reused for 4 rows"):
-        network(torch.randn(4, 4, 8, 8), 5.0, torch.tensor([1, 2, 3, 4]), state)
+        network(torch.randn(4, 4, 8, 8), 5.0, y=torch.tensor([1, 2, 3, 4]), state=state)
 
 
 @pytest.mark.parametrize("cache_depth", [0, 3, -1])

@@ -42,11 +42,11 @@ def assert_masks(out: Any, golden: dict[str, Tensor], prefix: str = "out.") -> N
 def test_forward_and_masks_equal_the_recorded_ones(name: str) -> None:
     golden, network = arrays(f"dydit/{name}/eval_forward"), tiny(name)
     x, t, y = (golden[f"in.{key}"] for key in "xty")
-    out = network(x, t, y)
+    out = network(x, t, y=y)
     torch.testing.assert_close(out.sample, golden["out.out"], rtol=RTOL, atol=ATOL)
     assert_masks(out, golden)
     for block in range(1, network.config.depth + 1):
-        features = network(x, t, y, features_at=block).features
+        features = network(x, t, y=y, features_at=(block,)).features
         torch.testing.assert_close(features, golden["out.block_out"][:, block - 1], rtol=RTOL, atol=ATOL)
 
 
@@ -58,7 +58,7 @@ def test_the_complete_model_equals_the_recorded_one_and_asks_no_router(name: str
     for block in network.blocks:
         for router in (block.attn_rate, block.mlp_rate, block.token_selection):
             router.register_forward_hook(lambda module, *_: asked.append(module))
-    out = network(golden["in.x"], golden["in.t"], golden["in.y"], complete_model=True)
+    out = network(golden["in.x"], golden["in.t"], y=golden["in.y"], complete_model=True)
     torch.testing.assert_close(out.sample, golden["out.complete"], rtol=RTOL, atol=ATOL)
     assert out.routing is None and asked == []
     assert relative_error(out.sample, golden["out.out"]) > 0.1  # routing matters in these weights
@@ -255,13 +255,13 @@ def test_the_published_totals_are_those_without_routers_with_layer_norms(size: s
 def test_the_ratio_is_the_blocks_share_of_multiply_adds() -> None:
     network = tiny("v2_tiny")
     golden = arrays("dydit/v2_tiny/eval_forward")
-    out = network(golden["in.x"], golden["in.t"], golden["in.y"])
+    out = network(golden["in.x"], golden["in.t"], y=golden["in.y"])
     dense, at = network.multiply_adds(), network.multiply_adds_of(out)
     blocks = ("attention_linear", "attention_products", "mlp")
     ratio = sum(at[part] for part in blocks) / sum(dense[part] for part in blocks)
     assert ratio == pytest.approx(float(network.flops_ratio(out.routing).mean()), rel=1e-6)
     assert all(at[part] == dense[part] for part in dense if part not in blocks)
-    complete = network(golden["in.x"], golden["in.t"], golden["in.y"], complete_model=True)
+    complete = network(golden["in.x"], golden["in.t"], y=golden["in.y"], complete_model=True)
     assert network.multiply_adds_of(complete) == dense
 
 
@@ -307,8 +307,8 @@ def test_with_everything_on_it_is_the_dit_of_its_weights() -> None:
     network = create_model("DyDiT-debug/2").eval()
     network.load_state_dict(plain.state_dict(), strict=False)
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([5, 500, 999]), torch.tensor([1, 2, 10])
-    for out in (network(x, t, y), network(x, t, y, complete_model=True)):
-        assert_close(out.sample, plain(x, t, y).sample, 1e-6)
+    for out in (network(x, t, y=y), network(x, t, y=y, complete_model=True)):
+        assert_close(out.sample, plain(x, t, y=y).sample, 1e-6)
 
 
 def test_every_trainable_parameter_takes_part() -> None:

@@ -78,8 +78,8 @@ def test_a_plan_gives_what_masks_give(layout: str, pack_from: int) -> None:
     x, y = inputs()
     kept = []
     for t in TIMES:
-        masked = network(x, t, y)
-        assert_same(ready(x, t, y), masked)
+        masked = network(x, t, y=y)
+        assert_same(ready(x, t, y=y), masked)
         kept.append([float(mask.mean()) for mask in masked.routing])
     heads, groups, tokens = zip(*kept, strict=True)
     assert len(set(heads)) > 3 and len(set(groups)) > 3 and 0.2 < sum(tokens) / len(tokens) < 0.8  # a varied plan
@@ -95,8 +95,8 @@ def test_nothing_and_everything_in_any_combination(layout: str, pack_from: int) 
     force(network, dict(enumerate(states)))
     ready, plan = prepared(network, pack_from=pack_from)
     x, y = inputs()
-    out = ready(x, TIMES[5], y)
-    assert_same(out, network(x, TIMES[5], y))
+    out = ready(x, TIMES[5], y=y)
+    assert_same(out, network(x, TIMES[5], y=y))
     floor = 0.0 if layout == "all_heads" else 1 / network.config.num_heads
     for i, wanted in enumerate(states):
         found = [float(mask[:, i].mean()) for mask in out.routing]
@@ -108,11 +108,11 @@ def test_with_everything_off_only_biases_remain() -> None:
     network = force(routed_network(router_layout="all_heads"), {i: (NEVER, NEVER, ALWAYS) for i in range(4)})
     ready, _ = prepared(network)
     x, y = inputs()
-    reference = network(x, 999.0, y, features_at=4).features
+    reference = network(x, 999.0, y=y, features_at=(4,)).features
     for block in network.blocks:
         for weight in (block.attn.qkv.weight, block.attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight):
             weight.fill_(torch.nan)  # nobody looks at these
-    assert_close(ready(x, TIMES[0], y, features_at=4).features, network_of_biases(network, x, TIMES[0], y), 1e-6)
+    assert_close(ready(x, TIMES[0], y=y, features_at=(4,)).features, network_of_biases(network, x, TIMES[0], y), 1e-6)
     assert reference.isfinite().all()
 
 
@@ -134,14 +134,14 @@ def test_what_the_plan_does_not_cover_goes_by_masks() -> None:
     plan.run_block = None  # type: ignore[assignment]  # calling it fails
     x, y = inputs()
     for t in (TIMES[3] + 0.5, torch.tensor([5.0, 500.0, 999.0]), torch.full((3,), TIMES[3])):
-        assert torch.equal(ready(x, t, y).sample, network(x, t, y).sample)
-    assert ready(x, TIMES[3], y, complete_model=True).routing is None
+        assert torch.equal(ready(x, t, y=y).sample, network(x, t, y=y).sample)
+    assert ready(x, TIMES[3], y=y, complete_model=True).routing is None
     noise = torch.zeros(3, *network.gate_noise_shape)
-    assert_close(ready(x, TIMES[3], y, gate_noise=noise).sample, network(x, TIMES[3], y).sample, 1e-6)
+    assert_close(ready(x, TIMES[3], y=y, gate_noise=noise).sample, network(x, TIMES[3], y=y).sample, 1e-6)
     with torch.enable_grad():
-        assert ready(x, TIMES[3], y).sample.requires_grad
+        assert ready(x, TIMES[3], y=y).sample.requires_grad
     with pytest.raises(TypeError):
-        ready(x, TIMES[3], y)
+        ready(x, TIMES[3], y=y)
 
 
 @pytest.mark.gpu
@@ -152,7 +152,7 @@ def test_a_gpu_gives_what_its_masks_give(pack_from: int) -> None:
     ready, _ = prepared(network, pack_from=pack_from)
     x, y = (part.cuda() for part in inputs())
     for t in TIMES[::5]:
-        found, masked = ready(x, t, y), network(x, t, y)
+        found, masked = ready(x, t, y=y), network(x, t, y=y)
         assert_close(found.sample, masked.sample, 1e-4)
         assert all(torch.equal(one, other) for one, other in zip(found.routing, masked.routing, strict=True))
 
@@ -162,13 +162,13 @@ def test_a_plan_is_a_snapshot_and_is_taken_again() -> None:
     network = routed_network()
     ready, plan = prepared(network)
     x, y = inputs()
-    before = ready(x, TIMES[3], y).sample
+    before = ready(x, TIMES[3], y=y).sample
     for parameter in network.parameters():
         parameter.mul_(1.1)
     again, _ = prepared(ready)
     assert again.plan is not plan and network.plan is None
-    assert_same(again(x, TIMES[3], y), network(x, TIMES[3], y))
-    assert not torch.allclose(again(x, TIMES[3], y).sample, before, rtol=0.01)
+    assert_same(again(x, TIMES[3], y=y), network(x, TIMES[3], y=y))
+    assert not torch.allclose(again(x, TIMES[3], y=y).sample, before, rtol=0.01)
 
 
 @torch.no_grad()
@@ -176,10 +176,10 @@ def test_a_plan_is_a_snapshot_and_is_taken_again() -> None:
 def test_half_precision_weights_and_autocast_are_routed_in_float32(pack_from: int) -> None:
     network = routed_network()
     x, y = inputs(5)
-    reference = prepared(network, pack_from=pack_from)[0](x, TIMES[4], y)
+    reference = prepared(network, pack_from=pack_from)[0](x, TIMES[4], y=y)
     with torch.autocast("cpu", torch.bfloat16):
         ready, plan = prepared(network, pack_from=pack_from)
-        out = ready(x, TIMES[4], y)
+        out = ready(x, TIMES[4], y=y)
         dtypes = {tensor.dtype for i in range(4) for tensor in cached(plan, i)}
     assert dtypes <= {torch.bfloat16}
     assert torch.equal(out.routing.heads, reference.routing.heads) and torch.equal(
@@ -190,7 +190,7 @@ def test_half_precision_weights_and_autocast_are_routed_in_float32(pack_from: in
     assert flips < 0.05
     half = network.to(torch.bfloat16)
     ready, _ = prepared(half, pack_from=pack_from)
-    out = ready(x.bfloat16(), TIMES[4], y)
+    out = ready(x.bfloat16(), TIMES[4], y=y)
     assert out.sample.dtype == torch.bfloat16 and out.routing.tokens.dtype == torch.float32
 
 
@@ -216,7 +216,7 @@ def test_pytorchs_counter_sees_the_work_of_what_is_on_and_no_more(layout: str) -
     settled = network.multiply_adds()["timestep_mlp"] + config.depth * 2 * config.router_outputs * config.hidden_size
     for t in TIMES[::5]:
         with FlopCounterMode(display=False) as counter:
-            out = ready(x, t, y)
+            out = ready(x, t, y=y)
         stated = sum(network.multiply_adds_of(out).values()) - settled
         assert counter.get_total_flops() == pytest.approx(2 * rows * stated, rel=1e-6)
         assert stated < 0.9 * sum(network.multiply_adds().values())
@@ -231,7 +231,7 @@ def test_width_routers_are_asked_once_for_the_whole_schedule() -> None:
             router.register_forward_hook(lambda _, arguments, __: asked.append(len(arguments[0])))
     ready, _ = prepared(network, (*TIMES, *TIMES))
     for t in TIMES:
-        ready(x, t, y)
+        ready(x, t, y=y)
     assert asked == [len(TIMES)] * 2 * network.config.depth
 
 
@@ -248,7 +248,7 @@ def test_patterns_that_repeat_share_one_copy_of_weights() -> None:
     plan.cache.get = recording  # type: ignore[method-assign]
     for _ in range(2):
         for t in TIMES:
-            ready(x, t, y)
+            ready(x, t, y=y)
     parts = {
         (i, part, both[k])
         for found in plan.evaluations.values()
@@ -266,7 +266,7 @@ def test_where_everything_is_on_no_weight_is_copied_and_no_token_moved() -> None
     ready, plan = prepared(network)
     x, y = inputs()
     with DispatchTrace() as trace:
-        ready(x, TIMES[3], y)
+        ready(x, TIMES[3], y=y)
     assert all(cached(plan, i) == [] for i in range(4))
     assert {"index_select", "index_add_", "mul.Tensor"} & trace.names(inside=False).keys() == set()
 
@@ -295,7 +295,7 @@ def test_a_cache_without_room_changes_no_result() -> None:
     network.slice_cache_bytes = 0
     ready, plan = prepared(network)
     for t in TIMES[:3]:
-        assert_same(ready(x, t, y), network(x, t, y))
+        assert_same(ready(x, t, y=y), network(x, t, y=y))
     assert plan.cache.used == 0
 
 
@@ -309,7 +309,7 @@ def test_packing_reads_one_number_a_block_and_less_than_a_few_tokens_nothing() -
     for pack_from, reads in ((0, network.config.depth), (PACK_FROM["cpu"], 0)):
         ready, _ = prepared(network, pack_from=pack_from)
         with DispatchTrace() as trace:
-            ready(x, TIMES[2], y)
+            ready(x, TIMES[2], y=y)
         assert [call.base for call in trace.waits()] == ["nonzero"] * reads
 
 
@@ -325,7 +325,7 @@ def test_compiled_code_serves_every_pattern_and_number_of_tokens() -> None:
     assert len({both for found in plan.evaluations.values() for both in found.active}) > 20
     counts = []
     for t in TIMES:
-        assert_same(ready(x, t, y), routed_by_masks(network, x, t, y))
+        assert_same(ready(x, t, y=y), routed_by_masks(network, x, t, y))
         counts.append(counter.frame_count)
     assert counts[-1] == counts[len(TIMES) // 2] <= 8
     torch._dynamo.reset()
@@ -334,7 +334,7 @@ def test_compiled_code_serves_every_pattern_and_number_of_tokens() -> None:
 def routed_by_masks(network: DyDiT, x: Tensor, t: float, y: Tensor) -> ModelOutput:
     """The same evaluation by blocks that are not compiled."""
     with torch.compiler.set_stance("force_eager"):
-        return network(x, t, y)
+        return network(x, t, y=y)
 
 
 def test_a_compiled_block_trains_without_being_compiled_again() -> None:
@@ -346,8 +346,8 @@ def test_a_compiled_block_trains_without_being_compiled_again() -> None:
     counts = []
     for _ in range(4):
         t, noise = torch.rand(4) * 999, torch.randn(4, *network.gate_noise_shape)
-        out = network(x, t, y, gate_noise=noise)
-        (out.sample.square().mean() + network(x, t, y, complete_model=True).sample.square().mean()).backward()
+        out = network(x, t, y=y, gate_noise=noise)
+        (out.sample.square().mean() + network(x, t, y=y, complete_model=True).sample.square().mean()).backward()
         counts.append(counter.frame_count)
     assert len(set(counts)) == 1
     torch._dynamo.reset()

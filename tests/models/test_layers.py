@@ -107,9 +107,9 @@ def test_a_compiled_block_equals_the_eager_one_in_bf16_at_full_width() -> None:
     network = randomise(create_model("DiT-S/2", depth=1))
     x, y = torch.randn(8, 4, 32, 32), torch.arange(8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        eager = network(x, 500, y).sample.float()
+        eager = network(x, 500, y=y).sample.float()
         network.blocks[0].compile(dynamic=False)
-        compiled = network(x, 500, y).sample.float()
+        compiled = network(x, 500, y=y).sample.float()
     assert compiled.isfinite().all()
     assert_close(compiled, eager, 2e-2)
 

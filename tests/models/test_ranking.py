@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from models.ranking import rank_by_magnitude
 
 from models import create_model
-from models.ranking import rank_by_magnitude
 from tests.golden_data import assert_close
 from tests.networks import debug_network, randomise
 
@@ -17,7 +17,7 @@ def test_the_complete_model_computes_what_it_did(family: str) -> None:
     ranked.load_state_dict(rank_by_magnitude(network.state_dict(), 4))
     options = {"complete_model": True} if family == "DyDiT" else {}
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([5, 500, 999]), torch.tensor([1, 2, 10])
-    assert_close(ranked(x, t, y, **options).sample, network(x, t, y, **options).sample, 1e-6)
+    assert_close(ranked(x, t, y=y, **options).sample, network(x, t, y=y, **options).sample, 1e-6)
     changed = [n for n, w in ranked.state_dict().items() if not torch.equal(w, network.state_dict()[n])]
     parts = ("attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight")
     assert {name.split(".", 2)[2] for name in changed} == {*parts}

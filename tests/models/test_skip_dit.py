@@ -39,7 +39,7 @@ def inputs(network: DiT, rows: int = 2) -> tuple[Tensor, float, Tensor]:
 def test_forward_and_what_passes_between_blocks_equal_the_recorded_ones(case: str) -> None:
     golden, network = arrays(f"skip_dit/{case}/io"), recorded_network(case)
     seen = watch_blocks(network)
-    out = network(golden["fwd.x"], golden["fwd.t"], golden["fwd.y"])
+    out = network(golden["fwd.x"], golden["fwd.t"], y=golden["fwd.y"])
     assert_close(out.sample, golden["fwd.out_skip"])
     assert [i for i, _, _ in seen] == list(range(network.config.depth))
     recorded = sorted({int(n) for name in golden for n in re.findall(r"^fwd\.block(\d+)", name)})
@@ -56,7 +56,7 @@ def test_without_its_skip_units_it_is_the_plain_network(case: str) -> None:
     network = DiT(DiTConfig(**table(f"skip_dit/{case}/config")["model"]))
     weights = arrays(f"skip_dit/{case}/state_dict")
     network.load_state_dict({name: value for name, value in weights.items() if not name.startswith("skip_")})
-    assert_close(network(golden["fwd.x"], golden["fwd.t"], golden["fwd.y"]).sample, golden["fwd.out_plain_dit"])
+    assert_close(network(golden["fwd.x"], golden["fwd.t"], y=golden["fwd.y"]).sample, golden["fwd.out_plain_dit"])
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def test_guidance_equals_the_recorded_one(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_the_recorded_ones(case: str) -> None:
     golden, network = arrays(f"skip_dit/{case}/io"), recorded_network(case)
-    loss = network(golden["fwd.x"], golden["fwd.t"], golden["fwd.y"]).sample.square().mean()
+    loss = network(golden["fwd.x"], golden["fwd.t"], y=golden["fwd.y"]).sample.square().mean()
     loss.backward()
     assert_close_elementwise(loss.detach(), golden["grad.loss"])
     recorded = {name.removeprefix("grad."): value for name, value in golden.items() if name.startswith("grad.")}
@@ -206,12 +206,12 @@ def test_a_cached_step_runs_the_first_and_last_blocks_alone(depth: int, cache_de
     for k, linear in enumerate(network.skip_linears):
         linear.register_forward_hook(lambda *_, k=k: units.append(k))
     seen, (x, t, y) = watch_blocks(network), inputs(network)
-    fresh = network(x, t, y)
+    fresh = network(x, t, y=y)
     assert [i for i, _, _ in seen] == list(range(depth)) and units == list(range(depth // 2))
     assert torch.equal(fresh.state, seen[depth - cache_depth - 1][2])
     seen.clear()
     units.clear()
-    again = network(x, 300.0, y, state=fresh.state)
+    again = network(x, 300.0, y=y, state=fresh.state)
     assert [i for i, _, _ in seen] == [*range(cache_depth), *range(depth - cache_depth, depth)]
     assert len(seen) == 2 * cache_depth
     assert units == list(range(depth // 2 - cache_depth, depth // 2))
@@ -222,9 +222,13 @@ def test_a_cached_step_runs_the_first_and_last_blocks_alone(depth: int, cache_de
 def test_a_cached_step_sees_the_new_image_time_and_label() -> None:
     network = debug_network("Skip-DiT")
     x, t, y = inputs(network)
-    state = network(x, t, y).state
-    reference = network(x, t, y, state).sample
-    for other in (network(x.flip(-1), t, y, state), network(x, 100.0, y, state), network(x, t, y.flip(0), state)):
+    state = network(x, t, y=y).state
+    reference = network(x, t, y=y, state=state).sample
+    for other in (
+        network(x.flip(-1), t, y=y, state=state),
+        network(x, 100.0, y=y, state=state),
+        network(x, t, y=y.flip(0), state=state),
+    ):
         assert (other.sample - reference).abs().max() > 1e-3 * reference.abs().max()
 
 
@@ -232,8 +236,8 @@ def test_a_cached_step_sees_the_new_image_time_and_label() -> None:
 def test_a_cached_step_depends_on_the_state() -> None:
     network = debug_network("Skip-DiT")
     x, t, y = inputs(network)
-    out = network(x, t, y)
-    assert (network(x, t, y, out.state.flip(0)).sample - out.sample).abs().max() > 1e-3 * out.sample.abs().max()
+    out = network(x, t, y=y)
+    assert (network(x, t, y=y, state=out.state.flip(0)).sample - out.sample).abs().max() > 1e-3 * out.sample.abs().max()
 
 
 @torch.no_grad()
@@ -248,24 +252,24 @@ def test_state_of_other_rows_is_refused() -> None:
 def test_features_are_the_tokens_behind_the_block_asked_for() -> None:
     network = debug_network("Skip-DiT")
     seen, (x, t, y) = watch_blocks(network), inputs(network)
-    state = network(x, t, y).state
+    state = network(x, t, y=y).state
     outputs = [output for _, _, output in seen]
     for block in range(1, 9):
-        assert torch.equal(network(x, t, y, features_at=block).features, outputs[block - 1])
-    assert torch.equal(network(x, t, y, state, features_at=2).features, outputs[1])
+        assert torch.equal(network(x, t, y=y, features_at=(block,)).features, outputs[block - 1])
+    assert torch.equal(network(x, t, y=y, state=state, features_at=(2,)).features, outputs[1])
     for block in (3, 6):
         with pytest.raises(ValueError, match=f"features_at {block}: that block does not run when state is reused"):
-            network(x, t, y, state, features_at=block)
+            network(x, t, y=y, state=state, features_at=(block,))
 
 
 @torch.no_grad()
 def test_tokens_and_state_keep_their_precision_under_autocast() -> None:
     network = debug_network("Skip-DiT")
     seen, (x, t, y) = watch_blocks(network), inputs(network)
-    reference = network(x, t, y).sample
+    reference = network(x, t, y=y).sample
     seen.clear()
     with torch.autocast("cpu", torch.bfloat16):
-        out = network(x, t, y)
+        out = network(x, t, y=y)
     assert out.state.dtype == torch.float32 and {tokens.dtype for _, tokens, _ in seen} == {torch.float32}
     assert_close(out.sample.float(), reference, 0.03)
 
@@ -274,8 +278,8 @@ def test_tokens_and_state_keep_their_precision_under_autocast() -> None:
 def test_a_network_cast_to_half_precision_stays_close() -> None:
     network = debug_network("Skip-DiT")
     x, t, y = inputs(network)
-    reference = network(x, t, y).sample
-    out = network.bfloat16()(x.bfloat16(), t, y)
+    reference = network(x, t, y=y).sample
+    out = network.bfloat16()(x.bfloat16(), t, y=y)
     assert out.sample.dtype == out.state.dtype == torch.bfloat16
     assert_close(out.sample.float(), reference, 0.05)
 
@@ -293,7 +297,7 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
     gradients = []
     for network.grad_checkpointing in (False, True):
         network.zero_grad()
-        network(x, t, y).sample.square().sum().backward()
+        network(x, t, y=y).sample.square().sum().backward()
         gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 

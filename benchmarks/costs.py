@@ -1,0 +1,78 @@
+"""Costs of evaluations that compute less than the whole network, and of layer norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import DDT, DiT, Network, SkipDiT
+from models.dydit_block import Routing
+from models.llama_layers import RMSNorm
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, RMSNorm)
+
+
+def reused_cost(network: Network) -> dict[str, int]:
+    """Count the MACs of an evaluation of one sample that is given state, by part; `cost()` if there is no state.
+
+    Families that are not known here are counted by PyTorch, as one part.
+    """
+    if not network.keeps_state:
+        return network.cost()
+    if isinstance(network, DDT):
+        return {part: count for part, count in network.cost().items() if part.startswith("decoder_")}
+    if isinstance(network, DiT):
+        parts = network.cost_of(network.blocks_to_run(reused=True))
+        if not isinstance(network, SkipDiT):
+            del parts["patch_embedding"]  # the state replaces x
+        return parts
+    return {"all": counted_cost(network, reused=True)}
+
+
+@torch.no_grad()
+def counted_cost(network: Network, *, reused: bool = False) -> int:
+    """Let PyTorch count the MACs of an evaluation of one sample, without or with state."""
+    twin, evaluate = _on_meta(network)
+    state = evaluate(twin, None) if reused else None
+    with FlopCounterMode(display=False) as counter:
+        evaluate(twin, state)
+    return int(counter.get_total_flops()) // 2  # a MAC is two operations there
+
+
+def routed_cost(network: Network, routing: Routing) -> dict[str, float]:
+    """Count the MACs of an evaluation with these masks by part, mean over rows; reads the masks."""
+    heads = float(routing.heads.mean())
+    mlp = float((routing.mlp.mean(-1) * routing.tokens.mean(-1)).mean())
+    kept = {"attention_linear": heads, "attention_products": heads, "mlp": mlp}
+    return {part: kept.get(part, 1.0) * count for part, count in network.cost().items()}
+
+
+@torch.no_grad()
+def layer_norm_elements(network: Network) -> int:
+    """Count the elements that pass through norms in one forward of one sample; some publications include them."""
+    twin, evaluate = _on_meta(network)
+    elements = 0
+
+    def count(module: nn.Module, inputs: object, output: Tensor) -> None:
+        nonlocal elements
+        elements += output.numel()
+
+    for module in twin.modules():
+        if isinstance(module, NORMS):
+            module.register_forward_hook(count)
+    evaluate(twin, None)
+    return elements
+
+
+def _on_meta(network: Network) -> tuple[Network, Callable[[Network, Any], Any]]:
+    """Build a network of the same config without values, and a function that evaluates it and returns its state."""
+    with torch.device("meta"):
+        twin = type(network)(network.config)
+        x = torch.empty(1, *network.sample_shape)
+        labels = {"y": torch.zeros(1, dtype=torch.int64)}
+    conditioning = labels if network.conditioning == ("y",) else twin.null_conditioning(1)
+    return twin, lambda twin, state: twin(x, 0.0, state=state, **conditioning).state
