@@ -86,11 +86,12 @@ def open_run(setup: Setup, world: World, saved: ResumeState | None) -> Path | No
         log = RunLog(saved.folder)
         log.line(f"Resumed {saved.folder} at step {saved.meta['step']}")
         if saved.meta.get("draws") != DRAWS:
-            log.line("Note: times, noise and dropped labels are drawn in another way since version 0.2")
+            log.line("Note: random draws changed with version 0.2: times, noise and dropped labels differ from its own")
         return saved.folder
     folder = create_run_folder(setup.config.run.results_dir, setup.config.model.replace("/", "-"))
     (folder / "checkpoints").mkdir()
-    (folder / "config.json").write_text(json.dumps(setup.document(), indent=2) + "\n")
+    settings = {"format": 2, "script": PROGRAM, **setup.document()}
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     RunLog(folder).line(f"Experiment directory created at {folder}")
     return folder
 

@@ -32,8 +32,6 @@ from evaluator.inception.network import InceptionNetwork, load_network
 from evaluator.inception.synthetic import write_synthetic_graph
 from evaluator.metrics import (
     DistancePrecision,
-    Statistics,
-    feature_statistics,
     frechet_distance,
     frechet_distance_from_features,
     inception_score,
@@ -41,6 +39,7 @@ from evaluator.metrics import (
 )
 from evaluator.npz import ImageFile
 from evaluator.scores import ADM_METRICS, ImageSet, compute_scores
+from evaluator.statistics import Statistics, feature_statistics
 from runtime.distributed import World
 
 GROUP = "evaluator"  # of the report's rows

@@ -1,1 +1,1 @@
-"""Scores of samples: pure metrics on features, and the features."""
+"""Scores of samples: features of images, and metrics as pure functions of them."""

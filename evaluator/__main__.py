@@ -1,9 +1,9 @@
-"""Scores generated images against real ones: Inception Score, FID, sFID, precision and recall, as ADM defines them.
+"""Score generated images against real ones: Inception Score, FID, sFID, precision and recall, as ADM defines them.
 
     python evaluator/evaluator.py VIRTUAL_imagenet256_labeled.npz samples.npz
     torchrun --nproc-per-node 8 evaluator/evaluator.py VIRTUAL_imagenet256_labeled.npz samples.npz
 
-Standard output is ADM's lines; a JSON beside the samples states everything a reader needs to compare the numbers.
+Standard output is ADM's lines. samples.scores.json holds everything that is needed to compare the numbers.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from evaluator.evaluation import evaluate
 from evaluator.settings import EvaluatorConfig
 from runtime import distributed
-from runtime.config import parse_config
 from runtime.errors import run
+from runtime.settings import parse_config
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses flags and evaluates."""
-    config = parse_config(EvaluatorConfig, argv, program="evaluator", description=__doc__.split("\n")[0])
+    """Parse the flags and evaluate."""
+    config = parse_config(EvaluatorConfig, argv, program="evaluator", doc=__doc__)
     with distributed.world(config.device) as world:
         evaluate(config, world)
 

@@ -1,4 +1,4 @@
-"""One evaluation from two files to a JSON, by one process or by all that torchrun started."""
+"""One evaluation, from two files to a JSON document, by one process or by all that torchrun started."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from evaluator.inception.backend import Backend
 from evaluator.inception.network import load_network
 from evaluator.inception.tensorflow_backend import TensorFlowBackend
 from evaluator.inception.weights import Weights, find_weights, inspect_weights
-from evaluator.inputs import Side, open_sides
+from evaluator.inputs import EvaluationInput, open_inputs
 from evaluator.report import (
     adm_lines,
     default_output,
@@ -30,75 +29,87 @@ from evaluator.report import (
 from evaluator.scores import ImageSet, compute_scores
 from evaluator.settings import EvaluatorConfig
 from runtime import distributed
-from runtime.config import to_dict
 from runtime.distributed import World
-from runtime.errors import UserError, blame
+from runtime.errors import UserError, error_prefix
 from runtime.files import check_folder, check_writable
+from runtime.settings import to_dict
 
-PUBLISHED_COUNT = 50_000  # images behind published FIDs
+FORMAT = 2  # of the result; format 1 called the warnings "remarks"
+PUBLISHED_COUNT = 50_000  # images of published FIDs
 
 
 def evaluate(config: EvaluatorConfig, world: World) -> None:
-    """Evaluates; all processes call it, main prints and writes.
+    """Evaluate; all ranks call it, rank 0 prints and writes.
 
     Raises:
-        UserError: for anything wrong with the files, on all processes.
+        UserError: For anything wrong with the files, on all ranks.
     """
     watch = Stopwatch()
     with watch.measure("total"):
-        reference, samples = open_sides(config.ref_batch, config.sample_batch, config.metric_names, config.num_samples)
+        inputs = open_inputs(config.ref_batch, config.sample_batch, config.metric_names, config.num_samples)
         protocol = read_protocol(config.sample_batch)
         output = output_path(config)
         check_folder(config.cache, "--cache-dir")
         with watch.measure("weights"):
             weights = inspect_weights(shared_weights(config, world))
             backend = make_backend(config, weights.path, world.device)
-        with ThreadPoolExecutor(1) as thread:
-            digesting = thread.submit(digest_on_main, samples, world)  # gigabytes: beside the network's work
-            with distributed.fail_together():
-                reference_digest = digest_on_main(reference, world)
-            cache = config.cache / "features" / features_name(config, reference_digest, weights, world.device)
-            with watch.measure("reference"):
-                of_reference = features_of(reference, backend, config, world, cache)
-            with watch.measure("samples"):
-                of_samples = features_of(samples, backend, config, world)
-            with distributed.fail_together():
-                sample_digest = digesting.result()
-            scores: dict[str, float] = {}
-            with watch.measure("metrics"), distributed.fail_together():
-                if world.is_main:
-                    with blame(f"{config.sample_batch} against {config.ref_batch}"):
-                        sets = image_set(reference, of_reference, backend), image_set(samples, of_samples, backend)
-                        scores = compute_scores(config.metric_names, *sets, config.distance_precision)
-            described = [describe(reference, reference_digest), describe(samples, sample_digest)]
-    with distributed.fail_together():
+        digests, scores = score_files(config, world, inputs, weights, backend, watch)
+    warnings = list_warnings(inputs[1], weights)
+    document = {
+        "format": FORMAT,
+        "scores": scores_as_json(scores),
+        **{each.title: describe(each, digest) for each, digest in zip(inputs, digests, strict=True)},
+        "protocol": protocol,
+        "config": to_dict(config),
+        "network": describe_network(config, weights, world),
+        "versions": library_versions(config.backend),
+        "seconds": watch.seconds,
+        "warnings": warnings,
+    }
+    with distributed.raise_on_all_ranks():
         if world.is_main:
-            said = remarks(samples, weights)
-            for line in said:
-                print(f"note: {line}", file=sys.stderr)
-            print(adm_lines(scores))  # first: what was computed must not be lost with the file
-            document = {
-                "format": 1,
-                "scores": scores_as_json(scores),
-                "reference": described[0],
-                "samples": described[1],
-                "protocol": protocol,
-                "config": to_dict(config),
-                "network": {"backend": config.backend, "weights": str(weights.path), "weights_sha256": weights.sha256}
-                | {"precision": "float32", "device": world.device.type, "world_size": world.size},
-                "versions": library_versions(config.backend),
-                "seconds": watch.seconds,
-                "remarks": said,
-            }
+            for line in warnings:
+                print(f"warning: {line}", file=sys.stderr)
+            print(adm_lines(scores))  # first: a full disk must not lose what was computed
             write_document(document, output)
             print(f"written: {output}", file=sys.stderr)
 
 
+def score_files(
+    config: EvaluatorConfig,
+    world: World,
+    inputs: tuple[EvaluationInput, EvaluationInput],
+    weights: Weights,
+    backend: Backend,
+    watch: Stopwatch,
+) -> tuple[tuple[str, str], dict[str, float]]:
+    """Compute checksums of both files, the features and the scores; what is returned counts on rank 0 only."""
+    reference, samples = inputs
+    with ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(digest_on_main, samples, world)  # reads gigabytes while the network computes
+        with distributed.raise_on_all_ranks():
+            reference_digest = digest_on_main(reference, world)
+        cache = config.cache / "features" / features_name(config, reference_digest, weights, world.device)
+        with watch.measure("reference"):
+            of_reference = features_of(reference, backend, config, world, cache)
+        with watch.measure("samples"):
+            of_samples = features_of(samples, backend, config, world)
+        with distributed.raise_on_all_ranks():
+            sample_digest = pending.result()
+    scores: dict[str, float] = {}
+    with watch.measure("metrics"), distributed.raise_on_all_ranks():
+        if world.is_main:
+            with error_prefix(f"{config.sample_batch} against {config.ref_batch}"):
+                sets = image_set(reference, of_reference, backend), image_set(samples, of_samples, backend)
+                scores = compute_scores(config.metric_names, *sets, config.pr_precision)
+    return (reference_digest, sample_digest), scores
+
+
 def output_path(config: EvaluatorConfig) -> Path:
-    """Where the result goes.
+    """Path of the result.
 
     Raises:
-        UserError: if nothing can be written there, or something that is read would be lost.
+        UserError: If nothing can be written there, or a file that is read would be overwritten.
     """
     flag = "sample_batch" if config.json is None else "--json"
     path = config.json or default_output(config.sample_batch)
@@ -110,88 +121,90 @@ def output_path(config: EvaluatorConfig) -> Path:
 
 
 def shared_weights(config: EvaluatorConfig, world: World) -> Path:
-    """The weight file, which main alone downloads where it is missing."""
-    with distributed.fail_together():
+    """Path of the weight file, which rank 0 alone downloads if it is missing."""
+    with distributed.raise_on_all_ranks():
         if world.is_main:
             find_weights(config.weights, config.cache, offline=config.offline)
     return find_weights(config.weights, config.cache, offline=True)
 
 
 def make_backend(config: EvaluatorConfig, weights: Path, device: torch.device) -> Backend:
-    """Loads the network.
+    """Load the network.
 
     Raises:
-        UserError: if the file is damaged or something else, or TensorFlow is wanted and absent.
+        UserError: If the file is damaged or something else, or TensorFlow is asked for and absent.
     """
-    with blame(str(weights)):
+    with error_prefix(str(weights)):
         if config.backend == "tensorflow":
             return TensorFlowBackend(weights, device)
         return load_network(weights, device)
 
 
-def digest_on_main(side: Side, world: World) -> str:
-    """The file's sha256; the other processes do not ask for it.
+def digest_on_main(source: EvaluationInput, world: World) -> str:
+    """sha256 of the file on rank 0, "" on the others, which do not need it.
 
     Raises:
-        UserError: on main, if its images are damaged.
+        UserError: On rank 0, if its images are damaged.
     """
-    return side.file.verified_sha256(read_to_end=side.count == side.file.count) if world.is_main else ""
+    return source.file.verified_sha256(read_to_end=source.count == source.file.count) if world.is_main else ""
 
 
 def features_name(config: EvaluatorConfig, digest: str, weights: Weights, device: torch.device) -> str:
-    """Name of a cached file, made of everything that decides the features in it."""
+    """Name of a cached file, made of everything that its features depend on."""
     return f"{digest[:16]}-{weights.sha256[:16]}-{config.backend}-{device.type}-v{CACHE_FORMAT}.safetensors"
 
 
 def features_of(
-    side: Side, backend: Backend, config: EvaluatorConfig, world: World, cache: Path | None = None
+    source: EvaluationInput, backend: Backend, config: EvaluatorConfig, world: World, cache: Path | None = None
 ) -> FileFeatures | None:
-    """Features of one side's images, kept ones where there are any; None where nobody needs them, or not on main."""
-    if not side.features:
+    """Features of an input, from the cache if they are there; None if no metric needs them, and on other ranks."""
+    if not source.features:
         return None
-    kept = None
-    with distributed.fail_together():
+    cached = None
+    with distributed.raise_on_all_ranks():
         if cache is not None and world.is_main:
-            kept = kept_features(side, backend, world.device, cache)
-    if distributed.broadcast(kept is not None):
-        return kept
-    made = extract_features(
-        side.file,
+            cached = cached_features(source, backend, world.device, cache)
+    if distributed.broadcast(cached is not None):
+        return cached
+    features = extract_features(
+        source.file,
         backend,
-        side.count,
-        batch_size=config.images_at_a_time(world.device.type),
-        spatial=side.spatial,
+        source.count,
+        batch_size=config.batch_size_on(world.device.type),
+        spatial=source.spatial,
         world=world,
-        title=side.title,
+        title=source.title,
     )
-    if made is not None and cache is not None:
-        keep_features(made, cache)
-    return made
+    if features is not None and cache is not None:
+        cache_features(features, cache)
+    return features
 
 
-def kept_features(side: Side, backend: Backend, device: torch.device, cache: Path) -> FileFeatures | None:
-    """What an earlier evaluation kept of one side; None where there is nothing, or nothing of this network's widths."""
-    kept = load_features(cache, count=side.count, spatial=side.spatial, device=device)
-    if kept is None:
+def cached_features(
+    source: EvaluationInput, backend: Backend, device: torch.device, cache: Path
+) -> FileFeatures | None:
+    """Features that an earlier evaluation cached; None if there are none, or not of this network's widths."""
+    cached = load_features(cache, count=source.count, spatial=source.spatial, device=device)
+    if cached is None:
         return None
-    pool, spatial = backend.features(next(side.file.batches(0, 1, 1)))
-    fits = kept.pool.shape[1] == pool.shape[1]
-    if kept.spatial is not None:
-        fits &= len(kept.spatial.mean) == spatial.shape[1]
-    return kept if fits else None
+    pool, spatial = backend.features(next(source.file.batches(0, 1, 1)))
+    fits = cached.pool.shape[1] == pool.shape[1]
+    if cached.spatial is not None:
+        fits &= len(cached.spatial.mean) == spatial.shape[1]
+    return cached if fits else None
 
 
-def keep_features(made: FileFeatures, cache: Path) -> None:
-    """Spares the next evaluation the work; this one does not depend on it."""
+def cache_features(features: FileFeatures, cache: Path) -> None:
+    """Cache features for the next evaluation; a failure is only a warning, because this one has them."""
     try:
-        save_features(made, cache)
+        save_features(features, cache)
     except OSError as error:
-        print(f"note: {cache}: cannot keep features there ({error.strerror or error})", file=sys.stderr)
+        print(f"warning: {cache}: cannot keep features there ({error.strerror or error})", file=sys.stderr)
 
 
-def image_set(side: Side, features: FileFeatures | None, backend: Backend) -> ImageSet:
-    """What the metrics are told about one side."""
-    stored, computed = side.stored, features.spatial if features is not None else None
+def image_set(source: EvaluationInput, features: FileFeatures | None, backend: Backend) -> ImageSet:
+    """Features and statistics of an input, as the metrics take them."""
+    stored, computed = source.stored, features.spatial if features is not None else None
     return ImageSet(
         pool=None if features is None else features.pool,
         pool_statistics=None if stored is None else stored.pool,
@@ -200,35 +213,47 @@ def image_set(side: Side, features: FileFeatures | None, backend: Backend) -> Im
     )
 
 
-def remarks(samples: Side, weights: Weights) -> list[str]:
-    """What a reader of the numbers must be told."""
-    found = [] if weights.doubt is None else [f"{weights.doubt}: these scores compare with nobody's"]
+def list_warnings(samples: EvaluationInput, weights: Weights) -> list[str]:
+    """Reasons why the scores may not be comparable with published ones."""
+    warnings = [] if weights.warning is None else [f"{weights.warning}: these scores are not comparable with others"]
     if samples.stored is None and samples.count != PUBLISHED_COUNT:
-        found.append(f"FID falls with the number of images: here {samples.count:,}, in papers {PUBLISHED_COUNT:,}")
-    return found
+        warnings.append(f"FID falls with the number of images: here {samples.count:,}, in papers {PUBLISHED_COUNT:,}")
+    return warnings
 
 
-def describe(side: Side, digest: str) -> dict[str, Any]:
-    """One file, for the JSON."""
+def describe(source: EvaluationInput, digest: str) -> dict[str, object]:
+    """Description of one file, for the JSON."""
     return {
-        "path": str(side.file.path),
+        "path": str(source.file.path),
         "sha256": digest,
-        "images": side.count,
-        "images_in_file": side.file.count,
-        "image_size": side.file.size,
-        "statistics": "computed" if side.stored is None else "stored in the file",
+        "images": source.count,
+        "images_in_file": source.file.count,
+        "image_size": source.file.size,
+        "statistics": "computed" if source.stored is None else "stored in the file",
+    }
+
+
+def describe_network(config: EvaluatorConfig, weights: Weights, world: World) -> dict[str, object]:
+    """Description of the network and where it ran, for the JSON."""
+    return {
+        "backend": config.backend,
+        "weights": str(weights.path),
+        "weights_sha256": weights.sha256,
+        "precision": "float32",
+        "device": world.device.type,
+        "world_size": world.size,
     }
 
 
 class Stopwatch:
-    """Seconds of named stretches of work."""
+    """Seconds by name of what was measured."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Times the block."""
+        """Measure the block."""
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 3)

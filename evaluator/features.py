@@ -1,9 +1,8 @@
 """Features of all images of a file, by one process or many.
 
-The work is cut at batch boundaries: a process takes a run of whole batches, so that every image meets the same
-neighbours however many processes there are, and its features are the same to the last bit. Pool features come together
-on the main process in the order of images (the Inception Score's splits depend on it). Of spatial features, which
-nothing needs one by one, only sums do.
+Each rank takes consecutive whole batches, so that the batch of an image, and with it the last bit of its features, does
+not depend on the number of ranks. Pool features are gathered on rank 0 in the order of images (the Inception Score's
+splits depend on it). Of spatial features, only sums are gathered.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluator.inception.backend import Backend
-from evaluator.metrics import ROWS_PER_UPDATE, Statistics, StatisticsAccumulator
 from evaluator.npz import BadImageFile, ImageFile
+from evaluator.statistics import ROWS_PER_UPDATE, Statistics, StatisticsAccumulator
 from runtime import distributed
 from runtime.distributed import World
 from runtime.files import atomic_path
 
 T = TypeVar("T")
-CACHE_FORMAT = 1  # of kept features; to be raised when their layout changes, or what is computed from the same images
+CACHE_FORMAT = 1  # of cached features; increase it when their layout changes, or their values for the same images
 SPATIAL_NAMES = {"spatial_mean", "spatial_covariance"}
 
 
 @dataclass(frozen=True)
 class FileFeatures:
-    """What the network made of a file's images.
+    """Features of a file's images.
 
     Attributes:
         pool: (N, 2048) float32, in the order of images.
-        spatial: statistics of the spatial features; None where nobody asked, or of a single image.
+        spatial: Statistics of the spatial features; None if they were not asked for, or of a single image.
     """
 
     pool: Tensor
@@ -48,43 +47,43 @@ class FileFeatures:
 def extract_features(
     file: ImageFile, backend: Backend, count: int, *, batch_size: int, spatial: bool, world: World, title: str
 ) -> FileFeatures | None:
-    """Computes the features of the first images of a file; all processes call it together.
+    """Compute the features of the first images of a file; all ranks call it together.
 
     Args:
-        file: holds at least `count` images.
-        backend: runs the network.
-        count: images, >= 1.
-        batch_size: images at a time.
-        spatial: whether their statistics are wanted.
-        world: this process among its peers.
-        title: for the progress bar.
+        file: File with at least `count` images.
+        backend: Network that computes the features.
+        count: Number of images, >= 1.
+        batch_size: Images at a time.
+        spatial: Compute statistics of the spatial features, too.
+        world: This rank and the number of ranks.
+        title: Title of the progress bar.
 
     Returns:
-        The features on the main process, None on the others.
+        The features on rank 0, None on the others.
 
     Raises:
-        UserError: on all processes, if one finds the file damaged or features that are not finite.
+        UserError: On all ranks, if one finds the file damaged or features that are not finite.
     """
     start, stop = share_of_rank(count, batch_size, world.rank, world.size)
     accumulator = StatisticsAccumulator()
     pool: list[Tensor] = []
-    waiting: list[Tensor] = []
+    chunks: list[Tensor] = []  # spatial features that are not yet added
     with (
-        distributed.fail_together(),
+        distributed.raise_on_all_ranks(),
         tqdm(total=count, desc=title, unit="image", disable=None if world.is_main else True) as bar,
     ):
         for images in read_ahead(file.batches(start, stop, batch_size)):
             features = backend.features(images)
             pool.append(features.pool)
             if spatial:
-                waiting.append(features.spatial)
-                if sum(map(len, waiting)) >= ROWS_PER_UPDATE:
-                    _absorb(accumulator, waiting, file.path)
+                chunks.append(features.spatial)
+                if sum(map(len, chunks)) >= ROWS_PER_UPDATE:
+                    _add_rows(accumulator, chunks, file.path)
             bar.update(min(len(images) * world.size, count - bar.n))
         rows = torch.cat(pool) if pool else torch.empty(0, 0, device=world.device)
         _require_finite(rows, start, file.path)
-        if waiting:
-            _absorb(accumulator, waiting, file.path)
+        if chunks:
+            _add_rows(accumulator, chunks, file.path)
     accumulators = distributed.objects_from_all_ranks(accumulator.to("cpu"))
     all_rows = distributed.rows_on_main(rows)
     if all_rows is None:
@@ -96,7 +95,7 @@ def extract_features(
 
 
 def share_of_rank(count: int, batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The images start .. stop - 1 of one process: whole batches, and the main process is never without."""
+    """Range (start, stop) of one rank's images: whole batches, and at least one for rank 0."""
     batches = -(-count // batch_size)
     each, extra = divmod(batches, world_size)
     start = rank * each + min(rank, extra)
@@ -105,7 +104,7 @@ def share_of_rank(count: int, batch_size: int, rank: int, world_size: int) -> tu
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items; the next one is made in a thread while the current one is worked on."""
+    """Yield the same items; the next one is made in a thread while the caller uses the current one."""
     with ThreadPoolExecutor(1) as thread:
         upcoming = thread.submit(next, items, None)
         while (item := upcoming.result()) is not None:
@@ -113,10 +112,10 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _absorb(accumulator: StatisticsAccumulator, waiting: list[Tensor], path: Path) -> None:
-    """Adds rows in large parts, because each addition touches all 4 million sums; NaN is named by the pool features."""
-    rows = torch.cat(waiting)
-    waiting.clear()
+def _add_rows(accumulator: StatisticsAccumulator, chunks: list[Tensor], path: Path) -> None:
+    """Add rows in large parts, because each addition touches all 4 million sums, and empty the list."""
+    rows = torch.cat(chunks)
+    chunks.clear()
     try:
         accumulator.update(rows)
     except ValueError as error:
@@ -133,14 +132,14 @@ def _require_finite(rows: Tensor, start: int, path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The cache
+# Cached features
 
 
 def save_features(features: FileFeatures, path: Path) -> None:
-    """Keeps features for the next evaluation, whole or not at all.
+    """Write features to a file, whole or not at all.
 
     Raises:
-        OSError: if they cannot be written.
+        OSError: If they cannot be written.
     """
     tensors = {"pool": features.pool.cpu().contiguous()}
     if features.spatial is not None:
@@ -154,33 +153,33 @@ def save_features(features: FileFeatures, path: Path) -> None:
 
 
 def load_features(path: Path, *, count: int, spatial: bool, device: torch.device) -> FileFeatures | None:
-    """Reads kept features.
+    """Read features from a file.
 
     Args:
-        path: of the file.
-        count: images that they must be of.
-        spatial: whether statistics of the spatial features are wanted.
-        device: where the pool features shall lie.
+        path: Path of the file.
+        count: Number of images that they must be of.
+        spatial: Require statistics of the spatial features, too.
+        device: Device of the pool features.
 
     Returns:
-        The features; None if there are none, without what is wanted, or ones that `save_features` cannot have written.
+        The features; None if there are none, some are missing, or `save_features` cannot have written them.
     """
     try:
         with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        return _checked(found, count, spatial, device)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return _checked(tensors, count, spatial, device)
     except (OSError, SafetensorError, ValueError):
         return None
 
 
-def _checked(found: dict[str, Tensor], count: int, spatial: bool, device: torch.device) -> FileFeatures | None:
+def _checked(tensors: dict[str, Tensor], count: int, spatial: bool, device: torch.device) -> FileFeatures | None:
     """Features from the tensors of a file; None or ValueError if something about them is wrong."""
-    has_spatial = SPATIAL_NAMES <= found.keys()
-    wanted = {"pool"} | (SPATIAL_NAMES if has_spatial else set())
-    if found.keys() != wanted or (spatial and not has_spatial):
+    has_spatial = SPATIAL_NAMES <= tensors.keys()
+    expected = {"pool"} | (SPATIAL_NAMES if has_spatial else set())
+    if tensors.keys() != expected or (spatial and not has_spatial):
         return None
-    pool = found["pool"]
+    pool = tensors["pool"]
     if pool.dtype != torch.float32 or pool.ndim != 2 or len(pool) != count or not torch.isfinite(pool).all():
         return None
-    statistics = Statistics(found["spatial_mean"], found["spatial_covariance"], count) if has_spatial else None
+    statistics = Statistics(tensors["spatial_mean"], tensors["spatial_covariance"], count) if has_spatial else None
     return FileFeatures(pool.to(device), statistics if spatial else None)

@@ -1,4 +1,4 @@
-"""The two files of an evaluation, checked against what the metrics need before anything long begins."""
+"""The two files of an evaluation, checked against the needs of the metrics before anything long begins."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from runtime.errors import UserError
 
 
 @dataclass(frozen=True)
-class Side:
-    """The reference or the samples, and what has to be found out about them.
+class EvaluationInput:
+    """The reference or the samples, and the features that the metrics need of them.
 
     Attributes:
         title: "reference" or "samples".
-        file: the images, the statistics, or both.
-        count: images to use, from the first one on.
-        stored: statistics that the file brings for just these images; they go before computed ones, as in ADM.
-        features: whether the network must see the images.
-        spatial: whether statistics of spatial features must be computed.
+        file: The images, their statistics, or both.
+        count: Number of images to use, from the first one on.
+        stored: Statistics in the file of exactly these images; preferred to computed ones, as in ADM.
+        features: True if the network must process the images.
+        spatial: True if statistics of spatial features must be computed.
     """
 
     title: str
@@ -32,22 +32,22 @@ class Side:
     spatial: bool
 
 
-def open_sides(
+def open_inputs(
     reference: Path, samples: Path, metrics: Sequence[str], num_samples: int | None = None
-) -> tuple[Side, Side]:
-    """Opens both files.
+) -> tuple[EvaluationInput, EvaluationInput]:
+    """Open both files.
 
     Args:
         reference: .npz of real images, their statistics, or both.
         samples: .npz of generated images.
-        metrics: keys of `METRICS`.
-        num_samples: use only the first images of the samples; None takes all.
+        metrics: Keys of `METRICS`.
+        num_samples: Number of samples to use, the first ones; None takes all.
 
     Returns:
         The reference and the samples.
 
     Raises:
-        UserError: if a file is no good, both do not belong together, or one lacks what a metric needs.
+        UserError: If a file cannot be used, the resolutions differ, or a metric needs more than a file holds.
     """
     real, generated = ImageFile(reference), ImageFile(samples)
     if real.size and generated.size and real.size != generated.size:
@@ -59,20 +59,23 @@ def open_sides(
     if count > generated.count:
         raise UserError(f"--num-samples {count}: {samples} has {generated.count:,} images")
     of_reference = [name for name in metrics if METRICS[name].of_reference]
-    return _side("reference", real, real.count, of_reference), _side("samples", generated, count, metrics)
+    return (
+        _plan_input("reference", real, real.count, of_reference),
+        _plan_input("samples", generated, count, metrics),
+    )
 
 
-def _side(title: str, file: ImageFile, count: int, metrics: Sequence[str]) -> Side:
+def _plan_input(title: str, file: ImageFile, count: int, metrics: Sequence[str]) -> EvaluationInput:
     stored = file.statistics if count == file.count else None
-    to_compute = [name for name in metrics if stored is None or not METRICS[name].statistics]
-    for name in to_compute:
+    computed = [name for name in metrics if stored is None or not METRICS[name].statistics]
+    for name in computed:
         if count < METRICS[name].images:
             raise BadImageFile(
                 f"{file.path}: {count or 'no'} images to use, but metric {name} needs at least {METRICS[name].images} "
                 f"in the {title}; --metrics without {name} leaves it out"
             )
-    spatial = any(METRICS[name].spatial for name in to_compute)
-    return Side(title, file, count, stored, bool(to_compute), spatial)
+    spatial = any(METRICS[name].spatial for name in computed)
+    return EvaluationInput(title, file, count, stored, bool(computed), spatial)
 
 
 def _shown(size: tuple[int, int]) -> str:

@@ -1,7 +1,7 @@
-"""Images in .npz files, read batch by batch: 50,000 of them never sit in memory.
+"""Images in .npz files, read batch by batch, so that 50,000 of them need little memory.
 
-The layout is that of ADM's evaluation: `arr_0` holds images (N, H, W, 3) uint8; `mu`, `sigma`, `mu_s`, `sigma_s`, where
-present, are statistics to be used instead of computing them. Nothing is ever unpickled.
+The layout is ADM's: `arr_0` holds images (N, H, W, 3) uint8; `mu`, `sigma`, `mu_s`, `sigma_s`, where present, are
+statistics to be used instead of computing them. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from evaluator.metrics import Statistics
+from evaluator.statistics import Statistics
 from runtime.errors import UserError
 
 IMAGES = "arr_0"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-LOCAL_HEADER = 30  # bytes of a zip entry's own header, before its name; two lengths stand at 26
-BYTES_AT_ONCE = 1 << 20  # of what is only passed by
+LOCAL_HEADER = 30  # bytes of a zip entry's local header before its name; two lengths follow byte 26
+BYTES_AT_ONCE = 1 << 20  # read at a time where only a checksum is taken, or bytes are skipped
 LARGEST_WHOLE = 2 * 10**9  # bytes of pixels that may be decompressed at once
 REAL_KINDS = "fiu"  # NumPy's letters for floats and integers
 
-# What zipfile raises for damage; RuntimeError stands for encryption and unknown compressions, too
+# Raised by zipfile for damage; RuntimeError also for encryption and unknown compressions
 DAMAGED = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
-NO_HEADER = (ValueError, TypeError, tokenize.TokenError)  # what NumPy raises for the header of an array
+NO_HEADER = (ValueError, TypeError, tokenize.TokenError)  # raised by NumPy for the header of an array
 
 Images = npt.NDArray[np.uint8]
 
 
 class BadImageFile(UserError, ValueError):
-    """A file is not what it should be; the message names it and says why."""
+    """A file cannot be used; the message names it and the reason."""
 
 
 class StoredStatistics(NamedTuple):
-    """Statistics that somebody computed before: of pool features, and of spatial ones."""
+    """Statistics in a file: of pool features, and of spatial ones."""
 
     pool: Statistics
     spatial: Statistics
@@ -52,14 +52,14 @@ class StoredStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where and how the images lie in the file.
+    """Position and layout of the images in the file.
 
     Attributes:
         shape: (N, H, W, 3).
-        fortran_order: whether the first index runs fastest.
-        offset: of the first pixel in the file; None where they are compressed.
-        header_bytes: what stands before the first pixel within the entry.
-        crc: CRC-32 that the entry's bytes should have, header included.
+        fortran_order: True if the first index changes fastest.
+        offset: Position of the first pixel in the file; None if the pixels are compressed.
+        header_bytes: Bytes before the first pixel within the entry.
+        crc: Recorded CRC-32 of the entry's bytes, header included.
     """
 
     shape: tuple[int, int, int, int]
@@ -72,15 +72,15 @@ class _Layout:
 class ImageFile:
     """An .npz that is known to hold images, statistics or both.
 
-    Opening reads headers only, and finds most of what can be wrong. Images in Fortran order lie scattered: a batch of
-    them touches pages of the whole file where they are stored plainly, which a file larger than the memory makes slow;
-    where they are compressed, they are decompressed as a whole, and refused above 2 GB.
+    Opening reads headers only, and finds most mistakes. In Fortran order the pixels of an image are scattered: if they
+    are stored, a batch touches pages of the whole file, which is slow for a file larger than the memory; if they are
+    compressed, all are decompressed at once, up to 2 GB.
 
     Args:
-        path: the file.
+        path: The file.
 
     Raises:
-        BadImageFile: if it is missing, cut short, no .npz, or holds something else.
+        BadImageFile: If it is missing, cut short, not an .npz, or holds something else.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,20 +108,20 @@ class ImageFile:
 
     @property
     def count(self) -> int:
-        """Number of images; 0 in a file of statistics alone."""
+        """Number of images; 0 in a file of statistics only."""
         return 0 if self._layout is None else self._layout.shape[0]
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width of the images, where there are any."""
+        """Height and width of the images; None without images."""
         return None if self._layout is None else self._layout.shape[1:3]
 
     @cached_property
     def statistics(self) -> StoredStatistics | None:
-        """The statistics in the file, where there are any.
+        """The statistics in the file; None without any.
 
         Raises:
-            BadImageFile: if they are damaged, or no mean and covariance.
+            BadImageFile: If they are damaged, or not a mean and a covariance.
         """
         if not self.has_statistics:
             return None
@@ -133,22 +133,22 @@ class ImageFile:
             raise BadImageFile(f"{self.path}: its statistics cannot be used ({error})") from error
 
     def verified_sha256(self, *, read_to_end: bool = True) -> str:
-        """Proves that the pixels are what was written, and returns the digest of the file's bytes, in hexadecimal.
+        """Check the pixels against their checksum, and return the sha256 of the file's bytes in hexadecimal.
 
-        Stored pixels are read past zipfile, which therefore compares no checksum: theirs is taken in the same pass as
-        the digest. Compressed ones zipfile checks at their end, which nothing reaches if only the first are wanted.
+        Stored pixels are not read through zipfile, so their checksum is computed here, in the same pass as the digest.
+        For compressed ones zipfile compares it at their end, which is not reached if only the first images are read.
 
         Args:
-            read_to_end: whether `batches` is read up to the last image anyway.
+            read_to_end: True if `batches` is read up to the last image anyway.
 
         Raises:
-            BadImageFile: if the pixels are damaged, or the file cannot be read.
+            BadImageFile: If the pixels are damaged, or the file cannot be read.
         """
         layout = self._layout
-        start, stop, written = 0, 0, 0  # where the entry lies that is to be checked; no bytes have the CRC 0
+        start, stop, recorded = 0, 0, 0  # range of the bytes to check; without any their CRC-32 is 0
         if layout is not None and layout.offset is not None:
             start, stop = layout.offset - layout.header_bytes, layout.offset + math.prod(layout.shape)
-            written = layout.crc
+            recorded = layout.crc
         digest, crc, position = hashlib.sha256(), 0, 0
         try:
             with self.path.open("rb", buffering=0) as file:
@@ -160,9 +160,9 @@ class ImageFile:
                 self._read_compressed_to_end()
         except DAMAGED as error:
             raise BadImageFile(f"{self.path}: its images are damaged or cut short ({error})") from error
-        if crc != written:
+        if crc != recorded:
             raise BadImageFile(
-                f"{self.path}: its images are damaged: {IMAGES} has the CRC-32 {crc:08x}, and had {written:08x} when "
+                f"{self.path}: its images are damaged: {IMAGES} has the CRC-32 {crc:08x}, and had {recorded:08x} when "
                 "it was written; make or fetch the file again"
             )
         return digest.hexdigest()
@@ -173,18 +173,18 @@ class ImageFile:
                 pass
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Images]:
-        """Reads images start .. stop - 1.
+        """Yield images start .. stop - 1 in batches.
 
         Args:
-            start: first image, >= 0.
-            stop: behind the last one, at most `count`.
-            size: images at a time, >= 1; the last batch may be shorter.
+            start: First image, >= 0.
+            stop: One past the last image, at most `count`.
+            size: Images at a time, >= 1; the last batch may be shorter.
 
         Yields:
-            (n, H, W, 3) uint8 arrays of their own memory.
+            (n, H, W, 3) uint8 arrays, each in memory that nothing else refers to.
 
         Raises:
-            BadImageFile: if the data ends early or is damaged.
+            BadImageFile: If the data ends early or is damaged.
         """
         if self._layout is None or not 0 <= start <= stop <= self.count:
             raise ValueError(f"images {start} to {stop} of {self.count}")
@@ -204,13 +204,13 @@ class ImageFile:
                 yield batch
 
     def _pixels(self, layout: _Layout, skip: int) -> IO[bytes]:
-        """The pixels as a stream, from a given one on."""
+        """Open the pixels as a stream, from a given one on."""
         if layout.offset is not None:
             stored = self.path.open("rb")
             stored.seek(layout.offset + skip)
             return stored
         with zipfile.ZipFile(self.path) as archive:
-            stream = archive.open(f"{IMAGES}.npy")  # keeps the file open by itself
+            stream = archive.open(f"{IMAGES}.npy")  # keeps the file open
         to_skip = layout.header_bytes + skip
         while to_skip:
             skipped = len(stream.read(min(to_skip, BYTES_AT_ONCE)))
@@ -243,28 +243,28 @@ class ImageFile:
             header_bytes = entry.tell()
         self._check_images(shape, dtype)
         count, height, width, channels = shape
-        wanted, there = math.prod(shape), info.file_size - header_bytes
-        if there != wanted:
-            raise BadImageFile(f"{self.path}: {IMAGES} is cut short: {there:,} of {wanted:,} bytes of pixels")
+        expected, actual = math.prod(shape), info.file_size - header_bytes
+        if actual != expected:
+            raise BadImageFile(f"{self.path}: {IMAGES} is cut short: {actual:,} of {expected:,} bytes of pixels")
         stored = info.compress_type == zipfile.ZIP_STORED
-        if fortran_order and not stored and wanted > LARGEST_WHOLE:
+        if fortran_order and not stored and expected > LARGEST_WHOLE:
             raise BadImageFile(
-                f"{self.path}: {IMAGES} is compressed in Fortran order, and {wanted:,} bytes of pixels are too many to "
-                "decompress at once; save it in C order (np.ascontiguousarray)"
+                f"{self.path}: {IMAGES} is compressed in Fortran order, and {expected:,} bytes of pixels are too many "
+                "to decompress at once; save it in C order (np.ascontiguousarray)"
             )
         offset = self._start_of_entry(info) + header_bytes if stored else None
-        if offset is not None and offset + wanted > self.path.stat().st_size:
+        if offset is not None and offset + expected > self.path.stat().st_size:
             raise BadImageFile(f"{self.path}: the file ends inside {IMAGES}")
         return _Layout((count, height, width, channels), fortran_order, offset, header_bytes, info.CRC)
 
     def _start_of_entry(self, info: zipfile.ZipInfo) -> int:
-        """Where an entry's own bytes begin: behind its header, whose length only the header itself says."""
+        """Position of an entry's content: after its local header, which holds its own length."""
         with self.path.open("rb") as file:
             file.seek(info.header_offset + 26)
             lengths = np.frombuffer(file.read(4), "<u2")
         return info.header_offset + LOCAL_HEADER + int(lengths.sum())
 
-    def _check_images(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def _check_images(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
         where = f"{self.path}: {IMAGES}"
         if dtype != np.uint8:
             raise BadImageFile(
@@ -277,16 +277,16 @@ class ImageFile:
             raise BadImageFile(f"{where} is empty: its shape is {shape}")
 
 
-def _real_numbers(found: Any, name: str) -> torch.Tensor:
-    """An entry as a float64 tensor; NumPy gives the plain bytes of one that is no array."""
-    array = np.asarray(found)
+def _real_numbers(entry: npt.ArrayLike, name: str) -> torch.Tensor:
+    """Convert an entry to a float64 tensor; NumPy returns the bytes of one that is not an array."""
+    array = np.asarray(entry)
     if array.dtype.kind not in REAL_KINDS:
         raise ValueError(f"{name} is {array.dtype}; expected real numbers")
     return torch.from_numpy(array.astype(np.float64))
 
 
 def _fill(file: IO[bytes], batch: Images) -> None:
-    """Reads until an array is full."""
+    """Read until an array is full."""
     rest = batch.reshape(-1).data
     while len(rest):
         count = file.readinto(rest)  # type: ignore[attr-defined]

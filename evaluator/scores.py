@@ -1,6 +1,6 @@
-"""The scores of a set of images, one row of a table each; which network made the features is not known here.
+"""Registry of metrics. To add one, write a function of two `ImageSet`s and a row in `METRICS`.
 
-A new metric is a function of two `ImageSet`s and a row in `METRICS`.
+Nothing here depends on which network made the features.
 """
 
 from __future__ import annotations
@@ -13,27 +13,26 @@ from torch import Tensor
 
 from evaluator.metrics import (
     DistancePrecision,
-    Statistics,
-    feature_statistics,
     frechet_distance,
     frechet_distance_from_features,
     inception_score,
     kernel_distance,
     precision_recall,
 )
+from evaluator.statistics import Statistics, feature_statistics
 
 NEIGHBOUR = 3  # of precision and recall
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """What is known of the reference, or of the samples; None where nothing asked for needs it.
+    """Features of the reference or of the samples; None where no chosen metric needs them.
 
     Attributes:
         pool: (N, 2048) float32 pool features, in the order of images.
-        pool_statistics: of the pool features, where a file brings its own; otherwise computed from `pool`.
-        spatial_statistics: of the spatial features.
-        probabilities: pool features -> class probabilities.
+        pool_statistics: Their statistics, if a file holds them; computed from `pool` otherwise.
+        spatial_statistics: Statistics of the spatial features.
+        probabilities: Map from pool features to class probabilities.
     """
 
     pool: Tensor | None
@@ -41,16 +40,28 @@ class ImageSet:
     spatial_statistics: Statistics | None
     probabilities: Callable[[Tensor], Tensor]
 
+    def rows(self) -> Tensor:
+        """Pool features (N, 2048) of a metric that needs images."""
+        assert self.pool is not None
+        return self.pool
+
+    def statistics(self) -> Statistics:
+        """Statistics of the pool features, from the file if it holds them."""
+        if self.pool_statistics is not None:
+            return self.pool_statistics
+        computed = feature_statistics(self.rows())
+        return Statistics(computed.mean.cpu(), computed.covariance.cpu(), computed.count)
+
 
 class Metric(NamedTuple):
-    """A row of the table.
+    """Row of the table.
 
     Attributes:
-        compute: (reference, samples, precision of distances) -> scores by name.
-        images: how many images it needs of each side.
-        of_reference: whether it needs the reference's images at all.
-        statistics: whether mean and covariance in a file do instead of images.
-        spatial: whether it is about spatial features.
+        compute: Function (reference, samples, precision of distances) -> scores by name.
+        images: Number of images that it needs at least, of the reference and of the samples.
+        of_reference: True if it needs the reference's images at all.
+        statistics: True if mean and covariance from a file can replace images.
+        spatial: True if it reads spatial features.
     """
 
     compute: Callable[[ImageSet, ImageSet, DistancePrecision], dict[str, float]]
@@ -61,13 +72,13 @@ class Metric(NamedTuple):
 
 
 def _inception_score(reference: ImageSet, samples: ImageSet, precision: DistancePrecision) -> dict[str, float]:
-    return {"Inception Score": inception_score(samples.probabilities(_pool(samples)))}
+    return {"Inception Score": inception_score(samples.probabilities(samples.rows()))}
 
 
 def _fid(reference: ImageSet, samples: ImageSet, precision: DistancePrecision) -> dict[str, float]:
     if reference.pool_statistics is None and samples.pool_statistics is None:
-        return {"FID": frechet_distance_from_features(_pool(reference), _pool(samples))}
-    return {"FID": frechet_distance(_statistics(reference), _statistics(samples))}
+        return {"FID": frechet_distance_from_features(reference.rows(), samples.rows())}
+    return {"FID": frechet_distance(reference.statistics(), samples.statistics())}
 
 
 def _sfid(reference: ImageSet, samples: ImageSet, precision: DistancePrecision) -> dict[str, float]:
@@ -76,12 +87,12 @@ def _sfid(reference: ImageSet, samples: ImageSet, precision: DistancePrecision) 
 
 
 def _precision_recall(reference: ImageSet, samples: ImageSet, precision: DistancePrecision) -> dict[str, float]:
-    found = precision_recall(_pool(reference), _pool(samples), NEIGHBOUR, precision=precision)
-    return {"Precision": found.precision, "Recall": found.recall}
+    shares = precision_recall(reference.rows(), samples.rows(), NEIGHBOUR, precision=precision)
+    return {"Precision": shares.precision, "Recall": shares.recall}
 
 
 def _kid(reference: ImageSet, samples: ImageSet, precision: DistancePrecision) -> dict[str, float]:
-    return {"KID": kernel_distance(_pool(reference), _pool(samples))}
+    return {"KID": kernel_distance(reference.rows(), samples.rows())}
 
 
 METRICS = {
@@ -97,33 +108,21 @@ ADM_METRICS = ("is", "fid", "sfid", "pr")  # in the order in which ADM prints th
 def compute_scores(
     names: Sequence[str], reference: ImageSet, samples: ImageSet, precision: DistancePrecision
 ) -> dict[str, float]:
-    """Computes metrics, in the order given.
+    """Compute metrics, in the order given.
 
     Args:
-        names: keys of `METRICS`.
-        reference: real images.
-        samples: generated ones.
-        precision: of the distances behind precision and recall.
+        names: Keys of `METRICS`.
+        reference: Real images.
+        samples: Generated images.
+        precision: Precision of the distances in precision and recall.
 
     Returns:
         Scores by the name that ADM prints, such as "sFID".
 
     Raises:
-        ValueError: if features or statistics are not what the metric needs.
+        ValueError: If features or statistics do not have the form that the metric needs.
     """
     scores: dict[str, float] = {}
     for name in names:
         scores |= METRICS[name].compute(reference, samples, precision)
     return scores
-
-
-def _pool(images: ImageSet) -> Tensor:
-    assert images.pool is not None
-    return images.pool
-
-
-def _statistics(images: ImageSet) -> Statistics:
-    if images.pool_statistics is not None:
-        return images.pool_statistics
-    found = feature_statistics(_pool(images))
-    return Statistics(found.mean.cpu(), found.covariance.cpu(), found.count)

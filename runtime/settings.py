@@ -198,9 +198,8 @@ class Given(Generic[T]):
                 row = self._kinds[kind]
                 owners = [each for each in row.owners if name in row.flags(each)]
                 if owners and owner not in owners:
-                    raise UserError(
-                        f"{name} {_typed(value)}: is a setting of the {kind} {' or '.join(owners)}; this run uses {owner}"
-                    )
+                    names = " or ".join(owners)
+                    raise UserError(f"{name} {_typed(value)}: is a setting of the {kind} {names}; this run uses {owner}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -242,20 +241,21 @@ def parse(
         UserError: for anything wrong with flags, file or values.
     """
     general = _flags(cls)
-    owned = {name: flag for kind in kinds for owner in kind.owners for name, flag in kind.flags(owner).items()}
-    clash = general.keys() & owned.keys()
-    assert not clash, f"flags with two owners: {clash}"
+    of_owners = [flag for kind in kinds for owner in kind.owners for flag in kind.flags(owner).values()]
+    owned = {flag.name for flag in of_owners}
+    assert not general.keys() & owned, f"flags with two owners: {general.keys() & owned}"
+    flags = [*general.values(), *of_owners]
     parser = _Parser(prog=program, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS)
+    parser.add_argument("--config", dest="--config", metavar="FILE", default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)
-    for flag in (*general.values(), *owned.values()):
+    for flag in flags:
         _add_flag(parser, flag)
     wants_help = "-h" in argv or "--help" in argv
     if wants_help:
         _print_help(cls, argv, program, doc or "", kinds)
         raise SystemExit(0)
     typed = vars(parser.parse_args(argv))
-    given = _expand(_current(typed, (*general.values(), *owned.values()), program), aliases, {*general, *owned})
+    given = _expand(_current(typed, flags, program), aliases, {*general, *owned})
     path = given.pop("--config", None)
     sections = {} if path is None else _read(path, program, migrate)
     names = [kind.name for kind in kinds]
@@ -280,7 +280,10 @@ def _current(typed: Values, flags: Sequence[Flag], program: str) -> Values:
             new, stands_for = former[name]
             text = new if stands_for is None else f"{new} {stands_for}"
             if os.environ.get("RANK", "0") == "0":
-                print(f"{program}: warning: {name} is now {text}; the old name goes with the next version", file=sys.stderr)
+                print(
+                    f"{program}: warning: {name} is now {text}; the old name goes with the next version",
+                    file=sys.stderr,
+                )
             given.setdefault(new, value if stands_for is None else stands_for)
         else:
             given[name] = value
@@ -352,12 +355,16 @@ def _add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
     else:
         options["type"] = _or_auto(kind) if optional and kind is int else kind
         options["metavar"] = "PATH" if kind is Path else kind.__name__.upper()
-    if flag.name not in parser._option_string_actions:  # owners of one kind share flags
+    known = parser._option_string_actions
+    if flag.name not in known:
         parser.add_argument(flag.name, **options)
-        for old, value in flag.field.metadata["was"].items():
+    elif (choices := _choices(flag)) and (others := known[flag.name].choices) is not None:
+        known[flag.name].choices = tuple(dict.fromkeys([*others, *choices]))  # owners of one kind share flags
+    for old, value in flag.field.metadata["was"].items():
+        if old not in known:
             action: Values = {} if value is None else {"action": "store_const", "const": value}
             kept = {k: v for k, v in options.items() if value is None and k in ("type", "choices", "nargs", "action")}
-            parser.add_argument(old, **{**kept, **action, "dest": old, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS})
+            parser.add_argument(old, **{**kept, **action}, dest=old, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _default(flag: Flag) -> str:
@@ -394,7 +401,7 @@ class _TupleAction(argparse.Action):
 
 
 def _print_help(cls: type, argv: Sequence[str], program: str, doc: str, kinds: Sequence[Kind]) -> None:
-    """Print the general settings by group, those of the owners that the command line chooses, and which others exist."""
+    """Print the general settings by group, those of the owners on the command line, and the names of all others."""
     summary, _, rest = doc.strip().partition("\n")
     examples = [line for line in rest.splitlines() if line.startswith("    ")]
     chosen, others = [], []
@@ -422,8 +429,12 @@ def _print_help(cls: type, argv: Sequence[str], program: str, doc: str, kinds: S
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     general = parser.add_argument_group("general")
-    general.add_argument("-h", "--help", action="store_true", help="show this text; with --model, --sampler ...: theirs too")
-    general.add_argument("--config", metavar="FILE", help="JSON of settings, as this script writes it; flags override it")
+    general.add_argument(
+        "-h", "--help", action="store_true", help="show this text; with --model, --sampler ...: theirs too"
+    )
+    general.add_argument(
+        "--config", metavar="FILE", help="JSON of settings, as this script writes it; flags override it"
+    )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for found in _flags(cls).values():
         title = " ".join(found.path[:-1]).replace("_", " ")
@@ -524,7 +535,11 @@ def _read(path: str, program: str, migrate: Callable[[Values], Values]) -> Value
     values = migrate(values)
     script = values.pop("script", program)
     if script != program:
-        hint = f"; give its checkpoint: --ckpt {Path(path).parent}/checkpoints/NUMBER.safetensors" if script == "train.py" else ""
+        hint = (
+            f"; give its checkpoint: --ckpt {Path(path).parent}/checkpoints/NUMBER.safetensors"
+            if script == "train.py"
+            else ""
+        )
         raise UserError(f"--config {path}: settings of {script}, not of {program}{hint}")
     return {name: value for name, value in values.items() if name not in ("format", "version")}
 

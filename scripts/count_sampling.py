@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from runtime.config import setting
 
 from benchmarks.counting import SamplingCost
 from benchmarks.report import aligned

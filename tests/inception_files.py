@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def write_npz(path: Path, images: Images, compressed: bool = False, **others: np
 
 
 def write_graph(path: Path, **options: Any) -> Path:
-    """A synthetic weight file; narrow unless told otherwise."""
+    """A synthetic weight file; narrow by default."""
     path.write_bytes(synthetic_graph(**{"divisor": NARROW, **options}))
     return path
 
@@ -77,10 +78,7 @@ def _max_in_the_block_before(network: InceptionNetwork, patch: pytest.MonkeyPatc
 
 
 def _replace(network: InceptionNetwork, name: str, make: Callable[[Any], nn.Module]) -> None:
-    network.steps = [
-        type(step)(step.output, step.inputs, make(step.module), step.spent) if step.output == name else step
-        for step in network.steps
-    ]
+    network.steps = [replace(step, module=make(step.module)) if step.output == name else step for step in network.steps]
 
 
 def _round_weights(network: InceptionNetwork, patch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Scores of samples during training: digits have their own, photographs are compared with a reference if there is one."""
+"""Scores of samples during training: digits have their own, photographs are compared with a given reference."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from evaluator.inception.network import load_network
 from evaluator.inception.weights import default_cache, find_weights, inspect_weights
-from evaluator.metrics import feature_statistics, frechet_distance, inception_score
+from evaluator.metrics import frechet_distance, inception_score
 from evaluator.npz import ImageFile
+from evaluator.statistics import feature_statistics
 from runtime import distributed
 from runtime.errors import UserError, error_prefix
 from training.config import TrainSettings
@@ -89,6 +90,6 @@ def open_inception(reference: Path, image_size: tuple[int, ...], device: torch.d
         width = network.features(torch.zeros(1, *image_size, 3, dtype=torch.uint8).numpy()).pool.shape[1]
         if len(reference_statistics.mean) != width:
             raise ValueError(f"its mu has {len(reference_statistics.mean):,} numbers, the network {width:,} features")
-    if weights.doubt is not None and os.environ.get("RANK", "0") == "0":
-        print(f"note: {weights.doubt}: these scores are comparable with no published ones", file=sys.stderr)
+    if weights.warning is not None and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {weights.warning}: these scores are not comparable with others", file=sys.stderr)
     return Scorer(features, scores)

@@ -71,16 +71,15 @@ class Setup:
         return self.loss.network
 
     def document(self) -> Values:
-        """All settings as nested JSON: config.json, and part of every checkpoint."""
+        """All settings as nested JSON, as checkpoints and config.json keep them."""
         names, config = self.owners, self.config
-        sections = document(
+        return document(
             config,
             model=(config.model, self.network.config),
             process=(names.process, self.process),
             loss=(names.loss, self.loss.settings),
             optimizer=(names.optimizer, self.optimizer),
         )
-        return {"format": 2, "script": "train.py", **sections}
 
     def warnings(self) -> list[str]:
         """Lines about settings that a user may regret, for the log and the dry run."""
@@ -159,9 +158,7 @@ def set_up(
         data=replace(config.data, vae=vae, image_size=dataset.image_shape[-1], channels=dataset.image_shape[-3]),
     )
     scorer = open_scorer(config, dataset.image_shape[-2:], device)
-    return Setup(
-        resolved, owners, dataset, held_out, encoder, loss, process_settings, optimizer, total, scorer
-    )
+    return Setup(resolved, owners, dataset, held_out, encoder, loss, process_settings, optimizer, total, scorer)
 
 
 def network_fields(given: Given[TrainSettings], owners: Owners, start: Checkpoint | None) -> Values:
@@ -272,9 +269,7 @@ def open_held_out(config: TrainSettings, dataset: Dataset) -> Dataset | None:
     return held_out
 
 
-def open_alignment(
-    config: TrainSettings, dataset: Dataset, network: Network, device: torch.device
-) -> Alignment | None:
+def open_alignment(config: TrainSettings, dataset: Dataset, network: Network, device: torch.device) -> Alignment | None:
     """The vision encoder and a fresh projector, if features are to be aligned.
 
     Raises:
@@ -284,7 +279,9 @@ def open_alignment(
     if settings.align is None:
         return None
     if config.data.dataset == "latents":
-        raise UserError(f"--align {settings.align}: needs raw images, which stored latents are not; use an image folder")
+        raise UserError(
+            f"--align {settings.align}: needs raw images, which stored latents are not; use an image folder"
+        )
     if dataset.image_shape[-3] != 3:
         raise UserError(f"--align {settings.align}: needs RGB images, and these are grey")
     if not 1 <= settings.align_block <= len(network.blocks):

@@ -37,7 +37,7 @@ def checkpoint_meta(setup: Setup, step: int) -> dict[str, Any]:
     owners = {name: sections.pop(name) for name in ("model", "process", "loss", "optimizer")}
     decay = setup.config.optimization.ema_decay
     return {
-        "format": sections.pop("format"),
+        "format": 2,
         "step": step,
         **owners,
         "encoder": {"name": setup.config.data.vae},

@@ -1,4 +1,4 @@
-"""Scores for 8 x 8 digits: what FID and its relatives are for ImageNet, small enough for a laptop and shipped whole.
+"""Scores for 8 x 8 digits, in the way of FID and its relatives, with a network small enough to be in the repository.
 
 The numbers compare runs of this project with one another; they are not FID and must not be reported as such.
 """

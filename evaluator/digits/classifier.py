@@ -1,4 +1,4 @@
-"""An independent judge of class-conditional digits: a support vector machine on raw pixels."""
+"""An independent classifier of digits: a support vector machine on raw pixels."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from evaluator.digits.network import NUM_CLASSES, check_images
 
 
 class IndependentClassifier:
-    """Support vector machine with a radial kernel; about 99 % right on held-out digits."""
+    """Support vector machine with a radial kernel; about 99 % accurate on held-out digits."""
 
     def __init__(self, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> None:
-        """Fits it; deterministic, a tenth of a second.
+        """Fit the classifier; deterministic, a tenth of a second.
 
         Args:
             images: (N, 8, 8, 1) uint8, the training split.
             labels: (N,) integers in [0, 10).
 
         Raises:
-            ValueError: for other shapes, dtypes or labels.
+            ValueError: For other shapes, dtypes or labels.
         """
-        from sklearn.svm import SVC  # heavy: most of a second, and only the fit needs it
+        from sklearn.svm import SVC  # takes most of a second to import, and only the fit needs it
 
         check_images(images, "images")
         check_labels(labels, len(images))
         self._machine = SVC(gamma=0.05, C=10.0).fit(_to_vectors(images), labels)
 
     def predict(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-        """Names the digits.
+        """Predict the digits.
 
         Args:
             images: (N, 8, 8, 1) uint8, N >= 1.
@@ -37,21 +37,21 @@ class IndependentClassifier:
             (N,) int64 in [0, 10).
 
         Raises:
-            ValueError: for another shape or dtype.
+            ValueError: For another shape or dtype.
         """
         check_images(images, "images")
         return np.asarray(self._machine.predict(_to_vectors(images)), dtype=np.int64)
 
 
 def check_labels(labels: npt.NDArray[np.int64], count: int) -> None:
-    """Refuses arrays that are not one class for each image.
+    """Check that there is one class for each image.
 
     Args:
-        labels: the array to check.
-        count: the number of images.
+        labels: The array to check.
+        count: The number of images.
 
     Raises:
-        ValueError: unless they are (count,) integers in [0, 10).
+        ValueError: Unless they are (count,) integers in [0, 10).
     """
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels must be ({count},) integers, one an image, not {labels.shape} {labels.dtype}")

@@ -1,13 +1,12 @@
-"""The feature network of the digits: a small convolutional classifier, with its trained weights beside this file.
+"""The feature network of the digits: a small convolutional classifier with committed weights, made by `train.py`.
 
-The weights are committed so that a Frechet distance means the same on every machine; `train.py` made them.
+The weights are committed so that a Frechet distance means the same on every machine.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,6 @@ class DigitsFeatureNetwork(nn.Module):
     """Three convolutions and two linear layers; the features are the non-negative input of the last one."""
 
     def __init__(self) -> None:
-        """Draws initial weights from PyTorch's global generator."""
         super().__init__()
         self.convolutions = nn.Sequential(
             nn.Conv2d(1, 16, kernel_size=3, padding=1),
@@ -45,7 +43,7 @@ class DigitsFeatureNetwork(nn.Module):
         self.head = nn.Linear(NUM_FEATURES, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Classifies images.
+        """Classify images.
 
         Args:
             images: (N, 8, 8, 1) uint8, scaled to [-1, 1] here.
@@ -59,26 +57,26 @@ class DigitsFeatureNetwork(nn.Module):
 
 
 def load_feature_network(path: Path = WEIGHTS_PATH) -> DigitsFeatureNetwork:
-    """Loads the trained network, ready for evaluation.
+    """Load the trained network, ready for evaluation.
 
     Args:
-        path: a safetensors file as `train.py` writes it; by default the committed one.
+        path: A safetensors file of `train.py`; by default the committed one.
 
     Returns:
         The network in evaluation mode, on the CPU.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        RuntimeError: if its tensors are not those of the network.
+        FileNotFoundError: If there is no such file.
+        RuntimeError: If its tensors do not fit the network.
     """
-    with torch.device("meta"):  # no initial weights, so no draws from the caller's random generator
+    with torch.device("meta"):  # no initial weights, so the global random generator is not used
         network = DigitsFeatureNetwork()
     network.load_state_dict(load_file(path), assign=True)
     return network.eval().requires_grad_(False)
 
 
 def digits_features(images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-    """Computes the committed network's features and class probabilities.
+    """Compute the committed network's features and class probabilities.
 
     Args:
         images: (N, 8, 8, 1) uint8, N >= 1.
@@ -87,7 +85,7 @@ def digits_features(images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float
         Features (N, 64) float32 >= 0 and probabilities (N, 10) float64.
 
     Raises:
-        ValueError: for another shape or dtype.
+        ValueError: For another shape or dtype.
     """
     check_images(images, "images")
     network = _committed_network()
@@ -102,15 +100,15 @@ def _committed_network() -> DigitsFeatureNetwork:
     return load_feature_network()
 
 
-def check_images(images: npt.NDArray[Any], name: str) -> None:
-    """Refuses arrays that are not a batch of 8-bit digits.
+def check_images(images: npt.NDArray[np.generic], name: str) -> None:
+    """Check that an array is a batch of 8-bit digits.
 
     Args:
-        images: the array to check.
-        name: what an error message calls it.
+        images: The array to check.
+        name: Subject of error messages.
 
     Raises:
-        ValueError: unless it is (N, 8, 8, 1) uint8 with N >= 1.
+        ValueError: Unless it is (N, 8, 8, 1) uint8 with N >= 1.
     """
     if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or len(images) == 0:
         raise ValueError(f"{name} must be (N, 8, 8, 1) uint8 with N >= 1, not {images.shape} {images.dtype}")

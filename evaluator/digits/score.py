@@ -1,4 +1,4 @@
-"""All scores of a set of generated digits, each beside what real held-out digits score."""
+"""All scores of a set of generated digits, with those of real held-out digits for comparison."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ LabelledImages = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class DigitsScores:
-    """Scores of one sample set; the training split is the reference throughout.
+    """Scores of one sample set; the reference is always the training split.
 
     Attributes:
-        num_samples: how many images were scored; distances of fewer images come out larger.
-        accuracy: share of samples that the independent classifier takes for the requested digit; None without labels.
-        frechet_distance: samples against training images, in the feature network's features; 0 is best.
-        frechet_distance_of_test: the same for the test images; samples of a good model stay below it.
-        inception_score: in [1, 10], from the feature network's probabilities.
-        precision: share of samples inside the manifold of the training images.
-        recall: share of training images inside the manifold of the samples.
-        nearest_ratio: median pixel distance of a sample to its nearest training image, over that of a test image;
+        num_samples: Number of images; distances of fewer images come out larger.
+        accuracy: Share of samples that the independent classifier takes for the requested digit; None without labels.
+        frechet_distance: Distance of samples and training images, in the feature network's features; 0 is best.
+        frechet_distance_of_test: The same for test images; samples of a good model stay below it.
+        inception_score: Inception Score in [1, 10], by the feature network's probabilities.
+        precision: Share of samples inside the manifold of the training images.
+        recall: Share of training images inside the manifold of the samples.
+        nearest_ratio: Median pixel distance of a sample to its nearest training image, over that of a test image;
             0 for copies, about 1 for new images.
     """
 
@@ -48,19 +48,19 @@ def score_digits(
     train: LabelledImages,
     test: LabelledImages,
 ) -> DigitsScores:
-    """Scores generated digits against the real ones.
+    """Score generated digits against the real ones.
 
     Args:
         samples: (N, 8, 8, 1) uint8, N >= 4.
         labels: (N,) integers in [0, 10), the digits that were asked for; None for unconditional samples.
-        train: images (N, 8, 8, 1) uint8 and labels (N,) int64 that the generating model was trained on.
-        test: the same of the held-out split.
+        train: Images (N, 8, 8, 1) uint8 and labels (N,) int64 of the training split.
+        test: The same of the held-out split.
 
     Returns:
         The scores.
 
     Raises:
-        ValueError: for other shapes, dtypes or labels, too few samples, or splits that overlap.
+        ValueError: For other shapes, dtypes or labels, too few samples, or splits that overlap.
     """
     check_images(samples, "samples")
     train_features, _ = digits_features(train[0])
@@ -92,6 +92,6 @@ def _nearest_ratio(samples: npt.NDArray[np.uint8], train: npt.NDArray[np.uint8],
 
 
 def _nearest_distances(images: npt.NDArray[np.uint8], train: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Returns the Euclidean distance, in grey levels, from each image to its nearest training image, (N,)."""
+    """Return the Euclidean distance, in grey levels, from each image to its nearest training image, (N,)."""
     points, others = (torch.tensor(array).flatten(start_dim=1).double() for array in (images, train))
-    return torch.cdist(points, others).amin(dim=1).numpy()  # sums of whole numbers: exact, so 0 for a copy
+    return torch.cdist(points, others).amin(dim=1).numpy()  # sums of integers: exact, so 0 for a copy

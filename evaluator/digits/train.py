@@ -1,9 +1,9 @@
-"""Trains the feature network of the digits and writes its weights; needed only to make new ones.
+"""Train the feature network of the digits and write its weights; needed only to make new ones.
 
-python -m evaluator.digits.train
+    python -m evaluator.digits.train
 
-Eight seconds on one core. The same machine gives the same bytes; another may round differently, and every Frechet
-distance of digits changes with the weights, so that new ones start a new scale.
+Eight seconds on one core. The same machine gives the same bytes; another may round differently. Every Frechet distance
+of digits changes with the weights, so that distances of different weights do not compare.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch.nn import functional
 
 from data.digits import load_digits
 from evaluator.digits.network import WEIGHTS_PATH, DigitsFeatureNetwork
-from runtime.config import parse_config, setting
 from runtime.errors import UserError, run
 from runtime.files import atomic_path
+from runtime.settings import parse_config, setting
 
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
@@ -36,22 +36,22 @@ MIN_ACCURACY = 0.975
 class FeatureNetworkConfig:
     """Settings of evaluator.digits.train."""
 
-    seed: int = setting(0, "decides initial weights, batches and dropout")
+    seed: int = setting(0, "seed of initial weights, batches and dropout")
     num_steps: int = setting(1000, "optimizer steps")
-    output: Path = setting(WEIGHTS_PATH, "safetensors file to write")
+    output: Path = setting(WEIGHTS_PATH, "safetensors file to write", shown="the committed one")
 
     def __post_init__(self) -> None:
-        """Refuses a training without steps."""
+        """Validate the fields."""
         if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, not {self.num_steps}")
+            raise ValueError(f"--num-steps {self.num_steps}: must be at least 1")
 
 
 def train_network(seed: int, num_steps: int) -> DigitsFeatureNetwork:
-    """Trains on the training split alone.
+    """Train on the training split only.
 
     Args:
-        seed: decides initial weights, batches and dropout; the global generator is left as it was.
-        num_steps: optimizer steps, >= 1.
+        seed: Seed of initial weights, batches and dropout; the global generator does not change.
+        num_steps: Number of optimizer steps, >= 1.
 
     Returns:
         The network in evaluation mode.
@@ -63,10 +63,10 @@ def train_network(seed: int, num_steps: int) -> DigitsFeatureNetwork:
         optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=num_steps)
         for _ in range(num_steps):
-            chosen = torch.randint(len(images), (BATCH_SIZE,))
-            _, logits = network(images[chosen])
+            rows = torch.randint(len(images), (BATCH_SIZE,))
+            _, logits = network(images[rows])
             optimizer.zero_grad()
-            functional.cross_entropy(logits, labels[chosen]).backward()
+            functional.cross_entropy(logits, labels[rows]).backward()
             optimizer.step()
             scheduler.step()
     return network.eval()
@@ -75,10 +75,10 @@ def train_network(seed: int, num_steps: int) -> DigitsFeatureNetwork:
 def measure_accuracy(
     network: DigitsFeatureNetwork, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
 ) -> float:
-    """Computes the share of images that a network classifies right.
+    """Compute the share of images that a network classifies correctly.
 
     Args:
-        network: in evaluation mode.
+        network: Network in evaluation mode.
         images: (N, 8, 8, 1) uint8.
         labels: (N,) int64.
 
@@ -91,22 +91,20 @@ def measure_accuracy(
 
 
 def write_weights(network: DigitsFeatureNetwork, path: Path, metadata: dict[str, int | float]) -> None:
-    """Writes a safetensors file, whole or not at all.
+    """Write a safetensors file, whole or not at all.
 
     Args:
-        network: whose weights to write.
-        path: the file.
-        metadata: kept as JSON in the file's header, under "training".
+        network: Network with the weights.
+        path: Path of the file.
+        metadata: JSON values for the file's header, under "training".
     """
     with atomic_path(path) as temporary:
         save_file(network.state_dict(), temporary, metadata={"training": json.dumps(metadata)})
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains, checks the accuracy on the test split, and writes the weights."""
-    config = parse_config(
-        FeatureNetworkConfig, argv, program="evaluator.digits.train", description=__doc__.split("\n")[0]
-    )
+    """Train, check the accuracy on the test split, and write the weights."""
+    config = parse_config(FeatureNetworkConfig, argv, program="evaluator.digits.train", doc=__doc__)
     torch.set_num_threads(1)  # sums depend on how many threads share them
     network = train_network(config.seed, config.num_steps)
     accuracy = measure_accuracy(network, *load_digits("test"))

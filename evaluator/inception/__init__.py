@@ -1,1 +1,1 @@
-"""The Inception network of ADM's evaluator: its frozen TensorFlow graph, read without TensorFlow or run by it."""
+"""The Inception network of ADM's evaluator: its frozen graph, read without TensorFlow or run by it."""

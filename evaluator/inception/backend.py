@@ -1,16 +1,17 @@
-"""What the evaluator asks of an Inception network, whoever runs it, and the graph's names for it."""
+"""Interface of the Inception network, and the names of its nodes in the frozen graph."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 # Nodes of the frozen graph, as ADM's evaluator uses them
 IMAGES = "ExpandDims"  # (N, H, W, 3) float32 in [0, 255]; the graph itself resizes and scales
 POOL = "pool_3"  # (N, 1, 1, 2048)
-SPATIAL = "mixed_6/conv"  # (N, 17, 17, 192), behind normalisation and ReLU
+SPATIAL = "mixed_6/conv"  # (N, 17, 17, 192), after normalisation and ReLU
 SPATIAL_CHANNELS = 7  # the first ones, so that 17 * 17 * 7 = 2023 is about as wide as the pool
 SOFTMAX_PRODUCT = "softmax/logits/MatMul"  # its second input holds the classifier's weights (2048, 1008)
 
@@ -20,7 +21,7 @@ class Features(NamedTuple):
 
     Attributes:
         pool: (N, 2048) float32, for FID, Inception Score, precision and recall.
-        spatial: (N, 2023) float32, for sFID: row by row, column by column, and the 7 channels of a place side by side.
+        spatial: (N, 2023) float32, for sFID: (17, 17, 7) flattened, channels last.
     """
 
     pool: Tensor
@@ -28,10 +29,10 @@ class Features(NamedTuple):
 
 
 class Backend(Protocol):
-    """Runs the network of one weight file."""
+    """Network of one weight file."""
 
-    def features(self, images: npt.NDArray[Any]) -> Features:
-        """Computes both kinds of features, where the backend computes.
+    def features(self, images: npt.NDArray[np.uint8]) -> Features:
+        """Compute both kinds of features, on the backend's device.
 
         Args:
             images: (N, H, W, 3) uint8, of any size.
@@ -39,7 +40,7 @@ class Backend(Protocol):
         ...
 
     def probabilities(self, pool: Tensor) -> Tensor:
-        """Computes the class probabilities of the Inception Score.
+        """Compute the class probabilities of the Inception Score.
 
         Args:
             pool: (N, 2048) float32.

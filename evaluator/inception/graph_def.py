@@ -1,8 +1,8 @@
-"""Frozen TensorFlow graphs, read without TensorFlow.
+"""Reader of frozen TensorFlow graphs that does not need TensorFlow.
 
-A `.pb` file is one protocol buffer message, GraphDef. Of the wire format only what such a file uses is here: fields are
-a key (number and kind), then a varint, four or eight bytes, or a length and that many bytes. Tensors stay views of the
-file's bytes until somebody asks for them.
+A `.pb` file is one protocol buffer message, GraphDef. Only the part of the wire format that such files use is here: a
+field is a key (number and kind), then a varint, four or eight bytes, or a length and that many bytes. Tensors stay
+views of the file's bytes until they are read.
 
 Sources: Protocol Buffers, "Encoding"; TensorFlow's graph.proto, node_def.proto, attr_value.proto, tensor.proto.
 """
@@ -14,7 +14,6 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,44 +23,48 @@ VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5  # kinds of fields
 # TensorFlow's number of a dtype -> NumPy's name, and the field of TensorProto that holds short tensors of it
 DTYPES = {1: ("<f4", 5), 2: ("<f8", 6), 3: ("<i4", 7), 9: ("<i8", 10)}
 
+Field = int | memoryview  # value of a field
+Attribute = int | float | bytes | list[int] | memoryview | None  # a memoryview is a tensor that was not read yet
+Numbers = npt.NDArray[np.floating | np.integer]
+
 
 @dataclass(frozen=True)
 class Node:
     """One operation of a graph.
 
     Attributes:
-        name: unique, such as "mixed_6/conv".
-        op: kind of operation, such as "Conv2D".
-        inputs: names of the nodes it reads; order-only ("control") inputs are left out.
-        attributes: numbers, bytes, lists of whole numbers, or tensors still to be read, by name.
+        name: Unique name, such as "mixed_6/conv".
+        op: Kind of operation, such as "Conv2D".
+        inputs: Names of the nodes that it reads, without order-only ("control") inputs.
+        attributes: Attributes by name.
     """
 
     name: str
     op: str
     inputs: tuple[str, ...]
-    attributes: Mapping[str, Any]
+    attributes: Mapping[str, Attribute]
 
-    def array(self) -> npt.NDArray[Any]:
-        """The value of a constant, read-only.
+    def array(self) -> Numbers:
+        """Read the value of a constant.
 
         Raises:
-            ValueError: if this is no constant, or its numbers are of a dtype no such graph needs.
+            ValueError: If this is not a constant, or its dtype is not supported.
         """
         tensor = self.attributes.get("value")
         if self.op != "Const" or not isinstance(tensor, memoryview):
-            raise ValueError(f"node {self.name} is no constant")
+            raise ValueError(f"node {self.name} is not a constant")
         return _read_tensor(tensor, self.name)
 
 
 def read_graph(path: Path) -> dict[str, Node]:
-    """Reads the nodes of a frozen graph, in the order of the file.
+    """Read the nodes of a frozen graph, in the order of the file.
 
     Args:
-        path: a `.pb` file.
+        path: Path of a `.pb` file.
 
     Raises:
-        OSError: if it cannot be opened.
-        ValueError: if it is damaged or something else.
+        OSError: If it cannot be opened.
+        ValueError: If it is damaged or something else.
     """
     try:
         nodes = [_read_node(value) for number, value in _fields(memoryview(path.read_bytes())) if number == 1]
@@ -72,8 +75,8 @@ def read_graph(path: Path) -> dict[str, Node]:
     return {node.name: node for node in nodes}
 
 
-def _fields(message: int | memoryview) -> Iterator[tuple[int, Any]]:
-    """Yields the number and raw value of each field: an int, or the bytes."""
+def _fields(message: Field) -> Iterator[tuple[int, Field]]:
+    """Yield the number and value of each field: an int, or the bytes."""
     message = _bytes(message)
     position = 0
     while position < len(message):
@@ -92,13 +95,13 @@ def _fields(message: int | memoryview) -> Iterator[tuple[int, Any]]:
         else:
             raise ValueError(f"unknown kind of field, {kind}, at byte {position}")
         if position + length > len(message):
-            raise ValueError(f"a field of {length:,} bytes ends behind the end")
+            raise ValueError(f"a field of {length:,} bytes ends after the end")
         yield number, message[position : position + length]
         position += length
 
 
 def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
-    """Seven bits a byte, lowest first, the eighth says that more follow; returns the number and the next position."""
+    """Read seven bits per byte, lowest first, until the eighth is 0; return the number and the next position."""
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(message):
@@ -111,10 +114,10 @@ def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
     raise ValueError(f"a number without an end at byte {position}")
 
 
-def _read_node(message: memoryview) -> Node:
+def _read_node(message: Field) -> Node:
     name, op = "", ""
     inputs: list[str] = []
-    attributes: dict[str, Any] = {}
+    attributes: dict[str, Attribute] = {}
     for number, value in _fields(message):
         if number == 1:
             name = _text(value)
@@ -129,67 +132,70 @@ def _read_node(message: memoryview) -> Node:
     return Node(name, op, data_inputs, attributes)
 
 
-def _bytes(value: int | memoryview) -> memoryview:
+def _bytes(value: Field) -> memoryview:
     if isinstance(value, int):
         raise ValueError("a number where bytes were expected")
     return value
 
 
-def _text(value: int | memoryview) -> str:
+def _text(value: Field) -> str:
     return str(_bytes(value), "utf-8")
 
 
-def _read_attribute(message: memoryview) -> Any:
-    """An AttrValue: bytes, a number, a list of whole numbers, or the bytes of a tensor; None for the other kinds."""
+def _read_attribute(message: Field) -> Attribute:
+    """Read an AttrValue; None for kinds that are not supported."""
     for number, value in _fields(message):
         if number == 1:
             return _read_integers(value, field=3)
         if number == 2:
             return bytes(_bytes(value))
         if number == 4:
-            return struct.unpack("<f", _bytes(value))[0]
+            (number_32,) = struct.unpack("<f", _bytes(value))
+            return float(number_32)
         if number in (3, 5, 6, 8):
             return value
     return None
 
 
-def _read_integers(message: memoryview, field: int) -> list[int]:
-    """All values of a repeated field of integers, packed into one run of bytes or one by one."""
-    found: list[int] = []
+def _read_integers(message: Field, field: int) -> list[int]:
+    """Read all values of a repeated field of integers, packed into bytes or one by one."""
+    integers: list[int] = []
     for number, value in _fields(message):
-        if number == field and isinstance(value, int):
-            found.append(_signed(value))
-        elif number == field:
-            position = 0
-            while position < len(value):
-                integer, position = _read_varint(value, position)
-                found.append(_signed(integer))
-    return found
+        if number != field:
+            continue
+        if isinstance(value, int):
+            integers.append(_signed(value))
+            continue
+        position = 0
+        while position < len(value):
+            integer, position = _read_varint(value, position)
+            integers.append(_signed(integer))
+    return integers
 
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _read_tensor(message: memoryview, name: str) -> npt.NDArray[Any]:
-    """A TensorProto as an array: all its bytes in one run, or a short list whose last value fills the rest."""
-    parts: dict[int, list[Any]] = {}
+def _read_tensor(message: memoryview, name: str) -> Numbers:
+    """Read a TensorProto: all bytes in one field, or a short list with its last value repeated."""
+    parts: dict[int, list[Field]] = {}
     for number, value in _fields(message):
         parts.setdefault(number, []).append(value)
     dtype = parts.get(1, [0])[-1]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, int) or dtype not in DTYPES:
         raise ValueError(f"constant {name} is of TensorFlow's dtype {dtype}; expected one of {sorted(DTYPES)}")
     numpy_dtype, short_field = DTYPES[dtype]
     shape = parts.get(2, [memoryview(b"")])[-1]
-    sizes = [_signed(dict(_fields(size)).get(1, 0)) for number, size in _fields(shape) if number == 2]
+    sizes = [[0, *_read_integers(size, field=1)][-1] for number, size in _fields(shape) if number == 2]
     count = math.prod(sizes)
-    if 4 in parts and len(parts[4][-1]):
-        values = np.frombuffer(parts[4][-1], numpy_dtype)
+    if 4 in parts and len(content := _bytes(parts[4][-1])):
+        values = np.frombuffer(content, numpy_dtype)
     else:
         if numpy_dtype.startswith("<i"):
             values = np.array(_read_integers(message, short_field), numpy_dtype)
         else:
-            values = np.frombuffer(b"".join(parts.get(short_field, [])), numpy_dtype)
+            values = np.frombuffer(b"".join(map(_bytes, parts.get(short_field, []))), numpy_dtype)
         if 1 <= len(values) < count:
             values = np.concatenate([values, np.full(count - len(values), values[-1])])
     if len(values) != count:

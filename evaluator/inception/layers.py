@@ -1,6 +1,6 @@
 """The few operations of the Inception graph, as PyTorch modules.
 
-Shapes: N images, C channels, H x W pixels. TensorFlow counts (N, H, W, C). From the resize on, tensors here are
+Shapes: N images, C channels, H x W pixels. TensorFlow's order is (N, H, W, C). After the resize, tensors here are
 (N, C, H, W) with `channels_last` strides: the same bytes in the same order.
 """
 
@@ -14,7 +14,7 @@ from evaluator.inception.resize import resize_bilinear
 
 
 class Resize(nn.Module):
-    """Resizes images, and hands them on as (N, C, H, W)."""
+    """Resizing of images (N, H, W, C) to (N, C, height, width)."""
 
     def __init__(self, height: int, width: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Resize(nn.Module):
 
 
 class Subtract(nn.Module):
-    """Takes a constant away."""
+    """Subtraction of a constant."""
 
     def __init__(self, constant: float) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Subtract(nn.Module):
 
 
 class Multiply(nn.Module):
-    """Multiplies by a constant."""
+    """Multiplication by a constant."""
 
     def __init__(self, constant: float) -> None:
         super().__init__()
@@ -50,13 +50,13 @@ class Multiply(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A convolution with its batch normalisation folded in, and a ReLU.
+    """Convolution with its batch normalisation folded in, and a ReLU.
 
     Args:
         weight: (C_out, C_in, H, W).
         bias: (C_out,).
-        stride: down and across.
-        padding: zeros above and below, left and right.
+        stride: Down and across.
+        padding: Zeros above and below, left and right.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> None:
@@ -71,7 +71,7 @@ class Convolution(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """Largest value of a window; padding never wins."""
+    """Maximum of a window; padding is never the maximum."""
 
     def __init__(self, size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class MaxPool(nn.Module):
 
 
 class AveragePool(nn.Module):
-    """Mean of a window, over the pixels that are there: TensorFlow does not count padding."""
+    """Mean of a window without its padding, as TensorFlow computes it."""
 
     def __init__(self, size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class AveragePool(nn.Module):
 
 
 class Concatenate(nn.Module):
-    """Puts channels side by side."""
+    """Concatenation of channels."""
 
     def forward(self, *parts: Tensor) -> Tensor:
         """(N, C_i, H, W) each -> (N, sum of C_i, H, W)."""

@@ -1,109 +1,107 @@
-"""From the nodes of a frozen graph to the modules that compute the same.
+"""Translation of a frozen graph's nodes into modules.
 
-The wiring is the file's: which layer feeds which, strides, paddings, order of channels, whether gamma counts. No table
-of layers stands in between that could disagree with it. A graph with anything but the forms below is refused, because
-running it in part would give plausible, wrong numbers.
+Everything is read from the file: connections, strides, paddings, order of channels, use of gamma. There is no table of
+layers that could disagree with it. A graph with any other operation is an error, because running it in part would give
+plausible, wrong numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from evaluator.inception.graph_def import Node
+from evaluator.inception.graph_def import Attribute, Node, Numbers
 from evaluator.inception.layers import AveragePool, Concatenate, Convolution, MaxPool, Multiply, Resize, Subtract
 
-PASSED_THROUGH = ("Identity", "CheckNumerics")  # NaN is looked for in the features instead
+PASSED_THROUGH = ("Identity", "CheckNumerics")  # the features are checked for NaN instead
 CHANNEL_AXIS = 3
 Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One module and what it works on.
+    """One module, its inputs and its output.
 
     Attributes:
-        output: name of the node that it computes.
-        inputs: names of the nodes that it reads.
-        module: the work.
-        spent: names that no later step reads.
+        output: Name of the node that it computes.
+        inputs: Names of the nodes that it reads.
+        module: The computation.
+        unused: Names that no later step reads.
     """
 
     output: str
     inputs: tuple[str, ...]
     module: nn.Module
-    spent: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def plan_steps(nodes: Mapping[str, Node], start: str, ends: Sequence[str]) -> list[Step]:
-    """Everything on the way from one node to others.
+    """Plan the computation of some nodes from one.
 
     Args:
-        nodes: of the graph, by name.
-        start: the node whose value will be given.
-        ends: the nodes whose values are wanted.
+        nodes: Nodes of the graph by name.
+        start: Node that is given.
+        ends: Nodes to compute; no step counts them as unused.
 
     Returns:
-        Steps, each behind those that it reads; values that are wanted are never spent.
+        Steps, each after those that it reads.
 
     Raises:
-        ValueError: if a node is missing or of a form that is not known.
+        ValueError: If a node is missing or not supported.
     """
     planner = _Planner(nodes, start)
     for end in ends:
         planner.visit(end)
     last_reader = {name: step.output for step in planner.steps.values() for name in step.inputs}
-    spent: dict[str, tuple[str, ...]] = {}
+    unused: dict[str, tuple[str, ...]] = {}
     for name, reader in last_reader.items():
         if name not in ends:
-            spent[reader] = (*spent.get(reader, ()), name)
-    return [Step(step.output, step.inputs, step.module, spent.get(step.output, ())) for step in planner.steps.values()]
+            unused[reader] = (*unused.get(reader, ()), name)
+    return [replace(step, unused=unused.get(step.output, ())) for step in planner.steps.values()]
 
 
-def find_constant(nodes: Mapping[str, Node], name: str, dimensions: int) -> npt.NDArray[Any]:
-    """The value of a constant, straight or behind nodes that pass it through.
+def find_constant(nodes: Mapping[str, Node], name: str, dimensions: int) -> Numbers:
+    """Value of a constant, read directly or through nodes that copy it.
 
     Raises:
-        ValueError: if it is missing, no constant, or has another number of dimensions.
+        ValueError: If it is missing, not a constant, or has another number of dimensions.
     """
-    array = find_node(nodes, _behind(nodes, name)).array()
+    array = find_node(nodes, _resolve(nodes, name)).array()
     if array.ndim != dimensions:
         raise ValueError(f"constant {name} is of shape {array.shape}; expected {dimensions} dimensions")
     return array
 
 
 def find_node(nodes: Mapping[str, Node], name: str) -> Node:
-    """The node of that name.
+    """Node of that name.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: If there is none.
     """
     if name not in nodes:
         raise ValueError(f"it has no node {name}")
     return nodes[name]
 
 
-def _behind(nodes: Mapping[str, Node], name: str) -> str:
-    """Name of the node whose value arrives under another name."""
+def _resolve(nodes: Mapping[str, Node], name: str) -> str:
+    """Follow nodes that only copy a value, back to the node that computes it."""
     while name in nodes and nodes[name].op in PASSED_THROUGH:
         (name, *_) = nodes[name].inputs
     return name
 
 
 class _Planner:
-    """Visits nodes from the end backwards; `steps` then stand in the order in which they can run."""
+    """Walk from the ends backwards; `steps` are then in the order in which they can run."""
 
     def __init__(self, nodes: Mapping[str, Node], start: str) -> None:
         self.nodes, self.start = nodes, start
         self.steps: dict[str, Step] = {}
-        self._begun = set[str]()
-        self._forms = {
+        self._visited = set[str]()
+        self._translate = {
             "ResizeBilinear": self._resize,
             "Sub": self._arithmetic,
             "Mul": self._arithmetic,
@@ -116,14 +114,14 @@ class _Planner:
     def visit(self, name: str) -> None:
         if name == self.start or name in self.steps:
             return
-        if name in self._begun:
+        if name in self._visited:
             raise ValueError(f"node {name} needs its own result")
-        self._begun.add(name)
+        self._visited.add(name)
         node = find_node(self.nodes, name)
-        if node.op not in self._forms:
-            raise ValueError(f"node {name} is a {node.op}; expected one of {', '.join(self._forms)}")
-        inputs, module = self._forms[node.op](node)
-        inputs = [_behind(self.nodes, each) for each in inputs]
+        if node.op not in self._translate:
+            raise ValueError(f"node {name} is a {node.op}; expected one of {', '.join(self._translate)}")
+        inputs, module = self._translate[node.op](node)
+        inputs = [_resolve(self.nodes, each) for each in inputs]
         for each in inputs:
             self.visit(each)
         self.steps[name] = Step(name, tuple(inputs), module)
@@ -141,13 +139,14 @@ class _Planner:
         return [x], Subtract(value) if node.op == "Sub" else Multiply(value)
 
     def _convolution(self, node: Node) -> tuple[list[str], nn.Module]:
-        """A ReLU of a normalised convolution."""
+        """Merge a ReLU, its normalisation and its convolution."""
         (normalised,) = self._inputs(node, 1)
         norm = self._required(normalised, "BatchNormWithGlobalNormalization")
         convolved, *constants = self._inputs(norm, 5)
         conv = self._required(convolved, "Conv2D")
         x, kernel = self._inputs(conv, 2)
-        if any(size != 1 for size in conv.attributes.get("dilations") or ()):
+        dilations = conv.attributes.get("dilations")
+        if isinstance(dilations, list) and any(size != 1 for size in dilations):
             raise ValueError(f"node {conv.name} is dilated")
         weight = find_constant(self.nodes, kernel, dimensions=4).astype(np.float64)  # (H, W, C_in, C_out)
         mean, variance, beta, gamma = (
@@ -155,7 +154,10 @@ class _Planner:
         )
         if any(array.shape != weight.shape[3:] for array in (mean, variance, beta, gamma)):
             raise ValueError(f"node {norm.name} does not fit the {weight.shape[3]} channels of {conv.name}")
-        scale = 1 / np.sqrt(variance + self._attribute(norm, "variance_epsilon"))
+        epsilon = self._attribute(norm, "variance_epsilon")
+        if not isinstance(epsilon, float):
+            raise ValueError(f"node {norm.name} has variance_epsilon {epsilon!r}; expected a number")
+        scale = 1 / np.sqrt(variance + epsilon)
         if self._attribute(norm, "scale_after_normalization"):
             scale *= gamma
         stride, padding = self._window(conv, weight.shape[:2])
@@ -180,30 +182,30 @@ class _Planner:
         return node.inputs
 
     def _required(self, name: str, op: str) -> Node:
-        node = find_node(self.nodes, _behind(self.nodes, name))
+        node = find_node(self.nodes, _resolve(self.nodes, name))
         if node.op != op:
             raise ValueError(f"node {node.name} is a {node.op}; expected a {op}")
         return node
 
-    def _attribute(self, node: Node, name: str) -> Any:
+    def _attribute(self, node: Node, name: str) -> Attribute:
         if node.attributes.get(name) is None:
-            raise ValueError(f"node {node.name} does not say its {name}")
+            raise ValueError(f"node {node.name} has no attribute {name}")
         return node.attributes[name]
 
     def _spatial_pair(self, node: Node, name: str) -> Pair:
-        """The middle of [1, down, across, 1]."""
+        """Read the two middle values of [1, down, across, 1]."""
         values = self._attribute(node, name)
         if not isinstance(values, list) or len(values) != 4 or (values[0], values[3]) != (1, 1):
-            raise ValueError(f"node {node.name} has {name} {values}; expected [1, down, across, 1]")
+            raise ValueError(f"node {node.name} has {name} {values!r}; expected [1, down, across, 1]")
         return values[1], values[2]
 
     def _window(self, node: Node, size: Sequence[int]) -> tuple[Pair, Pair]:
-        """Stride and padding of a window over pixels."""
+        """Read stride and padding of a window over pixels."""
         if (node.attributes.get("data_format") or b"NHWC") != b"NHWC":
-            raise ValueError(f"node {node.name} has its channels elsewhere than last")
+            raise ValueError(f"node {node.name} does not have its channels last")
         stride, padding = self._spatial_pair(node, "strides"), self._attribute(node, "padding")
         if padding == b"VALID":
             return stride, (0, 0)
         if padding == b"SAME" and stride == (1, 1) and all(length % 2 for length in size):
             return stride, (size[0] // 2, size[1] // 2)
-        raise ValueError(f"node {node.name} pads in a way that is not expected ({padding!r}, stride {stride})")
+        raise ValueError(f"node {node.name} has unsupported padding ({padding!r}, stride {stride})")

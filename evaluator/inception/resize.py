@@ -1,4 +1,4 @@
-"""Bilinear resizing as TensorFlow 1 does it, which the published FIDs contain."""
+"""Bilinear resizing as in TensorFlow 1, which published FIDs depend on."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def resize_bilinear(images: Tensor, height: int, width: int) -> Tensor:
-    """Resizes images; output pixel i lies at i * (old size / new size), and nothing is averaged when shrinking.
+    """Resize images; output pixel i is at i * (old size / new size), and nothing is averaged when shrinking.
 
     Args:
         images: (N, H, W, C) float32.
-        height: new H.
-        width: new W.
+        height: New H.
+        width: New W.
 
     Returns:
         (N, height, width, C) float32, equal to TensorFlow's to the last bit on a CPU.
@@ -29,7 +29,7 @@ def _blend(images: Tensor, size: int, dim: int) -> Tensor:
     old_size = images.shape[dim]
     if size == old_size:
         return images
-    # a rounded scale times a whole number, in float32: what lies on a grid point there must do so here
+    # float32 like TensorFlow: a position that is exactly on a pixel there must be so here
     scale = torch.tensor(old_size, dtype=torch.float32) / size
     positions = torch.arange(size, dtype=torch.float32) * scale
     lower = positions.floor()

@@ -1,8 +1,8 @@
-"""A graph file with the published one's layers and made-up weights.
+"""Graph file with the layers of the published one and random weights.
 
-For tests and benchmarks, which must not depend on a download: nodes, shapes and operations are the published graph's
-(but for `DecodeJpeg` at its entrance, which nobody runs), the numbers are random, and gamma is not 1. Scores made with
-it mean nothing.
+For tests and benchmarks, which must not depend on a download: nodes, shapes and operations are those of the published
+graph (without `DecodeJpeg`, which the evaluation does not run), weights are random, and gamma is not 1. Scores made
+with it mean nothing.
 
 Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2015, and the node names of
 inception-2015-12-05.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,39 +20,40 @@ import numpy.typing as npt
 PRODUCER = 8  # TensorFlow refuses BatchNormWithGlobalNormalization in graphs that say 9 or more
 IMAGE_SIZE, NUM_CLASSES = 299, 1008
 EPSILON = 0.001
+Dtype = type[np.float32] | type[np.int32]
 
 
 class Graph:
-    """A GraphDef under construction.
+    """Builder of a GraphDef.
 
     Args:
-        seed: of the weights.
-        divisor: of the number of channels everywhere but in images and classes; 1 is the published width.
-        scale_after_normalization: whether gamma counts.
+        seed: Seed of the weights.
+        divisor: Divisor of all numbers of channels but those of images and classes; 1 is the published width.
+        scale_after_normalization: Use gamma.
     """
 
     def __init__(self, seed: int, divisor: int, scale_after_normalization: bool) -> None:
-        self.random = np.random.RandomState(seed)  # the one whose numbers no version of NumPy changes
+        self.random = np.random.RandomState(seed)  # its numbers are the same in every version of NumPy
         self.divisor, self.scale_after_normalization = divisor, scale_after_normalization
         self.channels = {"Mul": 3}  # of each output
         self._nodes: list[bytes] = []
 
     def add(self, name: str, op: str, inputs: Sequence[str] = (), **attributes: bytes) -> str:
-        """Adds a node and returns its name; attributes are encoded AttrValues."""
+        """Add a node and return its name; attributes are encoded AttrValues."""
         entries = [_entry(key, value) for key, value in sorted(attributes.items())]
         texts = [_bytes(1, name.encode()), _bytes(2, op.encode()), *(_bytes(3, each.encode()) for each in inputs)]
         self._nodes.append(b"".join([*texts, *(_bytes(5, entry) for entry in entries)]))
         return name
 
-    def constant(self, name: str, value: Any, dtype: type[Any] = np.float32) -> str:
-        """Adds a Const."""
-        array = np.asarray(value, dtype)
+    def constant(self, name: str, value: npt.ArrayLike, dtype: Dtype = np.float32) -> str:
+        """Add a Const."""
+        array: npt.NDArray[np.float32 | np.int32] = np.asarray(value, dtype)
         return self.add(name, "Const", dtype=_type(dtype), value=_bytes(8, _tensor(array)))
 
     def conv(
         self, scope: str, x: str, width: int, kernel: tuple[int, int] = (1, 1), stride: int = 1, padding: str = "SAME"
     ) -> str:
-        """Adds the ten nodes of a convolution with normalisation and ReLU; returns the ReLU's name, the scope."""
+        """Add the ten nodes of a convolution with normalisation and ReLU; return the ReLU's name, the scope."""
         width //= self.divisor
         channels = self.channels[x]
         filters = self.random.standard_normal((*kernel, channels, width)) * np.sqrt(2 / (channels * np.prod(kernel)))
@@ -78,35 +78,35 @@ class Graph:
         return scope
 
     def checked(self, scope: str, x: str) -> str:
-        """Adds the two nodes that stop at NaN."""
+        """Add the two nodes that check for NaN."""
         self.add(f"{scope}/CheckNumerics", "CheckNumerics", [x], T=FLOAT, message=_text(f"{scope}: not finite"))
         return self.add(f"{scope}/control_dependency", "Identity", [x, f"^{scope}/CheckNumerics"], T=FLOAT)
 
     def pool(self, name: str, op: str, x: str, size: int = 3, stride: int = 1, padding: str = "SAME") -> str:
-        """Adds a MaxPool or AvgPool."""
+        """Add a MaxPool or AvgPool."""
         self.channels[name] = self.channels[x]
         sizes = {"ksize": _integers([1, size, size, 1]), "strides": _integers([1, stride, stride, 1])}
         return self.add(name, op, [self.checked(name, x)], T=FLOAT, padding=_text(padding), **sizes)
 
     def join(self, block: str, parts: Sequence[str]) -> str:
-        """Adds a Concat of channels."""
+        """Add a Concat of channels."""
         name = f"{block}/join"
         self.channels[name] = sum(self.channels[part] for part in parts)
         self.constant(f"{name}/concat_dim", 3, np.int32)
         return self.add(name, "Concat", [f"{name}/concat_dim", *parts], N=_number(len(parts)), T=FLOAT)
 
     def encode(self) -> bytes:
-        """The file's bytes."""
+        """Encode the file."""
         return b"".join([*(_bytes(1, node) for node in self._nodes), _bytes(4, _key(1, 0) + _varint(PRODUCER))])
 
 
 def synthetic_graph(divisor: int = 1, seed: int = 0, scale_after_normalization: bool = True) -> bytes:
-    """Makes a graph.
+    """Make a graph.
 
     Args:
-        divisor: the published numbers of channels are divided by it; 1, 2, 4, 8 or 16.
-        seed: of the weights.
-        scale_after_normalization: whether gamma counts.
+        divisor: Divisor of the published numbers of channels; 1, 2, 4, 8 or 16.
+        seed: Seed of the weights.
+        scale_after_normalization: Use gamma.
 
     Returns:
         The bytes of a `.pb` file: 95.7 MB for divisor 1, 1.7 MB for 8.
@@ -117,9 +117,9 @@ def synthetic_graph(divisor: int = 1, seed: int = 0, scale_after_normalization: 
     return graph.encode()
 
 
-def write_synthetic_graph(path: Path, **options: Any) -> Path:
-    """Writes `synthetic_graph(**options)` to a file and returns its path."""
-    path.write_bytes(synthetic_graph(**options))
+def write_synthetic_graph(path: Path, divisor: int = 1, seed: int = 0) -> Path:
+    """Write a `synthetic_graph` to a file and return its path."""
+    path.write_bytes(synthetic_graph(divisor, seed))
     return path
 
 
@@ -163,11 +163,11 @@ def _body(graph: Graph, x: str) -> str:
         x = _block_of_17(graph, block, x, inner)
     x = _reduction_to_8(graph, "mixed_8", x)
     x = _block_of_8(graph, "mixed_9", x, "AvgPool")
-    return _block_of_8(graph, "mixed_10", x, "MaxPool")  # no mistake of ours
+    return _block_of_8(graph, "mixed_10", x, "MaxPool")  # so is the published graph
 
 
 def _chain(graph: Graph, tower: str, x: str, *layers: tuple[int, tuple[int, int]]) -> str:
-    """Convolutions one behind the other: conv, conv_1, ..., each (width, kernel)."""
+    """Add convolutions in sequence: conv, conv_1, ..., each (width, kernel)."""
     for number, (width, kernel) in enumerate(layers):
         x = graph.conv(f"{tower}/conv{f'_{number}' if number else ''}", x, width, kernel)
     return x
@@ -216,16 +216,16 @@ def _reduction_to_8(graph: Graph, block: str, x: str) -> str:
 def _block_of_8(graph: Graph, block: str, x: str, pool: str) -> str:
     straight = graph.conv(f"{block}/conv", x, 320)
     tower = _chain(graph, f"{block}/tower", x, (384, (1, 1)))
-    halves = [
+    pair = [
         graph.conv(f"{block}/tower/mixed/conv", tower, 384, (1, 3)),
         graph.conv(f"{block}/tower/mixed/conv_1", tower, 384, (3, 1)),
     ]
     tower_1 = _chain(graph, f"{block}/tower_1", x, (448, (1, 1)), (384, (3, 3)))
-    halves_1 = [
+    pair_1 = [
         graph.conv(f"{block}/tower_1/mixed/conv", tower_1, 384, (1, 3)),
         graph.conv(f"{block}/tower_1/mixed/conv_1", tower_1, 384, (3, 1)),
     ]
-    return graph.join(block, [straight, *halves, *halves_1, _pooled(graph, block, x, 192, pool)])
+    return graph.join(block, [straight, *pair, *pair_1, _pooled(graph, block, x, 192, pool)])
 
 
 def _head(graph: Graph, x: str) -> None:
@@ -241,7 +241,7 @@ def _head(graph: Graph, x: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The wire format, outwards
+# Encoding
 
 
 def _varint(value: int) -> bytes:
@@ -285,11 +285,11 @@ def _integers(values: Iterable[int]) -> bytes:
     return _bytes(1, _bytes(3, b"".join(map(_varint, values))))
 
 
-def _type(dtype: type[Any]) -> bytes:
+def _type(dtype: Dtype) -> bytes:
     return _key(6, 0) + _varint({np.float32: 1, np.int32: 3}[dtype])
 
 
-def _tensor(array: npt.NDArray[Any]) -> bytes:
+def _tensor(array: npt.NDArray[np.float32 | np.int32]) -> bytes:
     shape = b"".join(_bytes(2, _key(1, 0) + _varint(size)) for size in array.shape)
     number = {"float32": 1, "int32": 3}[array.dtype.name]
     return _key(1, 0) + _varint(number) + _bytes(2, shape) + _bytes(4, array.tobytes())

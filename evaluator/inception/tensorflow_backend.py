@@ -1,7 +1,7 @@
-"""The frozen graph run by TensorFlow, as ADM's evaluator does: the cross-check of the PyTorch network.
+"""The frozen graph run by TensorFlow, as in ADM's evaluator: the cross-check of the PyTorch network.
 
-Needs TensorFlow and a process without Triton's native library, which torchvision, timm, diffusers and compiled PyTorch
-load: where TensorFlow came first, loading it aborts the process. So nothing else here imports TensorFlow.
+Nothing else here imports TensorFlow, because loading Triton's native library after it aborts the process; torchvision,
+timm, diffusers and compiled PyTorch load that library.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ PROBABILITY_ROWS = 512  # at a time, as ADM
 
 
 class TensorFlowBackend:
-    """A session on the graph.
+    """Session on the graph.
 
     Args:
-        path: the `.pb` file.
-        device: where features are handed out; TensorFlow computes on a GPU if it sees one and this is one.
+        path: The `.pb` file.
+        device: Device of the features; TensorFlow computes on a GPU if it finds one and this is one.
 
     Raises:
-        UserError: if TensorFlow is not installed.
-        OSError: if the file cannot be opened.
-        ValueError: if TensorFlow does not take it, or it has not the nodes of the Inception graph.
+        UserError: If TensorFlow is not installed.
+        OSError: If the file cannot be opened.
+        ValueError: If TensorFlow cannot read it, or it lacks nodes of the Inception graph.
     """
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
@@ -59,14 +59,14 @@ class TensorFlowBackend:
             options.device_count["GPU"] = 0
         self._session = tf.Session(graph=graph, config=options)
 
-    def features(self, images: npt.NDArray[Any]) -> Features:
-        """Computes features of (N, H, W, 3) uint8 images."""
+    def features(self, images: npt.NDArray[np.uint8]) -> Features:
+        """Compute features of (N, H, W, 3) uint8 images."""
         pool, spatial = self._run(self._features, {self._images: images.astype(np.float32)})
         rows = spatial[..., :SPATIAL_CHANNELS]  # (N, 17, 17, 7)
         return Features(self._rows(pool), self._rows(rows))
 
     def probabilities(self, pool: Tensor) -> Tensor:
-        """Computes class probabilities (N, classes) from pool features (N, D), without the bias."""
+        """Compute class probabilities (N, classes) from pool features (N, D), without the bias."""
         parts = pool.cpu().split(PROBABILITY_ROWS)
         return torch.cat([self._rows(self._run(self._probabilities, {self._pool: part.numpy()})) for part in parts])
 

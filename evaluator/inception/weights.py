@@ -1,6 +1,6 @@
-"""The file with the published Inception network: where it is looked for, and how it is fetched.
+"""The weight file of the published Inception network: search and download.
 
-Scores are comparable only between evaluations that use this very file. It is not ours to ship; it is downloaded once.
+Scores are comparable only between evaluations that use this file. Its licence is not ours, so it is downloaded, once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from runtime.files import atomic_path
 
 FILE_NAME = "classify_image_graph_def.pb"
 URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{FILE_NAME}"
-SIZE = 95_673_916  # as reported by two independent listings
-MD5 = "e6bb154e85f5d4331c22abcddb5dcf31"  # as reported by one project; nobody published a sha256
+SIZE = 95_673_916  # reported by two independent listings
+MD5 = "e6bb154e85f5d4331c22abcddb5dcf31"  # reported by one project; no sha256 was published
 ENVIRONMENT = "DIT_EVAL_INCEPTION"
 TIMEOUT_SECONDS = 30
 CHUNK = 1 << 20
@@ -31,14 +31,14 @@ class Weights:
     """A weight file that exists.
 
     Attributes:
-        path: where it lies.
-        sha256: of its bytes.
-        doubt: why it may not be the file behind published scores; None if nothing speaks against it.
+        path: Its path.
+        sha256: Checksum of its bytes.
+        warning: Reason why it may not be the file of published scores; None without one.
     """
 
     path: Path
     sha256: str
-    doubt: str | None
+    warning: str | None
 
 
 def default_cache() -> Path:
@@ -47,21 +47,21 @@ def default_cache() -> Path:
 
 
 def find_weights(given: Path | None, cache: Path, *, offline: bool) -> Path:
-    """Finds the file, and downloads it into the cache if it is nowhere.
+    """Find the file, and download it into the cache if there is none.
 
-    Looks at the path given, the environment variable DIT_EVAL_INCEPTION, the working directory (where ADM puts it), and
-    the cache, in this order; a path that was named and does not exist is an error.
+    Places in their order: the given path, the environment variable DIT_EVAL_INCEPTION, the working directory (where ADM
+    puts it), and the cache. A path that was given and does not exist is an error.
 
     Args:
-        given: the user's choice, or None.
-        cache: folder for a download.
-        offline: never download.
+        given: Path given by the user, or None.
+        cache: Folder for a download.
+        offline: Never download.
 
     Returns:
         Path of an existing file.
 
     Raises:
-        UserError: if there is no such file and no way to get it.
+        UserError: If there is no such file and no way to get it.
     """
     named = {"--weights": given, ENVIRONMENT: os.environ.get(ENVIRONMENT)}
     for source, path in named.items():
@@ -73,32 +73,32 @@ def find_weights(given: Path | None, cache: Path, *, offline: bool) -> Path:
     for place in places:
         if place.is_file():
             return place
-    looked = f"{FILE_NAME} is neither here nor in {cache}"
+    missing = f"{FILE_NAME} is neither here nor in {cache}"
     if offline:
-        raise UserError(f"--offline: {looked}; {advice()}")
+        raise UserError(f"--offline: {missing}; {advice()}")
     try:
         return download(URL, places[-1], size=SIZE)
     except (OSError, ValueError, HTTPException) as error:
-        raise UserError(f"{looked}, and downloading it failed ({error}); {advice()}") from error
+        raise UserError(f"{missing}, and downloading it failed ({error}); {advice()}") from error
 
 
 def advice() -> str:
-    """What to do without the file."""
+    """Instructions for getting the file."""
     named = f"{ENVIRONMENT}=PATH, or the evaluator's --weights PATH"
     return f"get it from {URL} on a machine with a network, and name it: {named}"
 
 
 def download(url: str, path: Path, *, size: int | None) -> Path:
-    """Fetches a file, whole or not at all, and notes its sha256 beside it.
+    """Download a file, whole or not at all, and write its sha256 to FILE.sha256.
 
     Args:
-        url: where from.
-        path: where to; folders are made.
-        size: bytes that it must have; None takes what the server announces.
+        url: Address of the file.
+        path: Path of the copy; folders are made.
+        size: Number of bytes that it must have; None takes what the server announces.
 
     Raises:
-        OSError: if the network or the disk fails.
-        ValueError: if it ends early or has another size.
+        OSError: If the network or the disk fails.
+        ValueError: If it ends early or has another size.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
@@ -116,33 +116,33 @@ def download(url: str, path: Path, *, size: int | None) -> Path:
         received = temporary.stat().st_size
         if expected is not None and received != expected:
             raise ValueError(f"{received:,} bytes arrived, expected {expected:,}")
-    _note(path).write_text(f"{digest.hexdigest()}  {path.name}\n")
+    _checksum_path(path).write_text(f"{digest.hexdigest()}  {path.name}\n")
     return path
 
 
 def inspect_weights(path: Path) -> Weights:
-    """Reads a file once, and says what is known about it.
+    """Read a file once, and compare it with its download and with the published file.
 
     Raises:
-        UserError: if it cannot be read, or is no longer what was downloaded.
+        UserError: If it cannot be read, or has changed since it was downloaded.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     sha256 = hashlib.sha256(content).hexdigest()
-    note = _note(path)
-    if note.is_file() and note.read_text().split()[:1] != [sha256]:
+    recorded = _checksum_path(path)
+    if recorded.is_file() and recorded.read_text().split()[:1] != [sha256]:
         raise UserError(
-            f"{path}: no longer what was downloaded (its sha256 is not the one in {note.name}); delete both"
+            f"{path}: has changed since its download (its sha256 is not the one in {recorded.name}); delete both"
         )
-    doubt = None
+    warning = None
     if len(content) != SIZE:
-        doubt = f"{path.name} has {len(content):,} bytes; the file behind published scores has {SIZE:,}"
+        warning = f"{path.name} has {len(content):,} bytes; the file of published scores has {SIZE:,}"
     elif hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5:
-        doubt = f"{path.name} has not the md5 that is reported for the file behind published scores"
-    return Weights(path, sha256, doubt)
+        warning = f"{path.name} does not have the md5 that is reported for the file of published scores"
+    return Weights(path, sha256, warning)
 
 
-def _note(path: Path) -> Path:
+def _checksum_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")

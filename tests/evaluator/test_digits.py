@@ -149,7 +149,7 @@ def test_a_poor_network_is_not_written(tmp_path):
     with pytest.raises(UserError, match="--num-steps 1: test accuracy 0.* is below 0.975"):
         training.main(["--num-steps", "1", "--output", str(tmp_path / "network.safetensors")])
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match="num_steps must be at least 1, not 0"):
+    with pytest.raises(UserError, match="--num-steps 0: must be at least 1"):
         training.main(["--num-steps", "0"])
 
 

@@ -22,14 +22,10 @@ from evaluator.inception.graph_def import read_graph
 from evaluator.inception.network import load_network
 from evaluator.inception.synthetic import synthetic_graph
 from evaluator.inception.weights import inspect_weights
-from evaluator.metrics import (
-    feature_statistics,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from evaluator.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
+from evaluator.scores import METRICS, Metric
 from evaluator.settings import EvaluatorConfig
+from evaluator.statistics import feature_statistics
 from runtime.errors import run
 from tests.inception_files import NARROW, make_images, write_graph, write_npz
 from tests.processes import ROOT, run_script
@@ -105,8 +101,8 @@ def test_five_numbers_in_adm_s_layout_and_a_json_with_the_whole_protocol(files, 
     }  # fmt: skip
     assert document["seconds"].keys() == {"weights", "reference", "samples", "metrics", "total"}
     assert document["config"]["pr_precision"] == "adm"
-    assert len(document["remarks"]) == 2 and all(f"note: {remark}" in err for remark in document["remarks"])
-    assert "compare with nobody's" in err and "here 11, in papers 50,000" in err
+    assert len(document["warnings"]) == 2 and all(f"warning: {warning}\n" in err for warning in document["warnings"])
+    assert "these scores are not comparable with others" in err and "here 11, in papers 50,000" in err
 
 
 @pytest.fixture
@@ -123,7 +119,7 @@ def seen(monkeypatch):
     return names
 
 
-def test_the_reference_s_features_are_kept(files, graph, capsys, seen):
+def test_the_reference_s_features_are_cached(files, graph, capsys, seen):
     assert evaluate(graph, *QUICK) == 0
     first = result()["scores"]
     assert evaluate(graph, *QUICK) == 0
@@ -203,7 +199,7 @@ def test_features_are_kept_for_one_weight_file_backend_device_and_format(files, 
 
 
 @pytest.mark.parametrize("in_the_way", ["the folder", "the file"])
-def test_features_that_cannot_be_kept_are_a_note(files, graph, capsys, in_the_way):
+def test_features_that_cannot_be_cached_are_a_warning(files, graph, capsys, in_the_way):
     assert evaluate(graph, *QUICK) == 0
     first = capsys.readouterr().out
     (kept,) = (files / "cache" / "features").iterdir()
@@ -215,7 +211,7 @@ def test_features_that_cannot_be_kept_are_a_note(files, graph, capsys, in_the_wa
         kept.parent.touch()
     assert evaluate(graph, *QUICK) == 0
     out, err = capsys.readouterr()
-    assert out == first and f"note: {kept.relative_to(files)}: cannot keep features there (" in err
+    assert out == first and f"warning: {kept.relative_to(files)}: cannot keep features there (" in err
 
 
 def test_a_prefix_of_the_samples(files, graph, capsys):
@@ -235,6 +231,32 @@ def test_distances_in_float32_and_the_kernel_distance_by_flag(files, graph, caps
     scores = result()["scores"]
     assert (scores["precision"], scores["recall"]) == precision_recall(reference, samples, precision="float32")
     assert scores["kid"] == pytest.approx(kernel_distance(reference, samples), rel=1e-3)
+
+
+def test_a_metric_is_a_function_and_a_row(files, graph, capsys, monkeypatch):
+    def mean_distance(reference, samples, precision):
+        return {"Mean Distance": float((reference.rows().mean(0) - samples.rows().mean(0)).norm())}
+
+    monkeypatch.setitem(METRICS, "mean", Metric(mean_distance, images=2))
+    assert evaluate(graph, "--metrics", "mean,is") == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["Inception Score", "Mean Distance"]
+    means = [features(graph, path).pool.mean(dim=0) for path in ("ref.npz", "samples.npz")]
+    assert result()["scores"]["mean_distance"] == pytest.approx(float((means[0] - means[1]).norm()), rel=1e-4)
+    np.savez("stats.npz", **stored(graph, "ref.npz"))
+    assert evaluate(graph, "--metrics", "mean", reference="stats.npz") == 2
+    assert "no images to use, but metric mean needs at least 2 in the reference" in capsys.readouterr().err
+
+
+def test_a_result_is_a_config(files, graph, capsys):
+    """Results of format 1 too: only the name of their warnings has changed."""
+    assert evaluate(graph, "--metrics", "is", "--batch-size", "5", "--json", "first.json") == 0
+    first = result("first.json")
+    first |= {"format": 1, "remarks": first.pop("warnings")}
+    Path("first.json").write_text(json.dumps(first))
+    assert evaluate(graph, "--config", "first.json", "--json", "second.json") == 0
+    second = result("second.json")
+    assert second["format"] == 2 and second["scores"] == first["scores"]
+    assert second["config"] == first["config"] | {"json": "second.json"}
 
 
 def stored(graph, path, count=None):
@@ -397,7 +419,7 @@ WRONG = {
         "samples.npz against a.npz: the two sets have different numbers of features: 3 and 128",
     ),
     "protocol that is no JSON": (
-        lambda: Path("samples.json").write_text("{sampler"), {}, (), "samples.json: says how the samples were made",
+        lambda: Path("samples.json").write_text("{sampler"), {}, (), "samples.json: cannot read the settings of the",
     ),
     "NaN in the protocol": (
         lambda: Path("samples.json").write_text('{"loss": NaN}'), {}, (), r"samples.json: .* \(NaN is no finite number",

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from evaluator.features import FileFeatures, extract_features, load_features, read_ahead, save_features, share_of_rank
 from evaluator.inception.backend import Features
 from evaluator.inception.network import load_network
-from evaluator.metrics import feature_statistics
 from evaluator.npz import BadImageFile, ImageFile
+from evaluator.statistics import feature_statistics
 from runtime.distributed import World
 from tests.inception_files import make_images, write_npz
 from tests.processes import run_script

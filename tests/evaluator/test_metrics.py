@@ -1,4 +1,4 @@
-"""Metrics against the numbers recorded from the ADM evaluator, closed forms, and the laws they must obey."""
+"""Metrics and statistics against numbers recorded from the ADM evaluator, closed forms, and invariants."""
 
 import hashlib
 import json
@@ -14,9 +14,6 @@ import torch
 
 from evaluator.metrics import (
     PrecisionRecall,
-    Statistics,
-    StatisticsAccumulator,
-    feature_statistics,
     frechet_distance,
     frechet_distance_from_features,
     inception_score,
@@ -24,6 +21,7 @@ from evaluator.metrics import (
     manifold_radii,
     precision_recall,
 )
+from evaluator.statistics import Statistics, StatisticsAccumulator, feature_statistics
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "evaluator"
@@ -222,7 +220,7 @@ def test_batches_and_chunks_do_not_matter(rng, monkeypatch):
     for batch in np.split(features, [1, 2, 40, 64]):
         accumulator.update(batch)
     assert_same_statistics(accumulator.result(), whole)
-    monkeypatch.setattr("evaluator.metrics.ROWS_PER_UPDATE", 7)
+    monkeypatch.setattr("evaluator.statistics.ROWS_PER_UPDATE", 7)
     assert_same_statistics(feature_statistics(features), whole)
 
 
@@ -309,7 +307,7 @@ def test_frechet_distance_of_correlated_planes():
 
 @pytest.mark.parametrize("rows", [5, 12, 13, 300], ids=["few", "as many as features", "one more", "many"])
 @pytest.mark.parametrize("route", [by_statistics, frechet_distance_from_features])
-def test_frechet_distance_laws(rng, route, rows):
+def test_frechet_distance_invariants(rng, route, rows):
     a, b = gaussian(rng, rows, 12), gaussian(rng, rows + 2, 12) + 1
     distance = route(a, b)
     rotation, _ = np.linalg.qr(rng.normal(size=(12, 12)))
@@ -329,7 +327,7 @@ def test_both_routes_agree(rng, rows):
     assert by_statistics(a, b) == pytest.approx(frechet_distance_from_features(a, b), rel=1e-10)
 
 
-def test_a_constant_feature_beside_few_rows(rng):
+def test_a_constant_feature_and_few_rows(rng):
     few, many = gaussian(rng, 5, 12), gaussian(rng, 200, 12)
     many[:, 3] = 1.5
     assert frechet_distance_from_features(few, many) == pytest.approx(by_statistics(few, many), rel=1e-10)

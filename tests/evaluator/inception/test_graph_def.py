@@ -92,7 +92,7 @@ def test_constants_that_cannot_be_read(tmp_path, tensor, message):
 
 def test_only_constants_have_values(tmp_path):
     nodes = read(tmp_path, field(1, field(1, b"relu") + field(2, b"Relu")))
-    with pytest.raises(ValueError, match="node relu is no constant"):
+    with pytest.raises(ValueError, match="node relu is not a constant"):
         nodes["relu"].array()
 
 
@@ -102,7 +102,7 @@ def test_only_constants_have_values(tmp_path):
         (b"", "no operation in it"),
         (b"<html>404 Not Found</html>", "damaged"),
         (b"\x0a", "ends inside a number"),
-        (b"\x0a\x05abc", "a field of 5 bytes ends behind the end"),
+        (b"\x0a\x05abc", "a field of 5 bytes ends after the end"),
         (b"\x03\x00", "damaged .*(field number 0|unknown kind)"),
         (b"\xff" * 20, "a number without an end"),
         (b"\x10\x01", "no operation in it"),

@@ -111,16 +111,16 @@ def test_the_bias_of_the_classifier_is_left_out(graph):
     assert relative_error(found, (logits + bias).softmax(dim=1)) > 0.1
 
 
-def test_values_that_nobody_needs_any_more_are_freed(graph):
-    """Layers give way as soon as their last reader has run, so that memory stays that of a few layers."""
+def test_values_that_no_later_layer_reads_are_freed(graph):
+    """Outputs are freed after their last reader, so that memory is that of a few layers."""
     network = load_network(graph)
-    spent = [name for step in network.steps for name in step.spent]
+    unused = [name for step in network.steps for name in step.unused]
     outputs = [step.output for step in network.steps]
-    assert len(spent) == len(set(spent)) == len(outputs) - 1  # all but pool_3 and mixed_6/conv, and the images too
+    assert len(unused) == len(set(unused)) == len(outputs) - 1  # all but pool_3 and mixed_6/conv, and the images too
     position = {name: number for number, name in enumerate(["ExpandDims", *outputs])}
     for number, step in enumerate(network.steps, start=1):
         assert all(position[name] < number for name in step.inputs)
-        assert set(step.spent) <= set(step.inputs)
+        assert set(step.unused) <= set(step.inputs)
 
 
 def test_the_network_is_frozen(graph):
@@ -169,15 +169,17 @@ REFUSED = {
     "node conv/batchnorm reads 2 nodes; a BatchNormWithGlobalNormalization reads 5": lambda n: changed(
         n, "conv/batchnorm", inputs=n["conv/batchnorm"].inputs[:2]
     ),
-    "node conv/batchnorm does not say its scale_after_normalization": lambda n: with_attribute(
+    "node conv/batchnorm has no attribute scale_after_normalization": lambda n: with_attribute(
         n, "conv/batchnorm", "scale_after_normalization", None
     ),
     "node conv/batchnorm does not fit the 2 channels": lambda n: changed(
         n, "conv/batchnorm", inputs=(*n["conv/batchnorm"].inputs[:4], "conv_3/batchnorm/gamma")
     ),
     "node conv/Conv2D is dilated": lambda n: with_attribute(n, "conv/Conv2D", "dilations", [1, 2, 2, 1]),
-    "node conv/Conv2D pads in a way": lambda n: with_attribute(n, "conv/Conv2D", "padding", b"SAME"),
-    "node conv/Conv2D has its channels elsewhere": lambda n: with_attribute(n, "conv/Conv2D", "data_format", b"NCHW"),
+    "node conv/Conv2D has unsupported padding": lambda n: with_attribute(n, "conv/Conv2D", "padding", b"SAME"),
+    "node conv/Conv2D does not have its channels last": lambda n: with_attribute(
+        n, "conv/Conv2D", "data_format", b"NCHW"
+    ),
     "node pool has strides .2, 2.; expected": lambda n: with_attribute(n, "pool", "strides", [2, 2]),
     "node ResizeBilinear resizes with": lambda n: with_attribute(n, "ResizeBilinear", "half_pixel_centers", 1),
     "node mixed/join does not concatenate channels": lambda n: changed(
@@ -186,9 +188,9 @@ REFUSED = {
     "constant ResizeBilinear/size is of shape .2,.; expected 0 dimensions": lambda n: changed(
         n, "Sub", inputs=("ResizeBilinear", "ResizeBilinear/size")
     ),
-    "node conv_1/conv2d_params is no constant": lambda n: changed(n, "conv_1/conv2d_params", op="VariableV2"),
+    "node conv_1/conv2d_params is not a constant": lambda n: changed(n, "conv_1/conv2d_params", op="VariableV2"),
     "needs its own result": lambda n: changed(n, "conv/Conv2D", inputs=("conv_2", "conv/conv2d_params")),
-    "node softmax/logits/MatMul is no product": lambda n: changed(n, "softmax/logits/MatMul", op="Add"),
+    "node softmax/logits/MatMul is not a product": lambda n: changed(n, "softmax/logits/MatMul", op="Add"),
 }
 
 

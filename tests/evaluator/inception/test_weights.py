@@ -47,7 +47,7 @@ def alone(tmp_path, monkeypatch):
     """An empty working directory, no variable, and no way to the real server."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(weights.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(weights, "URL", "http://127.0.0.1:9/nobody-listens-here")
+    monkeypatch.setattr(weights, "URL", "http://127.0.0.1:9/no-server")
 
 
 def place(path):
@@ -119,21 +119,21 @@ def test_a_server_need_not_announce_the_size(tmp_path, address):
     assert download(f"{address}/silent", tmp_path / "a.pb", size=None).read_bytes() == CONTENT
 
 
-def test_what_is_known_of_a_file(tmp_path, monkeypatch):
+def test_a_file_that_is_not_the_published_one_has_a_warning(tmp_path, monkeypatch):
     path = place(tmp_path / "a.pb")
     found = inspect_weights(path)
     assert found.sha256 == hashlib.sha256(b"weights").hexdigest()
-    assert found.doubt == "a.pb has 7 bytes; the file behind published scores has 95,673,916"
+    assert found.warning == "a.pb has 7 bytes; the file of published scores has 95,673,916"
     monkeypatch.setattr(weights, "SIZE", 7)
-    assert "not the md5 that is reported" in inspect_weights(path).doubt
+    assert "does not have the md5 that is reported" in inspect_weights(path).warning
     monkeypatch.setattr(weights, "MD5", hashlib.md5(b"weights").hexdigest())
-    assert inspect_weights(path).doubt is None
+    assert inspect_weights(path).warning is None
 
 
 def test_a_file_that_changed_after_its_download_is_refused(tmp_path):
     path = place(tmp_path / "a.pb")
     Path(f"{path}.sha256").write_text("0123\n")
-    with pytest.raises(UserError, match=r"a.pb: no longer what was downloaded .*a.pb.sha256\); delete both"):
+    with pytest.raises(UserError, match=r"a.pb: has changed since its download .*a.pb.sha256\); delete both"):
         inspect_weights(path)
 
 
