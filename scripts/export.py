@@ -105,7 +105,8 @@ def export_diffusers(network: Network, info: CheckpointInfo, folder: Path, notes
 
     if type(network) is not DiT:
         raise UserError(f"--format diffusers: diffusers has no {info.model}; only the plain DiT")
-    prediction = str(info.process_settings.get("prediction", "epsilon"))
+    default = "epsilon" if info.process == "gaussian" else "velocity"
+    prediction = str(info.process_settings.get("prediction", default))
     if info.process != "gaussian" or prediction not in PREDICTION_TYPES:
         raise UserError(f"--format diffusers: DiTPipeline cannot sample from a {info.process} process ({prediction})")
     with error_prefix("--format diffusers"):
