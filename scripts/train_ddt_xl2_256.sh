@@ -6,11 +6,11 @@
 #   bash scripts/train_ddt_xl2_256.sh /path/to/imagenet/train [more flags of train.py]
 #
 # DINOv2 comes from the hub's cache; without network give its file: --align-ckpt dinov2_vitb14_pretrain.pth.
-# Running the command again goes on where it stopped.
+# The same command again resumes the run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe_common.sh"
 begin_recipe "${BASH_SOURCE[0]}" 1 "/path/to/imagenet/train" "$@"
-exec "$torchrun" --standalone --nproc-per-node "${GPUS:-gpu}" --max-restarts 3 train.py \
+exec "${launch[@]}" --max-restarts 3 train.py \
     --data-path "${paths[0]}" --model DDT-XL/2 --image-size 256 --global-batch-size 256 --resume auto \
     --align dinov2_vitb14 --align-block 8 --align-weight 0.5 \
     --precision bf16 --adam-betas 0.9 0.95 --no-flip --epochs 256 "${@:2}"
