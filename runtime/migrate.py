@@ -61,10 +61,10 @@ def run_config(values: Json, cls: type, kinds: Sequence[Kind], program: str) -> 
     """Migrate the flat settings of a run (config.json, or a checkpoint's "train") into sections by owner.
 
     Args:
-        values: the settings; those of format 2 are returned as they are.
-        cls: dataclass of the program's general settings.
-        kinds: owners of further settings.
-        program: the script that wrote them.
+        values: The settings; those of format 2 are returned as they are.
+        cls: Dataclass of the program's general settings.
+        kinds: Owners of further settings.
+        program: The script that wrote them.
     """
     if "format" in values or any(isinstance(value, dict) for value in values.values()):
         return values

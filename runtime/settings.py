@@ -459,7 +459,8 @@ def _owner(kind: Kind, name: str, flag: str) -> str:
 
 def to_dict(config: Any) -> Values:
     """The settings as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    values: Values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return values
 
 
 def document(config: Any, **owners: tuple[str, Any]) -> Values:
