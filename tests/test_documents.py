@@ -1,6 +1,8 @@
 """The documents: a short README, links that resolve, plain words."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +34,31 @@ def anchors(path: Path) -> set[str]:
     """Headings as GitHub links to them."""
     headings = re.findall(r"^#+ (.*)$", prose(path), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def code_blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", path.read_text(), flags=re.M | re.S)
+
+
+def test_flags_exist():
+    scripts = [*ROOT.glob("*.py"), *(ROOT / "scripts").iterdir()]
+    folders = ("models", "diffusion", "data", "evaluator", "runtime", "training", "sampling", "benchmarks")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    source = "\n".join(path.read_text() for path in (*scripts, *sources) if path.is_file())
+    unknown = set()
+    for document in DOCUMENTS:
+        for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*[a-z0-9])", document.read_text()):
+            field = flag.removeprefix("no-").replace("-", "_")
+            if f"--{flag}" not in source and not re.search(rf"\b{field}: ", source):
+                unknown.add(f"{document.name}: --{flag}")
+    assert unknown == set()
+
+
+@pytest.mark.parametrize(("document", "block"), [("skip_dit.md", 0), ("sampling.md", 1)])
+def test_examples_run(document, block):
+    code = code_blocks(ROOT / "docs" / document, "python")[block]
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_readme_is_short():
