@@ -105,7 +105,9 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
     except RuntimeError as error:
         if any(word in str(error).lower() for word in ("timed out", "timeout", "closed by peer", "reset by peer")):
             reason = str(error).splitlines()[0]
-            raise RankTimeout(f"rank {dist.get_rank()}: another rank hangs or is gone (--dist-timeout): {reason}") from error
+            raise RankTimeout(
+                f"rank {dist.get_rank()}: another rank hangs or is gone (--dist-timeout): {reason}"
+            ) from error
         raise
     finally:
         _host_group.cache_clear()

@@ -280,7 +280,10 @@ def _current(typed: Values, flags: Sequence[Flag], program: str) -> Values:
             new, stands_for = former[name]
             text = new if stands_for is None else f"{new} {stands_for}"
             if os.environ.get("RANK", "0") == "0":
-                print(f"{program}: warning: {name} is now {text}; the old name goes with the next version", file=sys.stderr)
+                print(
+                    f"{program}: warning: {name} is now {text}; the old name goes with the next version",
+                    file=sys.stderr,
+                )
             given.setdefault(new, value if stands_for is None else stands_for)
         else:
             given[name] = value
@@ -357,7 +360,9 @@ def _add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
         for old, value in flag.field.metadata["was"].items():
             action: Values = {} if value is None else {"action": "store_const", "const": value}
             kept = {k: v for k, v in options.items() if value is None and k in ("type", "choices", "nargs", "action")}
-            parser.add_argument(old, **{**kept, **action, "dest": old, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS})
+            parser.add_argument(
+                old, **{**kept, **action, "dest": old, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            )
 
 
 def _default(flag: Flag) -> str:
@@ -422,8 +427,12 @@ def _print_help(cls: type, argv: Sequence[str], program: str, doc: str, kinds: S
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     general = parser.add_argument_group("general")
-    general.add_argument("-h", "--help", action="store_true", help="show this text; with --model, --sampler ...: theirs too")
-    general.add_argument("--config", metavar="FILE", help="JSON of settings, as this script writes it; flags override it")
+    general.add_argument(
+        "-h", "--help", action="store_true", help="show this text; with --model, --sampler ...: theirs too"
+    )
+    general.add_argument(
+        "--config", metavar="FILE", help="JSON of settings, as this script writes it; flags override it"
+    )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for found in _flags(cls).values():
         title = " ".join(found.path[:-1]).replace("_", " ")
@@ -524,7 +533,11 @@ def _read(path: str, program: str, migrate: Callable[[Values], Values]) -> Value
     values = migrate(values)
     script = values.pop("script", program)
     if script != program:
-        hint = f"; give its checkpoint: --ckpt {Path(path).parent}/checkpoints/NUMBER.safetensors" if script == "train.py" else ""
+        hint = (
+            f"; give its checkpoint: --ckpt {Path(path).parent}/checkpoints/NUMBER.safetensors"
+            if script == "train.py"
+            else ""
+        )
         raise UserError(f"--config {path}: settings of {script}, not of {program}{hint}")
     return {name: value for name, value in values.items() if name not in ("format", "version")}
 

@@ -26,10 +26,15 @@ class DataSettings:
     """What is trained on."""
 
     data_path: Path | None = setting(None, "root of an image folder, one folder a class; or a latent store", free=True)
-    dataset: str = setting("imagefolder", "kind of data; extract_latents.py writes latents, digits are embedded", tuple(DATASETS))
+    dataset: str = setting(
+        "imagefolder", "kind of data; extract_latents.py writes latents, digits are embedded", tuple(DATASETS)
+    )
     image_size: int | None = setting(None, "side of the images in pixels", shown="256; the data's own, if it has one")
     channels: int | None = setting(
-        None, "channels without an autoencoder: 3 for RGB, 1 for grey", flag="--in-channels", shown="3; 1 for the digits"
+        None,
+        "channels without an autoencoder: 3 for RGB, 1 for grey",
+        flag="--in-channels",
+        shown="3; 1 for the digits",
     )
     vae: str | None = setting(
         None, "autoencoder: ema, mse, a local folder, or none for pixels", shown="ema; latents: theirs; digits: none"

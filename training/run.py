@@ -235,7 +235,9 @@ def trace_steps(folder: Path | None) -> Iterator[Callable[[], None]]:
 
     def write(tracer: profile) -> None:
         tracer.export_chrome_trace(str(folder / "trace.json"))
-        (folder / "operations.txt").write_text(tracer.key_averages().table(sort_by=order, row_limit=PROFILE_ROWS) + "\n")
+        (folder / "operations.txt").write_text(
+            tracer.key_averages().table(sort_by=order, row_limit=PROFILE_ROWS) + "\n"
+        )
 
     steps = schedule(wait=PROFILE_FROM - 1, warmup=1, active=PROFILE_STEPS, repeat=1)
     with profile(activities=activities, schedule=steps, on_trace_ready=write) as tracer:

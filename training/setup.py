@@ -159,9 +159,7 @@ def set_up(
         data=replace(config.data, vae=vae, image_size=dataset.image_shape[-1], channels=dataset.image_shape[-3]),
     )
     scorer = open_scorer(config, dataset.image_shape[-2:], device)
-    return Setup(
-        resolved, owners, dataset, held_out, encoder, loss, process_settings, optimizer, total, scorer
-    )
+    return Setup(resolved, owners, dataset, held_out, encoder, loss, process_settings, optimizer, total, scorer)
 
 
 def network_fields(given: Given[TrainSettings], owners: Owners, start: Checkpoint | None) -> Values:
@@ -272,9 +270,7 @@ def open_held_out(config: TrainSettings, dataset: Dataset) -> Dataset | None:
     return held_out
 
 
-def open_alignment(
-    config: TrainSettings, dataset: Dataset, network: Network, device: torch.device
-) -> Alignment | None:
+def open_alignment(config: TrainSettings, dataset: Dataset, network: Network, device: torch.device) -> Alignment | None:
     """The vision encoder and a fresh projector, if features are to be aligned.
 
     Raises:
@@ -284,7 +280,9 @@ def open_alignment(
     if settings.align is None:
         return None
     if config.data.dataset == "latents":
-        raise UserError(f"--align {settings.align}: needs raw images, which stored latents are not; use an image folder")
+        raise UserError(
+            f"--align {settings.align}: needs raw images, which stored latents are not; use an image folder"
+        )
     if dataset.image_shape[-3] != 3:
         raise UserError(f"--align {settings.align}: needs RGB images, and these are grey")
     if not 1 <= settings.align_block <= len(network.blocks):
