@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from data.pixels import Images, enlarge, grid, save_gif, save_png, to_picture
 from models import ModelOutput
-from runtime import distributed
+from runtime import distributed, migrate
 from runtime.errors import run
 from runtime.files import check_writable
 from runtime.settings import parse, setting
@@ -71,9 +72,11 @@ class SampleSettings(SamplingSettings):
     picture: PictureSettings = field(default_factory=PictureSettings)
 
 
-def sample(
-    pipeline: Pipeline, prepared: PreparedRun, settings: PictureSettings, labels: Sequence[int]
-) -> list[Tensor]:
+PROGRAM = "sample.py"
+upgrade = partial(migrate.run_config, cls=SampleSettings, kinds=KINDS, program=PROGRAM)
+
+
+def sample(pipeline: Pipeline, prepared: PreparedRun, settings: PictureSettings, labels: Sequence[int]) -> list[Tensor]:
     """Sample latents (N, C, h, w) with a progress bar.
 
     Returns:
@@ -107,7 +110,7 @@ def save_trajectory(moments: Sequence[Images], columns: int, path: Path) -> None
 
 def main(argv: Sequence[str]) -> None:
     """Parse flags, sample, write the picture."""
-    given = parse(SampleSettings, argv, program="sample.py", doc=__doc__, kinds=KINDS, aliases=ALIASES)
+    given = parse(SampleSettings, argv, program=PROGRAM, doc=__doc__, kinds=KINDS, aliases=ALIASES, migrate=upgrade)
     config, settings = given.general, given.general.picture
     check_writable(settings.output, "--output")
     if settings.trajectory is not None:
@@ -131,4 +134,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, "sample.py"))
+    sys.exit(run(main, PROGRAM))

@@ -36,7 +36,7 @@ from runtime.download import read_record, sha256_of
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
 from runtime.seeds import derive_seed
-from runtime.settings import Values, document, flag_name, free_settings, parse, places, setting, to_dict
+from runtime.settings import Values, document, flag_name, free_settings, parse, places, setting
 from sampling.config import ALIASES, KINDS, SamplingSettings, check_labels
 from sampling.pipeline import Pipeline, PreparedRun, open_pipeline
 
@@ -96,6 +96,9 @@ class SampleDDPSettings(SamplingSettings):
     job: JobSettings = field(default_factory=JobSettings)
 
 
+upgrade = partial(migrate.run_config, cls=SampleDDPSettings, kinds=KINDS, program=PROGRAM)
+
+
 def _fits(images: int | None, seeds: int, classes: int) -> bool:
     """Check that so many images can be those of seeds and classes; 0 classes: of a number not known yet."""
     return images is None or (images == seeds * classes if classes else images % max(seeds, 1) == 0)
@@ -114,7 +117,9 @@ def auto_batch_size(macs: int) -> int:
     return min(LARGEST_AUTO, 1 << fitting.bit_length() - 1)
 
 
-def deciding_settings(config: SampleDDPSettings, run: PreparedRun, device: torch.device, checkpoint_hash: str) -> Values:
+def deciding_settings(
+    config: SampleDDPSettings, run: PreparedRun, device: torch.device, checkpoint_hash: str
+) -> Values:
     """Everything that decides the images, by flag."""
     free, settings = free_settings(SampleDDPSettings), {}
     values = document(config, sampler=(run.choice.name, run.choice.settings))
@@ -230,9 +235,7 @@ def fingerprint(path: Path) -> str:
     return digest
 
 
-def result(
-    config: SampleDDPSettings, pipeline: Pipeline, run: PreparedRun, settings: Values, timings: Values
-) -> str:
+def result(config: SampleDDPSettings, pipeline: Pipeline, run: PreparedRun, settings: Values, timings: Values) -> str:
     """The JSON next to the samples."""
     info, release = pipeline.info, pipeline.info.release
     sections = document(config, sampler=(run.choice.name, run.choice.settings), model=(info.model, None))
@@ -260,9 +263,7 @@ def result(
 
 def main(argv: Sequence[str]) -> None:
     """Parse flags, sample on all processes, write one file."""
-    given = parse(
-        SampleDDPSettings, argv, program=PROGRAM, doc=__doc__, kinds=KINDS, aliases=ALIASES, migrate=migrate.sampling
-    )
+    given = parse(SampleDDPSettings, argv, program=PROGRAM, doc=__doc__, kinds=KINDS, aliases=ALIASES, migrate=upgrade)
     started = time.perf_counter()
     with distributed.world(given.general.compute.device, TIMEOUT_SECONDS) as world:
         pipeline, prepared = open_pipeline(given, world.device)

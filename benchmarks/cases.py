@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from runtime.ema import EMA
 from torch import Tensor, nn
 
 from benchmarks.timing import BF16, SAME, SAME_GRADIENT, Case
 from models import Network, create_model
-from runtime.ema import EMA
 
 GEMM_SIDE = {"cpu": 1024, "cuda": 8192}
 EMA_DECAY, LEARNING_RATE = 0.9999, 1e-4

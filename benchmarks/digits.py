@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusion.refresh import takes_cache_depth
 
 from benchmarks.counting import SamplingCost
 from data.digits import NUM_CLASSES, load_digits
 from data.pixels import Images, to_uint8
 from diffusion import PUBLISHED_PROCESS
-from diffusion.refresh import takes_cache_depth
 from evaluator.digits import DigitsScores, score_digits
 from models import create_model, family_of, model_config
 from models.skip_dit import default_cache_depth

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from diffusion.refresh import every_nth
 from torch import Tensor
 
 from benchmarks.report import aligned
 from benchmarks.timing import Clock, interleave
 from diffusion import PUBLISHED_PROCESS, FlowMatching, ImageNoise, create_diffusion, guided, sample_loop, skip_cache
-from diffusion.refresh import every_nth
 from diffusion.sampling import Sampler
 from models import Network
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +25,6 @@ class Autoencoder(Encoder):
     In bfloat16 convolutions decode about three times as fast.
 
     Attributes:
-        class_name: Class of diffusers.
         packages: Packages that it needs besides diffusers.
         decoder_parts: Prefixes of the weights that do not encode.
 
@@ -34,15 +32,8 @@ class Autoencoder(Encoder):
         ValueError: If the autoencoder cannot be loaded, or its weights do not fill it exactly.
     """
 
-    class_name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()
     decoder_parts: ClassVar[tuple[str, ...]] = ("decoder.",)
-
-    def __init_subclass__(cls, names: Sequence[str] = (), folder_class: str | None = None) -> None:
-        """Register the class."""
-        super().__init_subclass__(names, folder_class)
-        if folder_class is not None:
-            cls.class_name = folder_class
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(name)
@@ -66,11 +57,6 @@ class Autoencoder(Encoder):
     def decode_rows(self, z: Tensor) -> Tensor:
         """Images of latents that are neither shifted nor scaled."""
         return self.module.decode(z.to(self.module.dtype)).sample.float()
-
-    def describe(self) -> dict[str, object]:
-        """JSON values that fix raw latents, and how they become latents."""
-        identity = {"name": self.name, "class": self.class_name, "sha256": self.encoder_sha256()}
-        return {**identity, "stochastic": self.stochastic, **asdict(self.scaling)}
 
     def encoder_sha256(self) -> str:
         """Fingerprint of the weights that encode; autoencoders that differ in the decoder alone share it."""

@@ -12,7 +12,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -114,6 +114,7 @@ class Encoder:
 
     names: ClassVar[dict[str, type[Encoder]]] = {}
     folder_classes: ClassVar[dict[str, type[Encoder]]] = {}
+    class_name: ClassVar[str] = ""
 
     stochastic = False
     scaling = LatentScaling()
@@ -126,6 +127,7 @@ class Encoder:
         """Register the class."""
         Encoder.names.update(dict.fromkeys(names, cls))
         if folder_class is not None:
+            cls.class_name = folder_class
             Encoder.folder_classes[folder_class] = cls
 
     def __init__(
@@ -178,6 +180,15 @@ class Encoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (N, ..., C, H, W) of latents, not clamped."""
         return _by_rows(self.decode_rows, self.scaling.invert(latents))
+
+    def describe(self) -> dict[str, object]:
+        """JSON values that fix raw latents, and how they become latents."""
+        identity = {"name": self.name, "class": self.class_name or type(self).__name__, "sha256": self.encoder_sha256()}
+        return {**identity, "stochastic": self.stochastic, **asdict(self.scaling)}
+
+    def encoder_sha256(self) -> str:
+        """Fingerprint of the weights that encode; encoders that differ in the decoder alone share it."""
+        return ""
 
     def encode_rows(self, pixels: Tensor) -> Tensor:
         """Raw latents of images (N, C, H, W) in [-1, 1]."""

@@ -66,7 +66,7 @@ class Index(TypedDict):
     classes: list[str]
     image_shape: list[int]
     row_shape: list[int]  # flips, then the shape of raw latents
-    encoder: dict[str, object]  # as `Autoencoder.describe` gives it
+    encoder: dict[str, object]  # as `Encoder.describe` gives it
     count: int
     skipped: int
     shards: list[ShardRecord]

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data.autoencoders import Autoencoder
 from data.dataset import DatasetSettings, Example, Key
 from data.encoders import Encoder, LatentScaling, Shape, open_encoder
 from data.image_folder import is_flipped
@@ -215,7 +214,7 @@ class StoredEncoder(Encoder):
         self.scaling = LatentScaling.from_config(recorded)
         self._sha256, self._raw_shape, self._image_shape = str(recorded["sha256"]), raw_shape, image_shape
         self._device = device
-        self._autoencoder: Autoencoder | None = None
+        self._decoder: Encoder | None = None
 
     def raw_shape(self, image_shape: Shape) -> Shape:
         """Shape of an item.
@@ -248,13 +247,13 @@ class StoredEncoder(Encoder):
         Raises:
             ValueError: If the autoencoder cannot be loaded, or is not the one that encoded.
         """
-        if self._autoencoder is None:
-            self._autoencoder = self._load()
-        return self._autoencoder.decode(latents)
+        if self._decoder is None:
+            self._decoder = self._load()
+        return self._decoder.decode(latents)
 
-    def _load(self) -> Autoencoder:
+    def _load(self) -> Encoder:
         loaded = open_encoder(self.name, self._image_shape, self._device)
-        if not isinstance(loaded, Autoencoder) or loaded.encoder_sha256() != self._sha256:
+        if loaded.encoder_sha256() != self._sha256:
             raise ValueError(f"the autoencoder {self.name!r} is not the one that made these latents")
         if loaded.scaling != self.scaling:
             raise ValueError(f"the autoencoder {self.name!r} has {loaded.scaling}, but these latents {self.scaling}")

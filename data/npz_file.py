@@ -1,8 +1,8 @@
-"""An .npz whose one large array is written in place: rows arrive in any order, from any process, and never move again.
+"""An .npz with one large array that is written in place: rows come in any order, from any process, and never move.
 
-An .npz is a ZIP archive of .npy files. Stored without compression, the bytes of an array lie in it as they are, so they
-can be written where they belong before the archive is complete. What is missing then are a checksum, which follows
-from the checksums of the pieces, and the directory behind the data. The 10 GB of 50,000 images are written once.
+An .npz is a ZIP archive of .npy files. Without compression it contains the bytes of an array unchanged, so they can be
+written at their final position before the archive is complete. The checksum, which follows from the checksums of the
+pieces, and the directory at the end are added later. The 10 GB of 50,000 images are written once.
 
 Source: PKWARE's APPNOTE 6.3 (local header 4.3.7, directory 4.3.12 to 4.3.16, ZIP64 4.5.3); NumPy's NEP 1.
 """
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 _ZIP64_VERSION, _UNIX = 45, 3
 _MIDNIGHT_1980 = (0, 0x21)  # equal content, equal bytes
-_IN_EXTRA = 0xFFFFFFFF  # sizes and offsets stand in the ZIP64 field, large or not
+_IN_EXTRA = 0xFFFFFFFF  # sizes and offsets are always in the ZIP64 field
 _READ_BYTES = 1 << 24
 
 
@@ -34,9 +34,9 @@ class Piece(NamedTuple):
 
 
 def crc_of(pieces: Iterable[Piece]) -> int:
-    """The CRC-32 of pieces laid end to end, from theirs.
+    """CRC-32 of concatenated pieces, from their checksums.
 
-    Appending n bytes multiplies what stands before them by x^(8 n), modulo the polynomial of the checksum.
+    Appending n bytes multiplies the polynomial of the bytes before them by x^(8 n), modulo that of the checksum.
     """
     crc, shifts = 0, dict[int, int]()
     for piece in pieces:
@@ -74,13 +74,13 @@ class _Entry(NamedTuple):
     offset: int
 
     def header(self) -> bytes:
-        """What stands in front of the data."""
+        """Local header, before the data."""
         extra = struct.pack("<HHQQ", 1, 16, self.piece.size, self.piece.size)
         fixed = (_ZIP64_VERSION, 0, 0, *_MIDNIGHT_1980, self.piece.crc, _IN_EXTRA, _IN_EXTRA)
         return struct.pack("<4s5H3L2H", b"PK\3\4", *fixed, len(self.name), len(extra)) + self.name + extra
 
     def in_directory(self) -> bytes:
-        """What the directory says about it."""
+        """Entry of the directory."""
         extra = struct.pack("<HHQQQ", 1, 24, self.piece.size, self.piece.size, self.offset)
         fixed = (_ZIP64_VERSION, _UNIX, _ZIP64_VERSION, 0, 0, 0, *_MIDNIGHT_1980, self.piece.crc, _IN_EXTRA, _IN_EXTRA)
         rest = (len(self.name), len(extra), 0, 0, 0, 0o600 << 16, _IN_EXTRA)
@@ -106,11 +106,11 @@ def _npy_header(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> bytes:
 
 
 class NpzFile:
-    """An .npz on its way: `arr_0` in place, smaller arrays behind it at the end.
+    """An .npz in progress: `arr_0` in place, smaller arrays added at the end.
 
     Args:
-        path: the file; not an .npz before `seal`.
-        shape: of the uint8 `arr_0`.
+        path: The file; not a valid .npz before `seal`.
+        shape: Shape of the uint8 array `arr_0`.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
@@ -129,13 +129,13 @@ class NpzFile:
         return self._start - len(self._npy_header) + self._size
 
     def create(self) -> None:
-        """Reserves the file, in place of what stood there."""
+        """Reserve the file, replacing an existing one."""
         with self.path.open("wb") as file:
             file.write(self._entry(0).header() + self._npy_header)
             file.truncate(self.bytes_reserved)
 
     def write(self, start: int, rows: npt.NDArray[np.uint8]) -> Piece:
-        """Stores rows (n, ...) from row `start` on; they are on the disk, not in a cache, when it returns."""
+        """Store rows (n, ...) from row `start` on, and flush them to the disk."""
         data = np.ascontiguousarray(rows).data.cast("B")
         offset = self._start + start * self.row_bytes
         file = os.open(self.path, os.O_WRONLY)
@@ -149,7 +149,7 @@ class NpzFile:
         return Piece(zlib.crc32(data), len(data))
 
     def read_piece(self, start: int, stop: int) -> Piece:
-        """What lies in rows start .. stop - 1."""
+        """Checksum of the bytes of rows start .. stop - 1."""
         size, crc, done = (stop - start) * self.row_bytes, 0, 0
         with self.path.open("rb") as file:
             file.seek(self._start + start * self.row_bytes)
@@ -158,11 +158,11 @@ class NpzFile:
         return Piece(crc, done)
 
     def seal(self, pieces: Iterable[Piece], others: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Makes the archive complete; may be done again.
+        """Complete the archive; may be repeated.
 
         Args:
-            pieces: of all rows, in their order.
-            others: further arrays by name, such as "arr_1".
+            pieces: Pieces of all rows, in order.
+            others: Further arrays by name, such as "arr_1".
         """
         crc = crc_of([Piece(zlib.crc32(self._npy_header), len(self._npy_header)), *pieces])
         entries = [self._entry(crc)]

@@ -1,4 +1,4 @@
-"""Numbers to pixels, and pixels to pictures."""
+"""Conversions between tensors and 8-bit images, and image files."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from torch import Tensor
 
 from runtime.files import atomic_path
 
-Images = npt.NDArray[np.uint8]  # (N, H, W, C)
+Images = npt.NDArray[np.uint8]  # (N, H, W, C), or clips (N, F, H, W, C)
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """uint8 of any shape -> float32 in [-1, 1]."""
+    """Map uint8 of any shape to float32 in [-1, 1]."""
     return images.float().div(127.5).sub(1)
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """(N, C, H, W) in [-1, 1] -> (N, H, W, C) uint8, rounded as the official 50,000-image sampler does."""
-    return (127.5 * x).add_(128.0).clamp_(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+    """Map (..., C, H, W) in [-1, 1] to (..., H, W, C) uint8, rounded as in the official 50,000-image sampler."""
+    return (127.5 * x).add_(128.0).clamp_(0, 255).movedim(-3, -1).to(torch.uint8)
 
 
 def to_picture(x: Tensor) -> Tensor:
-    """(N, C, H, W) in [-1, 1] -> (N, H, W, C) uint8, rounded as torchvision's `save_image` does."""
+    """Map (..., C, H, W) in [-1, 1] to (..., H, W, C) uint8, rounded as in torchvision's `save_image`."""
     unit = (x.clamp(-1, 1) + 1) / 2
-    return torch.clamp(unit * 255 + 0.5, 0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+    return torch.clamp(unit * 255 + 0.5, 0, 255).movedim(-3, -1).to(torch.uint8)
 
 
 def grid(images: Images, columns: int, *, gap: int = 2, background: int = 255) -> Images:
-    """Tiles images row by row: (N, H, W, C) -> (1, H', W', C); missing tiles of the last row stay background."""
+    """Tile images row by row: (..., H, W, C) -> (1, H', W', C); missing tiles of the last row stay background."""
+    images = images.reshape(-1, *images.shape[-3:])  # frames of clips become tiles
     n, height, width, channels = images.shape
     rows = -(-n // columns)
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), background, np.uint8)
@@ -44,18 +45,18 @@ def grid(images: Images, columns: int, *, gap: int = 2, background: int = 255) -
 
 
 def enlarge(images: Images, factor: int) -> Images:
-    """Repeats pixels, so that tiny images can be looked at: (N, H, W, C) -> (N, H f, W f, C)."""
-    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+    """Repeat pixels, to show tiny images: (..., H, W, C) -> (..., H f, W f, C)."""
+    return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
 def save_png(image: Images, path: Path) -> None:
-    """Writes one image (H, W, C) with 1 or 3 channels, whole or not at all."""
+    """Write one image (H, W, C) with 1 or 3 channels, whole or not at all."""
     with atomic_path(path) as temporary:
         _picture(image).save(temporary)
 
 
 def save_gif(images: Sequence[Images], path: Path, *, milliseconds: int = 120, last: int = 2000) -> None:
-    """Writes an animation of images (H, W, C), whole or not at all; the last one stays for longer, then all repeats."""
+    """Write images (H, W, C) as a repeating animation, whole or not at all; the last one is shown for longer."""
     durations = [milliseconds] * (len(images) - 1) + [last]
     pictures = [_picture(image) for image in images]
     with atomic_path(path) as temporary:

@@ -1,13 +1,13 @@
-"""Samples of many processes on their way into one .npz: `arr_0` uint8 (N, H, W, C), labels as `arr_1`.
+"""Samples of many processes, collected in one .npz: `arr_0` uint8 (N, H, W, C), labels as `arr_1`.
 
-While sampling goes on, NAME.partial/ lies beside the final name:
+During sampling there is a folder NAME.partial/ next to the final file:
 
-    samples.npz     the images, each where it will stay
-    finished.RANK   a line a chunk: its number, and the checksum of its bytes, written after the bytes reached the disk
-    settings.json   what decides the images
+    samples.npz     the images, each at its final position
+    finished.RANK   one line per chunk: its number and the checksum of its bytes, written after the bytes
+    settings.json   all settings that fix the images
 
-A job that was killed goes on with it: chunks that are there as their checksums say are kept, all others are made again.
-Processes on several nodes need a shared file system.
+A killed job is resumed from it: chunks with the right checksum are kept, all others are made again. Processes on
+several nodes need a shared file system.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -32,17 +32,17 @@ class SampleFile:
     """The images of one sampling job.
 
     Args:
-        path: final name, ending in ".npz".
-        shape: (N, H, W, C) of all images.
-        chunk: images a chunk; the last one may have fewer.
-        rank: of this process.
+        path: Final name, ending in ".npz".
+        shape: (N, H, W, C) of all images, or (N, F, H, W, C) of clips.
+        chunk: Images per chunk; the last one may have fewer.
+        rank: Rank of this process.
 
     Attributes:
-        chunks: their number.
-        partial: the folder of the unfinished job.
+        chunks: Number of chunks.
+        partial: Folder of the unfinished job.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int, int], chunk: int, rank: int = 0) -> None:
+    def __init__(self, path: Path, shape: tuple[int, ...], chunk: int, rank: int = 0) -> None:
         self.path, self.images, self.chunk = path, shape[0], chunk
         self.chunks = -(-shape[0] // chunk)
         self.partial = path.with_name(f"{path.stem}.partial")
@@ -51,37 +51,37 @@ class SampleFile:
         self._finished = self.partial / f"finished.{rank}"
         self._lock: IO[bytes] | None = None
 
-    def take_up(self, settings: Mapping[str, Any], *, overwrite: bool = False) -> list[int]:
-        """Begins the job, or goes on with it; by one process, before the others write.
+    def open(self, settings: Mapping[str, object], *, overwrite: bool = False) -> list[int]:
+        """Start or resume the job; on one process, before the others write.
 
         Args:
-            settings: everything that decides the images, as JSON values by flag or name.
-            overwrite: throw away what was made with other settings, and allow a finished file to be replaced.
+            settings: All settings that fix the images, as JSON values by flag or name.
+            overwrite: Delete images made with other settings, and replace a finished file.
 
         Returns:
             Numbers of the chunks that are still to be made.
 
         Raises:
-            UserError: if the file exists, was begun with other settings, is being written, or does not fit on the disk.
+            UserError: If the file exists, was started with other settings, is being written, or exceeds the disk.
         """
         if self.path.exists() and not overwrite:
             raise UserError(f"{self.path} exists already; --overwrite replaces it")
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._hold()
-        begun = self._begun_with()
-        changed = [] if begun is None else differences(begun, settings)
+        self._acquire_lock()
+        started = self._started_settings()
+        changed = [] if started is None else differences(started, settings)
         if changed and not overwrite:
             self.close()
             raise UserError(
-                f"{self.partial} was begun with other settings ({'; '.join(changed)}); "
-                "--overwrite throws it away and starts anew"
+                f"{self.partial} was started with other settings ({'; '.join(changed)}); "
+                "--overwrite deletes it and starts again"
             )
-        if begun is None or changed:
-            self._begin(settings)
+        if started is None or changed:
+            self._start(settings)
         return self._missing()
 
-    def _hold(self) -> None:
-        """Keeps other jobs away from the folder until this process ends, however it ends."""
+    def _acquire_lock(self) -> None:
+        """Lock the folder against other jobs until this process ends."""
         self._lock = (self.partial / "lock").open("wb")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,14 +93,14 @@ class SampleFile:
         except OSError:
             pass  # a file system without locks
 
-    def _begun_with(self) -> dict[str, Any] | None:
-        """The settings of a job that can be gone on with; they are written last."""
+    def _started_settings(self) -> dict[str, object] | None:
+        """The settings of a job that can be resumed; they are written last."""
         try:
             return json.loads(self._settings.read_text()) if self._npz.path.exists() else None
         except (OSError, ValueError):
             return None
 
-    def _begin(self, settings: Mapping[str, Any]) -> None:
+    def _start(self, settings: Mapping[str, object]) -> None:
         self._settings.unlink(missing_ok=True)
         for old in self.partial.glob("finished.*"):
             old.unlink()
@@ -115,12 +115,12 @@ class SampleFile:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
     def _missing(self) -> list[int]:
-        """Chunks that were not finished, or are not as they were: a disk may lose bytes, a copy may be cut short."""
+        """Chunks that are not finished, or have another checksum: a disk may lose bytes, a copy may be cut short."""
         pieces = self._pieces()
         return [k for k in range(self.chunks) if k not in pieces or pieces[k] != self._npz.read_piece(*self._rows(k))]
 
     def rows_in(self, chunk: int) -> int:
-        """How many images a chunk has."""
+        """Number of images in a chunk."""
         start, stop = self._rows(chunk)
         return stop - start
 
@@ -128,7 +128,7 @@ class SampleFile:
         return chunk * self.chunk, min((chunk + 1) * self.chunk, self.images)
 
     def _pieces(self) -> dict[int, Piece]:
-        """What all processes finished so far. A line that a kill cut short has too few words, or a wrong checksum."""
+        """Finished chunks of all processes. A line that a kill cut short has too few words, or a wrong checksum."""
         found: dict[int, Piece] = {}
         for path in self.partial.glob("finished.*"):
             for line in path.read_text().splitlines():
@@ -139,26 +139,26 @@ class SampleFile:
         return found
 
     def write(self, chunk: int, images: npt.NDArray[np.uint8]) -> None:
-        """Stores a chunk (n, H, W, C), and then notes that it is there; rows behind the job's end are dropped.
+        """Store a chunk (n, H, W, C), then record it as finished; rows after the job's end are dropped.
 
         Raises:
-            UserError: if the disk is full; what is finished stays.
+            UserError: If the disk is full; finished chunks are kept.
         """
         start, stop = self._rows(chunk)
         try:
             piece = self._npz.write(start, images[: stop - start])
             with self._finished.open("a") as file:
-                # On a line of its own, even behind one that a kill cut short
+                # The line break in front separates it from a line that a kill cut short
                 file.write(f"\n{chunk} {piece.crc}\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise UserError(
-                f"{self.partial}: cannot write there ({error.strerror}); the same command goes on"
+                f"{self.partial}: cannot write there ({error.strerror}); the same command resumes the job"
             ) from error
 
     def finish(self, labels: npt.NDArray[np.int64]) -> None:
-        """Gives the file its final name, and removes the rest; by one process, after all others."""
+        """Move the file to its final name, and remove the rest; on one process, after all others."""
         pieces = self._pieces()
         self._npz.seal([pieces[k] for k in range(self.chunks)], {"arr_1": labels})
         os.replace(self._npz.path, self.path)
@@ -166,14 +166,14 @@ class SampleFile:
         self.close()
 
     def close(self) -> None:
-        """Lets others at the folder; what is in it stays."""
+        """Release the lock; the folder is kept."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Settings that changed, in words."""
+def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """Settings that changed, one phrase each."""
     now = json.loads(json.dumps(now))
     return [
         f"{name} was {then.get(name)!r}, now {now.get(name)!r}"

@@ -11,10 +11,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from runtime.config import parse_config
+
 from evaluator.evaluation import evaluate
 from evaluator.settings import EvaluatorConfig
 from runtime import distributed
-from runtime.config import parse_config
 from runtime.errors import run
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from runtime.config import to_dict
 
 from evaluator.features import CACHE_FORMAT, FileFeatures, extract_features, load_features, save_features
 from evaluator.inception.backend import Backend
@@ -30,7 +31,6 @@ from evaluator.report import (
 from evaluator.scores import ImageSet, compute_scores
 from evaluator.settings import EvaluatorConfig
 from runtime import distributed
-from runtime.config import to_dict
 from runtime.distributed import World
 from runtime.errors import UserError, blame
 from runtime.files import check_folder, check_writable

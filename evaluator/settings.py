@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from runtime.config import flag_name, positional, setting
+
 from evaluator.inception.weights import default_cache
 from evaluator.metrics import DistancePrecision
 from evaluator.scores import ADM_METRICS, METRICS
-from runtime.config import flag_name, positional, setting
 
 BATCH_SIZE = {"cuda": 64, "cpu": 8}  # a CPU is fastest while layers fit into its caches
 

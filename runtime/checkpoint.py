@@ -1,8 +1,8 @@
 """Checkpoints: ours, which hold tensors and JSON only, and the official ones, read without running their pickles.
 
-Ours is one safetensors file. Tensor names start with their group ("model/", "ema-0.9999/", "optimizer/"); the file's metadata
-holds one JSON document with everything needed to rebuild the run's network, process and data (see docs/checkpoints.md),
-and a checksum of every tensor, compared when it is read. Files of earlier formats are migrated as they are read.
+Ours is one safetensors file. Tensor names start with their group ("model/", "ema-0.9999/", "optimizer/"); the file's
+metadata holds one JSON document with everything needed to rebuild the run's network, process and data (see
+docs/checkpoints.md), and a checksum of every tensor, compared when it is read. Files of earlier formats are migrated.
 """
 
 from __future__ import annotations

@@ -198,9 +198,8 @@ class Given(Generic[T]):
                 row = self._kinds[kind]
                 owners = [each for each in row.owners if name in row.flags(each)]
                 if owners and owner not in owners:
-                    raise UserError(
-                        f"{name} {_typed(value)}: is a setting of the {kind} {' or '.join(owners)}; this run uses {owner}"
-                    )
+                    names = " or ".join(owners)
+                    raise UserError(f"{name} {_typed(value)}: is a setting of the {kind} {names}; this run uses {owner}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,7 +398,7 @@ class _TupleAction(argparse.Action):
 
 
 def _print_help(cls: type, argv: Sequence[str], program: str, doc: str, kinds: Sequence[Kind]) -> None:
-    """Print the general settings by group, those of the owners that the command line chooses, and which others exist."""
+    """Print the general settings by group, those of the owners on the command line, and the names of all others."""
     summary, _, rest = doc.strip().partition("\n")
     examples = [line for line in rest.splitlines() if line.startswith("    ")]
     chosen, others = [], []

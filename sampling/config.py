@@ -61,7 +61,9 @@ class GuidanceSettings:
         None, "guide this many leading channels", shown="3 for official Gaussian files, else all"
     )
     guidance_interval: tuple[float, float] | None = setting(
-        None, "guide only strictly between these timesteps (0 clean, 1000 noise)", shown="everywhere, or a release's own"
+        None,
+        "guide only strictly between these timesteps (0 clean, 1000 noise)",
+        shown="everywhere, or a release's own",
     )
 
     def __post_init__(self) -> None:
@@ -164,6 +166,12 @@ class SamplerChoice(NamedTuple):
     settings: object
 
 
+def preset_of(info: CheckpointInfo) -> Preset:
+    """How to sample from a checkpoint where nothing else is given."""
+    preset = info.preset or FOREIGN[info.process]
+    return preset if info.meta is None else preset._replace(channels=None)
+
+
 def resolve(config: C, given: Mapping[str, Any], info: CheckpointInfo) -> tuple[C, SamplerChoice]:
     """Settings with nothing left to the checkpoint.
 
@@ -177,11 +185,7 @@ def resolve(config: C, given: Mapping[str, Any], info: CheckpointInfo) -> tuple[
     Raises:
         UserError: if the sampler is not one of the checkpoint's process, or does not go with other settings.
     """
-    preset = info.preset
-    if preset is None:
-        preset = FOREIGN[info.process]
-        if info.meta is not None:
-            preset = preset._replace(channels=None)
+    preset = preset_of(info)
     name = config.sampler or preset.sampler
     row = SAMPLERS[name]
     if row.process != info.process:

@@ -1,7 +1,7 @@
 """A checkpoint ready to sample from: `Pipeline` for people, and the parts that sample.py and sample_ddp.py share.
 
-    pipeline = Pipeline.from_pretrained("DiT-XL-2-256x256")
-    images = pipeline.sample(labels=[207, 360], seed=0, sampler="ddim", num_sampling_steps=50, cfg_scale=4.0)
+pipeline = Pipeline.from_pretrained("DiT-XL-2-256x256")
+images = pipeline.sample(labels=[207, 360], seed=0, sampler="ddim", num_sampling_steps=50, cfg_scale=4.0)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from data.autoencoders import OFFICIAL_FACTOR
 from data.encoders import Encoder, open_encoder
 from data.pixels import to_uint8
 from diffusion import (
@@ -29,17 +30,28 @@ from diffusion import (
     make_sampler,
     sample_loop,
 )
-from diffusion.caching import check_keeps_state, cheapest, every_nth, sharing_budget, skip_cache
+from diffusion.caching import cheapest, check_keeps_state, every_nth, sharing_budget, skip_cache
 from diffusion.calibration import Calibration
 from diffusion.sampling import Sampler, StepHook
-from models import Network, family_name, family_of
+from models import FAMILIES, Network, family_name, family_of, model_config
 from models.acceleration import COMPILE_BACKEND, AutocastNetwork, GraphedNetwork, cast_weights_once
 from models.contract import Conditioning, NetworkLike
-from models.loading import CheckpointInfo, load_network
+from models.loading import CheckpointInfo, build_network, load_network, resolve_checkpoint
 from runtime import distributed
 from runtime.errors import UserError, error_prefix
-from runtime.settings import Given, flag_name, places, to_dict
-from sampling.config import FOREIGN, KINDS, C, SamplerChoice, SamplingSettings, check_channels, check_labels, resolve
+from runtime.releases import release_of_model
+from runtime.settings import Given, Values, flag_name, places, to_dict
+from sampling.config import (
+    KINDS,
+    C,
+    CheckpointSettings,
+    SamplerChoice,
+    SamplingSettings,
+    check_channels,
+    check_labels,
+    preset_of,
+    resolve,
+)
 
 KEPT_RUNS = 4  # prepared runs that a pipeline keeps
 
@@ -118,8 +130,8 @@ class Pipeline:
         check_channels(name, vae, info.path, network.sample_shape[-3])
         dtype = torch.float32 if config.compute.vae_precision == "fp32" else torch.bfloat16
         with error_prefix(f"--vae {name}"):
-            encoder = open_encoder(name, info.image_shape, device, dtype)
-            shape = image_shape_of(encoder, network.sample_shape, info)
+            encoder = open_encoder(name, info.image_shape or (), device, dtype)
+            shape = image_shape_of(encoder, network.sample_shape)
         return cls(network, dataclasses.replace(info, encoder=name), encoder, shape, config)
 
     @property
@@ -275,7 +287,9 @@ class Pipeline:
         """The network for these times, in the precision and as fast as asked for."""
         compute, network = config.compute, self.network
         if compute.cuda_graphs and family_of(self.info.model).data_dependent:
-            raise UserError(f"--cuda-graphs: {self.info.model} decides by its input what to compute; leave the flag out")
+            raise UserError(
+                f"--cuda-graphs: {self.info.model} decides by its input what to compute; leave the flag out"
+            )
         if compute.compile:
             network.compile_blocks(COMPILE_BACKEND)  # before plans are made, which compile their own functions
         times = [convert_time(t, sampler.time_convention, network.time_convention) for t in sampler.times]
@@ -347,24 +361,41 @@ def open_pipeline(
     if config.sampler is not None:  # before anything is downloaded or read
         given.check_owners(sampler=config.sampler)
         given.build("sampler", config.sampler)
-    overrides: dict[str, Any] = {}
-    if chosen.num_classes is not None:
-        overrides["num_classes"] = chosen.num_classes
-    network, info = load_network(
-        chosen.ckpt,
-        weights=chosen.weights,
-        model=config.model,
-        image_size=chosen.image_size,
-        vae=chosen.vae or default_vae,
-        device=device,
-        pretrained_dir=chosen.pretrained_dir,
-        sampling=lambda family: given.fields("model", family),
-        **overrides,
+    source = chosen.ckpt
+    if source is None:
+        source = Path(release_of_model(config.model or "DiT-XL/2", chosen.image_size, FAMILIES).name)
+    info, weights = resolve_checkpoint(
+        source, weights=chosen.weights, model=config.model, download_dir=chosen.pretrained_dir
     )
-    choice = config.sampler or (info.preset.sampler if info.preset else FOREIGN[info.process].sampler)
-    given.check_owners(model=family_name(info.model), sampler=choice)
+    family, sampler = family_name(info.model), config.sampler or preset_of(info).sampler
+    given.check_owners(model=family, sampler=sampler)
+    if info.meta is None and info.release is None and default_vae is not None:
+        info = dataclasses.replace(info, encoder=default_vae)
+    fields = given.fields("model", family)
+    fields |= fields_of_images(info, chosen)
+    with error_prefix(given.prefix("model", family) or f"--ckpt {info.path}"):
+        model_config(info.model, **{**info.config, **fields})
+    network = build_network(info, weights, device=device, **fields)
     pipeline = Pipeline.open(network, info, config, device, chosen.vae)
-    return pipeline, pipeline.prepare_run(config, given.fields("sampler", choice))
+    return pipeline, pipeline.prepare_run(config, given.fields("sampler", sampler))
+
+
+def fields_of_images(info: CheckpointInfo, chosen: CheckpointSettings) -> Values:
+    """Fields of the network's config that the flags about images decide.
+
+    Raises:
+        UserError: if they contradict the checkpoint.
+    """
+    fields: Values = {} if chosen.num_classes is None else {"num_classes": chosen.num_classes}
+    known = None if info.image_shape is None else info.image_shape[-1]
+    if known is not None and chosen.image_size not in (None, known):
+        raise UserError(f"--image-size {chosen.image_size}: --ckpt {info.path} was trained with {known}")
+    size = chosen.image_size or known
+    if info.meta is None and size is not None:
+        config = model_config(info.model, **info.config)
+        side = size // (1 if (chosen.vae or info.encoder) == "none" else OFFICIAL_FACTOR)
+        fields["sample_shape"] = (config.sample_shape[-3], side, side)
+    return fields
 
 
 def split_settings(config: C, values: dict[str, Any]) -> tuple[C, dict[str, Any]]:
@@ -395,7 +426,7 @@ def split_settings(config: C, values: dict[str, Any]) -> tuple[C, dict[str, Any]
     return config, owned
 
 
-def image_shape_of(encoder: Encoder, sample_shape: tuple[int, ...], info: CheckpointInfo) -> tuple[int, ...]:
+def image_shape_of(encoder: Encoder, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the images behind latents.
 
     Raises:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from runtime.config import flag_name, parse_config, setting, to_dict
 
 from benchmarks.cases import (
     filled_network,
@@ -37,7 +38,6 @@ from benchmarks.sampling import file_rows, loop_cases
 from benchmarks.timing import Case, Clock, Row, choose_clock, measure, process_seconds
 from models import model_config
 from runtime import distributed
-from runtime.config import flag_name, parse_config, setting, to_dict
 from runtime.errors import blame, run
 from runtime.files import check_writable
 

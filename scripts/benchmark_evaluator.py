@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from runtime.config import flag_name, parse_config, setting, to_dict
 
 from benchmarks.evaluation import (
     PUBLISHED,
@@ -36,7 +37,6 @@ from benchmarks.evaluation import (
 )
 from benchmarks.report import headline, machine_info, write_report
 from evaluator.settings import BATCH_SIZE
-from runtime.config import flag_name, parse_config, setting, to_dict
 from runtime.errors import run
 from runtime.files import check_writable
 

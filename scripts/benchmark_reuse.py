@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from runtime.config import flag_name, parse_config, setting, to_dict
 
 from benchmarks.cases import filled_network
 from benchmarks.report import headline, machine_info, write_report
 from benchmarks.reuse import Row, make_runner, make_runs, make_sampler, measure_runs, table
 from benchmarks.timing import cuda_seconds, wall_seconds
 from runtime import distributed
-from runtime.config import flag_name, parse_config, setting, to_dict
 from runtime.errors import blame, run
 from runtime.files import check_writable
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from runtime.config import flag_name, parse_config, setting, to_dict
 
 from benchmarks.cases import find_compiler
 from benchmarks.report import aligned, headline, machine_info, report, write_report
@@ -25,7 +26,6 @@ from benchmarks.timing import Row, choose_clock, measure
 from models import DyDiT, family_of, model_config
 from models.dydit import DyDiTConfig
 from runtime import distributed
-from runtime.config import flag_name, parse_config, setting, to_dict
 from runtime.errors import UserError, blame, run
 from runtime.files import check_writable
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from runtime.config import parse_config, setting, to_dict
 
 from benchmarks.digits import Result, Subject, Way, examine, find_checkpoints, newest, open_subject, ways
 from benchmarks.plotting import pyplot, save_figure
 from benchmarks.report import aligned
 from runtime import distributed
-from runtime.config import parse_config, setting, to_dict
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
 from sampling.config import SAMPLERS

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from diffusion.refresh import takes_cache_depth
+from runtime.config import flag_name, parse_config, setting
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import create_diffusion, skip_cache
-from diffusion.refresh import takes_cache_depth
 from models import DyDiT, Network, Routing, create_model, model_config
-from runtime.config import flag_name, parse_config, setting
 from runtime.errors import UserError, blame, run
 
 # (model, side of the latent image), as published with arXiv 2212.09748: all sizes at 256 pixels, the largest at 512.

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from runtime.config import parse_config, setting
 
 from benchmarks.counting import SamplingCost
 from benchmarks.report import aligned
 from runtime import distributed
-from runtime.config import parse_config, setting
 from runtime.errors import run
 from sampling.config import SamplingConfig
 from sampling.pipeline import Pipeline

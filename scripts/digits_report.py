@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from runtime.config import parse_config, setting
 
 from benchmarks.plotting import pyplot, save_figure
 from data.digits import NUM_CLASSES, load_digits
 from data.pixels import grid
 from evaluator.digits import DigitsScores, score_digits
-from runtime.config import parse_config, setting
 from runtime.errors import UserError, blame, run
 from runtime.files import atomic_path, check_writable
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from runtime.config import parse_config, setting
 
 from models import DiT, Network, create_model
 from models.diffusers_format import diffusers_twin
 from models.loading import unknown_weights
 from models.recognise import recognise
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
-from runtime.config import parse_config, setting
 from runtime.errors import UserError, blame, run
 from runtime.files import atomic_path, check_writable
 

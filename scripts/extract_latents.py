@@ -1,10 +1,10 @@
-"""Encodes an image folder once, so that training need not: shards of posterior moments, for `--dataset latents`.
+"""Encode an image folder once, for training with `--dataset latents`.
 
     torchrun --nproc-per-node 8 scripts/extract_latents.py --data-path /imagenet/train --output latents
     python train.py --dataset latents --data-path latents --model DiT-XL/2
 
-Processes take whole shards, and batches are cut at fixed places inside a shard: on CPUs the bytes do not depend on how
-many there are. The same command again makes what is missing. Encoding is float32 throughout.
+Each process makes whole shards, and a shard is cut into batches at fixed positions: on CPUs the bytes do not depend on
+the number of processes. The same command again makes only what is missing. Encoding is float32 throughout.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.autoencoder import KLAutoencoder, open_autoencoder
+from data.encoders import Encoder, open_encoder
 from data.image_folder import ImageFolder, UnreadableImageError
-from data.latents import (
+from data.latent_files import (
     FORMAT,
     INDEX,
     MANIFEST,
@@ -44,22 +44,28 @@ from runtime.config import flag_name, parse_config, setting
 from runtime.distributed import World
 from runtime.errors import UserError, blame, run
 from runtime.files import check_writable
+from runtime.migrate import latent_index
 
 PROGRAM = "extract_latents.py"
-WEEK = 7 * 24 * 3600.0  # a rank may wait for a whole shard of another, hours on a CPU; a dead one torchrun reports
+WEEK = 7 * 24 * 3600.0  # a rank may wait for a whole shard of another, hours on a CPU; torchrun reports a dead one
 
-# What decides the bytes, and the flag behind it
+# Settings in the manifest that fix the bytes, and their flags
 FLAGS = {
     "classes": "--data-path",
     "images": "--data-path",
     "paths_sha256": "--data-path",
     "image_shape": "--image-size",
-    "encoder_sha256": "--vae",
-    "scale": "--vae",
-    "moments_shape": "--both-flips",
+    "encoder class": "--vae",
+    "encoder sha256": "--vae",
+    "encoder scaling_factor": "--vae",
+    "encoder shift_factor": "--vae",
+    "encoder latents_mean": "--vae",
+    "encoder latents_std": "--vae",
+    "row_shape": "--both-flips",
     "batch_size": "--batch-size",
     "shard_size": "--shard-size",
 }
+LONG = ("classes", "paths_sha256", "encoder sha256")  # values that messages leave out
 
 
 @dataclass(frozen=True)
@@ -68,37 +74,60 @@ class ExtractConfig:
 
     data_path: Path | None = setting(None, "root of an image folder: one folder per class")
     output: Path = setting(Path("latents"), "folder for the shards")
-    vae: str = setting("ema", "autoencoder: ema, mse, or a local folder")
-    image_size: int = setting(256, "side of the images in pixels")
+    vae: str = setting("ema", "autoencoder: ema, mse, or a local folder of diffusers")
+    image_size: tuple[int, ...] = setting((256,), "side of square images in pixels, or height and width")
     both_flips: bool = setting(True, "store every image plain and mirrored (twice the bytes)")
-    batch_size: int = setting(32, "images per process at a time")
-    shard_size: int = setting(10_240, "images a shard; ImageNet then makes 254 files")
-    strict: bool = setting(False, "stop at an image that cannot be read, instead of leaving it out and naming it")
-    overwrite: bool = setting(False, "start anew, deleting the shards that are there")
-    num_workers: int = setting(4, "loader processes per rank")
+    batch_size: int = setting(32, "images per batch, on each process")
+    shard_size: int = setting(10_240, "images per shard; ImageNet makes 254 files of the default")
+    strict: bool = setting(False, "stop at an image that cannot be read, instead of skipping and naming it")
+    overwrite: bool = setting(False, "delete the shards in the output folder first")
+    num_workers: int = setting(4, "loader processes per process")
     device: str | None = setting(None, "cuda where there is one, else cpu", ("cuda", "cpu"))
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be meant, before any work."""
+        """Validate the fields."""
         if self.data_path is None:
             raise ValueError("--data-path: needed, the root of an image folder")
+        if not 1 <= len(self.image_size) <= 2:
+            raise ValueError(f"--image-size {self.shown_size}: give one side, or height and width")
         if self.vae == "none":
             raise ValueError("--vae none: pixels need no extraction; train on the image folder itself")
-        for name in ("image_size", "batch_size", "shard_size"):
+        if min(self.image_size) < 1:
+            raise ValueError(f"--image-size {self.shown_size}: must be at least 1")
+        for name in ("batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
         if self.num_workers < 0:
             raise ValueError(f"--num-workers {self.num_workers}: must not be negative")
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(H, W) of the images."""
+        return self.image_size[0], self.image_size[-1]
+
+    @property
+    def shown_size(self) -> str:
+        """The value of `--image-size`."""
+        return " ".join(map(str, self.image_size))
+
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that is fixed before the first image."""
+    """Everything that is fixed before the first image.
+
+    Attributes:
+        config: Settings.
+        images: Images, not mirrored.
+        encoder: Encoder.
+        row_shape: Shape of one image's row: flips, then the shape of raw latents.
+        manifest: JSON document with all settings that fix the bytes.
+    """
 
     config: ExtractConfig
     images: ImageFolder
-    autoencoder: KLAutoencoder
-    manifest: dict[str, Any]
+    encoder: Encoder
+    row_shape: tuple[int, ...]
+    manifest: dict[str, object]
 
     @property
     def shard_count(self) -> int:
@@ -106,71 +135,74 @@ class Job:
         return -(-len(self.images) // self.config.shard_size)
 
     def batches(self, number: int) -> list[range]:
-        """The images of a shard, cut into batches: a function of the number alone."""
+        """Images of a shard, cut into batches."""
         start = number * self.config.shard_size
         stop = min(start + self.config.shard_size, len(self.images))
         return [range(i, min(i + self.config.batch_size, stop)) for i in range(start, stop, self.config.batch_size)]
 
 
 def set_up(config: ExtractConfig, device: torch.device) -> Job:
-    """Loads the autoencoder and lists the images; nothing is written yet."""
+    """Load the encoder and list the images, without writing anything."""
     assert config.data_path is not None
     with blame(f"--vae {config.vae}"):
-        autoencoder = open_autoencoder(config.vae, config.image_size, device)
-    assert isinstance(autoencoder, KLAutoencoder)
-    channels = autoencoder.image_channels
-    with blame(f"--image-size {config.image_size}"):
-        latent_channels, *sides = autoencoder.latent_shape((channels, config.image_size, config.image_size))
+        encoder = open_encoder(config.vae, (3, *config.sides), device)
+    with blame(f"--image-size {config.shown_size}"):
+        raw_shape = encoder.raw_shape((encoder.image_channels, *config.sides))
     with blame(f"--data-path {config.data_path}"):
-        images = ImageFolder(config.data_path, config.image_size, channels=channels, flip=False)
+        images = ImageFolder(config.data_path, config.sides, channels=encoder.image_channels, flip=False)
     paths = "\n".join(map(images.path, range(len(images))))
+    row_shape = (2 if config.both_flips else 1, *raw_shape)
     manifest = {
         "format": FORMAT,
         "images": len(images),
         "paths_sha256": hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest(),
         "classes": images.classes,
-        "image_shape": list(images.image_shape),
-        "vae": config.vae,
-        "encoder_sha256": autoencoder.encoder_sha256(),
-        "scale": autoencoder.scale,
-        "moments_shape": [2 if config.both_flips else 1, 2 * latent_channels, *sides],
+        "image_shape": images.image_shape,
+        "encoder": encoder.describe(),
+        "row_shape": row_shape,
         "batch_size": config.batch_size,
         "shard_size": config.shard_size,
     }
-    return Job(config, images, autoencoder, manifest)
+    return Job(config, images, encoder, row_shape, json.loads(json.dumps(manifest)))
 
 
 def check_settings(job: Job) -> None:
-    """Refuses to continue what was begun with other settings.
+    """Refuse to continue an extraction that was started with other settings.
 
     Raises:
-        UserError: naming the first flag that differs.
+        UserError: Naming the first flag that differs.
     """
-    path = job.config.output / MANIFEST
-    way_out = "give the same settings, another --output, or --overwrite to start anew"
+    path, where = job.config.output / MANIFEST, f"--output {job.config.output}"
+    remedy = "give the same settings, another --output, or --overwrite to start again"
     if not path.exists():
         if found := shard_files(job.config.output):
-            raise UserError(f"--output {job.config.output}: {found[0].name} is there, but no {MANIFEST}; {way_out}")
+            raise UserError(f"{where}: {found[0].name} is there, but no {MANIFEST}; {remedy}")
         return
     try:
-        begun = json.loads(path.read_text())
+        started = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"--output {job.config.output}: {path} is not JSON; {way_out}") from error
-    if not isinstance(begun, dict) or begun.get("format") != FORMAT:
-        raise UserError(f"--output {job.config.output}: {path} is of another format; {way_out}")
+        raise UserError(f"{where}: {path} is not JSON; {remedy}") from error
+    started = latent_index(started) if isinstance(started, dict) else {}
+    if started.get("format") != FORMAT:
+        raise UserError(f"{where}: {path} is of another format; {remedy}")
+    now, then = flat(job.manifest), flat(started)
     for name, flag in FLAGS.items():
-        ours, theirs = job.manifest[name], begun.get(name)
-        if ours != theirs:
-            shown = f"{name} {ours} instead of {theirs}"
-            shown = f"other {name}" if name in ("classes", "paths_sha256", "encoder_sha256") else shown
-            raise UserError(f"{flag}: {path} was begun differently ({shown}); {way_out}")
+        if now[name] != then.get(name):
+            shown = f"other {name}" if name in LONG else f"{name} {now[name]} instead of {then.get(name)}"
+            raise UserError(f"{flag}: {path} was started with other settings ({shown}); {remedy}")
+
+
+def flat(manifest: Mapping[str, object]) -> dict[str, object]:
+    """A manifest with the encoder's members among the others."""
+    encoder = manifest["encoder"]
+    return {**manifest, **({f"encoder {name}": encoder[name] for name in encoder} if isinstance(encoder, dict) else {})}
 
 
 def check_finished(job: Job) -> list[int]:
     """Numbers of the shards still to be made.
 
     Raises:
-        UserError: with --strict, if a finished shard left an image out.
+        UserError: With --strict, if an image is missing from a finished shard.
     """
     pending = []
     for number in range(job.shard_count):
@@ -186,20 +218,20 @@ def check_finished(job: Job) -> list[int]:
 
 
 def fail(world: World, message: str) -> NoReturn:
-    """Ends this process by a mistake that only it has met; `run` itself would stay silent on other ranks than 0."""
+    """End this process by an error of its own; `run` prints errors of rank 0 only."""
     if not world.is_main:
         print(f"{PROGRAM}: error: {message}", file=sys.stderr, flush=True)
     raise UserError(message)
 
 
 class Decoded(NamedTuple):
-    """A batch on its way from a loader process.
+    """A batch from a loader process.
 
     Attributes:
         images: (n, C, H, W) uint8, those that could be read.
-        indices: n places in the image folder.
+        indices: n indices in the image folder.
         skipped: (path, reason) of the others.
-        fatal: the first error that must end the work, in one line; empty if there is none.
+        fatal: The first error that must end the work, in one line; empty if there is none.
     """
 
     images: Tensor
@@ -209,7 +241,7 @@ class Decoded(NamedTuple):
 
 
 class DecodedBatches(Dataset[Decoded]):
-    """Batches of an image folder, by ranges of indices; errors come back as values, so that no worker dies of one."""
+    """Batches of an image folder, by ranges of indices. Errors are returned as values, so that workers survive them."""
 
     def __init__(self, images: ImageFolder, batches: list[range], strict: bool) -> None:
         self._images, self._batches, self._strict = images, batches, strict
@@ -219,7 +251,7 @@ class DecodedBatches(Dataset[Decoded]):
         return len(self._batches)
 
     def __getitem__(self, position: int) -> Decoded:
-        """Decodes one batch."""
+        """Decode one batch."""
         images: list[Tensor] = []
         result = Decoded(torch.empty(0), [], [], "")
         for index in self._batches[position]:
@@ -236,27 +268,26 @@ class DecodedBatches(Dataset[Decoded]):
 
 
 def encode(job: Job, batch: Decoded, world: World) -> Encoded:
-    """Moments of a batch, plain and (if wanted) mirrored."""
+    """Raw latents of a batch, plain and, if both flips are stored, mirrored."""
     if batch.fatal:
         fail(world, batch.fatal)
-    flips, *shape = job.manifest["moments_shape"]
     paths = [job.images.path(i) for i in batch.indices]
-    moments = np.empty((len(paths), flips, *shape), np.float16)
+    raw = np.empty((len(paths), *job.row_shape), np.float16)
     images = batch.images.to(world.device)
-    for flip in range(flips if paths else 0):
-        encoded = job.autoencoder.moments(images.flip(-1) if flip else images)
-        moments[:, flip] = encoded.half().cpu().numpy()
-    for path, row in zip(paths, moments, strict=True):
+    for flip in range(job.row_shape[0] if paths else 0):
+        encoded = job.encoder.encode_pixels(images.flip(-1) if flip else images)
+        raw[:, flip] = encoded.half().cpu().numpy()
+    for path, row in zip(paths, raw, strict=True):
         if not is_finite(row):
-            fail(world, f"--vae {job.config.vae}: the moments of {path} are not finite in float16")
-    return Encoded(moments, [job.images.label(i) for i in batch.indices], paths, batch.skipped)
+            fail(world, f"--vae {job.config.vae}: the latents of {path} are not finite in float16")
+    return Encoded(raw, [job.images.label(i) for i in batch.indices], paths, batch.skipped)
 
 
 def extract(job: Job, pending: list[int], world: World) -> None:
-    """Makes every world.size-th of the pending shards."""
+    """Make every world.size-th of the pending shards."""
     mine = pending[world.rank :: world.size]
     if not mine:
-        return  # no loader processes for nothing
+        return  # starts no loader processes
     loader: DataLoader[Decoded] = DataLoader(
         DecodedBatches(job.images, [batch for number in mine for batch in job.batches(number)], job.config.strict),
         batch_size=None,
@@ -264,17 +295,17 @@ def extract(job: Job, pending: list[int], world: World) -> None:
     )
     batches = iter(tqdm(loader, disable=None if world.is_main else True, unit="batch"))
     for number in mine:
-        write_shard(job.config.output, number, job.manifest["moments_shape"], encode_shard(job, number, batches, world))
+        write_shard(job.config.output, number, job.row_shape, encode_shard(job, number, batches, world))
 
 
 def encode_shard(job: Job, number: int, batches: Iterator[Decoded], world: World) -> Iterator[Encoded]:
-    """Takes a shard's batches from the stream, and encodes them."""
+    """Take a shard's batches from the loader, and encode them."""
     for _ in job.batches(number):
         yield encode(job, next(batches), world)
 
 
-def begin(job: Job) -> None:
-    """Prepares the output folder; by one process, before the others write."""
+def start(job: Job) -> None:
+    """Prepare the output folder; on one process, before the others write."""
     output = job.config.output
     if job.config.overwrite:
         remove_shards(output)
@@ -284,11 +315,12 @@ def begin(job: Job) -> None:
 
 
 def finish(job: Job) -> None:
-    """Writes the index and says what came of it; by one process, after all others."""
+    """Write the index and print the result; on one process, after all others."""
     with blame(f"--output {job.config.output}"):
         index = write_index(job.config.output, job.shard_count)
     for number in range(job.shard_count if index["skipped"] else 0):
-        for path, reason in (finished_shard(job.config.output, number) or {})["skipped"]:
+        description = finished_shard(job.config.output, number)
+        for path, reason in description["skipped"] if description else ():
             print(f"{PROGRAM}: left out {path}: {reason}", file=sys.stderr)
     print(f"Extracted {index['count']:,} images to {job.config.output}, left out {index['skipped']:,}")
     if not index["count"]:
@@ -296,7 +328,7 @@ def finish(job: Job) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses flags, encodes on all processes, writes the index."""
+    """Parse flags, encode on all processes, write the index."""
     config = parse_config(ExtractConfig, argv, program=PROGRAM, description=__doc__.split("\n")[0])
     with distributed.world(config.device, timeout_seconds=WEEK) as world:
         distributed.allow_tf32(False)
@@ -306,10 +338,10 @@ def main(argv: Sequence[str]) -> None:
         check_writable(config.output / INDEX, "--output")
         distributed.barrier()  # all have read the manifest
         if world.is_main:
-            begin(job)
+            start(job)
         distributed.barrier()
         pending = check_finished(job)
-        distributed.barrier()  # all have the same list, and nobody has begun
+        distributed.barrier()  # all have the same list, and none has started
         extract(job, pending, world)
         distributed.barrier()
         if world.is_main:

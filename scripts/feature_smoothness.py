@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from runtime.config import parse_config, setting, to_dict
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
@@ -37,7 +38,6 @@ from models.loading import restore, settings_of
 from models.skip_dit import default_cache_depth
 from runtime import distributed
 from runtime.checkpoint import read_checkpoint
-from runtime.config import parse_config, setting, to_dict
 from runtime.errors import blame, run
 from runtime.files import atomic_path, check_writable
 

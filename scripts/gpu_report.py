@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from data.autoencoder import Pixels
+from runtime.config import parse_config, setting
 from torch import Tensor
 
 from benchmarks.cases import (
@@ -43,11 +45,9 @@ from benchmarks.families import family_groups
 from benchmarks.report import headline, machine_info, markdown, report, write_report
 from benchmarks.sampling import sampling_facts, sampling_groups
 from benchmarks.timing import BF16, Case, Clock, Row, choose_clock, measure
-from data.autoencoder import Pixels
 from data.image_folder import ArrayImages
 from diffusion import Batch, Objective, create_diffusion
 from models import Network
-from runtime.config import parse_config, setting
 from runtime.distributed import World
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable

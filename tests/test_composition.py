@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from runtime.config import parse_config
 from torch._dynamo.testing import CompileCounter
 
 import models
@@ -12,7 +13,6 @@ from diffusion import PROCESSES
 from models.acceleration import can_compile
 from models.dydit_plan import RoutingPlan
 from runtime.checkpoint import save_checkpoint
-from runtime.config import parse_config
 from runtime.distributed import World
 from runtime.errors import UserError
 from sampling.config import SAMPLERS, SamplingConfig

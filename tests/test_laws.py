@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusion.refresh import every_nth
 from torch import Tensor
 
 import models
 from diffusion import FlowMatching, ImageNoise, create_diffusion, guided, sample_loop
-from diffusion.refresh import every_nth
 from diffusion.sampling import Sampler
 from models import Network
 from tests.dispatch_trace import DispatchTrace

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runtime.config import parse_config
 
 import train
 from runtime.checkpoint import read_checkpoint
-from runtime.config import parse_config
 from runtime.errors import run
 from tests.processes import run_script
 from training import trainer

@@ -1,4 +1,4 @@
-"""Scores of samples during training: digits have their own, photographs are compared with a reference if there is one."""
+"""Scores of samples during training: digits have their own, photographs are compared with a given reference."""
 
 from __future__ import annotations
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from runtime.config import parse_config, setting
 from safetensors.torch import save_file
 from torch.nn import functional
 
 from data.digits import load_digits
 from evaluator.digits.network import WEIGHTS_PATH, DigitsFeatureNetwork
-from runtime.config import parse_config, setting
 from runtime.errors import UserError, run
 from runtime.files import atomic_path
 

@@ -13,7 +13,7 @@ def test_rounding_matches_the_recorded_pixels():
     assert torch.equal(to_picture(decoded).flatten(), arrays["save_image_uint8"])
 
 
-def test_bytes_survive_the_way_in_and_out():
+def test_bytes_survive_conversion_and_back():
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     x = from_uint8(images)
     assert x.min() == -1 and x.max() == 1
@@ -25,6 +25,15 @@ def test_channels_move_last():
     x[:, 2] = 1
     out = to_uint8(x)
     assert out.shape == (2, 4, 5, 3) and out[..., 2].min() == 255 and out[..., :2].max() == 0
+
+
+def test_frames_of_clips_are_converted_like_images():
+    clips = torch.randn(2, 3, 3, 4, 6)
+    for convert in (to_uint8, to_picture):
+        frames = convert(clips)
+        assert frames.shape == (2, 3, 4, 6, 3) and torch.equal(frames.flatten(0, 1), convert(clips.flatten(0, 1)))
+    assert grid(frames.numpy(), columns=3, gap=0).shape == (1, 8, 18, 3)
+    assert enlarge(frames.numpy(), 2).shape == (2, 3, 8, 12, 3)
 
 
 def test_grid_places_tiles_row_by_row_with_gaps():

@@ -1,4 +1,4 @@
-"""Vision encoders from files: loading, positions, what they see and what they put out."""
+"""Vision encoders from files: loading, positions, inputs and outputs."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def weights(tmp_path: Path) -> Path:
 def test_tokens_are_the_transformers_own(weights: Path) -> None:
     """At the size it was made for, nothing is resampled: 160 pixels are 10 x 10 tokens."""
     vit, encoder = write(weights, num_classes=0), VisionEncoder(SMALL, 160, weights)
-    assert (encoder.width, encoder.grid) == (64, 10)
+    assert (encoder.width, encoder.grid) == (64, (10, 10))
     images = torch.rand(2, 3, 160, 160)
     mean, std = (torch.tensor(vit.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     assert_close(encoder.prepare(images), (images - mean) / std, 1e-6)
@@ -54,6 +54,11 @@ def test_tokens_are_the_transformers_own(weights: Path) -> None:
 def test_every_token_covers_sixteen_pixels(weights: Path, size: int) -> None:
     encoder = VisionEncoder(SMALL, size, weights)
     assert encoder(torch.rand(1, 3, size, size)).shape == (1, (size // 16) ** 2, 64)
+
+
+def test_images_need_not_be_square(weights: Path) -> None:
+    encoder = VisionEncoder(SMALL, (32, 64), weights)
+    assert encoder.grid == (2, 4) and encoder(torch.rand(1, 3, 32, 64)).shape == (1, 8, 64)
 
 
 @torch.no_grad()
@@ -72,7 +77,7 @@ def test_a_pytorch_file_with_a_head_is_loaded_too(tmp_path: Path, weights: Path)
 
 
 def test_the_release_of_dinov2_sees_what_was_recorded(tmp_path: Path) -> None:
-    """Its own file has a mask token beside timm's weights. At 64 pixels it sees 56: its patches are 14 wide."""
+    """Its own file has a mask token besides timm's weights. At 64 pixels it takes 56: its patches are 14 wide."""
     vit = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
     torch.save({**vit.state_dict(), "mask_token": torch.zeros(1, vit.embed_dim)}, tmp_path / "dinov2_vits14.pth")
     encoder, golden = VisionEncoder("dinov2_vits14", 64, tmp_path / "dinov2_vits14.pth"), arrays("ddt/train/ddt_a_repa")
@@ -100,9 +105,9 @@ def test_nothing_learns_and_nothing_is_random(weights: Path) -> None:
     ("name", "size", "message"),
     [
         ("dinov3", 64, "unknown; give dinov2_vits14, .*, or a vision transformer of timm"),
-        ("resnet18", 64, "resnet18 is no plain vision transformer"),
-        (SMALL, 8, "needs images whose side is a multiple of 16, not 8"),
-        (SMALL, 250, "needs images whose side is a multiple of 16, not 250"),
+        ("resnet18", 64, "resnet18 is not a plain vision transformer"),
+        (SMALL, 8, "needs images with sides of multiples of 16, not 8"),
+        (SMALL, 250, "needs images with sides of multiples of 16, not 250"),
     ],
 )
 def test_what_cannot_be_aligned_with_is_said(name: str, size: int, message: str, weights: Path) -> None:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from diffusion.gaussian_diffusion import GaussianDiffusion
 from torch import Tensor
 
 from diffusion import create_diffusion, guided, sample_loop
-from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.sampling import Sampler
 from models import ModelOutput
 from tests.dispatch_trace import DispatchTrace

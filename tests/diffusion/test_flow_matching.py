@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusion.flow_matching import LossWeight
 from torch import Tensor
 
 from diffusion import Batch, Draws, FlowMatching, Objective, create_diffusion
-from diffusion.flow_matching import LossWeight
 from diffusion.schedules import shift_time, unit_grid, unit_to_network
 from tests.golden_data import arrays, assert_close
 from tests.golden_ddt import LOSS, assert_within, golden_ddt

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusion.refresh import every_nth
 from torch import Tensor
 
 from diffusion import FlowMatching, ImageNoise, guided, sample_loop
 from diffusion.flow_samplers import AdamsSampler, EulerSampler, HeunSampler, adams_weights, log_snr
-from diffusion.refresh import every_nth
 from diffusion.sampling import Sampler
 from models import ModelOutput
 from tests.dispatch_trace import DispatchTrace

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from diffusion.gaussian_diffusion import GaussianDiffusion
 from torch import Tensor
 
 from diffusion import ImageNoise, create_diffusion, guided, sample_loop
-from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.sampling import Denoise, NoiseFn, Sampler
 from models import ModelOutput
 from tests.dispatch_trace import DispatchTrace

@@ -1,7 +1,6 @@
 """Refresh schedules: when kept state is recomputed."""
 
 import pytest
-
 from diffusion.refresh import every_nth
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusion.refresh import cheapest, every_nth, reuse_cost, sharing_budget
+from diffusion.sharing import Calibration, run_similarity, state_similarity
 from torch import Tensor
 
 from diffusion import FlowMatching, ImageNoise, guided, sample_loop
-from diffusion.refresh import cheapest, every_nth, reuse_cost, sharing_budget
-from diffusion.sharing import Calibration, run_similarity, state_similarity
 from models import create_model
 from tests.golden_data import arrays, assert_close, table
 from tests.golden_ddt import FORWARD, TRAJECTORY, assert_within, golden_ddt

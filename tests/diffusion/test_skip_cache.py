@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from diffusion.refresh import CLASS_TO_IMAGE, Zones, skip_cache_flags
 from torch import Tensor
 
 from diffusion import create_diffusion, guided, sample_loop, skip_cache
-from diffusion.refresh import CLASS_TO_IMAGE, Zones, skip_cache_flags
 from diffusion.sampling import Sampler
 from models import ModelOutput, SkipDiT, TimeConvention, create_model
 from tests.golden_data import arrays, assert_close, table

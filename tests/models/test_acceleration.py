@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusion.refresh import every_nth
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 import models
 from diffusion import ImageNoise, create_diffusion, guided, sample_loop
-from diffusion.refresh import every_nth
 from models import ModelOutput, Network
 from models.acceleration import GraphedNetwork, autocast, cast_weights_once
 from tests.dispatch_trace import DispatchTrace

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from models.ranking import rank_by_magnitude
 
 from models import create_model
-from models.ranking import rank_by_magnitude
 from tests.golden_data import assert_close
 from tests.networks import debug_network, randomise
 

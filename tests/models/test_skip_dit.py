@@ -224,7 +224,11 @@ def test_a_cached_step_sees_the_new_image_time_and_label() -> None:
     x, t, y = inputs(network)
     state = network(x, t, y=y).state
     reference = network(x, t, y=y, state=state).sample
-    for other in (network(x.flip(-1), t, y=y, state=state), network(x, 100.0, y=y, state=state), network(x, t, y=y.flip(0), state=state)):
+    for other in (
+        network(x.flip(-1), t, y=y, state=state),
+        network(x, 100.0, y=y, state=state),
+        network(x, t, y=y.flip(0), state=state),
+    ):
         assert (other.sample - reference).abs().max() > 1e-3 * reference.abs().max()
 
 

@@ -3,8 +3,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
 from runtime.config import ALIASES, expand_alias, flag_name, parse_config, setting, to_dict
+
 from runtime.errors import UserError
 from training.config import TrainConfig
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
+from runtime.ema import EMA
 
 from models import create_model
-from runtime.ema import EMA
 
 
 def walk(model, steps):

@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from runtime.run_log import RunLog
 
 import train
 from runtime.errors import run
-from runtime.run_log import RunLog
 
 
 def test_metrics_go_to_json_lines_and_to_tensorboard(tmp_path):

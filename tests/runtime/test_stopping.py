@@ -2,7 +2,6 @@ import os
 import signal
 
 import pytest
-
 from runtime.stopping import stop_on_signal
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import open_dataset, open_encoder
-from data.autoencoder import open_autoencoder
+from data import encoder_for, open_dataset, open_encoder
+from data.autoencoders import KLAutoencoder
 from data.image_folder import ImageFolder
 from data.latents import LatentShards
 from data.pixels import from_uint8
@@ -16,6 +16,7 @@ from scripts import extract_latents
 from tests.networks import small_autoencoder
 from tests.processes import run_script
 
+IMAGE = (3, 16, 16)
 COUNT = 8  # shards of 3, 3 and 2 images
 MADE = sorted(["index.json", "manifest.json", *(f"{n:05d}.{end}" for n in range(3) for end in ("npy", "json"))])
 
@@ -80,46 +81,47 @@ def test_stored_latents_are_those_of_the_images(extracted, images, vae):
     assert sorted(files(extracted)) == MADE and len(stored) == len(folder) == COUNT
     assert stored.classes == folder.classes and stored.image_shape == folder.image_shape
     stored.verify()
-    direct, reader = open_autoencoder(str(vae), 16), open_encoder(stored, stored.vae)
+    direct, reader = open_encoder(str(vae), IMAGE), encoder_for(stored, stored.vae)
     assert reader.latent_shape((3, 16, 16)) == direct.latent_shape((3, 16, 16)) == (4, 8, 8)
     mirrored = 0
     for key in ((epoch, index) for epoch in range(3) for index in range(COUNT)):
         noise = torch.randn(1, 4, 8, 8)
-        (image, *facts), (moments, *stored_facts) = folder[key], stored[key]
+        (image, *facts), (raw, *stored_facts) = folder[key], stored[key]
         assert facts == stored_facts and stored.path(key[1]) == folder.path(key[1])
-        wanted = direct.encode(from_uint8(image[None]), noise)
-        assert torch.equal(direct.encode(image[None], noise), wanted)
-        assert (reader.encode(moments[None], noise) - wanted).abs().max() <= 2**-10 * wanted.abs().max()
+        expected = direct.to_latents(direct.encode_pixels(from_uint8(image[None])), noise)
+        assert torch.equal(direct.to_latents(direct.encode_pixels(image[None]), noise), expected)
+        latents = reader.to_latents(reader.encode_pixels(raw[None]), noise)
+        assert (latents - expected).abs().max() <= 2**-10 * expected.abs().max()
         mirrored += not torch.equal(image, folder.read(key[1]))
     assert 4 < mirrored < 20
 
 
 def test_both_flips_are_encoded_and_not_mirrored_afterwards(extracted, images, vae):
-    direct, folder = open_autoencoder(str(vae), 16), ImageFolder(images, 16)
+    direct, folder = open_encoder(str(vae), IMAGE), ImageFolder(images, 16)
     rows = np.concatenate([np.asarray(shard) for shard in LatentShards(extracted).shards])
     assert rows.shape == (COUNT, 2, 8, 8, 8) and rows.dtype == np.float16
     for index, (plain, mirrored) in enumerate(rows):
         pixels = folder.read(index)[None]
         for row, view in ((plain, pixels), (mirrored, pixels.flip(-1))):
-            assert np.allclose(row, direct.moments(view)[0], rtol=2**-10, atol=1e-4)
+            assert np.allclose(row, direct.encode_pixels(view)[0], rtol=2**-10, atol=1e-4)
         assert np.abs(plain.astype(float) - mirrored).max() > 0.1
         assert np.abs(plain[..., ::-1].astype(float) - mirrored).max() > 0.01
 
 
 def test_decoding_goes_through_the_same_autoencoder(extracted, vae, tmp_path):
-    stored, direct = LatentShards(extracted), open_autoencoder(str(vae), 16)
+    stored, direct = LatentShards(extracted), open_encoder(str(vae), IMAGE)
     latents = torch.randn(2, 4, 8, 8)
-    assert torch.equal(open_encoder(stored, stored.vae).decode(latents), direct.decode(latents))
+    assert torch.equal(encoder_for(stored, stored.vae).decode(latents), direct.decode(latents))
     from diffusers import AutoencoderKL
 
     other = AutoencoderKL.from_pretrained(vae)
     other.decoder.conv_out.bias.data += 1  # the official pair differs in the decoder alone
     other.save_pretrained(tmp_path / "decoder")
-    assert open_encoder(stored, str(tmp_path / "decoder")).decode(latents).shape == (2, 3, 16, 16)
+    assert encoder_for(stored, str(tmp_path / "decoder")).decode(latents).shape == (2, 3, 16, 16)
     other.encoder.conv_out.bias.data += 1
     other.save_pretrained(tmp_path / "encoder")
     with pytest.raises(ValueError, match="encoder' is not the one that made these latents"):
-        open_encoder(stored, str(tmp_path / "encoder")).decode(latents)
+        encoder_for(stored, str(tmp_path / "encoder")).decode(latents)
 
 
 def test_two_processes_write_the_same_bytes(extracted, images, vae, tmp_path):
@@ -141,16 +143,16 @@ def test_a_rerun_makes_only_what_is_missing(extracted, images, vae, copy):
 
 
 def test_a_killed_extraction_goes_on_where_it_was(extracted, images, vae, tmp_path, monkeypatch):
-    output, moments, calls = tmp_path / "latents", extract_latents.KLAutoencoder.moments, []
+    output, encode, calls = tmp_path / "latents", KLAutoencoder.encode_rows, []
 
     def killed(self, pixels):
         calls.append(len(pixels))
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return moments(self, pixels)
+        return encode(self, pixels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(extract_latents.KLAutoencoder, "moments", killed)
+        patch.setattr(KLAutoencoder, "encode_rows", killed)
         with pytest.raises(KeyboardInterrupt):
             extract(*flags(images, vae, output))
     assert sorted(files(output)) == ["00000.json", "00000.npy", "manifest.json"]
@@ -162,19 +164,75 @@ def test_a_killed_extraction_goes_on_where_it_was(extracted, images, vae, tmp_pa
     assert {name: times(output)[name] for name in before} == before
 
 
+def to_format_1(path):
+    """Rewrite a manifest or index as the first format."""
+    content = json.loads(path.read_text())
+    encoder = content.pop("encoder")
+    content |= {"format": 1, "vae": encoder["name"], "scale": encoder["scaling_factor"]}
+    content |= {"encoder_sha256": encoder["sha256"], "moments_shape": content.pop("row_shape")}
+    path.write_text(json.dumps(content))
+
+
+def test_an_extraction_of_format_1_is_continued(extracted, images, vae, copy):
+    for name in ("index.json", "manifest.json"):
+        to_format_1(copy / name)
+    stored = LatentShards(copy)
+    assert stored.vae == str(vae) and encoder_for(stored, stored.vae).latent_shape(IMAGE) == (4, 8, 8)
+    (copy / "00001.npy").unlink()
+    assert extract(*flags(images, vae, copy)) == 0
+    ours, theirs = files(copy), files(extracted)
+    assert json.loads(ours.pop("index.json")) == json.loads(theirs.pop("index.json"))
+    assert all(ours[name] == theirs[name] for name in theirs if name != "manifest.json")
+
+
+def test_shift_and_shape_are_recorded(images, vae, tmp_path):
+    from diffusers import AutoencoderKL
+
+    shifted = AutoencoderKL.from_pretrained(vae)
+    shifted.register_to_config(shift_factor=0.1159)
+    shifted.save_pretrained(tmp_path / "vae")
+    assert extract(*flags(images, tmp_path / "vae", tmp_path / "latents"), "--image-size", "16", "12") == 0
+    stored = LatentShards(tmp_path / "latents", flip=False)
+    assert stored.image_shape == (3, 16, 12) and stored.raw_shape == (8, 8, 6)
+    raw, noise = stored.gather([(0, 2)])[0], torch.zeros(1, 4, 8, 6)
+    reader, direct = encoder_for(stored, stored.vae), open_encoder(stored.vae, stored.image_shape)
+    latents = reader.to_latents(raw, noise)
+    torch.testing.assert_close(latents, (raw[:, :4].float() - 0.1159) * 0.25)
+    assert torch.equal(latents, direct.to_latents(raw, noise))
+    assert torch.equal(reader.decode(latents), direct.decode(latents))
+    shifted.register_to_config(shift_factor=0.2)
+    shifted.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match=r"has LatentScaling\(.*shift_factor=0.2.*but these latents"):
+        encoder_for(stored, stored.vae).decode(latents)
+
+
+def test_a_deterministic_encoder_is_extracted_too(images, tmp_path):
+    from diffusers import AutoencoderTiny
+
+    blocks = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
+    AutoencoderTiny(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **blocks).save_pretrained(tmp_path / "vae")
+    assert extract(*flags(images, tmp_path / "vae", tmp_path / "latents")) == 0
+    stored = LatentShards(tmp_path / "latents", flip=False)
+    reader, direct = encoder_for(stored, stored.vae), open_encoder(stored.vae, IMAGE)
+    latents = reader.to_latents(stored.gather([(0, 2)])[0])
+    expected = direct.to_latents(direct.encode_pixels(ImageFolder(images, 16).read(2)[None]))
+    torch.testing.assert_close(latents, expected, rtol=2**-10, atol=1e-4)
+    assert reader.decode(latents).shape == (1, *IMAGE)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (
             "--image-size 8",
-            "--image-size: {there} was begun differently (image_shape [3, 8, 8] instead of [3, 16, 16])",
+            "--image-size: {there} was started with other settings (image_shape [3, 8, 8] instead of [3, 16, 16])",
         ),
-        ("--batch-size 3", "--batch-size: {there} was begun differently (batch_size 3 instead of 2)"),
-        ("--shard-size 4", "--shard-size: {there} was begun differently (shard_size 4 instead of 3)"),
-        ("--no-both-flips", "--both-flips: {there} was begun differently (moments_shape [1, 8, 8, 8] instead of"),
-        ("--vae {other_vae}", "--vae: {there} was begun differently (other encoder_sha256)"),
-        ("--data-path {other_images}", "--data-path: {there} was begun differently (images 7 instead of 8)"),
-        ("--data-path {renamed}", "--data-path: {there} was begun differently (other paths_sha256)"),
+        ("--batch-size 3", "--batch-size: {there} was started with other settings (batch_size 3 instead of 2)"),
+        ("--shard-size 4", "--shard-size: {there} was started with other settings (shard_size 4 instead of 3)"),
+        ("--no-both-flips", "--both-flips: {there} was started with other settings (row_shape [1, 8, 8, 8] instead of"),
+        ("--vae {other_vae}", "--vae: {there} was started with other settings (other encoder sha256)"),
+        ("--data-path {other_images}", "--data-path: {there} was started with other settings (images 7 instead of 8)"),
+        ("--data-path {renamed}", "--data-path: {there} was started with other settings (other paths_sha256)"),
     ],
 )
 def test_other_settings_are_refused_by_name(change, words, images, vae, copy, tmp_path, capsys):
@@ -194,7 +252,7 @@ def test_other_settings_are_refused_by_name(change, words, images, vae, copy, tm
     assert extract(*flags(images, vae, copy), *change.format(**places).split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("extract_latents.py: error: " + words.format(**places)) and error.count("\n") == 1
-    assert "another --output, or --overwrite to start anew" in error
+    assert "another --output, or --overwrite to start again" in error
     assert files(copy) == before
 
 
@@ -274,12 +332,12 @@ def test_a_file_that_cannot_be_opened_is_no_damaged_image(images, vae, tmp_path,
     assert "error: --data-path: [Errno 2] No such file or directory" in capsys.readouterr().err
 
 
-def test_moments_that_are_no_numbers_are_never_written(images, vae, tmp_path, monkeypatch, capsys):
-    moments = extract_latents.KLAutoencoder.moments
-    monkeypatch.setattr(extract_latents.KLAutoencoder, "moments", lambda *args: moments(*args) * 1e9)
+def test_latents_that_are_not_finite_are_never_written(images, vae, tmp_path, monkeypatch, capsys):
+    encode = KLAutoencoder.encode_rows
+    monkeypatch.setattr(KLAutoencoder, "encode_rows", lambda *args: encode(*args) * 1e9)
     assert extract(*flags(images, vae, tmp_path / "latents")) == 2
     error = capsys.readouterr().err
-    assert f"error: --vae {vae}: the moments of ant/0.png are not finite in float16" in error
+    assert f"error: --vae {vae}: the latents of ant/0.png are not finite in float16" in error
     assert sorted(files(tmp_path / "latents")) == ["manifest.json"]
 
 
@@ -289,6 +347,9 @@ def test_moments_that_are_no_numbers_are_never_written(images, vae, tmp_path, mo
         ("--vae none", "--vae none: pixels need no extraction"),
         ("--vae {tmp}/nothing", "--vae {tmp}/nothing: no such folder"),
         ("--image-size 15", "--image-size 15: image size 15 is not a multiple of the autoencoder's factor 2"),
+        ("--image-size 16 15", "--image-size 16 15: image size 15 is not a multiple of the autoencoder's factor 2"),
+        ("--image-size 8 8 8", "--image-size 8 8 8: give one side, or height and width"),
+        ("--image-size 0", "--image-size 0: must be at least 1"),
         ("--vae ema --image-size 250", "--vae ema: image size 250 is not a multiple"),
         ("--batch-size 0", "--batch-size 0: must be at least 1"),
         ("--shard-size 0", "--shard-size 0: must be at least 1"),
@@ -331,6 +392,8 @@ def test_data_path_is_needed(capsys):
 def test_the_index_says_what_was_made(extracted, vae):
     index = json.loads((extracted / "index.json").read_text())
     assert index["count"] == COUNT and index["skipped"] == 0 and index["classes"] == ["ant", "cat"]
-    assert index["vae"] == str(vae) and index["scale"] == 0.25 and index["image_shape"] == [3, 16, 16]
-    assert index["encoder_sha256"] == open_autoencoder(str(vae), 16).encoder_sha256()
+    assert index["format"] == 2 and index["image_shape"] == [3, 16, 16] and index["row_shape"] == [2, 8, 8, 8]
+    assert index["encoder"] == json.loads(json.dumps(open_encoder(str(vae), IMAGE).describe()))
+    assert index["encoder"]["name"] == str(vae) and index["encoder"]["scaling_factor"] == 0.25
+    assert index["encoder"]["class"] == "AutoencoderKL" and index["encoder"]["stochastic"] is True
     assert [shard["count"] for shard in index["shards"]] == [3, 3, 2]

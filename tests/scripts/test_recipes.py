@@ -5,9 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from runtime.config import parse_config
 
 from evaluator.settings import EvaluatorConfig
-from runtime.config import parse_config
 from sample_ddp import SampleDDPConfig
 from tests.processes import ROOT
 from training.config import TrainConfig

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from runtime.config import parse_config
 
 import models
 import train
-from runtime.config import parse_config
 from runtime.distributed import World
 from runtime.errors import run
 from tests.live_memory import LiveMemory

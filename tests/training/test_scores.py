@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runtime.config import parse_config
+from runtime.ema import EMA
 
 import train
 from data.pixels import to_uint8
 from evaluator.inception.network import load_network
 from evaluator.metrics import feature_statistics, frechet_distance, inception_score
-from runtime.config import parse_config
 from runtime.distributed import World
-from runtime.ema import EMA
 from runtime.errors import run
 from tests.inception_files import make_images, write_graph, write_npz
 from tests.networks import randomise

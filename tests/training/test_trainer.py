@@ -10,12 +10,12 @@ import time
 
 import pytest
 import torch
+from diffusion.objective import Objective
+from runtime.stopping import INTERRUPTED_STATUS
 
 import train
-from diffusion.objective import Objective
 from runtime.checkpoint import read_groups
 from runtime.errors import run
-from runtime.stopping import INTERRUPTED_STATUS
 from tests.processes import ROOT, run_script
 from training import trainer
 

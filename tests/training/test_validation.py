@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runtime.config import parse_config
+from runtime.ema import EMA
 
 import train
 from data.digits import load_digits
 from runtime.checkpoint import read_groups
-from runtime.config import parse_config
 from runtime.distributed import World
-from runtime.ema import EMA
 from runtime.errors import run
 from tests.networks import randomise
 from tests.processes import run_script
