@@ -21,7 +21,7 @@ def checkpoint(meta: Json) -> tuple[Json, dict[str, str]]:
     """Migrate a checkpoint's JSON document.
 
     Returns:
-        The document in format 2, and the groups of tensors that have another name now, former -> present. Settings
+        The document in format 2, and the beginnings of tensor names that are others now, former -> present. Settings
         of the training run stay as they are under "train": `run_config` migrates them for whoever resumes it.
     """
     if meta.get("format") != 1:
@@ -38,7 +38,7 @@ def checkpoint(meta: Json) -> tuple[Json, dict[str, str]]:
         "averages": {average: {"decay": decay}},
         "train": meta["train"],
         "draws": 1,
-    }, {"ema": average, "alignment": "projector"}
+    }, {"ema/": f"{average}/", "alignment/": "projector/", "optimizer/alignment.": "optimizer/projector."}
 
 
 def model_fields(model: Mapping[str, Any]) -> Json:
