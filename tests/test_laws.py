@@ -1,4 +1,4 @@
-"""Invariants of every family with every sampler, both found in their registries; nothing is written for one."""
+"""Invariants of every family with every sampler of the registries; nothing is written for a single one."""
 
 from pathlib import Path
 from typing import Any
