@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,12 @@ def counted_cost(network: Network, *, reused: bool = False) -> int:
     with FlopCounterMode(display=False) as counter:
         evaluate(empty, state)
     return int(counter.get_total_flops()) // 2  # a MAC is two operations there
+
+
+def run_cost(network: Network, refresh: Sequence[bool]) -> int:
+    """Count the MACs of a sampling run of one sample that reuses state where `refresh` is false."""
+    full, reused = sum(network.cost().values()), sum(reused_cost(network).values())
+    return sum(full if fresh else reused for fresh in refresh)
 
 
 def routed_cost(network: Network, routing: Routing) -> dict[str, float]:
