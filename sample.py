@@ -24,8 +24,9 @@ from models import ModelOutput
 from runtime import distributed, migrate
 from runtime.errors import run
 from runtime.files import check_writable
+from runtime.releases import ALIASES
 from runtime.settings import parse, setting
-from sampling.config import ALIASES, KINDS, GuidanceSettings, SamplingSettings, check_labels
+from sampling.config import KINDS, GuidanceSettings, SamplingSettings, check_labels
 from sampling.pipeline import Pipeline, PreparedRun, open_pipeline
 
 OFFICIAL_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)

@@ -35,9 +35,10 @@ from runtime.distributed import World
 from runtime.download import read_record, sha256_of
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
+from runtime.releases import ALIASES
 from runtime.seeds import derive_seed
 from runtime.settings import Values, document, flag_name, free_settings, parse, places, setting
-from sampling.config import ALIASES, KINDS, SamplingSettings, check_labels
+from sampling.config import KINDS, SamplingSettings, check_labels
 from sampling.pipeline import Pipeline, PreparedRun, open_pipeline
 
 PROGRAM = "sample_ddp.py"

@@ -1,10 +1,9 @@
-"""What is timed: networks, training steps, loaders, beside plain baselines."""
+"""Cases of networks, training steps and loaders, each with a plain baseline."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -12,21 +11,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from runtime.ema import EMA
 from torch import Tensor, nn
 
 from benchmarks.timing import BF16, SAME, SAME_GRADIENT, Case
 from models import Network, create_model
+from models.acceleration import can_compile
+from training.optimization import EMA
 
 GEMM_SIDE = {"cpu": 1024, "cuda": 8192}
 EMA_DECAY, LEARNING_RATE = 0.9999, 1e-4
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is timed: networks
+# Networks
 
 
 class Inputs(NamedTuple):
-    """Noisy images, times, labels, and what the prediction is compared with."""
+    """Noisy images, times, labels, and the target of the prediction."""
 
     x: Tensor
     t: Tensor
@@ -34,10 +34,10 @@ class Inputs(NamedTuple):
     target: Tensor
 
 
-def filled_network(name: str, device: torch.device, **overrides: Any) -> Network:
-    """A network in eval mode whose zero-initialised weights are drawn too: else its output would be 0.
+def random_network(name: str, device: torch.device, **overrides: Any) -> Network:
+    """Build a network whose zero-initialised weights are random too: else its output would be 0.
 
-    In eval mode the official network drops no labels; ours leaves that to the objective. Nothing else depends on it.
+    It is in eval mode, in which the official network drops no labels; nothing else depends on it.
     """
     torch.manual_seed(0)
     with device:
@@ -50,37 +50,37 @@ def filled_network(name: str, device: torch.device, **overrides: Any) -> Network
 
 
 def make_inputs(network: Network, rows: int, device: torch.device) -> Inputs:
-    """Random inputs of the right shapes, the same for every call."""
+    """Random inputs of the right shapes, the same at every call."""
     generator = torch.Generator(device).manual_seed(1)
     draw = partial(torch.randn, generator=generator, device=device)
-    side = network.input_size
+    *frames, channels, height, width = network.sample_shape
     t = torch.randint(1000, (rows,), generator=generator, device=device)
-    y = torch.randint(network.num_classes, (rows,), generator=generator, device=device)
+    y = torch.randint(network.config.num_classes, (rows,), generator=generator, device=device)
     t = t if network.time_convention == "index" else t / 1000
-    return Inputs(draw(rows, network.in_channels, side, side), t, y, draw(rows, network.out_channels, side, side))
+    x = draw(rows, *frames, channels, height, width)
+    return Inputs(x, t, y, draw(rows, *frames, network.out_channels, height, width))
 
 
 def forward(network: nn.Module, inputs: Inputs, autocast: torch.dtype | None = None) -> Tensor:
-    """The prediction of ours or of an official network."""
+    """Evaluate our network or an official one."""
     with torch.autocast(inputs.x.device.type, autocast, enabled=autocast is not None):
-        out = network(inputs.x, inputs.t, inputs.y)
+        out = network(inputs.x, inputs.t, y=inputs.y)
     return out if isinstance(out, Tensor) else out.sample
 
 
 def forward_flop(network: Network, rows: int) -> float:
-    """Operations of a forward pass; a multiply-add is two."""
-    return 2.0 * sum(network.multiply_adds().values()) * rows
+    """Operations of a forward pass; a MAC is two."""
+    return 2.0 * sum(network.cost().values()) * rows
 
 
 def find_compiler(device: torch.device) -> str | None:
-    """What torch.compile can use: "inductor" with a C++ compiler, or Triton on a GPU; None without."""
-    if device.type == "cuda":
-        return "inductor" if importlib.util.find_spec("triton") else None
-    return "inductor" if any(shutil.which(name) for name in ("g++", "clang++", "c++")) else None
+    """Backend of torch.compile: "inductor" if there is a C++ compiler, or Triton on a GPU; else None."""
+    found = importlib.util.find_spec("triton") if device.type == "cuda" else can_compile(device.type)
+    return "inductor" if found else None
 
 
-def compile_blocks(network: Network, backend: str) -> Network:
-    """The network, its blocks compiled for the shapes they will see, as train.py --compile does."""
+def compiled(network: Network, backend: str) -> Network:
+    """The network, its blocks compiled for the shapes they will see, as by train.py --compile."""
     network.compile_blocks(backend)
     return network
 
@@ -106,58 +106,63 @@ def gemm_cases(device: torch.device, shapes: Iterable[tuple[int, int, int]]) -> 
 
 
 def peak_cases(network: Network, rows: int, device: torch.device) -> list[Case]:
-    """A large square product, and the network's own largest where it has a width and tokens."""
+    """A large square product, and the network's own largest if it has a width and tokens."""
     side = GEMM_SIDE[device.type]
     shapes = [(side, side, side)]
-    width, patch = getattr(network.config, "hidden_size", None), getattr(network.config, "patch_size", None)
-    if width and patch:
-        shapes.append((rows * (network.input_size // patch) ** 2, width, 4 * width))
+    width, tokens = getattr(network.config, "hidden_size", None), getattr(network.config, "tokens", None)
+    if width and tokens:
+        shapes.append((rows * tokens, width, 4 * width))
     return gemm_cases(device, shapes)
 
 
+def forward_case(
+    name: str, flop: float, inputs: Inputs, make: Callable[[], nn.Module], reference: str | None, *, bf16: bool = False
+) -> Case:
+    """A forward pass in float32 or under autocast; without a reference if it is its own."""
+    autocast = torch.bfloat16 if bf16 else None
+    return Case(
+        name,
+        make,
+        torch.no_grad()(lambda network: forward(network, inputs, autocast)),
+        outcome=lambda network, result: [result],
+        reference=None if name == reference else reference,
+        tolerance=BF16 if bf16 else SAME,
+        flop=flop,
+        images=len(inputs.x),
+        precision="bf16" if bf16 else "fp32",
+    )
+
+
 def forward_cases(network: Network, inputs: Inputs, peer: nn.Module | None, compiler: str | None) -> list[Case]:
-    """The network as it is, in bf16, compiled; the official one in front where it is given."""
-    first = "official, fp32" if peer is not None else "fp32"
-
-    def case(name: str, make: Callable[[], nn.Module], autocast: torch.dtype | None = None) -> Case:
-        return Case(
-            name,
-            make,
-            torch.no_grad()(lambda made: forward(made, inputs, autocast)),
-            outcome=lambda made, result: [result],
-            reference=None if name == first else first,
-            tolerance=BF16 if autocast else SAME,
-            flop=forward_flop(network, len(inputs.x)),
-            images=len(inputs.x),
-            precision="bf16" if autocast else "fp32",
-        )
-
-    cases = [case(first, lambda: peer)] if peer is not None else []
-    cases += [case("fp32", lambda: network), case("bf16 autocast", lambda: network, torch.bfloat16)]
+    """The network as it is, in bf16, compiled; the official one before it if it is given."""
+    first, flop = "official, fp32" if peer is not None else "fp32", forward_flop(network, len(inputs.x))
+    case = partial(forward_case, flop=flop, inputs=inputs, reference=first)
+    cases = [case(first, make=lambda: peer)] if peer is not None else []
+    cases += [case("fp32", make=lambda: network), case("bf16 autocast", make=lambda: network, bf16=True)]
     if compiler is not None:
-        compiled = partial(_compiled_copy, network, compiler)
-        cases.append(case("fp32, blocks compiled", compiled))
-        cases.append(case("bf16 autocast, blocks compiled", compiled, torch.bfloat16))
+        made = partial(_compiled_copy, network, compiler)
+        cases.append(case("fp32, blocks compiled", make=made))
+        cases.append(case("bf16 autocast, blocks compiled", make=made, bf16=True))
     return cases
 
 
 def _compiled_copy(network: Network, compiler: str) -> Network:
-    return compile_blocks(copy.deepcopy(network), compiler)
+    return compiled(copy.deepcopy(network), compiler)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is timed: training
+# Training
 
 
 class ParameterwiseEMA:
-    """The average as the official train.py keeps it: every named parameter by itself, frozen ones too."""
+    """The average of the official train.py: parameter by parameter, frozen ones too."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.source, self.network, self.decay = network, copy.deepcopy(network).requires_grad_(False), decay
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the average towards the network."""
+        """Move the average towards the network."""
         averages = dict(self.network.named_parameters())
         for name, parameter in self.source.named_parameters():
             averages[name].mul_(self.decay).add_(parameter, alpha=1 - self.decay)
@@ -167,11 +172,11 @@ class TrainLoop:
     """A training step: mean squared error, AdamW, average.
 
     Args:
-        network: taken over, not copied.
-        inputs: the same batch for every step.
+        network: Network to train; not copied.
+        inputs: The same batch for every step.
         plain: AdamW as it is by default and `ParameterwiseEMA`, as in the official train.py; else fused and foreach.
-        autocast: precision of the forward pass; None is float32.
-        compiler: backend for the blocks; None leaves them as they are.
+        autocast: Precision of the forward pass; None is float32.
+        compiler: Backend for the blocks; None leaves them as they are.
     """
 
     def __init__(
@@ -189,10 +194,10 @@ class TrainLoop:
         self.ema = ParameterwiseEMA(network, EMA_DECAY) if plain else EMA(network, EMA_DECAY)
         if compiler is not None:
             assert isinstance(network, Network)
-            compile_blocks(network, compiler)
+            network.compile_blocks(compiler)
 
     def step(self) -> Tensor:
-        """One step; returns its loss."""
+        """Train one step; returns its loss."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = (forward(self.network, self.inputs, self.autocast).float() - self.inputs.target).square().mean()
         loss.backward()
@@ -201,7 +206,7 @@ class TrainLoop:
         return loss.detach()
 
     def gradients(self) -> list[Tensor]:
-        """The last step's."""
+        """Gradients of the last step."""
         return [p.grad for p in self.trained if p.grad is not None]
 
 
@@ -255,13 +260,13 @@ def optimizer_cases(network: Network) -> list[Case]:
                 parameter.mul_(3.0 if parameter.requires_grad else 1.0)
         return ema
 
-    def averages(ema: Any, _: Any) -> list[Tensor]:
+    def averages(ema: EMA[nn.Module], _: object) -> list[Tensor]:
         return [p.clone() for p in ema.network.parameters()]
 
-    def weights(state: tuple[Any, list[Tensor]], _: Any) -> list[Tensor]:
+    def weights(state: tuple[object, list[Tensor]], _: object) -> list[Tensor]:
         return [p.detach().clone() for p in state[1]]
 
-    def step(state: tuple[torch.optim.Optimizer, Any]) -> None:
+    def step(state: tuple[torch.optim.Optimizer, object]) -> None:
         state[0].step()
 
     plain, loop = "AdamW, as by default", "EMA, a loop over parameters"
@@ -274,11 +279,11 @@ def optimizer_cases(network: Network) -> list[Case]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is timed: loaders
+# Loaders
 
 
 def loader_cases(folder: Path) -> list[Callable[[], Case]]:
-    """Makers of the loaders' cases, in a scratch folder; a maker raises ImportError where a package is missing."""
+    """Makers of the loaders' cases, in a scratch folder; a maker raises ImportError if a package is missing."""
     return [partial(image_folder_case, folder / "images"), digits_case, partial(latents_case, folder / "latents")]
 
 
@@ -295,12 +300,8 @@ def image_folder_case(folder: Path, images: int = 8) -> Case:
         noisy = np.asarray(coarse) + rng.normal(0, 10, (375, 500, 3))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / "one" / f"{number}.jpg", quality=90)
     dataset = open_dataset("imagefolder", folder, 256, 3)
-    return Case(
-        "JPEG 500 x 375 to 256 pixels",
-        lambda: dataset,
-        lambda data: [data[0, index] for index in range(images)],
-        images=images,
-    )
+    title = "JPEG 500 x 375 to 256 pixels"
+    return Case(title, lambda: dataset, lambda data: [data[0, index] for index in range(images)], images=images)
 
 
 def digits_case(images: int = 256) -> Case:
@@ -310,33 +311,32 @@ def digits_case(images: int = 256) -> Case:
     from data import open_dataset
 
     dataset = open_dataset("digits", None, None, 1)
+    keys = [(0, index) for index in range(images)]
     return Case(
-        "digits, collated",
-        lambda: dataset,
-        lambda data: default_collate([data[0, index] for index in range(images)]),
-        images=images,
+        "digits, collated", lambda: dataset, lambda data: default_collate([data[key] for key in keys]), images=images
     )
 
 
 def latents_case(folder: Path, images: int = 256) -> Case:
-    """A shuffled batch of stored moments of 256-pixel images, both flips, from memory-mapped shards."""
-    from data.latents import Encoded, LatentShards, write_index, write_json, write_shard
+    """A shuffled batch of stored latents of 256-pixel images, both flips, from memory-mapped shards."""
+    from data.latent_files import FORMAT, MANIFEST, Encoded, write_index, write_json, write_shard
+    from data.latents import LatentShards
 
     folder.mkdir(parents=True)
     shape, rng = (2, 8, 32, 32), np.random.default_rng(0)
-    manifest = {"format": 1, "classes": ["one"], "image_shape": [3, 256, 256], "moments_shape": list(shape)}
-    write_json(folder / "manifest.json", {**manifest, "scale": 0.18215, "vae": "none", "encoder_sha256": "0"})
+    encoder = {"name": "none", "sha256": "0", "stochastic": True}
+    about = {"format": FORMAT, "classes": ["one"], "image_shape": [3, 256, 256], "row_shape": shape, "encoder": encoder}
+    write_json(folder / MANIFEST, about)
     for number in range(2):
-        moments = rng.standard_normal((images, *shape)).astype(np.float16)
-        part = Encoded(moments, [0] * images, [f"one/{i}.jpg" for i in range(images)], [])
-        write_shard(folder, number, shape, [part])
+        raw = rng.standard_normal((images, *shape)).astype(np.float16)
+        write_shard(folder, number, shape, [Encoded(raw, [0] * images, [f"one/{i}.jpg" for i in range(images)], [])])
     write_index(folder, 2)
     keys = [(0, int(index)) for index in rng.permutation(2 * images)[:images]]
     return Case("stored latents, gathered", lambda: LatentShards(folder), lambda data: data.gather(keys), images=images)
 
 
 def make_all(makers: Iterable[Callable[[], Case]]) -> tuple[list[Case], list[str]]:
-    """The cases that can be made here, and a word on each that cannot."""
+    """The cases that can be made here, and the reason for each that cannot."""
     cases, skipped = [], []
     for maker in makers:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,11 +36,17 @@ def reused_cost(network: Network) -> dict[str, int]:
 @torch.no_grad()
 def counted_cost(network: Network, *, reused: bool = False) -> int:
     """Let PyTorch count the MACs of an evaluation of one sample, without or with state."""
-    twin, evaluate = _on_meta(network)
-    state = evaluate(twin, None) if reused else None
+    empty, evaluate = _on_meta(network)
+    state = evaluate(empty, None) if reused else None
     with FlopCounterMode(display=False) as counter:
-        evaluate(twin, state)
+        evaluate(empty, state)
     return int(counter.get_total_flops()) // 2  # a MAC is two operations there
+
+
+def run_cost(network: Network, refresh: Sequence[bool]) -> int:
+    """Count the MACs of a sampling run of one sample that reuses state where `refresh` is false."""
+    full, reused = sum(network.cost().values()), sum(reused_cost(network).values())
+    return sum(full if fresh else reused for fresh in refresh)
 
 
 def routed_cost(network: Network, routing: Routing) -> dict[str, float]:
@@ -54,25 +60,25 @@ def routed_cost(network: Network, routing: Routing) -> dict[str, float]:
 @torch.no_grad()
 def layer_norm_elements(network: Network) -> int:
     """Count the elements that pass through norms in one forward of one sample; some publications include them."""
-    twin, evaluate = _on_meta(network)
+    empty, evaluate = _on_meta(network)
     elements = 0
 
     def count(module: nn.Module, inputs: object, output: Tensor) -> None:
         nonlocal elements
         elements += output.numel()
 
-    for module in twin.modules():
+    for module in empty.modules():
         if isinstance(module, NORMS):
             module.register_forward_hook(count)
-    evaluate(twin, None)
+    evaluate(empty, None)
     return elements
 
 
 def _on_meta(network: Network) -> tuple[Network, Callable[[Network, Any], Any]]:
     """Build a network of the same config without values, and a function that evaluates it and returns its state."""
     with torch.device("meta"):
-        twin = type(network)(network.config)
+        empty = type(network)(network.config)
         x = torch.empty(1, *network.sample_shape)
         labels = {"y": torch.zeros(1, dtype=torch.int64)}
-    conditioning = labels if network.conditioning == ("y",) else twin.null_conditioning(1)
-    return twin, lambda twin, state: twin(x, 0.0, state=state, **conditioning).state
+    conditioning = labels if network.conditioning == ("y",) else empty.null_conditioning(1)
+    return empty, lambda empty, state: empty(x, 0.0, state=state, **conditioning).state

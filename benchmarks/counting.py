@@ -1,4 +1,4 @@
-"""Counter of the MACs that evaluations of a network execute, while they run."""
+"""Work that evaluations of a network really execute, counted while they run."""
 
 from __future__ import annotations
 
@@ -7,22 +7,30 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from benchmarks.costs import reused_cost, routed_cost
 from models import ModelOutput, Network
-from models.dydit_block import Routing
 
-# Parts that routers are trained to leave out; those of a divided network have a prefix, as in "encoder_mlp".
+# The parts that routers are trained to leave out; the names of a divided network's say which half: "encoder_mlp".
 BLOCK_PARTS = ("attention_linear", "attention_products", "mlp")
 
 
+def executed_cost(network: Network, output: ModelOutput, state: object = None) -> Mapping[str, float]:
+    """MACs that an evaluation with this output executed, for one row, by part."""
+    if state is not None:
+        return reused_cost(network)
+    return network.cost() if output.aux is None else routed_cost(network, output.aux)
+
+
 class SamplingCost:
-    """Sum of the MACs of evaluations, without what a router left out, a reused state saved, or guidance did not double.
+    """Sum of the work of evaluations.
+
+    What a router left out, what a reused state made needless, rows that guidance did not double: none of it is counted.
 
     Attributes:
-        rows: Images evaluated, over all evaluations.
+        rows: Rows evaluated, over all evaluations.
         executed: MACs by part, over all rows.
         dense: The same if nothing were left out.
     """
@@ -39,22 +47,17 @@ class SamplingCost:
         finally:
             handle.remove()
 
-    def _count(self, module: torch.nn.Module, args: object, kwargs: dict[str, Any], output: Any) -> None:
-        """Add one evaluation of a network; other modules' outputs are ignored."""
+    def _count(self, module: nn.Module, args: Any, options: dict[str, Any], output: object) -> None:
         if not isinstance(module, Network) or not isinstance(output, ModelOutput):
             return
-        rows, dense = len(output.sample), module.cost()
-        executed: Mapping[str, float] = dense
-        if kwargs.get("state") is not None:
-            executed = reused_cost(module)
-        elif isinstance(output.aux, Routing):
-            executed = routed_cost(module, output.aux)
+        rows = len(output.sample)
         self.rows += rows
-        for total, cost in ((self.executed, executed), (self.dense, dense)):
-            total.update({part: rows * number for part, number in cost.items()})
+        executed = executed_cost(module, output, options.get("state"))
+        for total, parts in ((self.executed, executed), (self.dense, module.cost())):
+            total.update({part: rows * number for part, number in parts.items()})
 
     @property
     def block_ratio(self) -> float:
-        """Share of the blocks' attention and MLP that was computed, the ratio that routers are trained on."""
+        """Executed share of the blocks' attention and MLP, on which routers are trained."""
         parts = [part for part in self.dense if part.endswith(BLOCK_PARTS) and not part.startswith("timestep")]
         return sum(self.executed[part] for part in parts) / sum(self.dense[part] for part in parts)

@@ -1,4 +1,4 @@
-"""Digits drawn from checkpoints in every way that saves work, scored, and their work counted."""
+"""Digits sampled from checkpoints in every way that saves work, scored, and their work counted."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusion.refresh import takes_cache_depth
 
 from benchmarks.counting import SamplingCost
 from data.digits import NUM_CLASSES, load_digits
 from data.pixels import Images, to_uint8
-from diffusion import PUBLISHED_PROCESS
+from diffusion import SAMPLERS
+from diffusion.caching import takes_cache_depth
 from evaluator.digits import DigitsScores, score_digits
-from models import create_model, family_of, model_config
+from models import family_of, model_config
+from models.loading import build_network, resolve_checkpoint
 from models.skip_dit import default_cache_depth
-from runtime import distributed
-from runtime.checkpoint import read_checkpoint
-from runtime.errors import UserError, blame
-from sampling.config import SAMPLERS, SamplingConfig
-from sampling.pipeline import Pipeline
+from runtime.errors import UserError
+from sampling.config import SamplingSettings
+from sampling.pipeline import Pipeline, PreparedRun
 
 BATCH = 250
 
 
 class Protocol(NamedTuple):
-    """How a process is sampled where nobody says: as the scripts that train for it were tuned."""
+    """Default sampling of a process: that for which the training scripts were tuned."""
 
     sampler: str
     scale: float
@@ -38,55 +37,50 @@ class Protocol(NamedTuple):
 PROTOCOLS = {"gaussian": Protocol("ddim", 1.1), "flow": Protocol("euler", 1.0)}
 
 
-@dataclass(frozen=True)
-class Subject:
+class TrainedModel(NamedTuple):
     """A network trained on the digits.
 
     Attributes:
-        path: checkpoint of train.py.
-        name: model, and whatever else sets its training apart; subjects of one name are seeds of it.
-        seed: of its training.
-        process: that it was trained under.
-        target: share of the blocks' work that its routers were trained for; None without routers.
-        reuse: flags without which it keeps no state that evaluations could reuse; None where nothing makes it.
+        path: Checkpoint of train.py.
+        name: Model, and what else distinguishes its training; models of one name are seeds of it.
+        seed: Seed of its training.
+        target: Share of the blocks' work that its routers were trained for; None without routers.
+        pipeline: Its network, so built that it keeps state if anything makes it.
     """
 
     path: Path
     name: str
     seed: int
-    process: str
     target: float | None
-    reuse: Mapping[str, Any] | None
+    pipeline: Pipeline
 
 
-def open_subject(path: Path, cache_depth: int | None = None) -> Subject:
-    """Looks at a checkpoint.
+def open_model(path: Path, cache_depth: int | None = None, device: torch.device | str = "cpu") -> TrainedModel:
+    """Open a checkpoint.
 
     Args:
-        path: of the file.
-        cache_depth: blocks at an end that a cached evaluation runs; a quarter of the depth, and 4 at most.
+        path: File.
+        cache_depth: Blocks at an end that a cached evaluation runs; None is a quarter of the depth, and 4 at most.
+        device: Device of the network.
 
     Raises:
-        UserError: if it is not one of train.py's, trained on the digits; or so many blocks cannot be kept.
+        UserError: If it is not one of train.py's, trained on the digits; or so many blocks cannot be kept.
     """
-    meta = read_checkpoint(path).meta
-    if meta is None or tuple(meta["data"]["image_shape"]) != (1, 8, 8):
+    info, weights = resolve_checkpoint(path)
+    if info.meta is None or info.image_shape != (1, 8, 8):
         raise UserError(f"--ckpt {path}: not a checkpoint of train.py that was trained on the digits")
-    settings, trained = dict(meta["model"]), meta.get("train", {})
-    model, process = settings.pop("name"), meta["process"]["name"]
-    family, target = family_of(model).network, trained.get("flops_target")
-    reuse: dict[str, Any] | None = None
-    if takes_cache_depth(model_config(model, **settings)):
-        reuse = {"cache_depth": cache_depth or default_cache_depth(settings["depth"])}
-        with blame(f"--ckpt {path}"):
-            model_config(model, **{**settings, **reuse})
-    else:
-        with torch.device("meta"):
-            reuse = {} if create_model(model, **settings).keeps_state else None
-    name = model if process == PUBLISHED_PROCESS[family.time_convention] else f"{model}, {process}"
+    config, fields = model_config(info.model, **info.config), dict[str, Any]()
+    if takes_cache_depth(config):
+        fields["cache_depth"] = cache_depth or default_cache_depth(config.depth)
+    network = build_network(info, weights, device=device, **fields)
+    pipeline = Pipeline.open(network, info, SamplingSettings(model=info.model), torch.device(device), None)
+    # Earlier versions kept the settings of training without sections
+    train = info.meta.get("train", {})
+    target = info.meta.get("loss", train).get("flops_target")
+    name = info.model if info.process == family_of(info.model).process else f"{info.model}, {info.process}"
     if target is not None:
         name += f", target {target:g}"
-    return Subject(path, name, trained.get("global_seed", 0), process, target, reuse)
+    return TrainedModel(path, name, train.get("optimization", train).get("global_seed", 0), target, pipeline)
 
 
 def find_checkpoints(places: Sequence[Path]) -> Iterator[Path]:
@@ -99,132 +93,133 @@ def find_checkpoints(places: Sequence[Path]) -> Iterator[Path]:
         yield from (max(run.glob("*.safetensors")) for run in runs)
 
 
-def newest(subjects: Sequence[Subject]) -> list[Subject]:
-    """Of several runs of one name and seed the last one, in the order of names as they first came."""
-    kept: dict[tuple[str, int], Subject] = {(subject.name, subject.seed): subject for subject in subjects}
-    names = list(dict.fromkeys(subject.name for subject in subjects))
-    return sorted(kept.values(), key=lambda subject: names.index(subject.name))
+def newest(models: Sequence[TrainedModel]) -> list[TrainedModel]:
+    """The last one of several runs of one name and seed, in the order in which names first came."""
+    kept = {(model.name, model.seed): model for model in models}
+    names = list(dict.fromkeys(model.name for model in models))
+    return sorted(kept.values(), key=lambda model: names.index(model.name))
 
 
-class Way(NamedTuple):
-    """How a subject is sampled.
+class SamplingSetup(NamedTuple):
+    """One way to sample from a model.
 
     Attributes:
-        steps: of the sampler.
-        interval: evaluations from one that computes the kept state to the next; 1 where all do.
-        config: the settings.
+        steps: Number of steps of the sampler.
+        interval: Evaluations from one that computes the kept state to the next; 1 if all do.
+        settings: Settings of `Pipeline.prepare`.
     """
 
     steps: int
     interval: int
-    config: SamplingConfig
+    settings: Mapping[str, Any]
 
     @property
     def label(self) -> str:
-        """In tables."""
-        name = "R" if self.config.refresh_rate else "N"
-        reuse = "" if self.interval == 1 else f", {name} = {self.interval}"
-        scale = "" if self.config.cfg_scale == 1 else f", scale {self.config.cfg_scale:g}"
-        return f"{self.config.sampler}, {self.steps} steps{scale}{reuse}"
+        """Name in tables."""
+        scale = self.settings["cfg_scale"]
+        reuse = f", {'R' if 'sharing_interval' in self.settings else 'N'} = {self.interval}"
+        guidance = "" if scale == 1 else f", scale {scale:g}"
+        return f"{self.settings['sampler']}, {self.steps} steps{guidance}{'' if self.interval == 1 else reuse}"
 
 
-def ways(subject: Subject, steps: Sequence[int], intervals: Sequence[int], **flags: Any) -> list[Way]:
-    """All ways to sample a subject: with ever fewer steps; and with the first number of them, reusing state.
+def sampling_setups(
+    model: TrainedModel, steps: Sequence[int], intervals: Sequence[int], **settings: Any
+) -> list[SamplingSetup]:
+    """All setups of a model: with ever fewer steps; and with the first number of them, reusing state.
 
-    Under Gaussian diffusion state is reused by Skip-Cache's rule, under a flow where measured similarities say that it
+    Under Gaussian diffusion state is reused by Skip-Cache's rule, in a flow where measured similarities say that it
     costs least.
 
     Args:
-        subject: to be sampled.
-        steps: numbers of them.
-        intervals: of reuse, for subjects that can; each above 1.
-        **flags: fields of `SamplingConfig`; sampler and guidance scale are `PROTOCOLS`' where they are None.
+        model: Model to sample from.
+        steps: Numbers of steps.
+        intervals: Intervals of reuse, each above 1, for models that can.
+        **settings: Settings of sampling; sampler and guidance scale are those of `PROTOCOLS` where they are None.
 
     Raises:
-        ValueError: for flags that do not fit.
+        UserError: For settings that do not fit.
     """
-    protocol = PROTOCOLS[subject.process]
-    own: dict[str, Any] = {"sampler": protocol.sampler, "cfg_scale": protocol.scale}
-    fixed = {**own, **{name: value for name, value in flags.items() if value is not None}}
+    process = model.pipeline.info.process
+    protocol, given = PROTOCOLS[process], {name: value for name, value in settings.items() if value is not None}
+    fixed: dict[str, Any] = {"sampler": protocol.sampler, "cfg_scale": protocol.scale, **given}
+    if SAMPLERS[fixed["sampler"]].process != process:
+        raise UserError(f"--ckpt {model.path}: --sampler {fixed['sampler']}: the network was trained under {process!r}")
 
-    if SAMPLERS[fixed["sampler"]].process != subject.process:
-        raise ValueError(f"--sampler {fixed['sampler']}: the network was trained under {subject.process!r}")
-
-    def way(count: int, interval: int, **reuse: Any) -> Way:
+    def setup(count: int, interval: int = 1, **reuse: Any) -> SamplingSetup:
         spec = f"ddim{count}" if fixed["sampler"] == "ddim" else str(count)
-        return Way(count, interval, SamplingConfig(ckpt=subject.path, num_sampling_steps=spec, **fixed, **reuse))
+        return SamplingSetup(count, interval, {"num_sampling_steps": spec, **fixed, **reuse})
 
-    found = [way(count, 1) for count in steps]
-    if subject.reuse is None:
-        return found
-    flow = subject.process == "flow"
-    for interval in intervals:
-        rate = {"refresh_rate": interval, "sharing": "cheapest"} if flow else {"cache_interval": interval}
-        found.append(way(steps[0], interval, **subject.reuse, **rate))
-    return found
+    setups = [setup(count) for count in steps]
+    for each in setups:
+        model.pipeline.prepare(**each.settings)
+    for interval in intervals if model.pipeline.network.keeps_state else ():
+        rule = {"sharing_interval": interval, "sharing": "cheapest"}
+        setups.append(setup(steps[0], interval, **(rule if process == "flow" else {"cache_interval": interval})))
+    return setups
 
 
 @dataclass(frozen=True)
 class Result:
-    """One way of one subject.
+    """Result of one setup of one model.
 
     Attributes:
-        name: of the subject.
-        seed: of its training.
-        target: of its routers; None without.
-        way: label.
-        steps: of the sampler.
-        interval: of reuse; 1 without.
-        evaluations: of the network, as the sampler counts them.
-        full: of them, that reused nothing.
-        multiply_adds: executed for one image, all its evaluations and both rows of guidance.
-        dense: the same if nothing had been left out.
-        block_ratio: share of the blocks' attention and MLP that ran.
-        scores: of the digits.
-        psnr: to the digits of the subject's first way, in dB; None for these.
+        name: Name of the model.
+        seed: Seed of its training.
+        target: Target of its routers; None without.
+        setup: Label of the setup.
+        steps: Number of steps of the sampler.
+        interval: Interval of reuse; 1 without.
+        evaluations: Number of network evaluations (NFE), as the sampler counts them.
+        full: Those of them that reused nothing.
+        macs: Executed MACs of one image, all its evaluations and both rows of guidance.
+        dense: The same if nothing had been left out.
+        block_ratio: Executed share of the blocks' attention and MLP.
+        scores: Scores of the digits.
+        psnr: Peak signal-to-noise ratio to the digits of the model's first setup, in dB; None for these.
     """
 
     name: str
     seed: int
     target: float | None
-    way: str
+    setup: str
     steps: int
     interval: int
     evaluations: int
     full: int
-    multiply_adds: float
+    macs: float
     dense: float
     block_ratio: float
     scores: DigitsScores
     psnr: float | None
 
 
-def draw(config: SamplingConfig, count: int, seed: int) -> tuple[Images, Sequence[bool], SamplingCost]:
-    """Digits (N, 8, 8, 1) uint8 of all classes in turn; which evaluations reused nothing; and what all of them took."""
-    device = distributed.choose_device(config.device)
-    pipeline, labels = Pipeline(config, device), torch.arange(count) % NUM_CLASSES
+def sample_digits(pipeline: Pipeline, run: PreparedRun, count: int, seed: int) -> tuple[Images, SamplingCost]:
+    """Sample digits (N, 8, 8, 1) uint8 of all classes in turn, and count the work."""
+    labels = torch.arange(count) % NUM_CLASSES
     with SamplingCost().listening() as cost:
-        latents = [pipeline.denoise(seed, rows.tolist(), labels[rows]) for rows in torch.arange(count).split(BATCH)]
-    images = to_uint8(pipeline.decode(torch.cat(latents))).cpu().numpy()
-    return images, pipeline.refresh or [True] * len(pipeline.sampler.times), cost
+        latents = [
+            pipeline.denoise(run, seed, rows.tolist(), {"y": labels[rows]}) for rows in torch.arange(count).split(BATCH)
+        ]
+    return to_uint8(pipeline.decode(torch.cat(latents))).cpu().numpy(), cost
 
 
-def examine(subject: Subject, all_ways: Sequence[Way], count: int, seed: int) -> Iterator[Result]:
-    """Samples one subject in all ways, from the same noise; the first way is what the others are compared with."""
+def examine(model: TrainedModel, setups: Sequence[SamplingSetup], count: int, seed: int) -> Iterator[Result]:
+    """Sample from one model by all setups, from the same noise; the others are compared with the first."""
     splits = {"train": load_digits("train"), "test": load_digits("test")}
     labels, reference = np.arange(count) % NUM_CLASSES, None
-    for way in all_ways:
-        images, refresh, cost = draw(way.config, count, seed)
+    for setup in setups:
+        run = model.pipeline.prepare(**setup.settings)
+        images, cost = sample_digits(model.pipeline, run, count, seed)
         yield Result(
-            name=subject.name,
-            seed=subject.seed,
-            target=subject.target,
-            way=way.label,
-            steps=way.steps,
-            interval=way.interval,
-            evaluations=len(refresh),
-            full=sum(refresh),
-            multiply_adds=cost.executed.total() / count,
+            name=model.name,
+            seed=model.seed,
+            target=model.target,
+            setup=setup.label,
+            steps=setup.steps,
+            interval=setup.interval,
+            evaluations=len(run.table),
+            full=sum(evaluation.refresh for evaluation in run.table),
+            macs=cost.executed.total() / count,
             dense=cost.dense.total() / count,
             block_ratio=cost.block_ratio,
             scores=score_digits(images, labels, **splits),

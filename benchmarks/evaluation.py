@@ -1,6 +1,6 @@
-"""The evaluator's stages, timed: on a GPU as cases of the report, on a CPU each in a process of its own.
+"""Stages of the evaluator: on a GPU as cases of the report, on a CPU each in a separate process.
 
-Weights are made up (evaluator/inception/synthetic.py): speed does not depend on them. Features behind the network are
+Weights are synthetic (evaluator/inception/synthetic.py): speed does not depend on them. Features after the network are
 random numbers of the real shapes.
 """
 
@@ -43,23 +43,23 @@ from evaluator.statistics import Statistics, feature_statistics
 from runtime.distributed import World
 
 GROUP = "evaluator"  # of the report's rows
-REAL_BATCHES = 2  # of a rehearsal, which the network really sees, so that it takes its memory
+REAL_BATCHES = 2  # of a dry run, which the network really evaluates, so that it takes its memory
 
 
 @dataclass(frozen=True)
 class EvaluatorSizes:
-    """How large everything is; the defaults are the published protocol.
+    """Sizes of everything; the defaults are the published protocol.
 
     Attributes:
-        divisor: of the network's number of channels.
-        side: of the images.
-        pool: pool features.
-        spatial: spatial features.
-        reference: images of the reference.
-        samples: images that are evaluated.
-        images: of them, what a timed run of the network sees.
-        batch: images at a time.
-        few: rows of a set with a singular covariance.
+        divisor: Divisor of the network's number of channels.
+        side: Side of the images.
+        pool: Number of pool features.
+        spatial: Number of spatial features.
+        reference: Images of the reference.
+        samples: Images that are evaluated.
+        images: Images of a timed run of the network.
+        batch: Images at a time.
+        few: Rows of a set with a singular covariance.
     """
 
     divisor: int = 1
@@ -78,7 +78,7 @@ TINY = EvaluatorSizes(divisor=16, side=16, pool=128, spatial=24, reference=40, s
 
 
 def random_features(rows: int, width: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Features as a ReLU leaves them, (rows, width) float32 >= 0, neighbours correlated."""
+    """Features as after a ReLU, (rows, width) float32 >= 0, neighbours correlated."""
     generator = torch.Generator(device).manual_seed(seed)
     features = torch.randn(rows, width, generator=generator, device=device)
     return features.add_(features.roll(1, dims=1), alpha=0.5).relu_()
@@ -90,7 +90,7 @@ def random_images(count: int, side: int) -> npt.NDArray[np.uint8]:
 
 
 def make_network(sizes: EvaluatorSizes, device: torch.device | str = "cpu") -> InceptionNetwork:
-    """The Inception network with made-up weights."""
+    """The Inception network with synthetic weights."""
     with tempfile.TemporaryDirectory() as folder:
         return load_network(write_synthetic_graph(Path(folder) / "weights.pb", divisor=sizes.divisor), device)
 
@@ -100,7 +100,7 @@ def make_network(sizes: EvaluatorSizes, device: torch.device | str = "cpu") -> I
 
 
 def evaluator_cases(device: torch.device, sizes: EvaluatorSizes) -> list[Case]:
-    """Everything an evaluation consists of but reading; the first case is the network."""
+    """All parts of an evaluation but reading; the first case is the network."""
     reference = random_features(sizes.reference, sizes.pool, 0, device)
     samples = random_features(sizes.samples, sizes.pool, 1, device)
     network = make_network(sizes, device)
@@ -127,7 +127,7 @@ def evaluator_cases(device: torch.device, sizes: EvaluatorSizes) -> list[Case]:
 
 
 def extrapolated_seconds(rows: Sequence[Row], sizes: EvaluatorSizes) -> float | None:
-    """Seconds of a whole evaluation without reading, from the cases' times; None where they did not run."""
+    """Seconds of a whole evaluation without reading, from the cases' times; None if they did not run."""
     ours = [row for row in rows if row.group == GROUP]
     if not ours:
         return None
@@ -136,19 +136,20 @@ def extrapolated_seconds(rows: Sequence[Row], sizes: EvaluatorSizes) -> float | 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Stages on a CPU, each alone in a process, so that its memory is its own
+# Stages on a CPU, each alone in a process, so that its memory can be measured
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage took.
+    """Result of one stage.
 
     Attributes:
-        name: in tables.
-        seconds: of the work, preparation left out.
-        memory: peak of the whole process in bytes, libraries and preparation included.
-        images: that were worked on; 0 where that means nothing.
-        facts: other numbers.
+        name: Name in tables.
+        seconds: Time of the work, without preparation.
+        memory: Peak of the whole process in bytes, libraries and preparation included.
+        images: Number of images; 0 where that means nothing.
+        facts: Other numbers.
+        seconds_goal: Largest time that is good; None without a goal.
     """
 
     name: str
@@ -156,10 +157,11 @@ class Stage:
     memory: int
     images: int = 0
     facts: Mapping[str, float] = field(default_factory=dict)
+    seconds_goal: float | None = None
 
 
 def run_alone(work: Callable[..., Stage], threads: int, *arguments: Any) -> Stage:
-    """Runs a stage in a fresh process with a number of CPU threads."""
+    """Run a stage in a fresh process with a number of CPU threads."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         return pool.submit(work, *arguments).result()
@@ -179,7 +181,7 @@ class SparseFile(io.FileIO):
     """A file that skips zeros instead of writing them, so that gigabytes of black images take no space."""
 
     def write(self, data: Any) -> int:
-        """Writes, or leaves a hole."""
+        """Write, or leave a hole."""
         if len(data) < 4096 or np.frombuffer(data, np.uint8).any():
             return super().write(data)
         self.seek(len(data), io.SEEK_CUR)
@@ -187,7 +189,7 @@ class SparseFile(io.FileIO):
 
 
 def write_black_images(path: Path, count: int, side: int) -> Path:
-    """An .npz of black images, of full size to readers and of a few kilobytes on the disk."""
+    """Write an .npz of black images, of full size to readers and of a few kilobytes on the disk."""
     with SparseFile(path, "w") as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, side, side, 3)}
@@ -200,7 +202,7 @@ def write_black_images(path: Path, count: int, side: int) -> Path:
 
 
 def reading(sizes: EvaluatorSizes) -> Stage:
-    """Every image of the samples once."""
+    """Read every image of the samples once."""
     with tempfile.TemporaryDirectory() as folder:
         file = ImageFile(write_black_images(Path(folder) / "a.npz", sizes.samples, sizes.side))
         start = time.perf_counter()
@@ -209,16 +211,16 @@ def reading(sizes: EvaluatorSizes) -> Stage:
 
 
 def digest(sizes: EvaluatorSizes) -> Stage:
-    """The samples' sha256, and the CRC-32 of the pixels in the same pass."""
+    """Compute the samples' sha256, and the CRC-32 of the pixels in the same pass."""
     with tempfile.TemporaryDirectory() as folder:
         file = ImageFile(write_black_images(Path(folder) / "a.npz", sizes.samples, sizes.side))
         start = time.perf_counter()
         file.verified_sha256()
-        return _finish("sha256 and CRC-32 of the file (beside the network)", start, sizes.samples)
+        return _finish("sha256 and CRC-32 of the file (while the network runs)", start, sizes.samples)
 
 
 def features(sizes: EvaluatorSizes) -> Stage:
-    """The network."""
+    """Evaluate the network."""
     network, images = make_network(sizes), random_images(sizes.batch, sizes.side)
     network.features(images)
     batches = sizes.images // sizes.batch
@@ -229,7 +231,7 @@ def features(sizes: EvaluatorSizes) -> Stage:
 
 
 def statistics(sizes: EvaluatorSizes) -> Stage:
-    """Mean and covariance of the samples' pool features."""
+    """Compute mean and covariance of the samples' pool features."""
     rows = random_features(sizes.samples, sizes.pool, 0)
     start = time.perf_counter()
     feature_statistics(rows)
@@ -237,7 +239,7 @@ def statistics(sizes: EvaluatorSizes) -> Stage:
 
 
 def distance(sizes: EvaluatorSizes, rows: int, name: str) -> Stage:
-    """The Frechet distance of given statistics."""
+    """Compute the Frechet distance of given statistics."""
     a, b = (feature_statistics(random_features(rows, sizes.pool, seed)) for seed in (0, 1))
     start = time.perf_counter()
     value = frechet_distance(a, b)
@@ -245,7 +247,7 @@ def distance(sizes: EvaluatorSizes, rows: int, name: str) -> Stage:
 
 
 def distance_from_features(sizes: EvaluatorSizes) -> Stage:
-    """The Frechet distance of few rows, without their covariances."""
+    """Compute the Frechet distance of few rows, without their covariances."""
     a, b = (random_features(sizes.few, sizes.pool, seed) for seed in (0, 1))
     start = time.perf_counter()
     value = frechet_distance_from_features(a, b)
@@ -253,7 +255,7 @@ def distance_from_features(sizes: EvaluatorSizes) -> Stage:
 
 
 def general_square_root(sizes: EvaluatorSizes, rows: int) -> Stage:
-    """The Frechet distance by a square root of the product of covariances, as ADM computes it."""
+    """Compute the Frechet distance by a square root of the product of covariances, as ADM does."""
     from scipy.linalg import sqrtm
 
     a, b = (feature_statistics(random_features(rows, sizes.pool, seed)) for seed in (0, 1))
@@ -265,21 +267,21 @@ def general_square_root(sizes: EvaluatorSizes, rows: int) -> Stage:
 
 
 def manifolds(sizes: EvaluatorSizes, precision: DistancePrecision) -> Stage:
-    """Precision and recall of as many samples as references."""
+    """Compute precision and recall of as many samples as references."""
     a, b = (random_features(sizes.reference, sizes.pool, seed) for seed in (0, 1))
     start = time.perf_counter()
     precision_recall(a, b, precision=precision)
     return _finish(f"precision and recall, {sizes.reference:,} x {sizes.reference:,}, {precision}", start)
 
 
-class Rehearsal:
-    """A backend that takes the network's memory but hardly any of its time: most features are random numbers."""
+class DryRunBackend:
+    """A backend with the network's memory but hardly any of its time: most features are random numbers."""
 
     def __init__(self, sizes: EvaluatorSizes) -> None:
         self.network, self.sizes, self.calls = make_network(sizes), sizes, 0
 
     def features(self, images: npt.NDArray[Any]) -> Features:
-        """Numbers in the place of features of (N, H, W, 3) images."""
+        """Random features of (N, H, W, 3) images."""
         self.calls += 1
         if self.calls <= REAL_BATCHES:
             self.network.features(images)
@@ -287,14 +289,14 @@ class Rehearsal:
         return Features(*(random_features(len(images), width, self.calls) for width in widths))
 
     def probabilities(self, pool: Tensor) -> Tensor:
-        """The network's."""
+        """Class probabilities of the network."""
         return self.network.probabilities(pool)
 
 
-def rehearsal(sizes: EvaluatorSizes) -> Stage:
-    """A whole evaluation at full size, files and metrics included, but for the network's time."""
+def dry_run(sizes: EvaluatorSizes) -> Stage:
+    """Run a whole evaluation at full size, files and metrics included, without the network's time."""
     world = World(0, 1, torch.device("cpu"))
-    backend: Backend = Rehearsal(sizes)
+    backend: Backend = DryRunBackend(sizes)
     sets: list[ImageSet] = []
     with tempfile.TemporaryDirectory() as folder:
         counts = {"reference": sizes.reference, "samples": sizes.samples}
@@ -302,9 +304,9 @@ def rehearsal(sizes: EvaluatorSizes) -> Stage:
         start = time.perf_counter()
         for name, path in files.items():
             options: dict[str, Any] = {"batch_size": sizes.batch, "spatial": True, "world": world, "title": name}
-            found = extract_features(ImageFile(path), backend, counts[name], **options)
-            assert found is not None  # the only process is the main one
-            sets.append(ImageSet(found.pool, None, found.spatial, backend.probabilities))
+            features = extract_features(ImageFile(path), backend, counts[name], **options)
+            assert features is not None  # the only process is the main one
+            sets.append(ImageSet(features.pool, None, features.spatial, backend.probabilities))
         scores = compute_scores(ADM_METRICS, sets[0], sets[1], "adm")
         assert all(map(math.isfinite, scores.values()))
         return _finish("everything but the network", start)

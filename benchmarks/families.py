@@ -1,4 +1,4 @@
-"""Every family's way of leaving work out, at full size: cases for the GPU report."""
+"""Cases of the families that leave work out, at full size, for the GPU report."""
 
 from __future__ import annotations
 
@@ -7,59 +7,53 @@ from functools import partial
 
 import torch
 
-from benchmarks.cases import filled_network
-from benchmarks.reuse import make_runner, make_sampler, make_schedule
-from benchmarks.routing import Share, routing_cases
+from benchmarks.cases import random_network
+from benchmarks.costs import run_cost
+from benchmarks.reuse import reusing_run
+from benchmarks.routing import Workload, routing_cases
+from benchmarks.sampling import SamplingRun, random_pipeline
 from benchmarks.timing import Case
-from models import family_of
-
-BF16 = torch.bfloat16
+from models import model_config
 
 
 def family_groups(
-    size: str, images: int, steps: int, device: torch.device, compiler: str | None
+    models: tuple[str, str, str], images: int, steps: int, device: torch.device, compiler: str | None
 ) -> list[tuple[str, Callable[[], list[Case]]]]:
-    """Names of groups and what makes their cases: routing, caching and sharing in bf16, in the whole sampling loop.
+    """Names of groups and makers of their cases: routing, caching and sharing in bf16, in the whole sampling loop.
 
     Args:
-        size: behind the family in a model's name, such as "XL/2".
-        images: of a batch.
-        steps: of a sampler.
-        device: where to compute.
-        compiler: backend for the blocks, or None.
+        models: Names of a DyDiT, a Skip-DiT and a DDT.
+        images: Images of a batch.
+        steps: Steps of a sampler.
+        device: Device of all tensors.
+        compiler: Backend for the blocks, or None.
     """
+    routed, skipping, divided = models
     return [
-        ("routing", partial(_routing, f"DyDiT-{size}", images, steps, device, compiler)),
-        ("caching", partial(_reuse, f"Skip-DiT-{size}", "N", (1, 2, 3, 4), images, steps, device, compiler)),
-        ("sharing", partial(_reuse, f"DDT-{size}", "R", (1, 4, 10), images, steps, device, compiler)),
+        ("routing", partial(_routing, routed, images, steps, device, compiler)),
+        ("caching", partial(_reuse, skipping, "N", (1, 2, 3, 4), images, steps, device, compiler)),
+        ("sharing", partial(_reuse, divided, "R", (1, 4, 10), images, steps, device, compiler)),
     ]
 
 
 def _routing(model: str, images: int, steps: int, device: torch.device, compiler: str | None) -> list[Case]:
     """About half the work: 5/8 of heads and groups, 3/4 of tokens."""
-    config = family_of(model).configs[model]
-    part = round(config["num_heads"] * 5 / 8)
-    share = Share(model, None, images, part, part, 0.75)
-    return routing_cases(share, device, steps=steps, autocast=BF16, compiler=compiler)
+    part = round(model_config(model).num_heads * 5 / 8)
+    workload = Workload(model, None, images, part, part, 0.75)
+    return routing_cases(workload, device, steps=steps, autocast=torch.bfloat16, compiler=compiler)
 
 
 def _reuse(model: str, label: str, intervals: Sequence[int], images: int, steps: int, device: torch.device,
            compiler: str | None) -> list[Case]:  # fmt: skip
     """State computed at every step, and less and less often."""
-    network = filled_network(model, device)
+    network = random_network(model, device)
     if compiler is not None:
         network.compile_blocks(compiler)
-    sampler = make_sampler(network, steps)
-    sample = make_runner(network, sampler, images, device, BF16)
-    schedules = {n: make_schedule(network, sampler, n) for n in intervals}
-    return [
-        Case(
-            f"{model}, {label} = {n}",
-            lambda: sample,
-            lambda sample, refresh=refresh: sample(refresh),  # type: ignore[misc]  # bound now
-            flop=2 * images * network.executed_multiply_adds(refresh),
-            images=images,
-            precision="bf16",
-        )
-        for n, refresh in schedules.items()
-    ]
+    pipeline, cases = random_pipeline(network, model), []
+    for interval in intervals:
+        run = reusing_run(pipeline, steps, min(interval, steps), images, "bf16")
+        macs = run_cost(network, [evaluation.refresh for evaluation in run.prepared.table])
+        name = f"{model}, {label} = {interval}"
+        prepare = partial(SamplingRun, *run)
+        cases.append(Case(name, prepare, SamplingRun.latents, flop=2 * images * macs, images=images, precision="bf16"))
+    return cases

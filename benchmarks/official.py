@@ -1,4 +1,4 @@
-"""Official code, from a checkout that the user has, imported as it is: the network with our weights, the process."""
+"""The official network with our weights, and the official process, imported from a checkout that the user has."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from runtime.errors import UserError
 
 
 def load_official(folder: Path) -> ModuleType:
-    """Imports models.py of an official checkout under a name that cannot meet our `models`.
+    """Import models.py of an official checkout under another name than our `models`.
 
     Raises:
-        UserError: if it is not there, or what it imports is not installed.
+        UserError: If it is not there, or a package that it imports is not installed.
     """
     path = folder / "models.py"
     spec = importlib.util.spec_from_file_location("official_dit_models", path)
@@ -36,14 +36,15 @@ def load_official(folder: Path) -> ModuleType:
 
 
 def official_network(folder: Path, ours: Network, name: str) -> nn.Module:
-    """The official network with our weights.
+    """Build the official network with our weights.
 
     Raises:
-        UserError: if it cannot be built, or names its weights differently.
+        UserError: If it cannot be built, or names its weights differently.
     """
     module = load_official(folder)
     settings = dataclasses.asdict(ours.config)
-    settings.pop("cache_depth", None)  # says what a later evaluation may reuse; unknown there
+    settings.pop("cache_depth", None)  # is about later evaluations, and unknown there
+    settings["in_channels"], settings["input_size"], _ = settings.pop("sample_shape")
     try:
         network = module.DiT(**settings)
         network.load_state_dict(ours.state_dict(), strict=True)
@@ -53,10 +54,10 @@ def official_network(folder: Path, ours: Network, name: str) -> nn.Module:
 
 
 def load_official_diffusion(folder: Path) -> ModuleType:
-    """Imports the diffusion package of an official checkout under a name that cannot meet our `diffusion`.
+    """Import the diffusion package of an official checkout under another name than our `diffusion`.
 
     Raises:
-        ImportError: if there is none.
+        ImportError: If there is none.
     """
     path, name = folder / "diffusion" / "__init__.py", "official_dit_diffusion"
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[str(path.parent)])

@@ -1,4 +1,4 @@
-"""Pictures of numbers, drawn without a screen."""
+"""Figures, made without a screen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runtime.files import atomic_path
 
 
 def pyplot() -> Any:
-    """Matplotlib's pyplot, with its parts that are not imported by themselves; it draws into files only."""
+    """Import matplotlib's pyplot, and the parts that do not come by themselves; it makes files only."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,8 +20,16 @@ def pyplot() -> Any:
     return plt
 
 
+def style(axis: Any, x: str, y: str, **grid: str) -> None:
+    """Label an axis, with a faint grid and no frame at the top and on the right."""
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(alpha=0.25, **grid)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a figure, whole or not at all, and forgets it."""
+    """Write a figure, whole or not at all, and close it."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
     pyplot().close(figure)

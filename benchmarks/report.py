@@ -1,4 +1,4 @@
-"""Results as JSON and as a table, with the machine they were measured on."""
+"""Results as JSON and as tables, with the machine they were measured on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from benchmarks.timing import Row
 from runtime.files import atomic_path
+from runtime.settings import to_dict
 
 DATASHEET = {"H100": 989.4e12, "H200": 989.4e12}  # dense bf16 FLOP/s, by a word of the device's name
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -21,20 +23,20 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 def peaks(rows: Iterable[Row]) -> dict[str, float]:
     """FLOP/s of the fastest matrix product, by precision."""
-    found: dict[str, float] = {}
+    best: dict[str, float] = {}
     for row in rows:
         if row.is_peak:
-            found[row.precision] = max(found.get(row.precision, 0.0), row.flop / min(row.rounds))
-    return found
+            best[row.precision] = max(best.get(row.precision, 0.0), row.flop / min(row.rounds))
+    return best
 
 
 def datasheet_peak(device_name: str) -> float | None:
-    """The maker's dense bf16 FLOP/s, where known."""
+    """Dense bf16 FLOP/s of the data sheet, if known."""
     return next((flops for word, flops in DATASHEET.items() if word in device_name), None)
 
 
 def cpu_info() -> tuple[str, list[str]]:
-    """Model of the processor, and which of `CPU_FEATURES` it has."""
+    """Model of the processor, and those of `CPU_FEATURES` that it has."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -45,18 +47,18 @@ def cpu_info() -> tuple[str, list[str]]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+" where tracked files were changed; None where there is no git or no checkout."""
+    """The checkout's commit, with "+" if tracked files were changed; None without git or a checkout."""
     git = ("git", "-C", str(Path(__file__).resolve().parent))
+    run = partial(subprocess.run, capture_output=True, text=True, check=True)
     try:
-        revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        revision, changed = run([*git, "rev-parse", "--short=12", "HEAD"]), run([*git, "status", "--porcelain", "-uno"])
     except (OSError, subprocess.CalledProcessError):
         return None
     return revision.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def machine_info(device: torch.device, clock: str) -> dict[str, Any]:
-    """What a reader needs to judge the numbers."""
+    """Describe the machine, for readers of the numbers."""
     cpu, features = cpu_info()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
@@ -71,10 +73,25 @@ def machine_info(device: torch.device, clock: str) -> dict[str, Any]:
     }
 
 
-def report(
-    settings: dict[str, Any], machine: dict[str, Any], rows: Sequence[Row], skipped: Sequence[str]
-) -> dict[str, Any]:
-    """The JSON document of a run: what was measured, and what follows from it."""
+def document(settings: Any, machine: dict[str, Any], rows: Sequence[Any], **more: Any) -> dict[str, Any]:
+    """Build the JSON document of a run.
+
+    Args:
+        settings: Dataclass of the script's settings, or values. Paths of the user are left out.
+        machine: From `machine_info`.
+        rows: Results, dataclasses or values.
+        **more: Further members.
+    """
+    values = settings if isinstance(settings, dict) else to_dict(settings)
+    values = {
+        name: None if isinstance(getattr(settings, name, None), Path) else value for name, value in values.items()
+    }
+    results = [dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row for row in rows]  # type: ignore[arg-type]
+    return {"format": 2, "settings": values, "machine": machine, "rows": results, **more}
+
+
+def report(settings: Any, machine: dict[str, Any], rows: Sequence[Row], skipped: Sequence[str]) -> dict[str, Any]:
+    """Build the JSON document of timed cases: rows, rates, and shares of the peaks."""
     best = peaks(rows)
     datasheet = datasheet_peak(machine["device"])
     seconds = {(row.group, row.name): row.seconds for row in rows}
@@ -93,21 +110,15 @@ def report(
                 "speedup": before / row.seconds if before else None,
             }
         )
-    return {
-        "format": 1,
-        "settings": settings,
-        "machine": machine,
-        "peak_flop_per_second": {**best, "bf16_datasheet": datasheet},
-        "rows": results,
-        "skipped": list(skipped),
-    }
+    known = {**best, "bf16_datasheet": datasheet}
+    return document(settings, machine, results, peak_flop_per_second=known, skipped=list(skipped))
 
 
 def markdown(document: dict[str, Any]) -> str:
     """The results as a Markdown table, a row a case; columns without any number are left out."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "ms": lambda r: f"{r['seconds'] * 1e3:,.2f}",
-        "spread": lambda r: f"{(max(r['rounds']) - min(r['rounds'])) / r['seconds']:.0%}",
+        "spread": lambda r: f"{spread(r['rounds'], r['seconds']):.0%}",
         "us/step": lambda r: _shown(r["seconds_per_step"], "{:,.1f}", 1e6),
         "images/s": lambda r: _shown(r["images_per_second"], "{:,.1f}"),
         "GFLOP/s": lambda r: _shown(r["flop_per_second"], "{:,.0f}", 1e-9),
@@ -123,10 +134,15 @@ def markdown(document: dict[str, Any]) -> str:
     cells = {title: texts for title, texts in cells.items() if any(texts)}
     named = {"group": [r["group"] for r in rows], "case": [r["name"] for r in rows], **cells}
     lines = aligned(list(named), list(map(list, zip(*named.values(), strict=True))), left=2)
-    return "\n".join([lines, *(f"\nNot run: {word}" for word in document["skipped"])])
+    return "\n".join([lines, *(f"\nNot run: {reason}" for reason in document["skipped"])])
 
 
-def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+def spread(rounds: Sequence[float], median: float) -> float:
+    """Distance of the slowest from the fastest round, relative to the median."""
+    return (max(rounds) - min(rounds)) / median
+
+
+def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A Markdown table that is aligned as text, too: the first `left` columns to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     rule = ["-" * width if place < left else "-" * (width - 1) + ":" for place, width in enumerate(widths)]
@@ -140,18 +156,19 @@ def _shown(value: float | None, form: str, scale: float = 1.0) -> str:
 
 
 def headline(document: dict[str, Any]) -> str:
-    """One line on the machine, one on its peaks."""
-    machine, best = document["machine"], document["peak_flop_per_second"]
+    """One line on the machine, and one on its peaks if they were measured."""
+    machine, best = document["machine"], document.get("peak_flop_per_second")
     features = f" ({', '.join(machine['cpu_features'])})" if machine["cpu_features"] else ""
-    known = [f"{name.replace('_', ' ')} {value / 1e9:,.0f}" for name, value in best.items() if value]
     where = machine["device"] if machine["cuda"] else machine["cpu"] + features
-    return (
-        f"{where}, {machine['threads']} CPU thread(s), torch {machine['torch']}, {machine['clock']}\n"
-        f"Peak in GFLOP/s: {', '.join(known) or 'not measured'}"
-    )
+    line = f"{where}, {machine['threads']} CPU thread(s), torch {machine['torch']}, {machine['clock']}"
+    if best is None:
+        return line
+    known = [f"{name.replace('_', ' ')} {value / 1e9:,.0f}" for name, value in best.items() if value]
+    return f"{line}\nPeak in GFLOP/s: {', '.join(known) or 'not measured'}"
 
 
-def write_report(document: dict[str, Any], path: Path) -> None:
-    """Writes the JSON, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=2) + "\n")
+def write_json(document: dict[str, Any], path: Path | None) -> None:
+    """Write a document, whole or not at all; with None, nothing."""
+    if path is not None:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(document, indent=2) + "\n")

@@ -1,95 +1,70 @@
-"""Whole sampling runs that reuse state, timed beside one that never does and beside what their multiply-adds allow."""
+"""Whole sampling runs that reuse state, each against one that never does and against the ratio of executed MACs."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
-import torch
-from diffusion.refresh import every_nth
 from torch import Tensor
 
+from benchmarks.costs import run_cost
 from benchmarks.report import aligned
+from benchmarks.sampling import SamplingRun, tf32_restored
 from benchmarks.timing import Clock, interleave
-from diffusion import PUBLISHED_PROCESS, FlowMatching, ImageNoise, create_diffusion, guided, sample_loop, skip_cache
-from diffusion.sampling import Sampler
-from models import Network
+from diffusion.caching import check_keeps_state
+from models import Network, family_of
+from sampling.pipeline import Pipeline
 
 WARM_UPS = 1
-Schedule = tuple[bool, ...]
 
 
-def _published_as_flow(network: Network) -> bool:
-    return PUBLISHED_PROCESS[network.time_convention] == FlowMatching.name
-
-
-def make_sampler(network: Network, steps: int) -> Sampler:
-    """Of the process that the network's family is published with: ancestral, or Euler for a flow.
+def reusing_run(pipeline: Pipeline, steps: int, interval: int, images: int, precision: str = "fp32") -> SamplingRun:
+    """Prepare an unguided run that computes state every so often: by Skip-Cache's rule, or in a flow by sharing.
 
     Raises:
-        ValueError: for a number of steps that it cannot take.
+        ValueError: If the network keeps no state.
+        UserError: For numbers of steps that the sampler cannot take.
     """
-    if _published_as_flow(network):
-        return FlowMatching().euler(steps, convention=network.time_convention)
-    learn_sigma = network.out_channels == 2 * network.in_channels
-    return create_diffusion(str(steps), learn_sigma=learn_sigma).ancestral(convention=network.time_convention)
+    check_keeps_state(pipeline.network)
+    flow = family_of(pipeline.info.model).process == "flow"
+    reuse = {"sharing_interval" if flow else "cache_interval": interval}
+    sampler = "euler" if flow else "ddpm"
+    with tf32_restored():
+        prepared = pipeline.prepare(
+            sampler=sampler, num_sampling_steps=steps, cfg_scale=1.0, precision=precision, **reuse
+        )
+    return SamplingRun(pipeline, prepared, images)
 
 
-def make_schedule(network: Network, sampler: Sampler, interval: int) -> Schedule:
-    """When state is refreshed: by Skip-Cache's rule, or in a flow every so often (where does not change the cost).
-
-    Raises:
-        ValueError: if the network keeps no state, or the interval is below 1.
-    """
-    if _published_as_flow(network) and network.keeps_state:
-        return every_nth(len(sampler.times), interval)
-    return skip_cache(network, sampler.times, interval)
-
-
-def make_runner(
-    network: Network, sampler: Sampler, rows: int, device: torch.device, autocast: torch.dtype | None = None
-) -> Callable[[Schedule], Tensor]:
-    """A function of a refresh schedule that draws `rows` images without guidance, through the one sampling loop."""
-    prepared = network.for_sampling(sampler.times)
-    shape = (network.in_channels, network.input_size, network.input_size)
-    denoise = guided(prepared, torch.arange(rows, device=device) % network.num_classes, None, 1.0)
-
-    def sample(refresh: Schedule) -> Tensor:
-        noise = ImageNoise(0, range(rows), shape, device)
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            return sample_loop(denoise, sampler, noise.initial(), refresh, noise)
-
-    return sample
-
-
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One way through all steps of a sampler.
 
     Attributes:
-        name: in tables.
-        refresh: one flag per step.
-        blocks: blocks that ran, counted.
-        multiply_adds: executed, for one image.
+        name: Name in tables.
+        refresh: One flag per step, whether state is computed.
+        blocks: Number of blocks that ran, counted.
+        macs: Executed MACs, of one image.
+        sample: Does it.
     """
 
     name: str
-    refresh: Schedule
+    refresh: tuple[bool, ...]
     blocks: int
-    multiply_adds: int
+    macs: int
+    sample: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class Row:
-    """What was measured of one run; `speedup` and `bound` are against the one that refreshes at every step."""
+class ReuseRow:
+    """Result of one run; `speedup` and `bound` are against the one that computes state at every step."""
 
     name: str
     full_steps: int
     cached_steps: int
     blocks: int
-    multiply_adds: int
+    macs: int
     rounds: list[float]
     seconds: float
     bound: float
@@ -97,12 +72,12 @@ class Row:
 
     @property
     def share(self) -> float:
-        """How much of the bound was reached."""
+        """Reached share of the bound."""
         return self.speedup / self.bound
 
 
 def count_blocks(network: Network, work: Callable[[], object]) -> int:
-    """Blocks of a network that run during a piece of work."""
+    """Count the blocks of a network that run during a piece of work."""
     count = 0
 
     def add(*_: object) -> None:
@@ -119,69 +94,56 @@ def count_blocks(network: Network, work: Callable[[], object]) -> int:
 
 
 def make_runs(
-    network: Network, sampler: Sampler, intervals: Sequence[int], sample: Callable[[Schedule], Tensor]
+    pipeline: Pipeline, steps: int, intervals: Sequence[int], images: int, precision: str = "fp32"
 ) -> list[Run]:
-    """A run without reuse, and one for each interval; every one is done once, to count its blocks.
+    """Prepare a run without reuse, and one for each interval; every one is done once, to count its blocks.
 
     Raises:
-        ValueError: if the network keeps no state, or an interval is below 1.
+        ValueError: As for `reusing_run`.
     """
     runs = []
     for interval in dict.fromkeys((1, *intervals)):
-        refresh = make_schedule(network, sampler, interval)
+        run = reusing_run(pipeline, steps, interval, images, precision)
+        refresh = tuple(evaluation.refresh for evaluation in run.prepared.table)
         name = "every step" if interval == 1 else f"N = {interval}"
-        blocks = count_blocks(network, partial(sample, refresh))
-        runs.append(Run(name, refresh, blocks, network.executed_multiply_adds(refresh)))
+        blocks = count_blocks(pipeline.network, run.latents)
+        runs.append(Run(name, refresh, blocks, run_cost(pipeline.network, refresh), run.latents))
     return runs
 
 
-def measure_runs(runs: Sequence[Run], sample: Callable[[Schedule], Tensor], rounds: int, clock: Clock) -> list[Row]:
-    """Times the runs in turn; a speed-up is the median over rounds of the first run's time over a run's own."""
-    work = {run.name: partial(sample, run.refresh) for run in runs}
+def measure_runs(runs: Sequence[Run], rounds: int, clock: Clock) -> list[ReuseRow]:
+    """Time the runs in turn; a speed-up is the median over rounds of the first run's time over a run's own."""
+    work = {run.name: run.sample for run in runs}
     interleave(work, WARM_UPS, clock)
     times = interleave(work, rounds, clock)
     first = runs[0]
     return [
-        Row(
+        ReuseRow(
             name=run.name,
             full_steps=sum(run.refresh),
             cached_steps=len(run.refresh) - sum(run.refresh),
             blocks=run.blocks,
-            multiply_adds=run.multiply_adds,
+            macs=run.macs,
             rounds=times[run.name],
             seconds=statistics.median(times[run.name]),
-            bound=first.multiply_adds / run.multiply_adds,
+            bound=first.macs / run.macs,
             speedup=statistics.median(a / b for a, b in zip(times[first.name], times[run.name], strict=True)),
         )
         for run in runs
     ]
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[ReuseRow]) -> str:
     """The rows as a Markdown table."""
-    titles = [
-        "state refreshed",
-        "full",
-        "reused",
-        "blocks run",
-        "G multiply-adds",
-        "s",
-        "bound",
-        "speed-up",
-        "of bound",
-    ]
-    cells = [
-        [
-            row.name,
-            f"{row.full_steps}",
-            f"{row.cached_steps}",
-            f"{row.blocks:,}",
-            f"{row.multiply_adds / 1e9:,.1f}",
-            f"{row.seconds:.2f}",
-            f"{row.bound:.3f} x",
-            f"{row.speedup:.3f} x",
-            f"{row.share:.1%}",
-        ]
-        for row in rows
-    ]
-    return aligned(titles, cells, left=1)
+    columns: dict[str, Callable[[ReuseRow], str]] = {
+        "state computed": lambda row: row.name,
+        "full": lambda row: f"{row.full_steps}",
+        "reused": lambda row: f"{row.cached_steps}",
+        "blocks run": lambda row: f"{row.blocks:,}",
+        "G MACs": lambda row: f"{row.macs / 1e9:,.1f}",
+        "s": lambda row: f"{row.seconds:.2f}",
+        "bound": lambda row: f"{row.bound:.3f} x",
+        "speed-up": lambda row: f"{row.speedup:.3f} x",
+        "of bound": lambda row: f"{row.share:.1%}",
+    }
+    return aligned(list(columns), [[cell(row) for cell in columns.values()] for row in rows])

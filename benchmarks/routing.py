@@ -1,37 +1,38 @@
-"""What routing saves: a DyDiT that leaves out what is off, beside a plain DiT and beside masks."""
+"""Cases of routing: a DyDiT that leaves out what is off, against a plain DiT and against masks."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.cases import filled_network
+from benchmarks.cases import random_network
+from benchmarks.counting import executed_cost
 from benchmarks.timing import BF16, SAME, Case, Row
-from diffusion import create_diffusion, guided, sample_loop
+from diffusion import AncestralSampler, create_diffusion, evaluations, guided, sample_loop
 from models import DyDiT, ModelOutput, Network, create_model
 from models.dit import DiTConfig
-from models.dydit import DyDiTBlock
+from models.dydit_block import DyDiTBlock, TokenRouter
 
 DENSE, ALL_ON, ROUTED, MASKED = "plain DiT", "DyDiT, everything on", "DyDiT, routed", "DyDiT, by masks"
 ON, OFF = 15.0, -15.0  # biases of width routers
 ALL = 1e6  # bias of a token router that nothing outweighs
 
 
-class Share(NamedTuple):
-    """How much of a network is on.
+class Workload(NamedTuple):
+    """A network, and how much of it is on.
 
     Attributes:
-        model: registry name.
-        depth: blocks; None is the model's own.
-        rows: of an evaluation (or images of a sampling loop).
-        heads: that are on in every block.
-        groups: of MLP channels, likewise.
-        tokens: share that goes through the MLP.
+        model: Name in the registry.
+        depth: Number of blocks; None is the model's own.
+        rows: Rows of an evaluation (or images of a sampling loop).
+        heads: Heads that are on in every block.
+        groups: Groups of MLP channels that are on in every block.
+        tokens: Share of the tokens that goes through the MLP.
     """
 
     model: str
@@ -43,18 +44,18 @@ class Share(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Names the case in tables."""
+        """Name of the case in tables."""
         depth = "" if self.depth is None else f", {self.depth} block{'s' if self.depth > 1 else ''}"
         kept = f"{self.heads} heads, {self.groups} groups, {self.tokens:.0%} of tokens"
         return f"{self.model}{depth}, batch {self.rows}: {kept}"
 
 
-class Saving(NamedTuple):
-    """What came of it.
+class Speedup(NamedTuple):
+    """Result of a case.
 
     Attributes:
-        speedup: time of the plain DiT over ours.
-        reduction: its multiply-adds over ours, routers included.
+        speedup: Time of the plain DiT over ours.
+        reduction: Its MACs over ours, routers included.
     """
 
     speedup: float
@@ -62,7 +63,7 @@ class Saving(NamedTuple):
 
     @property
     def quotient(self) -> float:
-        """How much of the saved work is saved time; 1 is all of it."""
+        """Share of the saved work that became saved time; 1 is all of it."""
         return self.speedup / self.reduction
 
 
@@ -73,56 +74,57 @@ class Run(NamedTuple):
     x: Tensor
     t: float
     y: Tensor
-    y_null: int
+    null: Mapping[str, Tensor]
     steps: int | None
     autocast: torch.dtype | None
 
     def __call__(self) -> Tensor:
         """The prediction, or with steps the latents at the end of a guided loop."""
 
-        def evaluate(*args: Any) -> ModelOutput:
+        def evaluate(*args: Tensor | float, **options: object) -> ModelOutput:
             with torch.autocast(self.x.device.type, self.autocast, enabled=self.autocast is not None):
-                return self.network(*args)
+                return self.network(*args, **options)
 
         if self.steps is None:
             with torch.no_grad():
-                return evaluate(self.x, self.t, self.y).sample
-        sampler = create_diffusion(str(self.steps)).ancestral()
-        return sample_loop(guided(evaluate, self.y, self.y_null, 1.5, 3), sampler, self.x, noise_fn=torch.zeros_like)
+                return evaluate(self.x, self.t, y=self.y).sample
+        sampler = AncestralSampler(create_diffusion(), str(self.steps))
+        denoise = guided(evaluate, {"y": self.y}, self.null, channels=3)
+        return sample_loop(denoise, sampler, self.x, evaluations(sampler.times, 1.5), noise_fn=torch.zeros_like)
 
 
 @torch.no_grad()
-def open_gates(network: DyDiT, share: Share, x: Tensor, t: float, y: Tensor) -> None:
-    """Sets the biases of all routers so that a share of everything is on.
+def open_gates(network: DyDiT, workload: Workload, x: Tensor, t: float, y: Tensor) -> None:
+    """Set the biases of all routers so that a share of everything is on.
 
     Heads and groups are random ones in each block, the same at all times; tokens are those of these inputs that have
     the largest logits.
     """
     generator = torch.Generator().manual_seed(3)
 
-    def set_bias(router: nn.Module, args: tuple[Tensor, ...]) -> None:
-        first, _, last = router.mlp_head  # type: ignore[misc]  # a TokenRouter
+    def set_bias(router: TokenRouter, args: tuple[Tensor, ...]) -> None:
+        first, _, last = router.layers  # type: ignore[misc]  # nn.Sequential has no length in types
         ranked = functional.linear(first(args[0]).relu(), last.weight).flatten().sort(descending=True).values
-        count = round(share.tokens * len(ranked))
+        count = round(workload.tokens * len(ranked))
         border = -ALL if count == len(ranked) else (ranked[count - 1] + ranked[count]) / 2
         last.bias.fill_(-float(border))
 
     blocks: list[DyDiTBlock] = list(network.blocks)  # type: ignore[arg-type]  # ModuleList has no item type
     hooks = []
     for block in blocks:
-        for router, count in ((block.attn_rate.router, share.heads), (block.mlp_rate.router, share.groups)):
+        for router, count in ((block.attn_rate.router, workload.heads), (block.mlp_rate.router, workload.groups)):
             bias = torch.full((router.out_features,), OFF)
-            bias[torch.randperm(len(bias), generator=generator)[: count - 1]] = ON  # beside the first, always on
+            bias[torch.randperm(len(bias), generator=generator)[: count - 1]] = ON  # the first is always on
             router.weight.zero_()
             router.bias.copy_(bias)
         hooks.append(block.token_selection.register_forward_pre_hook(set_bias))
-    network(x, t, y)
+    network(x, t, y=y)
     for hook in hooks:
         hook.remove()
 
 
 def plain_dit(network: DyDiT) -> Network:
-    """A DiT with the same weights, but for the routers."""
+    """A DiT with the same weights, without the routers."""
     fields = {name: getattr(network.config, name) for name in DiTConfig.__dataclass_fields__}
     with torch.device(network.pos_embed.device):
         plain = create_model("DiT-XL/2", **fields)
@@ -131,8 +133,24 @@ def plain_dit(network: DyDiT) -> Network:
     return plain.eval()
 
 
+def make_networks(
+    workload: Workload, network: DyDiT, x: Tensor, t: float, y: Tensor, compiler: str | None
+) -> dict[str, Network]:
+    """The networks of all cases but the one by masks, with gates as the workload has them."""
+    every = network.config.num_heads
+    everything = workload._replace(heads=every, groups=every, tokens=1.0)
+    all_on = copy.deepcopy(network)
+    plain = plain_dit(network)
+    open_gates(all_on, everything, x, t, y)
+    open_gates(network, workload, x, t, y)
+    networks: dict[str, Network] = {DENSE: plain, ALL_ON: all_on, ROUTED: network}
+    for each in networks.values() if compiler is not None else ():
+        each.compile_blocks(compiler or "")
+    return networks
+
+
 def routing_cases(
-    share: Share,
+    workload: Workload,
     device: torch.device,
     *,
     steps: int | None = None,
@@ -142,34 +160,25 @@ def routing_cases(
     """A plain DiT, and a DyDiT with everything on, with a share on, and with that share by masks.
 
     Args:
-        share: what is on.
-        device: where to compute.
-        steps: time a guided sampling loop of this many steps; None times one evaluation.
-        autocast: precision of the network; None is float32.
-        compiler: backend for the blocks; None leaves them as they are.
+        workload: How much is on.
+        device: Device of all tensors.
+        steps: Time a guided sampling loop of this many steps; None times one evaluation.
+        autocast: Precision of the network; None is float32.
+        compiler: Backend for the blocks; None leaves them as they are.
     """
-    overrides = {} if share.depth is None else {"depth": share.depth}
-    network = filled_network(share.model, device, **overrides)
+    overrides = {} if workload.depth is None else {"depth": workload.depth}
+    network = random_network(workload.model, device, **overrides)
     assert isinstance(network, DyDiT)
-    generator = torch.Generator(device).manual_seed(1)
-    x = torch.randn(share.rows, 4, network.input_size, network.input_size, generator=generator, device=device)
-    y = torch.randint(network.num_classes, (share.rows,), generator=generator, device=device)
+    generator, rows = torch.Generator(device).manual_seed(1), workload.rows
+    x = torch.randn(rows, *network.sample_shape, generator=generator, device=device)
+    y = torch.randint(network.config.num_classes, (rows,), generator=generator, device=device)
     t = 500.0
-    times = (t,) if steps is None else create_diffusion(str(steps)).ancestral().times
-    every = network.config.num_heads
-    everything = share._replace(heads=every, groups=every, tokens=1.0)
-    networks: dict[str, Network] = {DENSE: plain_dit(network), ALL_ON: copy.deepcopy(network), ROUTED: network}
-    for name, wanted in ((ALL_ON, everything), (ROUTED, share)):
-        opened = networks[name]
-        assert isinstance(opened, DyDiT)
-        open_gates(opened, wanted, x, t, y)
-    if compiler is not None:
-        for each in networks.values():
-            each.compile_blocks(compiler)
+    times = (t,) if steps is None else AncestralSampler(create_diffusion(), str(steps)).times
+    networks = make_networks(workload, network, x, t, y, compiler)
     prepared = {name: each.for_sampling(times) for name, each in networks.items()}
-    settings = (x, t, y, network.null_class, steps, autocast)
+    settings = (x, t, y, network.null_conditioning(rows), steps, autocast)
     runs = {name: Run(each, *settings) for name, each in [*prepared.items(), (MASKED, network)]}
-    # Over many steps rounding flips tokens whose logit is nearly 0, and what comes out differs
+    # Over many steps rounding flips tokens whose logit is nearly 0, and results differ
     compared = {MASKED: ROUTED, ALL_ON: DENSE} if steps is None else {}
     return [
         Case(
@@ -180,7 +189,7 @@ def routing_cases(
             reference=compared.get(name),
             tolerance=SAME if autocast is None else BF16,
             flop=executed_flop(run),
-            images=share.rows,
+            images=rows,
             precision="fp32" if autocast is None else "bf16",
         )
         for name, run in runs.items()
@@ -188,21 +197,22 @@ def routing_cases(
 
 
 def executed_flop(run: Run) -> float:
-    """Operations of a run, at the masks that it meets; a multiply-add is two."""
+    """Operations of a run, at the masks that it meets; a MAC is two."""
     network, total = run.network, 0.0
+    assert isinstance(network, Network)
 
-    def counted(*args: Any) -> ModelOutput:
+    def counted(x: Tensor, *args: Any, **options: Any) -> ModelOutput:
         nonlocal total
-        out = network(*args)
-        total += 2 * len(args[0]) * sum(network.multiply_adds_of(out).values())  # type: ignore[attr-defined]
+        out = network(x, *args, **options)
+        total += 2 * len(x) * sum(executed_cost(network, out).values())
         return out
 
     run._replace(network=counted)()
     return total
 
 
-def saving(rows: Sequence[Row], name: str = ROUTED) -> Saving:
-    """Of one of the cases, against the plain DiT in the same group."""
+def speedup(rows: Sequence[Row], name: str = ROUTED) -> Speedup:
+    """Result of one of the cases, against the plain DiT in the same group."""
     by_name = {row.name: row for row in rows}
     plain, ours = by_name[DENSE], by_name[name]
-    return Saving(plain.seconds / ours.seconds, plain.flop / ours.flop)
+    return Speedup(plain.seconds / ours.seconds, plain.flop / ours.flop)

@@ -1,4 +1,4 @@
-"""What is timed of sampling: the loop around the network, the file at the end, and the whole on a GPU."""
+"""Cases of sampling: the loop around the network, the file at the end, and the whole on a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,84 +19,85 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import filled_network, forward_flop
+from benchmarks.cases import forward_flop, random_network
 from benchmarks.official import load_official_diffusion
-from benchmarks.timing import BF16, SAME, Case
-from diffusion import GaussianDiffusion, ImageNoise, create_diffusion, guided, sample_loop
+from benchmarks.timing import BF16, Case, Row
+from data.encoders import Pixels
+from data.pixels import to_uint8
+from diffusion import Evaluation, ImageNoise, create_diffusion, evaluations, make_sampler, sample_loop
 from diffusion.sampling import NoiseFn, Sampler
 from models import DiT, ModelOutput, Network, family_of
-from models.acceleration import Capture, CudaCapture, Evaluate, GraphedNetwork, autocast, cast_weights_once
+from models.acceleration import Capture, CudaCapture, GraphedNetwork
+from models.loading import CheckpointInfo
 from runtime.background import Background
+from sampling.config import SamplingSettings
+from sampling.pipeline import Pipeline, PreparedRun
 
 NPZ_IMAGES, NPZ_SIDE, NPZ_CHUNK = 1000, 256, 32
 LATENT = (4, 32, 32)
 GUIDANCE = 1.5
 
-# What people sample with: name -> (step spec, sampler)
-SAMPLERS: dict[str, tuple[str, Callable[[GaussianDiffusion], Sampler]]] = {
-    "DDPM": ("250", lambda process: process.ancestral()),
-    "DDIM": ("ddim50", lambda process: process.ddim()),
-    "DPM-Solver++": ("20", lambda process: process.dpm_solver()),
-}
+# What people sample with: name -> (name in the registry, step spec)
+SAMPLERS = {"DDPM": ("ddpm", "250"), "DDIM": ("ddim", "ddim50"), "DPM-Solver++": ("dpm++", "20")}
+LENGTHS = {"DDPM": 250, "DDIM": 50, "DPM-Solver++": 20}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop around the network
 
+Loop = tuple[Sampler, tuple[Evaluation, ...]]
+
 
 def loop_cases(device: torch.device, images: int, against: Path | None) -> tuple[list[Case], list[str]]:
-    """Whole trajectories with a constant in place of the network, the official loops in front where they are there.
+    """Whole trajectories with a constant in place of the network, after the official loops if they are given.
 
     Returns:
-        The cases, and a word on those that cannot be made.
+        The cases, and the reason for those that cannot be made.
     """
     generator = torch.Generator(device).manual_seed(3)
     x = torch.randn(images, *LATENT, generator=generator, device=device)
     out = ModelOutput(torch.randn(images, 2 * LATENT[0], *LATENT[1:], generator=generator, device=device))
     cases, skipped = [], []
-    for name, (spec, make) in SAMPLERS.items():
-        steps = create_diffusion(spec).num_timesteps
+    for name, steps in LENGTHS.items():
         title, first = f"{name}, {steps} steps, {images} images", None
         if against is not None and name != "DPM-Solver++":
             try:
-                cases.append(_official_loop(f"official {title}", against, spec, name, x, out.sample, steps))
+                cases.append(_official_loop(f"official {title}", against, name, x, out.sample))
                 first = cases[-1].name
             except ImportError as error:
                 skipped.append(f"official {name} loop: {error}")
-        draw = partial(_loop, out, x, lambda: torch.randn_like)
-        cases.append(Case(title, partial(_sampler, spec, make), draw, _result, first, tolerance=SAME, steps=steps))
+        run = partial(_loop, out, x, lambda: torch.randn_like)
+        cases.append(Case(title, partial(_prepare_loop, name), run, _result, first, steps=steps))
         if name == "DDPM":
-            numbered = partial(_loop, out, x, lambda: ImageNoise(0, range(images), LATENT, device))
-            cases.append(
-                Case(f"{title}, noise of each image's own", partial(_sampler, spec, make), numbered, steps=steps)
-            )
+            run = partial(_loop, out, x, lambda: ImageNoise(0, range(images), LATENT, device))
+            cases.append(Case(f"{title}, noise of each image's own", partial(_prepare_loop, name), run, steps=steps))
     return cases, skipped
 
 
-def _sampler(spec: str, make: Callable[[GaussianDiffusion], Sampler]) -> Sampler:
-    return make(create_diffusion(spec))
+def _prepare_loop(name: str) -> Loop:
+    kind, spec = SAMPLERS[name]
+    sampler = make_sampler(kind, create_diffusion(), spec)
+    return sampler, evaluations(sampler.times)
 
 
-def _loop(out: ModelOutput, x: Tensor, noise: Callable[[], NoiseFn], sampler: Sampler) -> Tensor:
-    def denoise(x: Tensor, t: float | Tensor, state: Any = None, /) -> ModelOutput:
-        return out
-
+def _loop(out: ModelOutput, x: Tensor, noise: Callable[[], NoiseFn], loop: Loop) -> Tensor:
     torch.manual_seed(0)
-    return sample_loop(denoise, sampler, x, noise_fn=noise())
+    sampler, table = loop
+    return sample_loop(lambda x, evaluation, state=None: out, sampler, x, table, noise_fn=noise())
 
 
-def _result(state: Any, result: Tensor) -> list[Tensor]:
+def _result(state: object, result: Tensor) -> list[Tensor]:
     return [result]
 
 
-def _official_loop(name: str, folder: Path, spec: str, kind: str, x: Tensor, out: Tensor, steps: int) -> Case:
-    process = load_official_diffusion(folder).create_diffusion(spec)
-    loop = {"DDPM": process.p_sample_loop, "DDIM": process.ddim_sample_loop}[kind]
+def _official_loop(title: str, folder: Path, name: str, x: Tensor, out: Tensor) -> Case:
+    process = load_official_diffusion(folder).create_diffusion(SAMPLERS[name][1])
+    loop = {"DDPM": process.p_sample_loop, "DDIM": process.ddim_sample_loop}[name]
 
     def run(loop: Callable[..., Tensor]) -> Tensor:
         torch.manual_seed(0)
         return loop(lambda x, t: out, x.shape, noise=x, clip_denoised=False, device=x.device)
 
-    return Case(name, lambda: loop, torch.no_grad()(run), outcome=_result, steps=steps)
+    return Case(title, lambda: loop, torch.no_grad()(run), outcome=_result, steps=LENGTHS[name])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,10 +105,10 @@ def _official_loop(name: str, folder: Path, spec: str, kind: str, x: Tensor, out
 
 
 def file_cases(folder: Path) -> list[Case]:
-    """Images of a job into one .npz, as sample_ddp.py writes them, beside NumPy's own writer of an array in memory.
+    """Images into one .npz, as sample_ddp.py writes them, after NumPy's own writer of an array in memory.
 
     Raises:
-        ImportError: if a package is missing that `data` needs.
+        ImportError: If a package is missing that `data` needs.
     """
     from data.sample_file import SampleFile
 
@@ -120,7 +122,7 @@ def file_cases(folder: Path) -> list[Case]:
 
     def ours(path: Path) -> Path:
         file = SampleFile(path, images.shape, NPZ_CHUNK)
-        for chunk in file.take_up({}, overwrite=True):
+        for chunk in file.open({}, overwrite=True):
             file.write(chunk, images[chunk * NPZ_CHUNK : (chunk + 1) * NPZ_CHUNK])
         file.finish(labels)
         return path
@@ -136,8 +138,8 @@ def file_cases(folder: Path) -> list[Case]:
     ]
 
 
-def file_rows(measure: Callable[[Sequence[Case]], list[Any]]) -> tuple[list[Any], list[str]]:
-    """Rows of `file_cases` in a scratch folder, and a word if they cannot be made."""
+def file_rows(measure: Callable[[Sequence[Case]], list[Row]]) -> tuple[list[Row], list[str]]:
+    """Rows of `file_cases` in a scratch folder, and the reason if they cannot be made."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             return measure(file_cases(Path(folder))), []
@@ -149,136 +151,138 @@ def file_rows(measure: Callable[[Sequence[Case]], list[Any]]) -> tuple[list[Any]
 # The whole, on a GPU
 
 
+def random_pipeline(network: Network, model: str) -> Pipeline:
+    """Build the pipeline of a network without a checkpoint, for latents only."""
+    process = family_of(model).process
+    info = CheckpointInfo(Path(model), "random", model, {}, process, process_settings={}, encoder="ema", meta={})
+    return Pipeline(network.requires_grad_(False), info, Pixels(), network.sample_shape, SamplingSettings(model=model))
+
+
+@contextmanager
+def tf32_restored() -> Iterator[None]:
+    """Restore at the end of the block whether TF32 is allowed: preparing a run decides it for the whole process."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
 class Beginning:
-    """The first steps of a sampler: a steady state from which the rest follows."""
+    """The first steps of a sampler: a steady state that tells how long all take."""
 
     def __init__(self, sampler: Sampler, steps: int) -> None:
-        self.times, self.step = sampler.times[:steps], sampler.step
+        self.times, self.step, self.time_convention = sampler.times[:steps], sampler.step, sampler.time_convention
 
 
-class Ready(NamedTuple):
-    """What a guided run needs."""
+class SamplingRun(NamedTuple):
+    """A pipeline, a run that it prepared, and a number of images."""
 
-    evaluate: Evaluate
-    sampler: Beginning
-    labels: Tensor
-    null_class: int
-    shape: tuple[int, int, int]
+    pipeline: Pipeline
+    prepared: PreparedRun
+    images: int
 
-    def run(self) -> Tensor:
-        """Latents after the steps."""
-        noise = ImageNoise(0, range(len(self.labels)), self.shape, self.labels.device)
-        denoise = guided(self.evaluate, self.labels, self.null_class, GUIDANCE)
-        return sample_loop(denoise, self.sampler, noise.initial(), noise_fn=noise)
+    def latents(self) -> Tensor:
+        """Sample latents (N, C, h, w) of all classes in turn."""
+        labels = torch.arange(self.images) % self.pipeline.num_classes
+        return self.pipeline.denoise(self.prepared, 0, range(self.images), {"y": labels})
 
 
 def prepare(
-    network: Network, images: int, spec: str, make: Callable[[GaussianDiffusion], Sampler], steps: int,
-    *, dtype: torch.dtype | None = torch.bfloat16, compiler: str | None = None, capture: Capture | None = None,
-) -> Ready:  # fmt: skip
-    """A network made ready as the pipeline does it.
+    network: Network, model: str, images: int, name: str, steps: int | None = None, *, spec: str | None = None,
+    precision: str = "bf16", compiler: str | None = None, capture: Capture | None = None,
+) -> SamplingRun:  # fmt: skip
+    """Prepare a guided run as sample.py does it.
 
     Args:
-        network: changed in place.
-        images: guided, so twice as many rows.
-        spec: step spec.
-        make: the sampler.
-        steps: how many of its steps a run takes.
-        dtype: of autocast; None is float32.
-        compiler: backend for the blocks; None leaves them as they are.
-        capture: records evaluations; None does not.
+        network: Network to sample from, changed in place.
+        model: Its name in the registry.
+        images: Number of images, guided, so twice as many rows.
+        name: One of `SAMPLERS`.
+        steps: Number of its first steps that are taken; None takes all.
+        spec: Step spec, instead of the sampler's.
+        precision: Precision of the network.
+        compiler: Backend for the blocks; None leaves them as they are.
+        capture: Recorder of evaluations; None does not record.
     """
-    device = next(network.parameters()).device
-    process = create_diffusion(spec, learn_sigma=network.out_channels != network.in_channels)
-    sampler = Beginning(make(process), steps)
-    network = network.requires_grad_(False)
-    prepared = network.for_sampling(sampler.times)
-    evaluate: Evaluate = prepared
-    labels = torch.arange(images, device=device) % network.num_classes
-    shape = (network.in_channels, network.input_size, network.input_size)
-    if dtype is not None:
-        evaluate = autocast(prepared, device, dtype)
-        x = torch.zeros(1, *shape, device=device)
-        cast_weights_once(prepared, dtype, lambda: evaluate(x, sampler.times[0], labels[:1]))
+    kind, usual = SAMPLERS[name]
     if compiler is not None:
         network.compile_blocks(compiler)
+    pipeline = random_pipeline(network, model)
+    settings = {"sampler": kind, "num_sampling_steps": spec or usual, "cfg_scale": GUIDANCE, "precision": precision}
+    with tf32_restored():
+        run = pipeline.prepare(**settings)
     if capture is not None:
-        evaluate = GraphedNetwork(evaluate, capture)
-    return Ready(evaluate, sampler, labels, network.null_class, shape)
+        run = run._replace(network=GraphedNetwork(run.network, capture))
+    sampler = Beginning(run.sampler, len(run.table) if steps is None else steps)
+    return SamplingRun(pipeline, run._replace(sampler=sampler, table=run.table[:steps]), images)
 
 
 def guided_case(
-    network: Network, images: int, name: str, steps: int, *, compiler: str | None = None, capture: Capture | None = None
-) -> Case:
+    network: Network, model: str, images: int, name: str, steps: int,
+    *, compiler: str | None = None, capture: Capture | None = None,
+) -> Case:  # fmt: skip
     """Some guided steps in bf16; images per second are those of a whole trajectory of such steps."""
-    spec, make = SAMPLERS[name]
-    length = create_diffusion(spec).num_timesteps
-    title = f"{name}-{length}, {_guided(images)}, bf16"
+    title = _title(name, images)
     kind = ", blocks compiled" if compiler else ", CUDA graphs" if capture else ""
     return Case(
         title + kind,
-        lambda: prepare(network, images, spec, make, steps, compiler=compiler, capture=capture),
-        Ready.run,
-        outcome=_result,
+        lambda: prepare(network, model, images, name, steps, compiler=compiler, capture=capture),
+        SamplingRun.latents,
         reference=title if kind else None,
-        tolerance=BF16,
-        flop=steps * forward_flop(network, 2 * images),
-        images=images * steps / length,
-        precision="bf16",
-        steps=steps,
+        **_of_guided_steps(network, images, name, steps),
     )
 
 
-def _guided(images: int) -> str:
-    return f"{images} guided image{'s' if images > 1 else ''}"
+def _title(name: str, images: int) -> str:
+    return f"{name}-{LENGTHS[name]}, {images} guided image{'s' if images > 1 else ''}, bf16"
+
+
+def _of_guided_steps(network: Network, images: int, name: str, steps: int) -> dict[str, Any]:
+    return {
+        "outcome": _result,
+        "tolerance": BF16,
+        "flop": steps * forward_flop(network, 2 * images),
+        "images": images * steps / LENGTHS[name],
+        "precision": "bf16",
+        "steps": steps,
+    }
 
 
 def diffusers_case(network: DiT, images: int, steps: int) -> Case:
-    """The same DDIM steps as diffusers' pipeline takes them, weights in bf16.
+    """The same DDIM steps by diffusers' network and scheduler, weights in bf16.
 
     Raises:
-        ImportError: if diffusers is not installed.
+        ImportError: If diffusers is not installed.
     """
     from diffusers import DDIMScheduler
 
     from models.diffusers_format import diffusers_twin
 
-    spec, make = SAMPLERS["DDIM"]
     device = next(network.parameters()).device
 
     def ready() -> tuple[Any, Any, Tensor, Tensor]:
-        twin = nn.Module.to(diffusers_twin(network), device, torch.bfloat16)  # its own way to move would warn
-        twin.pos_embed.pos_embed.copy_(network.pos_embed)  # type: ignore[union-attr,operator]
+        peer = nn.Module.to(diffusers_twin(network), device, torch.bfloat16)  # its own way to move would warn
+        peer.pos_embed.pos_embed.copy_(network.pos_embed)  # type: ignore[union-attr,operator]
         scheduler: Any = DDIMScheduler(beta_start=1e-4, beta_end=2e-2, clip_sample=False)
-        scheduler.set_timesteps(create_diffusion(spec).num_timesteps)
-        labels = torch.arange(images, device=device) % network.num_classes
-        shape = (network.in_channels, network.input_size, network.input_size)
-        return twin, scheduler, labels, ImageNoise(0, range(images), shape, device).initial()
+        scheduler.set_timesteps(LENGTHS["DDIM"])
+        labels = torch.arange(images, device=device) % network.config.num_classes
+        return peer, scheduler, labels, ImageNoise(0, range(images), network.sample_shape, device).initial()
 
     @torch.no_grad()
     def run(state: tuple[Any, Any, Tensor, Tensor]) -> Tensor:
-        twin, scheduler, labels, x = state
-        both = torch.cat([labels, torch.full_like(labels, network.null_class)])
+        peer, scheduler, labels, x = state
+        both = torch.cat([labels, torch.full_like(labels, network.config.num_classes)])
         for t in scheduler.timesteps[:steps]:
             rows = torch.cat([x, x]).bfloat16()
-            out = twin(rows, timestep=t.to(device).expand(len(rows)), class_labels=both).sample
-            conditional, null = out[:, : network.in_channels].float().chunk(2)
+            out = peer(rows, timestep=t.to(device).expand(len(rows)), class_labels=both).sample
+            conditional, null = out[:, : x.shape[1]].float().chunk(2)
             x = scheduler.step(null + GUIDANCE * (conditional - null), t, x).prev_sample
         return x
 
-    length = create_diffusion(spec).num_timesteps
-    return Case(
-        f"DDIM-{length}, {_guided(images)}, diffusers, bf16",
-        ready,
-        run,
-        outcome=_result,
-        reference=f"DDIM-{length}, {_guided(images)}, bf16",
-        tolerance=BF16,
-        flop=steps * forward_flop(network, 2 * images),
-        images=images * steps / length,
-        precision="bf16",
-        steps=steps,
-    )
+    title = _title("DDIM", images)
+    name = title.replace(", bf16", ", diffusers, bf16")
+    return Case(name, ready, run, reference=title, **_of_guided_steps(network, images, "DDIM", steps))
 
 
 def sampling_groups(
@@ -287,27 +291,27 @@ def sampling_groups(
     """Guided sampling in bf16: every sampler, compiled, one image at a time, and as diffusers does it.
 
     Args:
-        model: registry name.
-        images: of a batch; each is two rows.
-        steps: of a timed run.
-        device: where.
-        compiler: backend for the blocks; None leaves them as they are.
+        model: Name in the registry.
+        images: Images of a batch; each is two rows.
+        steps: Steps of a timed run.
+        device: Device of all tensors.
+        compiler: Backend for the blocks; None leaves them as they are.
 
     Yields:
         Makers of cases that share a network.
     """
 
     def every_sampler(kind: str | None) -> list[Case]:
-        network = filled_network(model, device)
-        return [guided_case(network, images, name, steps, compiler=kind) for name in SAMPLERS]
+        network = random_network(model, device)
+        return [guided_case(network, model, images, name, steps, compiler=kind) for name in SAMPLERS]
 
     def one_image() -> list[Case]:
-        network = filled_network(model, device)
+        network = random_network(model, device)
         graphs = [CudaCapture()] if device.type == "cuda" else []
-        return [guided_case(network, 1, "DDIM", steps, capture=capture) for capture in (None, *graphs)]
+        return [guided_case(network, model, 1, "DDIM", steps, capture=capture) for capture in (None, *graphs)]
 
     def diffusers() -> list[Case]:
-        network = filled_network(model, device)
+        network = random_network(model, device)
         assert isinstance(network, DiT)
         return [diffusers_case(network, images, steps)]
 
@@ -319,30 +323,24 @@ def sampling_groups(
 
 
 def half_precision_error(model: str, images: int, spec: str, device: torch.device) -> float:
-    """Median over images of |bf16 - float32| / |float32| of the latents at the end of a guided DDIM run.
-
-    TF32 is off meanwhile; noise and labels are the same.
-    """
-    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    try:
-        ends = []
-        for dtype in (None, torch.bfloat16):
-            network = filled_network(model, device)
-            steps = create_diffusion(spec).num_timesteps
-            ends.append(prepare(network, images, spec, SAMPLERS["DDIM"][1], steps, dtype=dtype).run().flatten(1))
-            del network
+    """Median over images of |bf16 - float32| / |float32| of the latents after a guided DDIM run, without TF32."""
+    ends = []
+    with tf32_restored():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        for precision in ("fp32", "bf16"):
+            run = prepare(random_network(model, device), model, images, "DDIM", spec=spec, precision=precision)
+            ends.append(run.latents().flatten(1))
+            del run
             gc.collect()
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
     exact, half = ends
     return statistics.median(((half - exact).norm(dim=1) / exact.norm(dim=1)).tolist())
 
 
 def idle_share(intervals: Iterable[tuple[float, float]]) -> float:
-    """Share of the time between the first beginning and the last end in which nothing ran.
+    """Share of the time between the first start and the last end in which nothing ran.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: If there are no intervals.
     """
     ordered = sorted(intervals)
     if not ordered:
@@ -356,48 +354,45 @@ def idle_share(intervals: Iterable[tuple[float, float]]) -> float:
     return 1 - (busy + end - begin) / (last - first)
 
 
-def idle_while_sampling(ready: Ready, chunks: int, decode: Callable[[Tensor], Tensor]) -> float:
-    """How long the device waits while chunks are drawn one after the other, as sample_ddp.py draws them.
+def idle_while_sampling(run: SamplingRun, chunks: int, decode: Callable[[Tensor], Tensor]) -> float:
+    """Measure how long the device waits while chunks are sampled one after the other, as by sample_ddp.py.
 
     Args:
-        ready: draws one chunk.
-        chunks: traced ones; one more runs before.
-        decode: latents to pixels, behind the main thread, like the conversion to bytes and the way to the host.
+        run: Samples one chunk.
+        chunks: Number of traced chunks; one more runs before.
+        decode: Latents to pixels, in the background, like the conversion to bytes and the way to the host.
 
     Returns:
         The idle share of the device: of the GPU by its kernels and copies, of a CPU by its operations.
     """
-    device = ready.labels.device
+    device = run.pipeline.device
     cuda = device.type == "cuda"
 
-    def draw(count: int) -> None:
-        with Background(device) as behind:
+    @torch.no_grad()
+    def finish(latents: Tensor) -> None:
+        to_uint8(decode(latents)).cpu().numpy()
+
+    def sample(count: int) -> None:
+        with Background(device) as background:
             for _ in range(count):
-                latents = ready.run()
-                behind.submit(lambda latents=latents: _to_host(decode(latents)))  # type: ignore[misc]
+                background.submit(partial(finish, run.latents()))
         if cuda:
             torch.cuda.synchronize(device)
 
-    draw(1)
-    activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
-    with profile(activities=activities) as trace:
-        draw(chunks)
-    wanted = DeviceType.CUDA if cuda else DeviceType.CPU
+    sample(1)
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
+        sample(chunks)
+    kind = DeviceType.CUDA if cuda else DeviceType.CPU
     return idle_share(
-        (event.time_range.start, event.time_range.end) for event in trace.events() if event.device_type == wanted
+        (event.time_range.start, event.time_range.end) for event in trace.events() if event.device_type == kind
     )
 
 
-@torch.no_grad()
-def _to_host(pixels: Tensor) -> None:
-    (127.5 * pixels).add_(128.0).clamp_(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu()
-
-
 def random_decoder(device: torch.device, channels: int, batch: int) -> Callable[[Tensor], Tensor]:
-    """A decoder of the official autoencoder's size with random weights, in bf16, `batch` images at a time.
+    """Build a decoder of the official autoencoder's size with random weights, in bf16, `batch` images at a time.
 
     Raises:
-        ImportError: if diffusers is not installed.
+        ImportError: If diffusers is not installed.
     """
     from diffusers import AutoencoderKL
 
@@ -417,42 +412,42 @@ def random_decoder(device: torch.device, channels: int, batch: int) -> Callable[
     return decode
 
 
-def sampling_facts(
+def sampling_shares(
     model: str, device: torch.device, images: int, steps: int, spec: str, deadline: float
 ) -> tuple[dict[str, float], list[str]]:
-    """Shares that no timed run gives: how long the device idles, and how far bf16 is from float32.
+    """Measure shares that no timed run gives: how long the device idles, and how far bf16 is from float32.
 
     Args:
-        model: registry name.
-        device: where.
-        images: of a batch.
-        steps: of a traced chunk.
-        spec: steps of the trajectories whose precision is compared.
-        deadline: on the monotonic clock; nothing is begun after it.
+        model: Name in the registry.
+        device: Device of all tensors.
+        images: Images of a batch.
+        steps: Steps of a traced chunk.
+        spec: Step spec of the trajectories whose precision is compared.
+        deadline: Time on the monotonic clock after which nothing is started.
 
     Returns:
-        Shares by what they are, and a word on each that there was no time or no package for.
+        Shares by name, and the reason for each that is missing.
     """
-    facts: dict[str, float] = {}
-    skipped: list[str] = []
 
     def idle() -> float:
-        ready = prepare(filled_network(model, device), images, *SAMPLERS["DDIM"], steps)
-        return idle_while_sampling(ready, 2, random_decoder(device, ready.shape[0], images // 2))
+        run = prepare(random_network(model, device), model, images, "DDIM", steps)
+        return idle_while_sampling(run, 2, random_decoder(device, LATENT[0], images // 2))
 
-    wanted: dict[str, Callable[[], float]] = {
-        f"device idle while chunks of {images} images are drawn, decoded and fetched": idle,
+    measurements: dict[str, Callable[[], float]] = {
+        f"device idle while chunks of {images} images are sampled, decoded and fetched": idle,
         f"bf16 latents against float32, {spec}, median over images": lambda: half_precision_error(
             model, max(2, images // 4), spec, device
         ),
     }
-    for name, measure in wanted.items():
+    shares: dict[str, float] = {}
+    skipped: list[str] = []
+    for name, measure in measurements.items():
         if time.monotonic() > deadline:
             skipped.append(f"{name}: the time is up")
             continue
         try:
-            facts[name] = measure()
+            shares[name] = measure()
         except (ImportError, torch.cuda.OutOfMemoryError) as error:
             skipped.append(f"{name}: {error}")
         gc.collect()
-    return facts, skipped
+    return shares, skipped

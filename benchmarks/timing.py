@@ -1,4 +1,4 @@
-"""Cases, and the one timer: everything that is compared runs in turn, and must agree before it is timed."""
+"""Cases and the one timer: cases that are compared run in turn, and must agree before they are timed."""
 
 from __future__ import annotations
 
@@ -6,20 +6,66 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from runtime.errors import UserError
+from runtime.files import check_writable
+from runtime.settings import flag_name, setting
 
 WARM_UPS = 2
 # Largest max|difference| / max|reference| of a tensor. A bf16 product keeps 8 bits, and errors of the layers add up.
 SAME, SAME_GRADIENT, BF16 = 1e-5, 1e-4, 0.1
 
-Clock = Callable[[Callable[[], Any]], float]
+Clock = Callable[[Callable[[], Any]], float]  # seconds of a call
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings:
+    """Flags of every benchmark on a CPU."""
+
+    threads: int = setting(1, "number of CPU threads")
+    output: Path | None = setting(None, "JSON file for the results")
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        check_at_least(self, 1, "threads")
+
+    def start(self) -> None:
+        """Set the number of threads, and check that the results can be written."""
+        if self.output is not None:
+            check_writable(self.output, "--output")
+        torch.set_num_threads(self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingSettings(OutputSettings):
+    """Flags of the benchmarks that time cases in turn."""
+
+    rounds: int = setting(7, "timed runs of each case; the median counts")
+    device: Literal["cuda", "cpu"] | None = setting(None, "where to compute", shown="cuda if there is one")
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        super().__post_init__()
+        check_at_least(self, 1, "rounds")
+
+
+def check_at_least(settings: object, least: int, *names: str) -> None:
+    """Check that numbers among settings, where given, are not below a bound.
+
+    Raises:
+        ValueError: Naming the flag.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{flag_name(name)} {value}: must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -27,18 +73,18 @@ class Case:
     """One thing to be timed.
 
     Attributes:
-        name: in tables, unique within a group.
-        prepare: makes the state, once.
-        run: the work, given the state.
+        name: Name in tables, unique within a group.
+        prepare: Makes the state, once.
+        run: The work, given the state.
         outcome: (state, result of the first run) -> tensors that must agree with the reference's; None: not compared.
-        reference: name of the case that it is compared with; it stands before this one.
-        tolerance: largest relative error of `outcome`.
-        flop: of one run; 0 where nobody counts.
-        images: of one run, a fraction where a run is part of a trajectory; 0 where that means nothing.
-        steps: of one run, where a step is what counts; 0 elsewhere.
-        precision: whose GEMM peak is the limit, "fp32" or "bf16".
-        is_peak: a bare matrix product, which sets that peak.
-        predicted_memory: peak in bytes that is expected of the state, where somebody foretells it.
+        reference: Name of the case that it is compared with, which comes before it.
+        tolerance: Largest relative error of `outcome`.
+        flop: Operations of one run; 0 if they are not counted.
+        images: Images of one run, a fraction where a run is part of a trajectory; 0 if that means nothing.
+        steps: Steps of one run; 0 if a step is not what counts.
+        precision: Precision of the GEMM peak that is the limit, "fp32" or "bf16".
+        is_peak: A bare matrix product, which sets that peak.
+        predicted_memory: Function of the state that predicts its peak memory in bytes.
     """
 
     name: str
@@ -57,7 +103,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one case; `error` is against the reference, `memory` the CUDA peak in bytes."""
+    """Result of one case; `error` is that against the reference, `memory` the CUDA peak in bytes."""
 
     group: str
     name: str
@@ -75,7 +121,7 @@ class Row:
 
 
 def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Clock) -> dict[str, list[float]]:
-    """Times A B C, A B C, ...: what slows the machine for a while then slows all of them."""
+    """Time A B C, A B C, ...: what slows the machine for a while then slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, work in runs.items():
@@ -83,14 +129,14 @@ def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Clock)
     return times
 
 
-def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Largest max|difference| / max|wanted| over pairs of tensors; NaN where a number is not finite.
+def relative_error(actual: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """Largest max|difference| / max|reference| over pairs of tensors; NaN if a number is not finite.
 
     Raises:
-        ValueError: if shapes differ.
+        ValueError: If shapes differ.
     """
     worst = 0.0
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(actual, reference, strict=True):
         if ours.shape != theirs.shape:  # broadcasting would hide it
             raise ValueError(f"shapes differ: {tuple(ours.shape)} and {tuple(theirs.shape)}")
         ours, theirs = ours.detach().float(), theirs.detach().float()
@@ -103,10 +149,10 @@ def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 
 def check(case: Case, outcomes: Mapping[str, Sequence[Tensor]]) -> float | None:
-    """Error of a case against its reference.
+    """Compute the error of a case against its reference.
 
     Raises:
-        UserError: if they compute different things, so that comparing their times would mean nothing.
+        UserError: If they compute different things, so that comparing their times would mean nothing.
     """
     if case.reference is None:
         return None
@@ -128,32 +174,34 @@ def measure(
     known: dict[str, Sequence[Tensor]] | None = None,
     device: torch.device | None = None,
 ) -> list[Row]:
-    """Prepares cases, compares their first results, warms up, and times them in turn.
+    """Prepare cases, compare their first results, warm up, and time them in turn.
 
     Args:
-        group: name for the rows.
-        cases: references first.
-        rounds: timed runs of each.
-        clock: seconds of one call.
-        known: outcomes of earlier calls by name, to compare with; added to.
-        device: where peak memory is read, if it is a GPU and there is a single case.
+        group: Name for the rows.
+        cases: References first.
+        rounds: Number of timed runs of each.
+        clock: Seconds of one call.
+        known: Outcomes of earlier calls by name, to compare with; added to.
+        device: Device whose peak memory is read, if it is a GPU and there is a single case.
 
     Raises:
-        UserError: if a case does not agree with its reference.
+        UserError: If a case does not agree with its reference.
     """
     outcomes = {} if known is None else known
     runs: dict[str, Callable[[], Any]] = {}
-    errors: dict[str, float | None] = {}
-    predicted: dict[str, int] = {}
+    rows: list[Row] = []
     for case in cases:
         state = case.prepare()
-        if case.predicted_memory is not None:
-            predicted[case.name] = case.predicted_memory(state)
+        predicted = None if case.predicted_memory is None else case.predicted_memory(state)
         result = case.run(state)
         if case.outcome is not None:
             outcomes[case.name] = case.outcome(state, result)
-        errors[case.name] = check(case, outcomes)
         runs[case.name] = partial(case.run, state)
+        copied = ("name", "flop", "images", "precision", "is_peak", "reference", "steps")
+        fields = {name: getattr(case, name) for name in copied}
+        rows.append(
+            Row(group=group, seconds=0, rounds=[], error=check(case, outcomes), predicted_memory=predicted, **fields)
+        )
     interleave(runs, WARM_UPS - 1, clock)  # the first run above was one too
     watched = device if device is not None and device.type == "cuda" and len(cases) == 1 else None
     if watched is not None:
@@ -161,17 +209,7 @@ def measure(
     times = interleave(runs, rounds, clock)
     memory = None if watched is None else torch.cuda.max_memory_allocated(watched)
     return [
-        Row(
-            group=group,
-            steps=case.steps,
-            seconds=statistics.median(times[case.name]),
-            rounds=times[case.name],
-            error=errors[case.name],
-            memory=memory,
-            predicted_memory=predicted.get(case.name),
-            **{name: getattr(case, name) for name in ("name", "flop", "images", "precision", "is_peak", "reference")},
-        )
-        for case in cases
+        replace(row, seconds=statistics.median(times[row.name]), rounds=times[row.name], memory=memory) for row in rows
     ]
 
 

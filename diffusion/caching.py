@@ -143,7 +143,7 @@ def check_keeps_state(network: Network) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sharing: as few refreshes as wanted, where measured states differ least
+# Sharing: a number of refreshes, at the evaluations where measured states differ most
 
 
 def sharing_budget(evaluations: int, interval: int) -> int:

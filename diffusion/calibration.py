@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from diffusion.sampling import Denoiser, Evaluation, ImageNoise, NoiseFn, Sampler, evaluations, guided, sample_loop
 from models.contract import Conditioning, ModelOutput, Network
+from runtime import migrate
 from runtime.checkpoint import read_groups, save_checkpoint
 from runtime.errors import UserError
 
@@ -83,13 +84,12 @@ class Calibration:
         scale: Guidance scale.
         channels: Guided channels, as for `guided`.
         interval: Guidance interval, in process times.
-        shape: (..., C, H, W) of an image or clip.
         images: Number of images.
         images_at_a_time: Each keeps the states of all its evaluations in memory until it is done.
         seed: Seed of noise and labels.
         autocast: Precision of the evaluations; None is that of the weights.
         conditioning: Conditioning of the images, such as text; None takes random labels of all classes.
-        null: Their unconditional rows, where the network has none of its own.
+        null: Their unconditional rows; None asks the network.
     """
 
     network: Network
@@ -98,7 +98,6 @@ class Calibration:
     scale: float
     channels: int | None = None
     interval: tuple[float, float] | None = None
-    shape: tuple[int, ...]
     images: int = 8
     images_at_a_time: int = 1
     seed: int = 0
@@ -110,12 +109,13 @@ class Calibration:
         """All that the similarities depend on, as JSON values; weights and conditioning by their checksums."""
         values = {
             name: getattr(self, name)
-            for name in ("sampling", "scale", "channels", "interval", "shape", "images", "seed", "autocast")
+            for name in ("sampling", "scale", "channels", "interval", "images", "seed", "autocast")
         }
-        values |= {"times": self.sampler.times, "weights": _checksum(self.network.state_dict())}
+        values |= {"times": self.sampler.times, "shape": self.network.sample_shape}
+        values |= {"weights": _checksum(self.network.state_dict())}
         if self.conditioning is not None:
             values |= {"conditioning": _checksum(self.conditioning), "null": _checksum(self.null or {})}
-        plain: dict[str, object] = json.loads(json.dumps(values, default=str))
+        plain: dict[str, object] = json.loads(json.dumps({"format": 2, **values}, default=str))
         return plain
 
     @torch.no_grad()
@@ -135,7 +135,7 @@ class Calibration:
         total = torch.zeros(len(run), len(run), dtype=torch.float64)
         for start in range(0, self.images, self.images_at_a_time):
             rows = slice(start, min(start + self.images_at_a_time, self.images))
-            noise = ImageNoise(self.seed, range(rows.start, rows.stop), self.shape, device)
+            noise = ImageNoise(self.seed, range(rows.start, rows.stop), self.network.sample_shape, device)
             cond, second = (
                 None if values is None else {name: value[rows].to(device) for name, value in values.items()}
                 for values in (conditioning, null)
@@ -172,7 +172,9 @@ class Calibration:
         settings = self.settings()
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         path = store / f"sharing-{digest[:16]}.safetensors"
-        similarity = _read(path, settings)
+        # An earlier version gave files other names.
+        candidates = [path] if path.exists() else sorted(store.glob("sharing-*.safetensors"))
+        similarity = next((stored for each in candidates if (stored := _read(each, settings)) is not None), None)
         if similarity is None:
             similarity = self.measure()
             store.mkdir(parents=True, exist_ok=True)
@@ -185,9 +187,10 @@ def _read(path: Path, settings: Mapping[str, object]) -> Tensor | None:
     if not path.is_file():
         return None
     try:
-        groups, stored = read_groups(path, lambda present: [GROUP], "sharing schedule")
+        groups, stored = read_groups(path, lambda names: [GROUP], "sharing schedule")
     except UserError:
         return None
+    stored = None if stored is None else migrate.calibration(stored, settings)
     return groups[GROUP].get(TENSOR) if stored == settings else None
 
 

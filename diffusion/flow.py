@@ -2,7 +2,7 @@
 
 Lipman et al., 2023 (arXiv 2210.02747); Ma et al., 2024 (SiT, arXiv 2401.08740). Time runs from 0 (noise) to 1 (data):
 x_t = t x_1 + (1 - t) noise, and the network predicts the velocity x_1 - noise, or what it can be computed from. Like
-every process it is a function of raw outputs: it calls no network and has no randomness of its own.
+every process it is a function of raw outputs: it calls no network and makes no random numbers.
 """
 
 from __future__ import annotations

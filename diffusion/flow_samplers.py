@@ -137,8 +137,8 @@ class HeunSettings(FlowSamplerSettings):
 class HeunSampler(_FlowSampler):
     """Heun's method: an Euler step to predict, then the mean of both velocities; the last step is Euler's.
 
-    If exact, each predicted point has an evaluation of its own: 2 N - 1 in all. Otherwise its velocity serves as the
-    first of the next step: N in all.
+    If exact, each predicted point is evaluated for this step alone: 2 N - 1 evaluations. Otherwise its velocity is also
+    the first one of the next step: N evaluations.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class HeunSampler(_FlowSampler):
         velocity = self._velocity(i, x, sample)
         if i == 0:
             self._start = None
-        number = (i + 1) // 2 if self.exact else i  # of the step that starts here, or whose end was predicted
+        number = (i + 1) // 2 if self.exact else i  # of the step that starts here, or that was predicted
         if self._start is not None:
             (x, first), dt = self._start, self._lengths[number - 1]
             x, self._start = torch.add(x, first + velocity, alpha=dt / 2), None

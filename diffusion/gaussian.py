@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusion.gaussian_likelihood import discretized_gaussian_log_likelihood, normal_kl
-from diffusion.predictions import Prediction, conversion, target_weights
+from diffusion.predictions import Prediction, prediction_tables
 from diffusion.sampling import Denoiser, Evaluation
 from diffusion.schedules import BETA_SCHEDULES, Array, append_dims, gaussian_tables, named_betas, space_timesteps
 from models.contract import TimeConvention
@@ -43,23 +43,6 @@ class Gaussian(NamedTuple):
     mean: Tensor
     log_variance: Tensor | float
     pred_xstart: Tensor | None = None
-
-
-def _prediction_tables(alphas_cumprod: Array, prediction: Prediction, min_snr_gamma: float) -> dict[str, Array]:
-    """Per-index coefficients that depend on the prediction type, in float64."""
-    alpha, sigma = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
-    target = target_weights(prediction, alpha, sigma)
-    by_x, by_prediction = conversion(prediction, "x_start", alpha, sigma)
-    # min(snr, gamma) weighs the error of x_start; an error of the prediction is `by_prediction` times as large there.
-    min_snr = np.minimum(alphas_cumprod / (1 - alphas_cumprod), min_snr_gamma) * by_prediction**2
-    tables = {
-        "target_by_x_start": target[0],
-        "target_by_noise": target[1],
-        "x_start_by_x": by_x,
-        "x_start_by_prediction": by_prediction,
-        "min_snr_weight": min_snr,
-    }
-    return {name: value + np.zeros_like(alpha) for name, value in tables.items()}
 
 
 class GaussianDiffusion:
@@ -114,7 +97,7 @@ class GaussianDiffusion:
         # Betas that walk the original process in longer strides; the full schedule goes through the same arithmetic.
         kept = np.cumprod(1 - betas)[list(self.timesteps)]
         self.tables = gaussian_tables(1 - kept / np.append(1.0, kept[:-1]))
-        self.tables |= _prediction_tables(self.tables["alphas_cumprod"], prediction, min_snr_gamma)
+        self.tables |= prediction_tables(self.tables["alphas_cumprod"], prediction, min_snr_gamma)
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
 
     @property
@@ -127,9 +110,6 @@ class GaussianDiffusion:
 
         Args:
             spec: Step spec of `space_timesteps`, such as "250" or "ddim50", over the ORIGINAL timesteps.
-
-        Raises:
-            ValueError: For a spec that is malformed or asks for more steps than there are.
         """
         return self.restricted(space_timesteps(len(self._original_betas), spec))
 
@@ -294,12 +274,9 @@ class GaussianDiffusion:
     def variational_bound(
         self, sample: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, *, clip_denoised: bool = False
     ) -> Tensor:
-        """One term of the variational bound, (N,) in bits per dimension: a KL, or at index 0 the decoder's likelihood.
-
-        Note:
-            The decoder term bins values into 256 levels of [-1, 1]. On latents it has no such meaning; it is kept
-            because checkpoints were trained with it.
-        """
+        """One term of the variational bound, (N,) in bits per dimension: a KL, or at index 0 the likelihood."""
+        # The decoder term bins values into 256 levels of [-1, 1]. On latents it has no such meaning; it is kept because
+        # checkpoints were trained with it.
         truth = self.q_posterior(x_start, x_t, t)
         model = self.p_mean_variance(sample, x_t, t, clip_denoised=clip_denoised)
         kl = normal_kl(truth.mean, truth.log_variance, model.mean, model.log_variance)
@@ -365,7 +342,7 @@ class GaussianDiffusion:
         return self._at(name1, t, x1) * x1 + self._at(name2, t, x2) * x2
 
     def device_tables(self, device: torch.device) -> dict[str, Tensor]:
-        """All tables as float32 on a device; moved there once."""
+        """All tables as float32 on a device; copied there once."""
         if device not in self._on_device:
             tables = {**self.tables, "timesteps": np.asarray(self.timesteps)}
             self._on_device[device] = {k: torch.from_numpy(v).float().to(device) for k, v in tables.items()}

@@ -171,8 +171,8 @@ class DPMSolverSampler(_GaussianSampler):
 
         x <- sigma'/sigma x + alpha' (1 - exp(-h)) D,    D = x_0 + h / (2 h_before) (x_0 - x_0 before)
 
-    with h the step in lambda. The first step has nothing before it and is of first order, and so is the last, whose h
-    is infinite: it returns the predicted clean sample. The levels are those of the process, whatever its step spec.
+    with h the step in lambda. The first step has nothing before it and is of first order. So is the last, with
+    infinite h: it returns the predicted clean sample. The levels are those of the process, whatever its step spec.
 
     Source: Lu et al., 2022 (arXiv 2211.01095), algorithm 2 with the midpoint choice of section 4.
     """

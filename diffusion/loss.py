@@ -1,7 +1,7 @@
 """The training loss as a module that holds the network, and the randomness of a training step.
 
-Networks and processes have no randomness of their own. All of a step's is made here and belongs to rows of the GLOBAL
-batch: numbers as large as a latent have one generator per (purpose, seed, step, row), so a rank makes those of its own
+Networks and processes make no random numbers. All of a step's are made here and belong to rows of the GLOBAL
+batch: numbers as large as a latent have one generator per (purpose, seed, step, row), so a rank makes only those of its
 rows; single numbers per row come from one generator per step and are cut. So training does not depend on the number of
 ranks or micro-batches, and a checkpoint needs no random state.
 """
@@ -26,7 +26,7 @@ from runtime.seeds import derive_seed, image_seed
 class Process(Protocol):
     """Interface of a noise process in training; `GaussianDiffusion` and `FlowMatching` have it.
 
-    Its `t` is in units of its own, an index or a flow time; `to_time` makes it the process time.
+    Its `t` is an index or a flow time; `to_time` converts it to the process time.
     """
 
     @property
@@ -243,7 +243,7 @@ class DiffusionLoss(nn.Module):
         )
 
     def passes(self, step: int) -> int:
-        """Number of forward passes in a step; each drops conditioning of its own."""
+        """Number of forward passes in a step; each drops the conditioning of other rows."""
         return 1
 
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from diffusion.schedules import Array
@@ -50,3 +51,20 @@ def conversion(
     (a, b), (c, d) = (target_weights(kind, alpha, sigma) for kind in (source, target))
     determinant = alpha * b - sigma * a
     return (c * b - d * a) / determinant, (d * alpha - c * sigma) / determinant
+
+
+def prediction_tables(alphas_cumprod: Array, prediction: Prediction, min_snr_gamma: float) -> dict[str, Array]:
+    """Coefficients of a Gaussian process that depend on the prediction type, (T,) float64 each."""
+    alpha, sigma = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
+    target = target_weights(prediction, alpha, sigma)
+    by_x, by_prediction = conversion(prediction, "x_start", alpha, sigma)
+    # min(snr, gamma) weighs the error of x_start; an error of the prediction is `by_prediction` times as large there.
+    min_snr = np.minimum(alphas_cumprod / (1 - alphas_cumprod), min_snr_gamma) * by_prediction**2
+    tables = {
+        "target_by_x_start": target[0],
+        "target_by_noise": target[1],
+        "x_start_by_x": by_x,
+        "x_start_by_prediction": by_prediction,
+        "min_snr_weight": min_snr,
+    }
+    return {name: value + np.zeros_like(alpha) for name, value in tables.items()}

@@ -28,7 +28,7 @@ from diffusion.sampling import Sampler
 
 
 class ProcessSettings(Protocol):
-    """Settings of a process, a dataclass whose fields are flags."""
+    """Settings of a process: a dataclass of flags."""
 
     has_variance: ClassVar[bool]
     """A network may predict a variance."""

@@ -116,38 +116,22 @@ def _inside(t: float, interval: tuple[float, float]) -> bool:
 # Reuse of state
 
 
-class Cache(Protocol):
-    """Decides what an evaluation without refresh reuses."""
-
-    def clear(self) -> None:
-        """Forget everything, at the start of a run."""
-        ...
-
-    def get(self, evaluation: Evaluation, /) -> Any:
-        """State for an evaluation; None to compute it anew."""
-        ...
-
-    def put(self, evaluation: Evaluation, output: ModelOutput, /) -> None:
-        """Remember an evaluation's state."""
-        ...
-
-
 class Reuse:
-    """Reuse of the last state, as by Skip-Cache and encoder sharing."""
+    """Reuse of the last state, as by Skip-Cache and encoder sharing. A subclass may reuse something else."""
 
     def __init__(self) -> None:
         self._state: Any = None
 
     def clear(self) -> None:
-        """Forget the state."""
+        """Forget the state, at the start of a run."""
         self._state = None
 
     def get(self, evaluation: Evaluation, /) -> Any:
-        """The last state, or None at a refresh."""
+        """State for an evaluation; None to compute it anew."""
         return None if evaluation.refresh else self._state
 
     def put(self, evaluation: Evaluation, output: ModelOutput, /) -> None:
-        """Remember the state."""
+        """Remember an evaluation's state."""
         self._state = output.state
 
 
@@ -162,7 +146,7 @@ def sample_loop(
     x: Tensor,
     run: Sequence[Evaluation],
     *,
-    cache: Cache | None = None,
+    cache: Reuse | None = None,
     noise_fn: NoiseFn = torch.randn_like,
     on_step: StepHook | None = None,
 ) -> Tensor:
@@ -241,7 +225,7 @@ class Guided:
         """Evaluate at x (N, ..., C, H, W).
 
         Returns:
-            Output of N rows, whose `state` belongs to all rows that were evaluated.
+            Output of N rows; its `state` belongs to all rows that were evaluated.
 
         Raises:
             ValueError: If the evaluation is a forecast, or guided without anything to guide by.
@@ -346,7 +330,7 @@ def _doubled(cond: Conditioning, second: Conditioning) -> dict[str, Tensor]:
 class ImageNoise:
     """Noise of numbered images or clips: number i has the same noise in any batch, on any rank, at any world size.
 
-    Every image has a generator of its own, on the device of the samples, read several steps at a time.
+    There is one generator per image, on the device of the samples, read several steps at a time.
 
     Args:
         seed: Seed of the whole job.

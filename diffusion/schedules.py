@@ -45,7 +45,7 @@ def endpoint_betas(name: str, start: float, end: float, num_timesteps: int) -> A
 
     Args:
         name: "quad", "linear", "warmup10", "warmup50", "const" or "jsd".
-        start: First beta, where the schedule has one of its own.
+        start: First beta, where the schedule has one.
         end: Last beta.
         num_timesteps: T.
 
@@ -173,7 +173,7 @@ def shift_time(t: Time, shift: float) -> Time:
 
 
 def unit_grid(num_steps: int, shift: float = 1.0, last_step: float | None = None) -> tuple[float, ...]:
-    """Flow times from noise to data: `num_steps` starts at equal distances, then 1; all moved by `shift_time`.
+    """Flow times from noise to data: `num_steps` starts at equal distances, then 1; all shifted.
 
     Args:
         num_steps: N.

@@ -41,7 +41,7 @@ __all__ = [
     "model_config",
 ]
 
-Inference = Callable[[Mapping[str, Tensor], Any], dict[str, Any] | None]  # (weights, named config) -> fields
+Inference = Callable[[Mapping[str, Tensor], Any], dict[str, object] | None]  # (weights, config) -> fields
 
 
 class Family(NamedTuple):
@@ -62,11 +62,11 @@ class Family(NamedTuple):
 
     network: type[Network]
     config: type[Any]
-    configs: Mapping[str, Mapping[str, Any]]
+    configs: Mapping[str, Mapping[str, object]]
     process: str = "gaussian"
     added_parts: tuple[str, ...] = ()
     data_dependent: bool = False
-    settings_from: Callable[[Mapping[str, Tensor], Any], dict[str, Any]] | None = None
+    settings_from: Callable[[Mapping[str, Tensor], Any], dict[str, object]] | None = None
     data_settings: Inference | None = None
 
 
@@ -128,9 +128,9 @@ def _all_in_short() -> str:
         match = re.fullmatch(r"(.+)-([^-/]+)/([^/]+)", name)
         patches.setdefault(match.groups()[:2] if match else (name,), []).extend(match.groups()[2:] if match else ())
     sizes: dict[tuple[str, str], list[str]] = {}  # (kind, patches) -> sizes
-    for (kind, *size), found in patches.items():
-        sizes.setdefault((kind, _either(found)), []).extend(size)
-    items = (f"{kind}-{_either(found)}/{patch}" if found else kind for (kind, patch), found in sizes.items())
+    for (kind, *size), each in patches.items():
+        sizes.setdefault((kind, _either(each)), []).extend(size)
+    items = (f"{kind}-{_either(each)}/{patch}" if each else kind for (kind, patch), each in sizes.items())
     return "known: " + ", ".join(items)
 
 
@@ -138,7 +138,7 @@ def _either(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{{{','.join(words)}}}"
 
 
-def model_config(name: str, **overrides: Any) -> Any:
+def model_config(name: str, **overrides: object) -> Any:
     """Build the config of a named model.
 
     Args:
@@ -160,7 +160,7 @@ def model_config(name: str, **overrides: Any) -> Any:
     return family.config(**{**named, **overrides})
 
 
-def _with_sample_shape(overrides: Mapping[str, Any], default: tuple[int, int, int]) -> dict[str, Any]:
+def _with_sample_shape(overrides: Mapping[str, object], default: Any) -> dict[str, object]:
     """Translate the former fields input_size and in_channels into a sample_shape."""
     former = {name: value for name, value in overrides.items() if name in ("input_size", "in_channels")}
     if "sample_shape" in overrides:
@@ -172,7 +172,7 @@ def _with_sample_shape(overrides: Mapping[str, Any], default: tuple[int, int, in
     return {**{name: value for name, value in overrides.items() if name not in former}, "sample_shape": shape}
 
 
-def create_model(name: str, **overrides: Any) -> Network:
+def create_model(name: str, **overrides: object) -> Network:
     """Build a network with fresh weights.
 
     Args:

@@ -44,7 +44,7 @@ class AutocastNetwork:
 def cast_weights_once(network: nn.Module, dtype: torch.dtype, evaluate: Callable[[], object]) -> int:
     """Store the weights that autocast would cast at every evaluation in low precision; results stay the same.
 
-    The layers are found by running the network once: those that it keeps out of autocast stay as they are.
+    The network is run once to see which layers autocast reaches; the others stay as they are.
 
     Args:
         network: Network with the linear maps and convolutions that are cast in place.
@@ -143,7 +143,7 @@ def _place(leaf: Any) -> Hashable:
 
 
 class CudaCapture:
-    """Recorder of CUDA graphs that share one memory pool, on a stream of its own."""
+    """Recorder of CUDA graphs that share one memory pool, on one side stream."""
 
     def __init__(self) -> None:
         self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()

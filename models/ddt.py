@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -309,7 +309,7 @@ def unpatchify(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
     return x.reshape(len(tokens), -1, rows * patch, columns * patch)
 
 
-def data_settings(weights: Mapping[str, Tensor], config: DDTConfig) -> dict[str, Any] | None:
+def data_settings(weights: Mapping[str, Tensor], config: DDTConfig) -> dict[str, object] | None:
     """Infer channels and classes from the weights of a DDT of this size; height and width leave no trace.
 
     Args:
@@ -336,20 +336,20 @@ SIZES: dict[str, dict[str, int]] = {
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16, "encoder_depth": 22},
 }
 # Small enough for every script to run in seconds on a laptop; class-conditional 8 x 8 latents.
-DEBUG: dict[str, Any] = {
+DEBUG: dict[str, object] = {
     "depth": 4, "hidden_size": 64, "num_heads": 4, "sample_shape": (4, 8, 8), "num_classes": 10, "encoder_depth": 3,
 }  # fmt: skip
 # 8 x 8 grey digits.
-DIGITS: dict[str, Any] = {
+DIGITS: dict[str, object] = {
     "depth": 6, "hidden_size": 96, "num_heads": 4, "sample_shape": (1, 8, 8), "num_classes": 10, "encoder_depth": 4,
 }  # fmt: skip
 
-DIVIDED: dict[str, dict[str, Any]] = {
+DIVIDED: dict[str, dict[str, object]] = {
     **{f"{size}/{patch}": {**SIZES[size], "patch_size": patch} for size in SIZES for patch in (2, 4, 8)},
     "debug/2": DEBUG,
     "digits/2": DIGITS,
 }
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, dict[str, object]] = {
     **{f"DDT-{name}": config for name, config in DIVIDED.items()},
     **{f"IDiT-{name}": {**config, "encoder_depth": None} for name, config in DIVIDED.items()},
 }

@@ -57,7 +57,7 @@ def to_diffusers(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]
     return mapped
 
 
-def diffusers_config(network: DiT) -> dict[str, Any]:
+def diffusers_config(network: DiT) -> dict[str, object]:
     """Return the arguments of DiTTransformer2DModel for a network.
 
     Raises:
@@ -92,7 +92,7 @@ def correct_timesteps(transformer: nn.Module) -> nn.Module:
     return transformer
 
 
-def diffusers_twin(network: DiT) -> nn.Module:
+def diffusers_network(network: DiT) -> nn.Module:
     """Build diffusers' network with our weights, which computes the same function.
 
     Raises:
@@ -100,6 +100,6 @@ def diffusers_twin(network: DiT) -> nn.Module:
     """
     from diffusers import DiTTransformer2DModel  # heavy, and only exports need it
 
-    twin: Any = DiTTransformer2DModel(**diffusers_config(network))
-    twin.load_state_dict(to_diffusers(network.state_dict(), network.config.depth))
-    return correct_timesteps(twin.eval())
+    converted: Any = DiTTransformer2DModel(**diffusers_config(network))
+    converted.load_state_dict(to_diffusers(network.state_dict(), network.config.depth))
+    return correct_timesteps(converted.eval())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -225,7 +225,7 @@ class DiT(Network):
         }
 
 
-def data_settings(weights: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Any] | None:
+def data_settings(weights: Mapping[str, Tensor], config: DiTConfig) -> dict[str, object] | None:
     """Infer from the weights of a DiT of this size what data it was trained on.
 
     Args:
@@ -260,13 +260,13 @@ SIZES: dict[str, dict[str, int]] = {
 PATCH_SIZES = (2, 4, 8)
 
 # Small enough for every script to run in seconds on a laptop; class-conditional 8 x 8 latents.
-DEBUG: dict[str, Any] = {"depth": 4, "hidden_size": 64, "num_heads": 4, "sample_shape": (4, 8, 8), "num_classes": 10}
+DEBUG: dict[str, object] = {"depth": 4, "hidden_size": 64, "num_heads": 4, "sample_shape": (4, 8, 8), "num_classes": 10}
 # The quick start's: 8 x 8 grey digits, epsilon only.
-DIGITS: dict[str, Any] = {
+DIGITS: dict[str, object] = {
     "depth": 4, "hidden_size": 96, "num_heads": 4, "sample_shape": (1, 8, 8), "num_classes": 10, "learn_sigma": False,
 }  # fmt: skip
 
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, dict[str, object]] = {
     **{f"DiT-{size}/{patch}": {**SIZES[size], "patch_size": patch} for size in SIZES for patch in PATCH_SIZES},
     "DiT-debug/2": DEBUG,
     "DiT-digits/2": DIGITS,

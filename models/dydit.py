@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -117,22 +117,19 @@ class DyDiT(DiT):
         complete_model: bool = False,
         gate_noise: Tensor | None = None,
     ) -> ModelOutput:
-        """Predict noise (and variance values) for noisy images.
+        """Predict noise (and variance values) for noisy images; other arguments and exceptions as in `DiT.forward`.
 
         Args:
             x: (N, C, H, W) noisy latents, float.
-            t: Timestep in 0..999, a number for all rows or an (N,) tensor; may be fractional.
-            y: (N,) int64 labels in [0, num_classes], the last being the null class.
+            t: Timestep in 0..999.
+            y: (N,) int64 labels.
             state: Ignored; nothing is kept between evaluations.
-            features_at: 1-based numbers of the blocks whose output tokens are returned as `features`.
+            features_at: 1-based numbers of blocks.
             complete_model: Evaluate everything and no router: DiT's function of the same weights.
             gate_noise: (N, L, G) float32 logistic noise for training; None decides without noise.
 
         Returns:
             `ModelOutput` with sample (N, C_out, H, W) and, unless complete, a `Routing` as aux.
-
-        Raises:
-            ValueError: If x has another shape than `sample_shape`, or one of `features_at` does not exist.
         """
         self.check_inputs(x, None, features_at, range(len(self.blocks)))
         plan = None if complete_model or torch.is_grad_enabled() or gate_noise is not None else self.plan
@@ -189,7 +186,7 @@ def _stacked(masks: list[Routing], rows: int) -> Routing:
     return Routing(heads.expand(rows, -1, -1), mlp.expand(rows, -1, -1), tokens)
 
 
-def settings_from(weights: Mapping[str, Tensor], config: DyDiTConfig) -> dict[str, Any]:
+def settings_from(weights: Mapping[str, Tensor], config: DyDiTConfig) -> dict[str, object]:
     """Read the layout of the routers from their size; nothing if there are none.
 
     Raises:
@@ -204,7 +201,7 @@ def settings_from(weights: Mapping[str, Tensor], config: DyDiTConfig) -> dict[st
     return {"router_layout": layouts[outputs]}
 
 
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, dict[str, object]] = {
     **{
         f"DyDiT-{size}/{patch}": {**numbers, "patch_size": patch}
         for size, numbers in dit.SIZES.items()

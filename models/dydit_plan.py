@@ -87,7 +87,7 @@ class BoundedCache:
         """Return the tensors of a key, and make them if necessary; those larger than the limit are not kept."""
         if key in self._kept:
             self._kept.move_to_end(key)
-            return self._kept[key][0]  # type: ignore[return-value]  # a key always stands for the same kind
+            return self._kept[key][0]  # type: ignore[return-value]  # a key is used for one kind only
         made = make()
         size = sum(tensor.nbytes for tensor in made)
         if size <= self.limit:

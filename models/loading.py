@@ -43,7 +43,7 @@ class CheckpointInfo:
     path: Path
     weights: str
     model: str
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     process: str
     process_settings: Mapping[str, object]
     encoder: str
@@ -63,7 +63,7 @@ def load_network(
     device: str | torch.device = "cpu",
     download_dir: str | Path = "pretrained_models",
     flag: str = "--ckpt",
-    **overrides: Any,
+    **overrides: object,
 ) -> tuple[Network, CheckpointInfo]:
     """Load the network of a checkpoint.
 
@@ -120,7 +120,7 @@ def build_network(
     *,
     device: str | torch.device = "cpu",
     flag: str = "--ckpt",
-    **overrides: Any,
+    **overrides: object,
 ) -> Network:
     """Build the network of a resolved checkpoint; arguments as for `load_network`.
 
@@ -211,7 +211,7 @@ def _foreign_info(
     )
 
 
-def _recognised(weights: Mapping[str, Tensor], model: str | None, source: str) -> tuple[str, dict[str, Any]]:
+def _recognised(weights: Mapping[str, Tensor], model: str | None, source: str) -> tuple[str, dict[str, object]]:
     """Return name and config fields of the given model, or of the one that takes the weights."""
     with error_prefix(source):
         recognised = recognise(weights, model)

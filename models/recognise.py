@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from models import FAMILIES, Family, create_model, family_name, model_config
+from models import FAMILIES, family_name, model_config
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -24,7 +24,7 @@ class Recognised(NamedTuple):
     """
 
     name: str
-    fields: dict[str, Any]
+    fields: dict[str, object]
 
 
 def recognise(weights: Mapping[str, Tensor], only: str | None = None) -> Recognised | None:
@@ -47,8 +47,8 @@ def recognise(weights: Mapping[str, Tensor], only: str | None = None) -> Recogni
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     fitting: list[tuple[int, Recognised]] = []  # with the number of changed fields
     refusal: str | None = None
-    for family in FAMILIES.values():
-        for name in family.configs if only is None else {only} & family.configs.keys():
+    for family, row in FAMILIES.items():
+        for name in row.configs if only is None else {only} & row.configs.keys():
             try:
                 fields = _fields(family, name, weights, shapes)
             except ValueError as error:
@@ -65,29 +65,31 @@ def recognise(weights: Mapping[str, Tensor], only: str | None = None) -> Recogni
     return min(fitting, key=lambda each: each[0])[1] if fitting else None
 
 
-def _fields(family: Family, name: str, weights: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Any] | None:
+def _fields(family: str, name: str, weights: Mapping[str, Tensor], shapes: Shapes) -> dict[str, object] | None:
     """Find the config fields with which a named model takes the weights; None if there are none.
 
     Raises:
         ValueError: If the family refuses weights of these names and this size.
     """
-    if family.data_settings is None:
+    row = FAMILIES[family]
+    if row.data_settings is None:
         return None
     try:
-        data = family.data_settings(weights, model_config(name))
-        if data is None or _shapes(name).keys() != shapes.keys():
+        named = model_config(name)
+        data = row.data_settings(weights, named)
+        if data is None or _shapes(family, named).keys() != shapes.keys():
             return None
         config = model_config(name, **data)
     except (LookupError, ValueError):  # other names or ranks, or a shape that no config has
         return None
-    fields = data | (family.settings_from(weights, config) if family.settings_from is not None else {})
-    return fields if _shapes(name, **fields) == shapes else None
+    fields = data | (row.settings_from(weights, config) if row.settings_from is not None else {})
+    return fields if _shapes(family, model_config(name, **fields)) == shapes else None
 
 
 @cache
-def _shapes(name: str, **fields: Any) -> Shapes:
+def _shapes(family: str, config: Hashable) -> Shapes:
     with torch.device("meta"):
-        network = create_model(name, **fields)
+        network = FAMILIES[family].network(config)
     return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
 
 
@@ -156,11 +158,11 @@ def _layouts(family: str) -> tuple[frozenset[str], ...]:
 
     Configs that differ in numbers only have the same names, so one of each kind is built.
     """
-    kinds: dict[frozenset[tuple[str, object]], str] = {}
+    kinds = {}
     for name in FAMILIES[family].configs:
-        fields = vars(model_config(name)).items()
-        kinds[frozenset((key, value) for key, value in fields if isinstance(value, bool | str | None))] = name
-    return tuple(_without_numbers(_shapes(name)) for name in kinds.values())
+        config = model_config(name)
+        kinds[frozenset(item for item in vars(config).items() if isinstance(item[1], bool | str | None))] = config
+    return tuple(_without_numbers(_shapes(family, config)) for config in kinds.values())
 
 
 def _without_numbers(names: Iterable[str]) -> frozenset[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,22 +97,10 @@ class SkipDiT(DiT):
         state: Tensor | None = None,
         features_at: Collection[int] = (),
     ) -> ModelOutput:
-        """Predict noise (and variance values) for noisy images.
+        """Predict noise (and variance values) for noisy images; arguments and exceptions as in `DiT.forward`.
 
-        Args:
-            x: (N, C, H, W) noisy latents, float.
-            t: Timestep in 0..999, a number for all rows or an (N,) tensor; may be fractional.
-            y: (N,) int64 labels in [0, num_classes], the last being the null class.
-            state: State of an earlier evaluation of the same rows; only the first and last `cache_depth` blocks run.
-            features_at: 1-based numbers of the blocks whose output tokens are returned as `features`.
-
-        Returns:
-            `ModelOutput` with sample (N, C_out, H, W) and state (N, T, D), the tokens that enter block
-            L - `cache_depth`, before its skip unit.
-
-        Raises:
-            ValueError: If x has another shape than `sample_shape`, the state has another number of rows, or one of
-                `features_at` does not run.
+        The state (N, T, D) is the tokens that enter block L - `cache_depth`, before its skip unit. An evaluation that
+        is given it runs the first and last `cache_depth` blocks only.
         """
         blocks = self.blocks_to_run(reused=state is not None)
         self.check_inputs(x, state, features_at, blocks)
@@ -156,7 +143,7 @@ class SkipDiT(DiT):
 
 DEPTH = {"depth": 8}  # enough blocks for some to be left out
 
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, dict[str, object]] = {
     **{
         f"Skip-DiT-{size}/{patch}": {**numbers, "patch_size": patch}
         for size, numbers in dit.SIZES.items()

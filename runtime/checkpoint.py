@@ -143,8 +143,9 @@ def read_groups(
                 raise UserError(f"{flag} {path}: of format {meta['format']}, this version reads up to {FORMAT}; update it")
             members: dict[str, dict[str, str]] = {}  # group -> name in it -> name in the file
             for name in names:
-                group, _, rest = name.partition("/")
-                members.setdefault(renamed.get(group, group), {})[rest] = name
+                former = next((start for start in renamed if name.startswith(start)), "")
+                group, _, rest = (renamed.get(former, "") + name.removeprefix(former)).partition("/")
+                members.setdefault(group, {})[rest] = name
             chosen = choose(list(members))
             for group in chosen:
                 if group not in members:

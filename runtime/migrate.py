@@ -14,13 +14,14 @@ Json = dict[str, Any]
 
 # Settings of version 0.1 whose values have another form now: the process's own are migrated where they are stored.
 _PROCESS = {"direction": "cosine"}
+_SAMPLER = {"time_shift": "shift", "sde": "kind", "heun_exact": "exact", "adams_order": "order"}
 
 
 def checkpoint(meta: Json) -> tuple[Json, dict[str, str]]:
     """Migrate a checkpoint's JSON document.
 
     Returns:
-        The document in format 2, and the groups of tensors that have another name now, former -> present. Settings
+        The document in format 2, and the beginnings of tensor names that are others now, former -> present. Settings
         of the training run stay as they are under "train": `run_config` migrates them for whoever resumes it.
     """
     if meta.get("format") != 1:
@@ -37,7 +38,7 @@ def checkpoint(meta: Json) -> tuple[Json, dict[str, str]]:
         "averages": {average: {"decay": decay}},
         "train": meta["train"],
         "draws": 1,
-    }, {"ema": average, "alignment": "projector"}
+    }, {"ema/": f"{average}/", "alignment/": "projector/", "optimizer/alignment.": "optimizer/projector."}
 
 
 def model_fields(model: Mapping[str, Any]) -> Json:
@@ -86,6 +87,23 @@ def run_config(values: Json, cls: type, kinds: Sequence[Kind], program: str) -> 
             fields = {"name", *(flag.field.name for flag in kind.flags(kind.owner_of(owner)).values())}
             nested[kind.name] = {name: value for name, value in nested[kind.name].items() if name in fields}
     return nested
+
+
+def calibration(old: Json, like: Mapping[str, Any]) -> Json:
+    """Migrate the settings that similarities of states were measured with.
+
+    Args:
+        old: settings in a file of similarities.
+        like: today's settings of the same kind, which tell the sampler's own ones from the rest.
+    """
+    sampling = old.get("sampling", {})
+    if not isinstance(sampling.get("process"), list):
+        return old
+    name, process = sampling["process"]
+    renamed = {_SAMPLER.get(key, key): value for key, value in sampling.items() if value is not None}
+    own = {key: renamed.get(key, default) for key, default in like["sampling"].items()}
+    process = process_fields({"name": name, **process})
+    return {**old, "sampling": {**own, "sampler": sampling["sampler"], "process": process}}
 
 
 def latent_index(old: Mapping[str, Any]) -> dict[str, Any]:

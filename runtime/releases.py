@@ -16,6 +16,11 @@ from typing import Any, NamedTuple
 from runtime.errors import UserError
 
 HUB = "https://huggingface.co"
+# Official model names that stand for a model of the registry and a sampling setting.
+ALIASES: dict[str, dict[str, object]] = {
+    "DiT-skip": {"--model": "Skip-DiT-XL/2"},
+    **{f"DiT-cache-{n}": {"--model": "Skip-DiT-XL/2", "--cache-interval": n} for n in range(2, 7)},
+}
 
 
 class Preset(NamedTuple):

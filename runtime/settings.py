@@ -9,6 +9,7 @@ is built from its own once it is known which one is used, and a flag of another 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import os
@@ -70,18 +71,46 @@ class Kind(NamedTuple):
         name: what they are, such as "process"; their section in JSON.
         owners: name -> dataclass of its settings.
         owner_of: from the value that chooses (a model's name) to the owner's name (its family).
+        follows: another kind, and from its owner to the owner where no value chooses one.
+        named: from the value that chooses to the settings that it stands for (a model's size).
         sampling: only settings that are offered when sampling.
     """
 
     name: str
     owners: Mapping[str, type]
     owner_of: Callable[[str], str] = str
+    follows: tuple[str, Callable[[str], str]] | None = None
+    named: Callable[[str], Mapping[str, Any]] | None = None
     sampling: bool = False
 
     def flags(self, owner: str) -> dict[str, Flag]:
         """Flags of one owner by name."""
         own = _flags(self.owners[owner])
         return {name: flag for name, flag in own.items() if flag.field.metadata["sampling"] or not self.sampling}
+
+
+def choose_owners(kinds: Sequence[Kind], names: Mapping[str, Any]) -> dict[str, str]:
+    """Owner of each kind: the one that its name chooses, or the one that follows from another kind's.
+
+    Args:
+        kinds: a kind that follows comes after the one that it follows.
+        names: kind -> value that chooses; absent or None where there is none. Other entries have no effect.
+
+    Raises:
+        UserError: for a name without an owner.
+    """
+    owners: dict[str, str] = {}
+    for kind in kinds:
+        name = names.get(kind.name)
+        if name is not None:
+            with error_prefix(f"{flag_name(kind.name)} {name}"):
+                owners[kind.name] = kind.owner_of(name)
+                if owners[kind.name] not in kind.owners:
+                    raise ValueError(f"unknown; choose from {', '.join(kind.owners)}")
+        elif kind.follows is not None and kind.follows[0] in owners:
+            leader, owner_of_leader = kind.follows
+            owners[kind.name] = owner_of_leader(owners[leader])
+    return owners
 
 
 class Flag(NamedTuple):
@@ -173,7 +202,7 @@ class Given(Generic[T]):
     def prefix(self, kind: str, owner: str) -> str:
         """The flags given for an owner, as they were typed: the start of a message about them."""
         flags = self._kinds[kind].flags(owner)
-        return " ".join(f"{name} {_typed(value)}" for name, value in self._flags.items() if name in flags)
+        return " ".join(_typed_flag(name, value) for name, value in self._flags.items() if name in flags)
 
     def build(self, kind: str, owner: str, **defaults: object) -> Any:
         """Build an owner's settings from what was given for it.
@@ -199,7 +228,8 @@ class Given(Generic[T]):
                 owners = [each for each in row.owners if name in row.flags(each)]
                 if owners and owner not in owners:
                     names = " or ".join(owners)
-                    raise UserError(f"{name} {_typed(value)}: is a setting of the {kind} {names}; this run uses {owner}")
+                    flag = _typed_flag(name, value)
+                    raise UserError(f"{flag}: is a setting of the {kind} {names}; this run uses {owner}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -241,20 +271,21 @@ def parse(
         UserError: for anything wrong with flags, file or values.
     """
     general = _flags(cls)
-    owned = {name: flag for kind in kinds for owner in kind.owners for name, flag in kind.flags(owner).items()}
-    clash = general.keys() & owned.keys()
-    assert not clash, f"flags with two owners: {clash}"
+    of_owners = [flag for kind in kinds for owner in kind.owners for flag in kind.flags(owner).values()]
+    owned = {flag.name for flag in of_owners}
+    assert not general.keys() & owned, f"flags with two owners: {general.keys() & owned}"
+    flags = [*general.values(), *of_owners]
     parser = _Parser(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", dest="--config", metavar="FILE", default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)
-    for flag in (*general.values(), *owned.values()):
+    for flag in flags:
         _add_flag(parser, flag)
     wants_help = "-h" in argv or "--help" in argv
     if wants_help:
-        _print_help(cls, argv, program, doc or "", kinds)
+        _print_help(cls, argv, program, doc or "", kinds, aliases)
         raise SystemExit(0)
     typed = vars(parser.parse_args(argv))
-    given = _expand(_current(typed, (*general.values(), *owned.values()), program), aliases, {*general, *owned})
+    given = _expand(_current(typed, flags, program), aliases, {*general, *owned})
     path = given.pop("--config", None)
     sections = {} if path is None else _read(path, program, migrate)
     names = [kind.name for kind in kinds]
@@ -354,14 +385,16 @@ def _add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
     else:
         options["type"] = _or_auto(kind) if optional and kind is int else kind
         options["metavar"] = "PATH" if kind is Path else kind.__name__.upper()
-    if flag.name not in parser._option_string_actions:  # owners of one kind share flags
+    known = parser._option_string_actions
+    if flag.name not in known:
         parser.add_argument(flag.name, **options)
-        for old, value in flag.field.metadata["was"].items():
+    elif (choices := _choices(flag)) and (others := known[flag.name].choices) is not None:
+        known[flag.name].choices = tuple(dict.fromkeys([*others, *choices]))  # owners of one kind share flags
+    for old, value in flag.field.metadata["was"].items():
+        if old not in known:
             action: Values = {} if value is None else {"action": "store_const", "const": value}
             kept = {k: v for k, v in options.items() if value is None and k in ("type", "choices", "nargs", "action")}
-            parser.add_argument(
-                old, **{**kept, **action, "dest": old, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-            )
+            parser.add_argument(old, **{**kept, **action}, dest=old, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _default(flag: Flag) -> str:
@@ -376,6 +409,13 @@ def _default(flag: Flag) -> str:
 
 def _typed(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _typed_flag(name: str, value: Any) -> str:
+    """A flag with its value, as a user types it."""
+    if isinstance(value, bool):
+        return name if value else f"--no-{name.removeprefix('--')}"
+    return f"{name} {_typed(value)}"
 
 
 def _or_auto(kind: type[int]) -> Callable[[str], int | None]:
@@ -397,60 +437,61 @@ class _TupleAction(argparse.Action):
 # Help
 
 
-def _print_help(cls: type, argv: Sequence[str], program: str, doc: str, kinds: Sequence[Kind]) -> None:
+def _print_help(
+    cls: type, argv: Sequence[str], program: str, doc: str, kinds: Sequence[Kind], aliases: Aliases
+) -> None:
     """Print the general settings by group, those of the owners on the command line, and the names of all others."""
+    names = _names_on_command_line(kinds, argv, aliases)
+    owners, general = choose_owners(kinds, names), _flags(cls).values()
+    groups: dict[str, list[Flag]] = {"general": []}
+    for flag in general:
+        groups.setdefault(" ".join(flag.path[:-1]).replace("_", " ") or "general", []).append(flag)
+    for kind in (kind for kind in kinds if kind.name in owners):
+        named = kind.named(names[kind.name]) if kind.named is not None else {}
+        flags = [_with_default(flag, named) for flag in kind.flags(owners[kind.name]).values()]
+        groups |= {f"{kind.name} {owners[kind.name]}": flags} if flags else {}
+    others = [
+        f"  {flag_name(kind.name) + ' NAME':<20}{', '.join(owner for owner in kind.owners if kind.flags(owner))}"
+        for kind in kinds
+        if kind.name not in owners and (kind.name,) in {flag.path for flag in general}
+    ]
     summary, _, rest = doc.strip().partition("\n")
     examples = [line for line in rest.splitlines() if line.startswith("    ")]
-    chosen, others = [], []
-    for kind in kinds:
-        flag = f"--{kind.name}"
-        name = argv[argv.index(flag) + 1] if flag in argv[:-1] else None
-        owner = None if name is None else _owner(kind, name, flag)
-        for each in [owner] if owner is not None else []:
-            chosen.append((f"{kind.name} {each}", kind.flags(each)))
-        listed = [each for each in kind.owners if kind.flags(each)]
-        if owner is None and listed:
-            others.append(f"  {flag + ' NAME':<20}{', '.join(listed)}")
-    epilog = "\n".join(
-        [
-            *(["settings of owners; add the flag to --help to see them:", *others, ""] if others else []),
-            *(["examples:", *examples] if examples else []),
-        ]
-    )
+    epilog = ["settings of owners; add the flag to --help to see them:", *others, ""] if others else []
     parser = argparse.ArgumentParser(
         prog=program,
         usage=f"{program} [FLAGS]",
         description=summary,
-        epilog=epilog,
+        epilog="\n".join([*epilog, *(["examples:", *examples] if examples else [])]),
         add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    general = parser.add_argument_group("general")
-    general.add_argument(
-        "-h", "--help", action="store_true", help="show this text; with --model, --sampler ...: theirs too"
-    )
-    general.add_argument(
-        "--config", metavar="FILE", help="JSON of settings, as this script writes it; flags override it"
-    )
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for found in _flags(cls).values():
-        title = " ".join(found.path[:-1]).replace("_", " ")
-        if title and title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        _add_flag(groups.get(title, general), found)
-    for title, flags in chosen:
+    for title, flags in groups.items():
         group = parser.add_argument_group(title)
-        for found in flags.values():
-            _add_flag(group, found)
+        if title == "general":
+            group.add_argument("-h", "--help", action="store_true", help="show this text; with --model ...: theirs too")
+            group.add_argument(
+                "--config", metavar="FILE", help="JSON of settings as this script writes it, below flags"
+            )
+        for flag in flags:
+            _add_flag(group, flag)
     print(parser.format_help(), end="")
 
 
-def _owner(kind: Kind, name: str, flag: str) -> str:
-    with error_prefix(f"{flag} {name}"):
-        owner = kind.owner_of(name)
-    if owner not in kind.owners:
-        raise UserError(f"{flag} {name}: unknown; choose from {', '.join(kind.owners)}")
-    return owner
+def _names_on_command_line(kinds: Sequence[Kind], argv: Sequence[str], aliases: Aliases) -> dict[str, Any]:
+    """Values of the flags that choose owners; all other arguments may be wrong."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for kind in kinds:
+        parser.add_argument(flag_name(kind.name), dest=kind.name)
+    names = vars(parser.parse_known_args(argv)[0])
+    return {kind: aliases.get(name, {}).get("--model", name) for kind, name in names.items()}
+
+
+def _with_default(flag: Flag, named: Mapping[str, Any]) -> Flag:
+    """A flag with another default, if there is one for its field."""
+    field = copy.copy(flag.field)
+    field.default = named.get(field.name, field.default)
+    return flag._replace(field=field)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -483,8 +524,9 @@ def free_settings(cls: type) -> set[str]:
 
 
 def flag_of(cls: type, kinds: Sequence[Kind], path: str) -> str:
-    """The flag of a setting that is given as "section.field"; the path itself if there is none."""
-    return next((flag for flag, place in places(cls, kinds).items() if ".".join(place.path) == path), path)
+    """The flag of a setting that is given as "section.field" or, of an owner, "section.name"; the path if none."""
+    known = places(cls, kinds).items()
+    return next((flag for flag, place in known if ".".join(place.path) == path.removesuffix(".name")), path)
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:

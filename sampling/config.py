@@ -29,11 +29,6 @@ FOREIGN = {
     "gaussian": Preset("ddpm", "250", 1.5, channels=3),
     "flow": Preset("euler", "250", 1.5, channels=None),
 }
-# Official model names that stand for a model of the registry and a sampling setting.
-ALIASES: dict[str, dict[str, object]] = {
-    "DiT-skip": {"--model": "Skip-DiT-XL/2"},
-    **{f"DiT-cache-{n}": {"--model": "Skip-DiT-XL/2", "--cache-interval": n} for n in range(2, 7)},
-}
 
 
 @dataclass(frozen=True, kw_only=True)

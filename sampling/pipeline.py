@@ -6,6 +6,7 @@ images = pipeline.sample(labels=[207, 360], seed=0, sampler="ddim", num_sampling
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -268,13 +269,12 @@ class Pipeline:
             if caching.sharing == "uniform":
                 return every_nth(len(sampler.times), caching.sharing_interval)
             calibration = Calibration(
-                network=network,
+                network=network.for_sampling(network_times(network, sampler)),
                 sampler=sampler,
                 sampling={"sampler": choice.name, **to_dict(choice.settings), "process": self._process()},
                 scale=config.guidance.cfg_scale or 1.0,
                 channels=config.guidance.guidance_channels,
                 interval=interval,
-                shape=network.sample_shape,
                 autocast=torch.bfloat16 if config.compute.precision == "bf16" else None,
             )
             similarity = distributed.on_rank0(lambda: calibration.similarity(caching.sharing_dir).tolist())
@@ -290,19 +290,20 @@ class Pipeline:
             raise UserError(
                 f"--cuda-graphs: {self.info.model} decides by its input what to compute; leave the flag out"
             )
+        if compute.compile or compute.precision == "bf16":
+            network = copy.deepcopy(network)  # both change it in place, and other runs use it as it is
         if compute.compile:
             network.compile_blocks(COMPILE_BACKEND)  # before plans are made, which compile their own functions
-        times = [convert_time(t, sampler.time_convention, network.time_convention) for t in sampler.times]
-        prepared: NetworkLike = network.for_sampling(times)
+        times = network_times(network, sampler)
+        prepared = network.for_sampling(times)
         if compute.precision == "bf16":
-            assert isinstance(prepared, Network)
             lower = AutocastNetwork(prepared, self.device, torch.bfloat16)
             if "y" in network.conditioning:
                 x = torch.zeros(1, *network.sample_shape, device=self.device)
                 y = torch.zeros(1, dtype=torch.int64, device=self.device)
                 with torch.compiler.set_stance("force_eager"):  # compiled is for the rows and dtypes to come
                     cast_weights_once(prepared, torch.bfloat16, lambda: lower(x, times[0], y=y))
-            prepared = lower
+            return GraphedNetwork(lower) if compute.cuda_graphs else lower
         return GraphedNetwork(prepared) if compute.cuda_graphs else prepared
 
     def denoise(
@@ -396,6 +397,11 @@ def fields_of_images(info: CheckpointInfo, chosen: CheckpointSettings) -> Values
         side = size // (1 if (chosen.vae or info.encoder) == "none" else OFFICIAL_FACTOR)
         fields["sample_shape"] = (config.sample_shape[-3], side, side)
     return fields
+
+
+def network_times(network: Network, sampler: Sampler) -> list[float]:
+    """A sampler's times in the network's units."""
+    return [convert_time(t, sampler.time_convention, network.time_convention) for t in sampler.times]
 
 
 def split_settings(config: C, values: dict[str, Any]) -> tuple[C, dict[str, Any]]:

@@ -1,13 +1,13 @@
-"""Times the network, a training step, optimizer and average, loaders and sampling, each beside a plain baseline.
+"""Time the network, a training step, optimizer and average, loaders and sampling, each against a plain baseline.
 
     python scripts/benchmark.py --model DiT-S/2 --batch-size 8
-    python scripts/benchmark.py --only forward,train_step --against ../DiT     # a checkout of facebookresearch/DiT
-    python scripts/benchmark.py --only sampling --against ../DiT               # the loop around the network, the .npz
+    python scripts/benchmark.py --only forward,train_step,sampling --against ../DiT  # facebookresearch/DiT
+    python scripts/benchmark.py --against-version ../older-checkout                  # this project, at another commit
 
 Cases that are compared run in turn (A B C, A B C, ...) in one process on the same weights and inputs, and must agree
-before they are timed. A time is the median over rounds: of CPU time on one thread, which neighbours on the machine
-disturb little; of wall time on several threads; of CUDA events on a GPU. The peak is that of matrix products
-(`torch.nn.functional.linear`) timed in the same rounds.
+before they are timed. A time is the median over rounds: of CPU time on one thread, which other work on the machine
+disturbs little; of wall time on several threads; of CUDA events on a GPU. The peak is that of matrix products
+(`torch.nn.functional.linear`) timed in the same rounds. How versions are compared: benchmarks/versions.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from runtime.config import flag_name, parse_config, setting, to_dict
 
+from benchmarks import versions
 from benchmarks.cases import (
-    filled_network,
     find_compiler,
     forward_cases,
     loader_cases,
@@ -30,40 +29,39 @@ from benchmarks.cases import (
     make_inputs,
     optimizer_cases,
     peak_cases,
+    random_network,
     train_cases,
 )
 from benchmarks.official import official_network
-from benchmarks.report import headline, machine_info, markdown, report, write_report
+from benchmarks.report import document, headline, machine_info, markdown, report, write_json
 from benchmarks.sampling import file_rows, loop_cases
-from benchmarks.timing import Case, Clock, Row, choose_clock, measure, process_seconds
+from benchmarks.timing import Case, Clock, Row, TimingSettings, check_at_least, choose_clock, measure, process_seconds
 from models import model_config
 from runtime import distributed
-from runtime.errors import blame, run
-from runtime.files import check_writable
+from runtime.errors import error_prefix, run
+from runtime.settings import parse_config, setting
 
 GROUPS = ("forward", "train_step", "optimizer", "loader", "sampling")
-OF_NO_NETWORK = {"loader", "sampling"}
-LOOP_IMAGES = 2  # where what surrounds the network weighs most
+LOOP_IMAGES = 2  # where the surroundings of the network weigh most
+Rows = tuple[list[Row], list[str]]  # results, and reasons for what is missing
 
 
-@dataclass(frozen=True)
-class BenchmarkConfig:
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings(TimingSettings):
     """Settings of benchmark.py."""
 
     model: str = setting("DiT-S/2", "name in the registry (models.list_models())")
-    batch_size: int = setting(8, "images per forward pass and training step")
-    rounds: int = setting(7, "timed runs of each case; the median counts")
+    batch_size: int = setting(8, "images of a forward pass and of a training step")
     only: str = setting(",".join(GROUPS), "groups to run, separated by commas")
     against: Path | None = setting(None, "also time a checkout of facebookresearch/DiT (its models.py needs timm)")
-    device: str | None = setting(None, "cuda where there is one, else cpu", ("cuda", "cpu"))
-    threads: int = setting(1, "CPU threads")
-    output: Path | None = setting(None, "JSON file for the results")
+    against_version: Path | None = setting(
+        None, "only compare with another checkout of this project: forward, training step, sampling step"
+    )
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be meant, before any work."""
-        for name in ("batch_size", "rounds", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
+        """Validate the fields."""
+        super().__post_init__()
+        check_at_least(self, 1, "batch_size")
         unknown = sorted(set(self.groups) - set(GROUPS))
         if unknown:
             raise ValueError(f"--only {self.only}: unknown group {unknown[0]!r}; choose from {', '.join(GROUPS)}")
@@ -76,33 +74,32 @@ class BenchmarkConfig:
         return tuple(name.strip() for name in self.only.split(","))
 
 
-def network_rows(config: BenchmarkConfig, device: torch.device, clock: Clock) -> tuple[list[Row], list[str]]:
+def network_rows(config: BenchmarkSettings, device: torch.device, clock: Clock) -> Rows:
     """The groups that need a network."""
-    network = filled_network(config.model, device)
-    inputs = make_inputs(network, config.batch_size, device)
-    peer = official_network(config.against, network, config.model) if config.against else None
-    compiler, rows, skipped = find_compiler(device), [], []
-    if compiler is None:
-        skipped.append("compiled blocks: no C++ compiler (on a GPU: no Triton)")
     makers: dict[str, Callable[[], list[Case]]] = {
         "forward": lambda: forward_cases(network, inputs, peer, compiler) + peak_cases(network, len(inputs.x), device),
         "train_step": lambda: train_cases(network, inputs, peer, compiler) + peak_cases(network, len(inputs.x), device),
         "optimizer": lambda: optimizer_cases(network),
     }
-    for group in config.groups:
-        if group in makers:
-            rows += measure(group, makers[group](), config.rounds, clock)
-    return rows, skipped
+    groups = [group for group in config.groups if group in makers]
+    if not groups:
+        return [], []
+    network = random_network(config.model, device)
+    inputs = make_inputs(network, config.batch_size, device)
+    peer = official_network(config.against, network, config.model) if config.against else None
+    compiler = find_compiler(device)
+    skipped = [] if compiler else ["compiled blocks: no C++ compiler (on a GPU: no Triton)"]
+    return [row for group in groups for row in measure(group, makers[group](), config.rounds, clock)], skipped
 
 
-def loader_rows(rounds: int) -> tuple[list[Row], list[str]]:
+def loader_rows(rounds: int) -> Rows:
     """The loaders, on one CPU thread whatever the device."""
     with tempfile.TemporaryDirectory() as folder:
         cases, skipped = make_all(loader_cases(Path(folder)))
         return measure("loader", cases, rounds, process_seconds), skipped
 
 
-def sampling_rows(config: BenchmarkConfig, device: torch.device, clock: Clock) -> tuple[list[Row], list[str]]:
+def sampling_rows(config: BenchmarkSettings, device: torch.device, clock: Clock) -> Rows:
     """The loop around the network on the device, and the file at the end on one CPU thread."""
     cases, skipped = loop_cases(device, LOOP_IMAGES, config.against)
     rows = measure("sampling", cases, config.rounds, clock)
@@ -110,18 +107,26 @@ def sampling_rows(config: BenchmarkConfig, device: torch.device, clock: Clock) -
     return rows + more, skipped + lacking
 
 
+def compare_versions(config: BenchmarkSettings, other: Path) -> None:
+    """Compare with another version of this project, print the table, write the JSON."""
+    rows = versions.compare(other, config.model, config.batch_size, config.threads)
+    print(versions.table(rows))
+    machine = machine_info(torch.device("cpu"), "process CPU time")
+    write_json(document(config, machine, rows), config.output)
+
+
 def main(argv: Sequence[str]) -> None:
-    """Parses flags, measures, prints the table, writes the JSON."""
-    config = parse_config(BenchmarkConfig, argv, program="benchmark.py", description=__doc__.split("\n")[0])
-    with blame(f"--model {config.model}"):
+    """Parse flags, measure, print the table, write the JSON."""
+    config = parse_config(BenchmarkSettings, argv, program="benchmark.py", doc=__doc__)
+    with error_prefix(f"--model {config.model}"):
         model_config(config.model)
-    if config.output is not None:
-        check_writable(config.output, "--output")
-    torch.set_num_threads(config.threads)
+    config.start()
+    if config.against_version is not None:
+        return compare_versions(config, config.against_version)
     device = distributed.choose_device(config.device)
     clock_name, clock = choose_clock(device, config.threads)
-    rows, skipped = network_rows(config, device, clock) if set(config.groups) - OF_NO_NETWORK else ([], [])
-    others: dict[str, Callable[[], tuple[list[Row], list[str]]]] = {
+    rows, skipped = network_rows(config, device, clock)
+    others: dict[str, Callable[[], Rows]] = {
         "loader": lambda: loader_rows(config.rounds),
         "sampling": lambda: sampling_rows(config, device, clock),
     }
@@ -129,12 +134,9 @@ def main(argv: Sequence[str]) -> None:
         if group in others:
             more_rows, more_skipped = others[group]()
             rows, skipped = rows + more_rows, skipped + more_skipped
-    # Paths are the user's own and say nothing about the numbers
-    settings = {**to_dict(config), "against": config.against is not None, "output": None}
-    document = report(settings, machine_info(device, clock_name), rows, skipped)
-    print(f"{headline(document)}\n\n{markdown(document)}")
-    if config.output is not None:
-        write_report(document, config.output)
+    result = report(config, machine_info(device, clock_name), rows, skipped)
+    print(f"{headline(result)}\n\n{markdown(result)}")
+    write_json(result, config.output)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Times the evaluator's stages on a CPU, with each one's peak of memory, and extrapolates to 50,000 images.
+"""Time the evaluator's stages on a CPU, with each one's peak of memory, and extrapolate to 50,000 images.
 
     python scripts/benchmark_evaluator.py                   # about ten minutes
     python scripts/benchmark_evaluator.py --threads 2 --images 256
 
-Every stage runs in a process of its own; memory is that process's largest resident size, PyTorch and the preparation
+Every stage runs in a separate process; memory is that process's largest resident size, PyTorch and the preparation
 included. Times are wall times of single runs.
 """
 
@@ -13,11 +13,9 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
 
 import torch
-from runtime.config import flag_name, parse_config, setting, to_dict
 
 from benchmarks.evaluation import (
     PUBLISHED,
@@ -27,18 +25,19 @@ from benchmarks.evaluation import (
     digest,
     distance,
     distance_from_features,
+    dry_run,
     features,
     general_square_root,
     manifolds,
     reading,
-    rehearsal,
     run_alone,
     statistics,
 )
-from benchmarks.report import headline, machine_info, write_report
+from benchmarks.report import aligned, document, headline, machine_info, write_json
+from benchmarks.timing import OutputSettings, check_at_least
 from evaluator.settings import BATCH_SIZE
 from runtime.errors import run
-from runtime.files import check_writable
+from runtime.settings import parse_config, setting
 
 FULL_RANK_ROWS = 5000
 SECONDS_PER_IMAGE = 0.115  # on one core
@@ -46,111 +45,85 @@ SECONDS_FULL_RANK, SECONDS_SINGULAR = 2.0, 5.0
 MEMORY = 3e9
 
 
-@dataclass(frozen=True)
-class BenchmarkEvaluatorConfig:
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorBenchmarkSettings(OutputSettings):
     """Settings of benchmark_evaluator.py."""
 
-    images: int = setting(1000, "images that the network sees")
-    threads: int = setting(1, "CPU threads")
+    images: int = setting(1000, "images that the network evaluates")
     smoke: bool = setting(False, "everything tiny: shows that the benchmark works, measures nothing")
-    output: Path | None = setting(None, "JSON file for the results")
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be meant, before any work."""
-        for name, least in (("threads", 1), ("images", BATCH_SIZE["cpu"])):
-            if getattr(self, name) < least:
-                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least {least}")
+        """Validate the fields."""
+        super().__post_init__()
+        check_at_least(self, BATCH_SIZE["cpu"], "images")
 
     @property
     def sizes(self) -> EvaluatorSizes:
-        """What is run."""
+        """Sizes of all stages."""
         return TINY if self.smoke else dataclasses.replace(PUBLISHED, images=self.images, batch=BATCH_SIZE["cpu"])
 
 
-class Wanted(NamedTuple):
-    """A stage to be run: the work, what it is told beside the sizes, and its goal."""
-
-    work: Callable[..., Stage]
-    arguments: tuple[Any, ...] = ()
-    seconds_goal: float | None = None
-
-
-class Measured(NamedTuple):
-    """A stage that ran, and its goal; None where nobody set one."""
-
-    stage: Stage
-    seconds_goal: float | None
-
-
-def stages(sizes: EvaluatorSizes, threads: int) -> list[Wanted]:
-    """What is measured."""
+def stages(sizes: EvaluatorSizes, threads: int) -> list[tuple[Callable[[EvaluatorSizes], Stage], float | None]]:
+    """The work of all stages, and the goal of each in seconds."""
     many = max(FULL_RANK_ROWS * sizes.pool // PUBLISHED.pool, sizes.pool + 2)
+    singular = "Frechet distance, singular covariances"
     return [
-        Wanted(reading),
-        Wanted(digest),
-        Wanted(features, (), SECONDS_PER_IMAGE * sizes.images / threads),
-        Wanted(statistics),
-        Wanted(distance, (many, "Frechet distance, full rank"), SECONDS_FULL_RANK),
-        Wanted(general_square_root, (many,)),
-        Wanted(distance, (sizes.few, "Frechet distance, singular covariances"), SECONDS_SINGULAR),
-        Wanted(distance_from_features, (), SECONDS_SINGULAR),
-        Wanted(manifolds, ("adm",)),
-        Wanted(manifolds, ("float32",)),
-        Wanted(rehearsal),
+        (reading, None),
+        (digest, None),
+        (features, SECONDS_PER_IMAGE * sizes.images / threads),
+        (statistics, None),
+        (partial(distance, rows=many, name="Frechet distance, full rank"), SECONDS_FULL_RANK),
+        (partial(general_square_root, rows=many), None),
+        (partial(distance, rows=sizes.few, name=singular), SECONDS_SINGULAR),
+        (distance_from_features, SECONDS_SINGULAR),
+        (partial(manifolds, precision="adm"), None),
+        (partial(manifolds, precision="float32"), None),
+        (dry_run, None),
     ]
 
 
-def measure(sizes: EvaluatorSizes, threads: int) -> list[Measured]:
-    """Runs all stages, one after the other."""
+def measure(sizes: EvaluatorSizes, threads: int) -> list[Stage]:
+    """Run all stages, one after the other."""
     measured = []
-    for work, arguments, goal in stages(sizes, threads):
-        stage = run_alone(work, threads, sizes, *arguments)
-        measured.append(Measured(stage, goal))
+    for work, goal in stages(sizes, threads):
+        stage = dataclasses.replace(run_alone(work, threads, sizes), seconds_goal=goal)
+        measured.append(stage)
         print(f"{stage.name}: {stage.seconds:.2f} s", file=sys.stderr, flush=True)
     return measured
 
 
-def extrapolate(measured: Sequence[Measured], sizes: EvaluatorSizes) -> float:
+def extrapolate(measured: Sequence[Stage], sizes: EvaluatorSizes) -> float:
     """Seconds of a whole evaluation: the network's time per image, times all images, and the measured rest."""
-    by_name = {each.stage.name.split(",")[0]: each.stage for each in measured}
+    by_name = {stage.name.split(",")[0]: stage for stage in measured}
     network, rest = by_name["features"], by_name["everything but the network"]
     return network.seconds / network.images * (sizes.reference + sizes.samples) + rest.seconds
 
 
-def table(measured: Sequence[Measured]) -> str:
+def table(measured: Sequence[Stage]) -> str:
     """The stages as a Markdown table."""
-    lines = ["| stage | s | goal | ms per image | peak GB |", "|---|---:|---:|---:|---:|"]
-    for stage, goal in measured:
+    rows = []
+    for stage in measured:
+        goal = stage.seconds_goal
         per_image = f"{stage.seconds / stage.images * 1e3:,.2f}" if stage.images else ""
-        wanted = "" if goal is None else f"<= {goal:,.1f} {'met' if stage.seconds <= goal else 'MISSED'}"
-        lines.append(f"| {stage.name} | {stage.seconds:,.2f} | {wanted} | {per_image} | {stage.memory / 1e9:.2f} |")
-    return "\n".join(lines)
+        shown = "" if goal is None else f"<= {goal:,.1f} {'met' if stage.seconds <= goal else 'MISSED'}"
+        rows.append([stage.name, f"{stage.seconds:,.2f}", shown, per_image, f"{stage.memory / 1e9:.2f}"])
+    return aligned(["stage", "s", "goal", "ms per image", "peak GB"], rows)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses flags, measures, prints the table, writes the JSON."""
-    description = __doc__.split("\n")[0]
-    config = parse_config(BenchmarkEvaluatorConfig, argv, program="benchmark_evaluator.py", description=description)
-    if config.output is not None:
-        check_writable(config.output, "--output")
-    torch.set_num_threads(config.threads)
+    """Parse flags, measure, print the table, write the JSON."""
+    config = parse_config(EvaluatorBenchmarkSettings, argv, program="benchmark_evaluator.py", doc=__doc__)
+    config.start()
     sizes = config.sizes
     measured = measure(sizes, config.threads)
-    seconds, memory = extrapolate(measured, sizes), max(each.stage.memory for each in measured)
-    document = {
-        "format": 1,
-        "settings": {**to_dict(config), "output": None, "sizes": dataclasses.asdict(sizes)},
-        "machine": machine_info(torch.device("cpu"), "wall time"),
-        "peak_flop_per_second": {},
-        "rows": [{**dataclasses.asdict(stage), "seconds_goal": goal} for stage, goal in measured],
-        "extrapolated_seconds": seconds,
-        "peak_memory": memory,
-    }
-    print(f"{headline(document).splitlines()[0]}\n\n{table(measured)}\n")
+    seconds, memory = extrapolate(measured, sizes), max(stage.memory for stage in measured)
+    machine = machine_info(torch.device("cpu"), "wall time")
+    result = document(config, machine, measured, extrapolated_seconds=seconds, peak_memory=memory)
+    result["settings"]["sizes"] = dataclasses.asdict(sizes)
+    print(f"{headline(result)}\n\n{table(measured)}\n")
     print(f"{sizes.samples:,} samples against {sizes.reference:,}: {seconds / 60:,.1f} minutes, extrapolated")
     print(f"Largest peak of memory: {memory / 1e9:.2f} GB (goal: below {MEMORY / 1e9:.0f} GB)")
-    if config.output is not None:
-        write_report(document, config.output)
+    write_json(result, config.output)
 
 
 if __name__ == "__main__":

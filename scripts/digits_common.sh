@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What the scripts for the digits begin with; sourced by them.
+# Common start of the scripts for the digits; they source it.
 set -euo pipefail
 
-# Networks this small gain a third from a second thread, and lose two thirds when another program takes its core. With one,
-# results do not depend on the number of cores either.
+# Networks this small gain a third from a second thread, and lose two thirds when another program takes its core. With one
+# thread, results do not depend on the number of cores either.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # begin SCRIPT DEFAULT_FOLDER PYTHON "NAMES OF NUMBERS" [OUTPUT_FOLDER | --help]
 #
-# Prints the script's own header where help is asked for, refuses numbers that are none, goes to the repository's root, and
-# sets $out (made if need be) and $python: PYTHON, or where that is empty the one of .venv, which is set up.
+# Print the script's header for --help, check that the named variables are numbers, change to the repository's root, and
+# set $out (created if missing) and $python: PYTHON, or if that is empty the one of .venv, which is set up.
 begin() {
     local script=$1 folder=$2 own=$3 names=$4 name value
     shift 4

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# DDT from scratch on the embedded digits in the quick start's budget of time, with a table of what sharing its encoder
-# between steps saves and costs; beside it the quick start's DiT, trained as a flow and cached. About five minutes on one
-# core.
+# Train a DDT from scratch on the embedded digits in the quick start's time, and the quick start's DiT as a flow for
+# comparison; a table shows the savings and the quality of encoder sharing and of caching. About five minutes on one core.
 #
 #   bash scripts/digits_ddt.sh [OUTPUT_FOLDER]
 #
-# DIGITS_STEPS and DIGITS_SAMPLES make it shorter; DIGITS_PYTHON uses an environment of your own.
+# DIGITS_STEPS and DIGITS_SAMPLES make it shorter; DIGITS_PYTHON uses another environment.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
 begin "${BASH_SOURCE[0]}" digits_ddt_out "${DIGITS_PYTHON:-}" "DIGITS_STEPS DIGITS_SAMPLES" "$@"
@@ -19,11 +18,11 @@ train() {
         --ema-decay 0.99 --ema-ramp
 }
 
-# A step of the DDT takes as long as 1.8 of the DiT.
+# A step of the DDT takes as long as 1.8 steps of the DiT.
 echo "== 1/3  Training a DDT on 1,297 digits"
 train DDT-digits/2 1700
 echo "== 2/3  Training a DiT as a flow, for as long"
 train DiT-digits/2 3000
-echo "== 3/3  Drawing $samples digits with all encoder calls, and with a half, a quarter and a tenth of them"
+echo "== 3/3  Sampling $samples digits with all encoder calls, and with a half, a quarter and a tenth of them"
 PYTHONPATH=. "$python" scripts/compare_families.py --ckpt "$out" --steps 50 --intervals 2 4 10 --num-samples "$samples" \
     --output-dir "$out"

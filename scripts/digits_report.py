@@ -1,6 +1,7 @@
-"""Scores sampled digits and shows them: a table, a picture (real beside sampled, one row a class), the loss curve.
+"""Score sampled digits and show them: a table, a picture (real next to sampled, a row per class), the loss curve.
 
 python scripts/digits_report.py --run quickstart_out/runs/000-DiT-digits-2 --samples quickstart_out/samples.npz
+python scripts/digits_report.py --samples samples.npz --output-dir report --check
 """
 
 from __future__ import annotations
@@ -17,41 +18,42 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from runtime.config import parse_config, setting
 
-from benchmarks.plotting import pyplot, save_figure
+from benchmarks.plotting import pyplot, save_figure, style
+from benchmarks.report import aligned
 from data.digits import NUM_CLASSES, load_digits
 from data.pixels import grid
 from evaluator.digits import DigitsScores, score_digits
-from runtime.errors import UserError, blame, run
+from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
+from runtime.settings import parse_config, setting
 
 TILES_PER_CLASS = 10
 TILE_SIZE = 48
 
 
-@dataclass(frozen=True)
-class ReportConfig:
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
     """Settings of digits_report.py."""
 
     samples: Path = setting(Path("quickstart_out/samples.npz"), "sampled digits: arr_0 images, arr_1 labels")
     run: Path | None = setting(None, "folder of the training run, for its loss curve")
-    output_dir: Path = setting(Path("quickstart_out"), "where pictures and scores go")
+    output_dir: Path = setting(Path("quickstart_out"), "folder of pictures and scores")
     check: bool = setting(False, "exit with status 1 if a goal is missed")
 
 
 class Goal(NamedTuple):
-    """One row of the table: a score, what a good sampler reaches, and what held-out real digits score."""
+    """One row of the table: a score, the goal, and the score of held-out real digits."""
 
     name: str
     value: float
-    wanted: str
+    goal: str
     met: bool
     real: float | None
 
 
 def goals(scores: DigitsScores, real_accuracy: float) -> list[Goal]:
-    """All goals at once: accuracy alone would reward a model that draws the same ten digits for ever."""
+    """All goals at once: accuracy alone would reward a model that samples the same ten digits for ever."""
     assert scores.accuracy is not None
     limit = scores.frechet_distance_of_test
     return [
@@ -67,18 +69,16 @@ def goals(scores: DigitsScores, real_accuracy: float) -> list[Goal]:
 
 def table(rows: Sequence[Goal]) -> str:
     """The goals as a Markdown table."""
-    lines = ["| score | samples | goal | | real test split |", "|---|---|---|---|---|"]
-    for row in rows:
-        real = "" if row.real is None else f"{row.real:.3f}"
-        lines.append(f"| {row.name} | {row.value:.3f} | {row.wanted} | {'met' if row.met else 'MISSED'} | {real} |")
-    return "\n".join(lines)
+    shown = [("" if row.real is None else f"{row.real:.3f}", "met" if row.met else "MISSED") for row in rows]
+    cells = [[row.name, f"{row.value:.3f}", row.goal, met, real] for row, (real, met) in zip(rows, shown, strict=True)]
+    return aligned(["score", "samples", "goal", "", "real test split"], cells)
 
 
 def read_samples(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Images and labels of a sample file.
 
     Raises:
-        UserError: if the file is missing, damaged, or lacks either.
+        UserError: If the file is missing, damaged, or lacks either.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -92,20 +92,18 @@ def read_samples(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int6
 
 
 def rows_by_class(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    """The first few images of each class as one sheet (H, W), a row a class; white where there are too few.
-
-    Each image is enlarged smoothly: eight by eight squares hide from the eye what they show.
-    """
+    """The first few images of each class as one sheet (H, W), a row a class; white where there are too few."""
     tiles = np.full((NUM_CLASSES * TILES_PER_CLASS, TILE_SIZE, TILE_SIZE, 1), 255, np.uint8)
     for k in range(NUM_CLASSES):
         for place, image in enumerate(images[labels == k][:TILES_PER_CLASS]):
+            # Smoothly: eight by eight squares are hard to recognise
             enlarged = Image.fromarray(image[..., 0]).resize((TILE_SIZE, TILE_SIZE), Image.Resampling.BICUBIC)
             tiles[k * TILES_PER_CLASS + place, :, :, 0] = np.asarray(enlarged)
     return grid(tiles, TILES_PER_CLASS, gap=4)[0, :, :, 0]
 
 
-def draw_picture(real: npt.NDArray[np.uint8], sampled: npt.NDArray[np.uint8], caption: str, path: Path) -> None:
-    """Two sheets side by side, over a caption."""
+def plot_digits(real: npt.NDArray[np.uint8], sampled: npt.NDArray[np.uint8], caption: str, path: Path) -> None:
+    """Draw two sheets side by side, over a caption."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.8), layout="compressed")
     centres = TILE_SIZE / 2 + 4 + np.arange(NUM_CLASSES) * (TILE_SIZE + 4)
@@ -120,28 +118,25 @@ def draw_picture(real: npt.NDArray[np.uint8], sampled: npt.NDArray[np.uint8], ca
     save_figure(figure, path)
 
 
-def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Training loss against steps, as logged."""
+def plot_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the logged training loss against steps."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
     axis.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color="#1f5fa8", linewidth=1.8)
-    axis.set_xlabel("training step")
-    axis.set_ylabel("mean squared error of the noise")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(plt.matplotlib.ticker.ScalarFormatter())
     axis.yaxis.set_minor_formatter(plt.matplotlib.ticker.ScalarFormatter())
-    axis.grid(alpha=0.25, which="both")
-    axis.spines[["top", "right"]].set_visible(False)
+    style(axis, "training step", "mean squared error of the noise", which="both")
     axis.annotate(f"{metrics[-1]['loss']:.3f}", (metrics[-1]["step"], metrics[-1]["loss"]), (4, 4),
                   textcoords="offset points", fontsize=9)  # fmt: skip
     save_figure(figure, path)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The log of a training run.
+    """Read the metrics of a training run.
 
     Raises:
-        UserError: if there is none.
+        UserError: If there are none.
     """
     try:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -153,13 +148,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses flags, scores, draws, prints."""
-    config = parse_config(ReportConfig, argv, program="digits_report.py", description=__doc__.split("\n")[0])
+    """Parse flags, score, draw, print."""
+    config = parse_config(ReportSettings, argv, program="digits_report.py", doc=__doc__)
     images, labels = read_samples(config.samples)
     metrics = read_metrics(config.run) if config.run else []
     check_writable(config.output_dir / "digits.png", "--output-dir")
     train, test = load_digits("train"), load_digits("test")
-    with blame(f"--samples {config.samples}"):
+    with error_prefix(f"--samples {config.samples}"):
         scores = score_digits(images, labels, train=train, test=test)
     real_accuracy = score_digits(*test, train=train, test=test).accuracy
     assert real_accuracy is not None
@@ -168,10 +163,10 @@ def main(argv: Sequence[str]) -> None:
     caption = f"{len(images):,} sampled: {scores.accuracy:.1%} recognised, Frechet distance "
     caption += f"{scores.frechet_distance:.1f} (real test digits: {scores.frechet_distance_of_test:.1f})"
     pictures = [config.output_dir / "digits.png"]
-    draw_picture(rows_by_class(*train), rows_by_class(images, labels), caption, pictures[0])
+    plot_digits(rows_by_class(*train), rows_by_class(images, labels), caption, pictures[0])
     if metrics:
         pictures.append(config.output_dir / "loss.png")
-        draw_loss(metrics, pictures[1])
+        plot_loss(metrics, pictures[1])
     with atomic_path(config.output_dir / "scores.json") as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(scores), indent=2) + "\n")
 

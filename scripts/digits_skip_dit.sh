@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Skip-DiT beside a plain DiT of the same depth on the embedded digits, three seeds of each, trained for the quick start's
-# 3,000 steps. Both are then sampled with Skip-Cache at the same place, by DDIM and by ancestral sampling, and tables say
-# what every interval costs and how good the digits are. About an hour on two cores; run again, it goes on training where
-# it stopped.
+# Train a Skip-DiT and a plain DiT of the same depth on the embedded digits, three seeds of each, for the quick start's
+# 3,000 steps. Both are then sampled with Skip-Cache at the same place, by DDIM and by ancestral sampling; tables show
+# cost and scores of every interval. About an hour on two cores; when it is run again, it continues where it stopped.
 #
 #   bash scripts/digits_skip_dit.sh [OUTPUT_FOLDER]
 #

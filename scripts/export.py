@@ -1,7 +1,7 @@
-"""Writes the weights of a checkpoint for other people's code, and says what the file cannot carry.
+"""Write the weights of a checkpoint for other code, and say what the file does not carry.
 
     python scripts/export.py --ckpt results/000-DiT-XL-2/checkpoints/0400000.safetensors --output DiT-XL-2.pt
-    python scripts/export.py --ckpt DiT-XL-2-256x256.pt --format diffusers --output dit-xl-2-256
+    python scripts/export.py --ckpt DiT-XL-2-256x256 --format diffusers --output dit-xl-2-256
 
 `official` is a flat state dict, as `--ckpt` of the official sample.py and sample_ddp.py takes it. `diffusers` is a
 folder with a DiTTransformer2DModel, the scheduler of its process, and a README with the lines that load them.
@@ -15,21 +15,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from runtime.config import parse_config, setting
 
-from models import DiT, Network, create_model
+from models import DiT, Network
 from models.diffusers_format import diffusers_twin
-from models.loading import unknown_weights
-from models.recognise import recognise
-from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
-from runtime.errors import UserError, blame, run
+from models.loading import CheckpointInfo, load_network
+from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
+from runtime.settings import parse_config, setting
 
-FORMATS = ("official", "diffusers")
 OFFICIAL_CLASSES = 1000
+PREDICTION_TYPES = {"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}  # in diffusers
 
 README = """# Weights of {model} for diffusers
 
@@ -43,23 +41,25 @@ scheduler = DDIMScheduler.from_pretrained("scheduler")
 pipeline = DiTPipeline(transformer, AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-ema"), scheduler)
 ```
 
-What these files do not carry:
+These files do not carry:
 
 {notes}
 """
 
 
-@dataclass(frozen=True)
-class ExportConfig:
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
     """Settings of export.py."""
 
-    ckpt: Path | None = setting(None, "checkpoint: ours, or an official file (required)")
-    weights: str = setting("ema", "which weights of a training checkpoint", ("ema", "model"))
-    format: str = setting("official", "whose", FORMATS)
-    output: Path | None = setting(None, "file ending in .pt, or for diffusers a new folder (required)")
+    ckpt: Path | None = setting(
+        None, "checkpoint: ours, an official file, or the name of a released one", shown="required"
+    )
+    weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
+    format: Literal["official", "diffusers"] = setting("official", "code that will load them")
+    output: Path | None = setting(None, "file ending in .pt, or for diffusers a new folder", shown="required")
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be meant, before any work."""
+        """Validate the fields."""
         for name in ("ckpt", "output"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name}: required")
@@ -68,80 +68,60 @@ class ExportConfig:
             raise ValueError(f"--output {self.output}: --format {self.format} writes {kind}")
 
 
-def open_network(ckpt: Path, checkpoint: Checkpoint) -> tuple[str, Network, dict[str, Any]]:
-    """Name and network with the weights; settings of the process, those of the official code where nobody says.
-
-    Raises:
-        UserError: if nothing in the registry fits the weights.
-    """
-    if checkpoint.meta is not None:
-        fields, process = dict(checkpoint.meta["model"]), dict(checkpoint.meta["process"])
-        name = fields.pop("name")
-    else:
-        with blame(f"--ckpt {ckpt}"):
-            found = recognise(checkpoint.weights)
-            if found is None:
-                raise ValueError(unknown_weights(checkpoint.weights))
-        name, fields, process = found.name, found.config, {"name": "gaussian"}
-    with blame(f"--ckpt {ckpt}"):
-        network = create_model(name, **fields)
-    load_weights(network, checkpoint.weights, f"--ckpt {ckpt} as {name}")
-    return name, network.eval(), process
-
-
-def notes_on(network: Network, format: str) -> list[str]:
-    """What other code does not learn from the file, in sentences."""
+def notes_on(classes: int, format: str) -> list[str]:
+    """What other code does not learn from the file, as phrases."""
     notes = [
-        "the autoencoder, the names of the classes and the preset of guidance: say them to whoever gets the file",
-        "optimizer state and the second set of weights (average or network): this is for sampling, not for training on",
+        "the autoencoder, the names of the classes and the preset of guidance: pass them on with the file",
+        "optimizer state and the other set of weights (average or network): this is for sampling, not for training",
     ]
+    reader = "the official scripts always take" if format == "official" else "DiTPipeline always takes"
+    null_class = [] if classes == OFFICIAL_CLASSES else [f"the null class {classes}: {reader} {OFFICIAL_CLASSES}"]
     if format == "official":
-        notes.append("the process (noise schedule, what is predicted): the official code assumes its own")
-        if network.num_classes != OFFICIAL_CLASSES:
-            notes.append(f"the null class {network.num_classes}: the official scripts always take {OFFICIAL_CLASSES}")
-        return notes
-    notes += [
+        return [*notes, "the process (noise schedule, prediction): the official code assumes its own", *null_class]
+    return [
+        *notes,
         "the frequencies of the timestep features (downscale_freq_shift 0): set it after loading, as the README.md "
         "in the exported folder shows",
-        "positions: computed anew there, equal to within float32 rounding of the table",
-        "guidance of the first 3 latent channels, as official figures have it: DiTPipeline guides all of them",
+        "positions: computed again there, equal to within float32 rounding of the table",
+        "guidance of the first 3 latent channels, as in official figures: DiTPipeline guides all of them",
         "the predicted variance: deterministic schedulers drop it",
+        *null_class,
     ]
-    if network.num_classes != OFFICIAL_CLASSES:
-        notes.append(f"the null class {network.num_classes}: DiTPipeline always takes {OFFICIAL_CLASSES}")
-    return notes
 
 
 def export_official(network: Network, path: Path) -> None:
-    """A flat state dict, whole or not at all."""
+    """Write a flat state dict, whole or not at all."""
     with atomic_path(path) as temporary:
         torch.save(network.state_dict(), temporary)
 
 
-def export_diffusers(name: str, network: Network, process: dict[str, Any], folder: Path, notes: Sequence[str]) -> None:
-    """transformer/, scheduler/ and README.md in a new folder, whole or not at all.
+def export_diffusers(network: Network, info: CheckpointInfo, folder: Path, notes: Sequence[str]) -> None:
+    """Write transformer/, scheduler/ and README.md in a new folder, whole or not at all.
 
     Raises:
-        UserError: if diffusers has no such model.
+        UserError: If diffusers has no such model.
     """
     from diffusers import DDIMScheduler
 
     if type(network) is not DiT:
-        raise UserError(f"--format diffusers: diffusers has no {name}; only the plain DiT")
-    with blame("--format diffusers"):
-        twin: Any = diffusers_twin(network)
+        raise UserError(f"--format diffusers: diffusers has no {info.model}; only the plain DiT")
+    prediction = str(info.process_settings.get("prediction", "epsilon"))
+    if info.process != "gaussian" or prediction not in PREDICTION_TYPES:
+        raise UserError(f"--format diffusers: DiTPipeline cannot sample from a {info.process} process ({prediction})")
+    with error_prefix("--format diffusers"):
+        transformer: Any = diffusers_twin(network)
     scheduler: Any = DDIMScheduler(
         beta_start=1e-4,
         beta_end=2e-2,
-        beta_schedule=process.get("noise_schedule", "linear"),
-        prediction_type="sample" if process.get("predict_xstart") else "epsilon",
+        beta_schedule=info.process_settings.get("noise_schedule", "linear"),
+        prediction_type=PREDICTION_TYPES[prediction],
         clip_sample=False,
     )
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        twin.save_pretrained(unfinished / "transformer")
+        transformer.save_pretrained(unfinished / "transformer")
         scheduler.save_pretrained(unfinished / "scheduler")
-        text = README.format(model=name, notes="\n".join(f"- {note}" for note in notes))
+        text = README.format(model=info.model, notes="\n".join(f"- {note}" for note in notes))
         (unfinished / "README.md").write_text(text)
         os.replace(unfinished, folder)
     finally:
@@ -149,19 +129,19 @@ def export_diffusers(name: str, network: Network, process: dict[str, Any], folde
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses flags, writes the file or folder, says what it lacks."""
-    config = parse_config(ExportConfig, argv, program="export.py", description=__doc__.split("\n")[0])
-    assert config.ckpt is not None and config.output is not None  # __post_init__ saw to it
+    """Parse flags, write the file or folder, say what it lacks."""
+    config = parse_config(ExportSettings, argv, program="export.py", doc=__doc__)
+    assert config.ckpt is not None and config.output is not None  # `__post_init__` checked it
     if config.output.exists():
         raise UserError(f"--output {config.output}: exists already; delete it, or give another name")
     check_writable(config.output, "--output")
-    name, network, process = open_network(config.ckpt, read_checkpoint(config.ckpt, config.weights))
-    notes = notes_on(network, config.format)
+    network, info = load_network(config.ckpt, weights=config.weights)
+    notes = notes_on(network.config.num_classes, config.format)
     if config.format == "official":
         export_official(network, config.output)
     else:
-        export_diffusers(name, network, process, config.output, notes)
-    print(f"Wrote the {config.weights} weights of {name} to {config.output}. Not carried:")
+        export_diffusers(network, info, config.output, notes)
+    print(f"Wrote the {config.weights} weights of {info.model} to {config.output}. Not carried:")
     for note in notes:
         print(f"- {note}")
 

@@ -41,11 +41,11 @@ from data.latent_files import (
     write_shard,
 )
 from runtime import distributed
-from runtime.config import flag_name, parse_config, setting
 from runtime.distributed import World
-from runtime.errors import UserError, blame, run
+from runtime.errors import UserError, error_prefix, run
 from runtime.files import check_writable
 from runtime.migrate import latent_index
+from runtime.settings import flag_name, parse_config, setting
 
 PROGRAM = "extract_latents.py"
 WEEK = 7 * 24 * 3600.0  # a rank may wait for a whole shard of another, hours on a CPU; torchrun reports a dead one
@@ -123,12 +123,12 @@ def set_up(config: ExtractConfig, device: torch.device) -> Job:
     """Load the encoder and list the images, without writing anything."""
     assert config.data_path is not None
     size = config.image_size[0], config.image_size[-1]
-    with blame(f"--vae {config.vae}"):
+    with error_prefix(f"--vae {config.vae}"):
         encoder = open_encoder(config.vae, (3, *size), device)
     channels = encoder.image_channels
-    with blame("--image-size"):
+    with error_prefix("--image-size"):
         raw_shape = encoder.raw_shape((channels, *size))
-    with blame(f"--data-path {config.data_path}"):
+    with error_prefix(f"--data-path {config.data_path}"):
         images = ImageFolder(config.data_path, size, channels=channels, flip=False)
     paths = "\n".join(map(images.path, range(len(images))))
     row_shape = (2 if config.both_flips else 1, *raw_shape)
@@ -292,7 +292,7 @@ def start(job: Job) -> None:
 
 def finish(job: Job) -> None:
     """Write the index and print the result; on one process, after all others."""
-    with blame(f"--output {job.config.output}"):
+    with error_prefix(f"--output {job.config.output}"):
         index = write_index(job.config.output, job.shard_count)
     for number in range(job.shard_count if index["skipped"] else 0):
         description = finished_shard(job.config.output, number)
@@ -305,7 +305,7 @@ def finish(job: Job) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Parse flags, encode on all processes, write the index."""
-    config = parse_config(ExtractConfig, argv, program=PROGRAM, description=__doc__.split("\n")[0])
+    config = parse_config(ExtractConfig, argv, program=PROGRAM, doc=__doc__)
     with distributed.world(config.device, timeout_seconds=WEEK) as world:
         distributed.allow_tf32(False)
         job = set_up(config, world.device)

@@ -1,9 +1,12 @@
-"""Measures the full-size network on a GPU: training, sampling's forward pass, optimizer; run by gpu_report.sh.
+"""Measure the full-size network on a GPU: training, sampling's forward pass, optimizer; run by gpu_report.sh.
+
+    python scripts/gpu_report.py --output-dir results
+    python scripts/gpu_report.py --smoke
 
 Training is the trainer's own step: draws, noising, the network in bf16, the losses of the process, the gradient's norm,
-fused AdamW, the average; beside its peak of memory stands what --dry-run predicts. Images are random latents on the
-device. Cases run one after the other, because XL/2 at batch 256 fills the card, and each is freed before the next. What
-no longer fits into the time allowed is named, not run.
+fused AdamW, the average; next to its peak of memory is the prediction of --dry-run. Images are random latents on the
+device. Cases run one after the other, because XL/2 at batch 256 fills the card, and each is freed before the next; those
+for which no time is left are named.
 """
 
 from __future__ import annotations
@@ -24,92 +27,104 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from data.autoencoder import Pixels
-from runtime.config import parse_config, setting
 from torch import Tensor
 
 from benchmarks.cases import (
     GEMM_SIDE,
-    compile_blocks,
-    filled_network,
+    compiled,
     find_compiler,
-    forward,
+    forward_case,
     forward_flop,
     gemm_cases,
     make_inputs,
     optimizer_cases,
+    random_network,
 )
 from benchmarks.evaluation import GROUP as EVALUATOR
 from benchmarks.evaluation import PUBLISHED, TINY, EvaluatorSizes, evaluator_cases, extrapolated_seconds
 from benchmarks.families import family_groups
-from benchmarks.report import headline, machine_info, markdown, report, write_report
-from benchmarks.sampling import sampling_facts, sampling_groups
+from benchmarks.report import headline, machine_info, markdown, report, write_json
+from benchmarks.sampling import sampling_groups, sampling_shares
 from benchmarks.timing import BF16, Case, Clock, Row, choose_clock, measure
+from data.encoders import Pixels
 from data.image_folder import ArrayImages
-from diffusion import Batch, Objective, create_diffusion
+from diffusion import Batch, DiffusionLoss
+from diffusion.gaussian import GaussianSettings
 from models import Network
 from runtime.distributed import World
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
-from training.config import TrainConfig
+from runtime.settings import parse_config, setting
+from training.config import ComputeSettings, DataSettings, OptimizationSettings, TrainSettings
 from training.dry_run import predict_memory
-from training.setup import Setup
+from training.optimization import AdamW
+from training.setup import Owners, Setup
 from training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_SECONDS = 120
 
 
-@dataclass(frozen=True)
-class GpuReportConfig:
+@dataclass(frozen=True, kw_only=True)
+class GpuReportSettings:
     """Settings of gpu_report.py."""
 
     smoke: bool = setting(False, "everything tiny, on any machine: shows that the report works, measures nothing")
-    output_dir: Path = setting(Path("benchmarks/results"), "where the JSON and the table go")
+    output_dir: Path = setting(Path("benchmarks/results"), "folder of the JSON and the table")
     seconds: float = setting(400.0, "start no further measurement after this long")
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be meant."""
+        """Validate the fields."""
         if not self.seconds > 0:
             raise ValueError(f"--seconds {self.seconds}: must be positive")
 
 
 class Sizes(NamedTuple):
-    """How large and how often.
+    """Sizes and numbers of runs.
 
     Attributes:
-        model: registry name.
+        model: Name in the registry.
+        families: Names of a DyDiT, a Skip-DiT and a DDT.
         train: (images per step, steps per timed run, timed runs) of each training case.
-        rows: of the forward pass; 64 is 32 guided images.
-        rounds: timed runs of everything else.
-        drawn: images of a sampling batch; each is two rows.
-        steps: sampling steps of a timed run.
-        spec: steps of the trajectories whose precision is compared.
-        gemm_side: of the square matrix product.
-        family_steps: sampling steps in which the families leave work out.
-        evaluator: of the evaluator's cases.
+        rows: Rows of the forward pass; 64 is 32 guided images.
+        rounds: Timed runs of everything else.
+        gemm_side: Side of the square matrix product.
+        images: Images of a sampling batch; each is two rows.
+        steps: Sampling steps of a timed run.
+        spec: Step spec of the trajectories whose precision is compared.
+        family_steps: Sampling steps in which the families leave work out.
+        evaluator: Sizes of the evaluator's cases.
     """
 
     model: str
+    families: tuple[str, str, str]
     train: tuple[tuple[int, int, int], ...]
     rows: int
     rounds: int
     gemm_side: int
-    drawn: int = 32
+    images: int = 32
     steps: int = 8
     spec: str = "ddim50"
     family_steps: int = 20
     evaluator: EvaluatorSizes = PUBLISHED
 
 
-FULL = Sizes("DiT-XL/2", ((256, 4, 5), (32, 20, 5)), rows=64, rounds=15, gemm_side=GEMM_SIDE["cuda"])
+FULL = Sizes(
+    "DiT-XL/2",
+    ("DyDiT-XL/2", "Skip-DiT-XL/2", "DDT-XL/2"),
+    ((256, 4, 5), (32, 20, 5)),
+    rows=64,
+    rounds=15,
+    gemm_side=GEMM_SIDE["cuda"],
+)
 SMOKE = Sizes(
     "DiT-debug/2",
+    ("DyDiT-debug/2", "Skip-DiT-debug/2", "DDT-debug/2"),
     ((4, 1, 1), (2, 1, 1)),
     rows=4,
     rounds=1,
     gemm_side=64,
-    drawn=2,
+    images=2,
     steps=2,
     spec="ddim5",
     family_steps=4,
@@ -122,36 +137,41 @@ class Training:
     """The trainer's own step in bf16; the images are random latents on the device.
 
     Args:
-        network: taken over.
-        name: its name in the registry.
-        rows: images per step.
-        device: of network and images.
-        compiler: backend for the blocks, or None.
+        network: Network to train; not copied.
+        name: Its name in the registry.
+        rows: Images per step.
+        device: Device of network and images.
+        compiler: Backend for the blocks, or None.
     """
 
     def __init__(self, network: Network, name: str, rows: int, device: torch.device, compiler: str | None) -> None:
-        settings: dict[str, Any] = {"learn_sigma": network.out_channels != network.in_channels}
-        objective = Objective(network, create_diffusion(**settings), autocast=torch.bfloat16)
-        config = TrainConfig(model=name, global_batch_size=rows, precision="bf16", vae="none")
-        inputs = make_inputs(network, rows, device)
-        shape = (network.in_channels, network.input_size, network.input_size)
+        process = GaussianSettings()
+        made = process.make(network.out_channels != network.sample_shape[-3])
+        self.loss = DiffusionLoss(network, made, autocast=torch.bfloat16)
+        config = TrainSettings(
+            model=name,
+            data=DataSettings(vae="none"),
+            optimization=OptimizationSettings(global_batch_size=rows),
+            compute=ComputeSettings(precision="bf16"),
+        )
         nothing = ArrayImages(np.zeros((1, 1, 1, 1), np.uint8), np.zeros(1, np.int64), ["none"], flip=False, seed=0)
-        self.world = World(0, 1, device)
-        self.setup = Setup(config, nothing, None, Pixels(), shape, objective, 1, settings)
-        self.batch = Batch(inputs.x, inputs.y, torch.arange(rows, device=device))
+        owners = Owners(name, made.name, "diffusion", "adamw")
+        setup = Setup(config, owners, nothing, None, Pixels(), self.loss, process, AdamW(), total_steps=1)
+        inputs, self.world = make_inputs(network, rows, device), World(0, 1, device)
+        self.batch = Batch(inputs.x, {"y": inputs.y}, torch.arange(rows, device=device))
         if compiler is not None:
             network.compile_blocks(compiler)
-        self.predicted_memory = predict_memory(self.setup, self.world)["peak"]
-        self.trainer = Trainer(self.setup, self.world, None, None)
+        self.predicted_memory = predict_memory(setup, self.world)["peak"]
+        self.trainer = Trainer(setup, self.world, None, None)
 
     def run(self, steps: int) -> Tensor:
-        """Several steps without waiting in between, as in training; returns the first one's gradient norm."""
+        """Train several steps without waiting in between, as in training; returns the first one's gradient norm."""
         return [self.step() for _ in range(steps)][0]
 
     def step(self) -> Tensor:
-        """One training step; returns the norm of its gradient, on the device."""
-        step, rows = self.trainer.state.step, len(self.batch.y)
-        draws = self.setup.objective.draw(step, rows, self.setup.latent_shape, self.world.device)
+        """Train one step; returns the norm of its gradient, on the device."""
+        step, rows = self.trainer.state.step, len(self.batch.index)
+        draws = self.loss.draw(step, rows, device=self.world.device)
         self.trainer.state.step += 1
         return self.trainer.train_step(step, [(self.batch, draws)])
 
@@ -166,7 +186,7 @@ class Measurement(NamedTuple):
 
 def training_case(sizes: Sizes, rows: int, steps: int, device: torch.device, compiler: str | None) -> Case:
     """Training at one batch size, as it is (None) or compiled."""
-    network = filled_network(sizes.model, device)
+    network = random_network(sizes.model, device)
     name = f"bf16, batch {rows}"
     return Case(
         f"{name}, blocks compiled" if compiler else name,
@@ -182,22 +202,17 @@ def training_case(sizes: Sizes, rows: int, steps: int, device: torch.device, com
     )
 
 
-def forward_case(sizes: Sizes, device: torch.device, dtype: torch.dtype | None, compiler: str | None) -> Case:
-    """The forward pass: float32 (None) or autocast, compiled or not."""
-    network = filled_network(sizes.model, device)
-    inputs = make_inputs(network, sizes.rows, device)
-    reference = f"fp32, {sizes.rows} rows"
-    name = f"{'fp32' if dtype is None else 'bf16 autocast'}, {sizes.rows} rows{', blocks compiled' if compiler else ''}"
-    return Case(
+def one_forward_case(sizes: Sizes, device: torch.device, bf16: bool, compiler: str | None) -> Case:
+    """The forward pass: float32 or autocast, compiled or not."""
+    network = random_network(sizes.model, device)
+    name = f"{'bf16 autocast' if bf16 else 'fp32'}, {sizes.rows} rows{', blocks compiled' if compiler else ''}"
+    return forward_case(
         name,
-        lambda: compile_blocks(network, compiler) if compiler else network,
-        torch.no_grad()(lambda made: forward(made, inputs, dtype)),
-        outcome=lambda made, result: [result],
-        reference=None if name == reference else reference,
-        tolerance=BF16,
-        flop=forward_flop(network, sizes.rows),
-        images=sizes.rows,
-        precision="fp32" if dtype is None else "bf16",
+        forward_flop(network, sizes.rows),
+        make_inputs(network, sizes.rows, device),
+        lambda: compiled(network, compiler) if compiler else network,
+        f"fp32, {sizes.rows} rows",
+        bf16=bf16,
     )
 
 
@@ -207,45 +222,43 @@ def alone(make: Callable[[], Case]) -> list[Case]:
 
 
 def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> Iterator[Measurement]:
-    """What is measured, most wanted first; networks are made when their turn comes."""
-    side, bf16 = sizes.gemm_side, torch.bfloat16
+    """All measurements, the most important first; networks are made when their turn comes."""
+    side = sizes.gemm_side
     yield Measurement("peak", lambda: gemm_cases(device, [(side, side, side)]), sizes.rounds)
     for kind in dict.fromkeys((None, compiler)):
         for rows, steps, rounds in sizes.train:
             make = partial(training_case, sizes, rows, steps, device, kind)
             yield Measurement("training", partial(alone, make), rounds)
-    for dtype, kind in dict.fromkeys(((None, None), (bf16, None), (bf16, compiler))):
-        make = partial(forward_case, sizes, device, dtype, kind)
+    for bf16, kind in dict.fromkeys(((False, None), (True, None), (True, compiler))):
+        make = partial(one_forward_case, sizes, device, bf16, kind)
         yield Measurement("forward", partial(alone, make), sizes.rounds)
-    for cases in sampling_groups(sizes.model, sizes.drawn, sizes.steps, device, compiler):
+    for cases in sampling_groups(sizes.model, sizes.images, sizes.steps, device, compiler):
         yield Measurement("sampling", cases, min(SAMPLING_ROUNDS, sizes.rounds))
-    for group, cases in family_groups(
-        sizes.model.removeprefix("DiT-"), sizes.drawn, sizes.family_steps, device, compiler
-    ):
+    for group, cases in family_groups(sizes.families, sizes.images, sizes.family_steps, device, compiler):
         yield Measurement(group, cases, min(SAMPLING_ROUNDS, sizes.rounds))
-    yield Measurement("optimizer", lambda: optimizer_cases(filled_network(sizes.model, device)), sizes.rounds)
+    yield Measurement("optimizer", lambda: optimizer_cases(random_network(sizes.model, device)), sizes.rounds)
     rounds = min(EVALUATOR_ROUNDS, sizes.rounds)
     yield Measurement(EVALUATOR, lambda: evaluator_cases(device, sizes.evaluator), rounds)
 
 
 def comparable(cases: Sequence[Case], known: Mapping[str, Sequence[Tensor]]) -> list[Case]:
-    """The cases, those without a reference whose reference was lost to memory or time."""
+    """The cases; those whose reference was lost to memory or time are not compared."""
     there = {*known, *(case.name for case in cases)}
     return [case if case.reference in there else replace(case, reference=None) for case in cases]
 
 
 def measure_all(
-    wanted: Iterator[Measurement], device: torch.device, clock: Clock, deadline: float
+    measurements: Iterator[Measurement], device: torch.device, clock: Clock, deadline: float
 ) -> tuple[list[Row], list[str]]:
-    """Runs measurements one after the other.
+    """Run measurements one after the other.
 
     Returns:
-        Rows, and a word on each that did not fit into memory or time.
+        Rows, and the reason for each that is missing.
     """
     rows: list[Row] = []
     skipped: list[str] = []
     known: dict[str, Sequence[Tensor]] = {}
-    for number, (group, cases, rounds) in enumerate(wanted, start=1):
+    for number, (group, cases, rounds) in enumerate(measurements, start=1):
         if time.monotonic() > deadline:
             skipped.append(f"{group} (measurement {number}): the time is up")
             continue
@@ -266,7 +279,7 @@ def measure_all(
 
 
 def run_gpu_tests() -> str:
-    """The tests marked gpu, from the files that have any: others may need packages that are not here."""
+    """Run the tests marked gpu, from the files that have any: others may need packages that are not here."""
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     if importlib.util.find_spec("pytest") is None:
         return "not run: pytest is not installed"
@@ -289,19 +302,18 @@ def file_stem(device_name: str, date: datetime.date) -> str:
 
 
 def as_text(document: dict[str, Any]) -> str:
-    """The Markdown file."""
-    facts = "".join(f"\n{name}: {value:.2%}" for name, value in document["sampling"].items())
-    if document["evaluator_seconds"] is not None:
-        facts += (
-            f"\nevaluating {document['settings']['evaluator']['samples']:,} images, extrapolated, without reading: "
-        )
-        facts += f"{document['evaluator_seconds']:.1f} s"
-    return f"{headline(document)}\n\nTests marked gpu: {document['gpu_tests']}{facts}\n\n{markdown(document)}\n"
+    """Content of the Markdown file."""
+    lines = [f"Tests marked gpu: {document['gpu_tests']}"]
+    lines += [f"{name}: {value:.2%}" for name, value in document["sampling"].items()]
+    seconds, images = document["evaluator_seconds"], document["settings"]["evaluator"]["samples"]
+    if seconds is not None:
+        lines.append(f"evaluating {images:,} images, extrapolated, without reading: {seconds:.1f} s")
+    return "\n\n".join([headline(document), "\n".join(lines), markdown(document)]) + "\n"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Tests, measures, writes the JSON and the table."""
-    config = parse_config(GpuReportConfig, argv, program="gpu_report.py", description=__doc__.split("\n")[0])
+    """Run the tests, measure, write the JSON and the table."""
+    config = parse_config(GpuReportSettings, argv, program="gpu_report.py", doc=__doc__)
     if not config.smoke and not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU here, and the report is about one; --smoke runs it tiny on any machine")
     deadline = time.monotonic() + config.seconds
@@ -317,13 +329,13 @@ def main(argv: Sequence[str]) -> None:
     rows, skipped = measure_all(measurements(sizes, device, compiler), device, clock, deadline)
     if compiler is None:
         skipped.append("compiled blocks: Triton is not installed")
-    facts, lacking = sampling_facts(sizes.model, device, sizes.drawn, sizes.steps, sizes.spec, deadline)
+    shares, lacking = sampling_shares(sizes.model, device, sizes.images, sizes.steps, sizes.spec, deadline)
     skipped += lacking
     settings = {"smoke": config.smoke, "seconds": config.seconds, **sizes._asdict()}
     settings["evaluator"] = dataclasses.asdict(sizes.evaluator)
-    document = report(settings, machine, rows, skipped) | {"gpu_tests": tests, "sampling": facts}
+    document = report(settings, machine, rows, skipped) | {"gpu_tests": tests, "sampling": shares}
     document["evaluator_seconds"] = extrapolated_seconds(rows, sizes.evaluator)
-    write_report(document, path)
+    write_json(document, path)
     with atomic_path(path.with_suffix(".md")) as temporary:
         temporary.write_text(as_text(document))
     print(as_text(document))

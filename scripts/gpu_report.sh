@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What a GPU can do with this code, in under eight minutes: its tests, then XL/2 at full size. Writes
+# Measure this code on a GPU, in under eight minutes: its tests, then XL/2 at full size. Writes
 # benchmarks/results/<device>-<date>.json and .md. Needs PyTorch (>= 2.11) and nothing else: no network, no .venv,
 # no diffusers; pytest where it is installed.
 #
 #   bash scripts/gpu_report.sh [--smoke] [--output-dir FOLDER] [--seconds 400]
 #
-# Without a GPU it says so and exits with status 2; --smoke runs all of it tiny, on any machine.
+# Without a GPU it prints an error and exits with status 2; --smoke runs all of it at tiny sizes, on any machine.
 # PYTHON=... chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The whole house in one command, on a laptop: trains a DiT on the embedded digits, draws 1,000 new ones with two
-# processes, scores them, and leaves a picture, a loss curve and a table in quickstart_out/.
-# Two to three minutes on two cores, after an installation that happens once.
+# The whole pipeline in one command, on a laptop: train a DiT on the embedded digits, sample 1,000 new ones with two
+# processes, score them, and leave a picture, a loss curve and a table in quickstart_out/.
+# Two minutes on two cores of a new Xeon, six to eight on an older AMD, after an installation that happens once.
 #
 #   bash scripts/quickstart.sh [OUTPUT_FOLDER]
 #
-# QUICKSTART_STEPS and QUICKSTART_SAMPLES make it shorter; QUICKSTART_PYTHON uses an environment of your own.
+# QUICKSTART_STEPS and QUICKSTART_SAMPLES make it shorter; QUICKSTART_PYTHON uses another environment.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
 begin "${BASH_SOURCE[0]}" quickstart_out "${QUICKSTART_PYTHON:-}" "QUICKSTART_STEPS QUICKSTART_SAMPLES" "$@"
@@ -21,7 +21,7 @@ echo "== 1/3  Training a DiT on 1,297 digits for $steps steps"
 run=$(find "$out/runs" -mindepth 1 -maxdepth 1 -type d | sort | tail -n 1)
 checkpoint=$(find "$run/checkpoints" -name '*.safetensors' | sort | tail -n 1)
 
-echo "== 2/3  Drawing $samples digits with two processes (DDIM, 50 steps, guidance 1.1)"
+echo "== 2/3  Sampling $samples digits with two processes (DDIM, 50 steps, guidance 1.1)"
 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 sample_ddp.py \
     --ckpt "$checkpoint" --num-fid-samples "$samples" --per-proc-batch-size 125 \
     --sampler ddim --num-sampling-steps ddim50 --cfg-scale 1.1 --balanced-labels --output "$out/samples.npz" --overwrite

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What the recipes for GPUs begin with; sourced by them.
+# Common start of the recipes for GPUs; they source it.
 set -euo pipefail
 
 # begin_recipe SCRIPT NUMBER "USAGE" "$@"
 #
-# Prints the script's own header where help is asked for, and its usage where fewer than NUMBER paths are given; makes those
-# absolute, goes to the repository's root, and sets $paths and $torchrun: the one of this shell, or else of .venv.
+# Print the script's header for --help, and its usage if fewer than NUMBER paths are given; make those absolute, change to
+# the repository's root, and set $paths and $torchrun: the one of this shell, or else of .venv.
 begin_recipe() {
     local script=$1 number=$2 usage=$3 name path
     name=$(basename "$script" .sh)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes ./.venv-tensorflow from requirements-tensorflow.lock, once: TensorFlow on top of what lies in .venv.
-# It is an environment of its own because TensorFlow must not be where TensorBoard or Triton would meet it; only
+# Make ./.venv-tensorflow from requirements-tensorflow.lock, once: TensorFlow on top of the packages in .venv.
+# It is a separate environment because TensorFlow must not be where TensorBoard or Triton are imported with it; only
 # `--backend tensorflow` of the evaluator and the tests marked tf use it:
 #
 #   .venv-tensorflow/bin/python evaluator/evaluator.py REF.npz SAMPLES.npz --backend tensorflow

@@ -6,7 +6,7 @@
 #   bash scripts/train_ddt_xl2_256.sh /path/to/imagenet/train [more flags of train.py]
 #
 # DINOv2 comes from the hub's cache; without network give its file: --align-ckpt dinov2_vitb14_pretrain.pth.
-# Running the command again goes on where it stopped.
+# The same command again resumes the run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe_common.sh"
 begin_recipe "${BASH_SOURCE[0]}" 1 "/path/to/imagenet/train" "$@"

@@ -5,8 +5,8 @@
 #
 #   bash scripts/train_ddt_xl2_512.sh /path/to/imagenet/train WEIGHTS_FOR_256 [more flags of train.py]
 #
-# WEIGHTS_FOR_256 is a checkpoint of train.py or an official .ckpt. Runs are put in $RESULTS; where one has left a
-# checkpoint there, running the command again goes on with it. --max-steps says how long.
+# WEIGHTS_FOR_256 is a checkpoint of train.py or an official .ckpt. Runs are put in $RESULTS; if one has left a
+# checkpoint there, the same command resumes it. --max-steps says how long.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe_common.sh"
 begin_recipe "${BASH_SOURCE[0]}" 2 "/path/to/imagenet/train WEIGHTS_FOR_256" "$@"

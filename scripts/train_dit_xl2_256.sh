@@ -4,7 +4,7 @@
 #
 #   bash scripts/train_dit_xl2_256.sh /path/to/imagenet/train [more flags of train.py]
 #
-# Add --precision bf16 --compile for speed; running the command again goes on where it stopped.
+# Add --precision bf16 --compile for speed. The same command again resumes the run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe_common.sh"
 begin_recipe "${BASH_SOURCE[0]}" 1 "/path/to/imagenet/train" "$@"

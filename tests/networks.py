@@ -1,4 +1,4 @@
-"""Networks to test with: random ones of every family, and stand-ins that record what they are asked."""
+"""Networks to test with: random ones of every family, their inputs, and variants."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import models
-from models import ModelOutput, Network
+from models import Network
 
 
 def randomise(network: Network, seed: int = 0) -> Network:
-    """Draws every parameter anew, for evaluation: fresh networks predict 0 and would agree with anything."""
+    """Draw all parameters at random, for evaluation: fresh networks predict 0 and would agree with anything."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -24,9 +24,9 @@ def randomise(network: Network, seed: int = 0) -> Network:
 
 
 def debug_name(family: str) -> str:
-    """The debug-size model that every family of the registry must have."""
-    (name,) = (name for name in models.FAMILIES[family].configs if name.startswith(f"{family}-debug/"))
-    return name
+    """The debug-size model of a family, or its only one."""
+    names = list(models.FAMILIES[family].configs)
+    return next((name for name in names if "debug" in name), names[0])
 
 
 def debug_network(family: str, **overrides: Any) -> Network:
@@ -34,19 +34,28 @@ def debug_network(family: str, **overrides: Any) -> Network:
     return randomise(models.create_model(debug_name(family), **overrides))
 
 
-# Settings that make another network of a family, and the value that does: the laws hold for that one too.
+# Settings that make another network of a family, and the value that does: the invariants hold for that one too.
 VARIED: dict[str, Any] = {"cache_depth": 1, "learn_sigma": False, "encoder_depth": None}
 
 
 def variants() -> dict[str, tuple[str, dict[str, Any]]]:
     """Every family as it is, and once more for each setting of `VARIED` that it takes: name -> family, overrides."""
-    found: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in models.FAMILIES}
+    result: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in models.FAMILIES}
     for family in models.FAMILIES:
         for field, value in VARIED.items():
             with suppress(ValueError):  # of families that do not know the setting, or refuse the value
                 models.model_config(debug_name(family), **{field: value})
-                found[f"{family}, {field} {value}"] = family, {field: value}
-    return found
+                result[f"{family}, {field} {value}"] = family, {field: value}
+    return result
+
+
+def inputs(network: Network, rows: int = 2) -> tuple[Tensor, float, dict[str, Tensor]]:
+    """x, a time in the network's units, and conditioning, for `network(x, t, **conditioning)`."""
+    x = torch.randn(rows, *network.sample_shape)
+    t = {"index": 500.0, "unit": 0.5}[network.time_convention]
+    if network.conditioning == ("y",):
+        return x, t, {"y": torch.arange(rows) % network.config.num_classes}
+    return x, t, network.null_conditioning(rows)
 
 
 def small_autoencoder(folder: Path) -> Any:
@@ -64,24 +73,3 @@ def small_autoencoder(folder: Path) -> Any:
     )
     vae.save_pretrained(folder)
     return vae.eval()
-
-
-class RecordingNetwork:
-    """Predicts label + 1 everywhere, keeps the rows it was evaluated on as state, and records every call.
-
-    Attributes:
-        rows: batch size of each call.
-        fresh: whether each call came without state.
-    """
-
-    def __init__(self, out_channels: int, *, stateful: bool = True) -> None:
-        self.out_channels, self.stateful = out_channels, stateful
-        self.rows: list[int] = []
-        self.fresh: list[bool] = []
-
-    def __call__(self, x: Tensor, t: float | Tensor, y: Tensor, state: Any = None) -> ModelOutput:
-        assert state is None or state == len(x), "state of other rows was handed back"
-        self.rows.append(len(x))
-        self.fresh.append(state is None)
-        sample = (y + 1.0).view(-1, 1, 1, 1).expand(len(x), self.out_channels, *x.shape[-2:])
-        return ModelOutput(sample, state=len(x) if self.stateful else None)

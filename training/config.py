@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from data import DATASETS
 from diffusion import PROCESSES
-from models import FAMILIES, family_name
+from models import FAMILIES, family_name, family_of
 from models.acceleration import can_compile
-from runtime import distributed
+from runtime import distributed, migrate
 from runtime.distributed import PRECISIONS
-from runtime.settings import Kind, flag_name, setting
-from training.losses import LOSSES
+from runtime.releases import ALIASES
+from runtime.settings import Given, Kind, Values, flag_name, parse, setting
+from training.losses import LOSSES, loss_of
 from training.optimization import OPTIMIZERS
+
+PROGRAM = "train.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,20 @@ class OptimizationSettings:
                 f"--global-batch-size {self.global_batch_size}: not divisible by the {distributed.world_size()} "
                 f"processes times {self.grad_accum} micro-batches; choose a multiple of {shares}"
             )
+
+    def total_steps(self, images: int) -> int:
+        """Number of steps of a run on a data set of so many images."""
+        steps = max(1, self.epochs * images // self.global_batch_size)
+        return min(steps, self.max_steps or steps)
+
+    def learning_rate(self, step: int, total: int) -> float:
+        """Learning rate of step `step` (from 0) of `total`: linear warm-up, then constant or cosine."""
+        if step < self.lr_warmup_steps:
+            return self.lr * (step + 1) / self.lr_warmup_steps
+        if self.lr_schedule == "constant":
+            return self.lr
+        done = (step - self.lr_warmup_steps) / max(1, total - self.lr_warmup_steps)
+        return self.lr * (self.lr_final_ratio + (1 - self.lr_final_ratio) * (1 + math.cos(math.pi * done)) / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +211,8 @@ class TrainSettings:
     """Settings of a training run; the model's family, the process, the loss and the optimizer have their own."""
 
     model: str = setting("DiT-XL/2", "name in the registry (models.list_models())")
-    process: str | None = setting(
-        None, "noise process", tuple(PROCESSES), shown="the one that the model's family is published with"
-    )
-    optimizer: str = setting("adamw", "optimizer", tuple(OPTIMIZERS))
+    process: str | None = setting(None, "noise process", shown="the one that the model's family is published with")
+    optimizer: str = setting("adamw", "optimizer")
     data: DataSettings = field(default_factory=DataSettings)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
@@ -212,22 +228,39 @@ class TrainSettings:
             raise ValueError(f"--eval-reference {validation.eval_reference}: is for RGB images")
         if validation.eval_data_path is not None and digits:
             raise ValueError(f"--eval-data-path {validation.eval_data_path}: the digits have a test split of their own")
-        if validation.eval_every is None:
-            return
-        if validation.eval_data_path is None and not digits and not validation.eval_samples:
-            raise ValueError(
-                f"--eval-every {validation.eval_every}: nothing to do; give --eval-data-path or --eval-samples"
-            )
-        if digits and 0 < validation.eval_samples < 4:
+        if validation.eval_every is not None and digits and 0 < validation.eval_samples < 4:
             raise ValueError(f"--eval-samples {validation.eval_samples}: the scores need at least 4 (0: no image)")
 
 
+def named_settings(model: str) -> Mapping[str, Any]:
+    """Settings that a model's name stands for."""
+    return family_of(model).configs[model]
+
+
 KINDS = (
-    Kind("model", {name: family.config for name, family in FAMILIES.items()}, family_name),
-    Kind("process", PROCESSES),
-    Kind("loss", {name: row.settings for name, row in LOSSES.items()}),
+    Kind("model", {name: family.config for name, family in FAMILIES.items()}, family_name, named=named_settings),
+    Kind("process", PROCESSES, follows=("model", lambda family: FAMILIES[family].process)),
+    Kind("loss", {name: row.settings for name, row in LOSSES.items()}, follows=("model", loss_of)),
     Kind("optimizer", OPTIMIZERS),
 )
+
+
+def parse_settings(argv: Sequence[str], doc: str | None = None) -> Given[TrainSettings]:
+    """Read the flags of train.py.
+
+    Args:
+        argv: arguments after the program's name.
+        doc: docstring of the program, for `--help`.
+
+    Raises:
+        UserError: for anything wrong with them.
+    """
+    return parse(TrainSettings, argv, program=PROGRAM, doc=doc, kinds=KINDS, aliases=ALIASES, migrate=upgrade)
+
+
+def upgrade(values: Values) -> Values:
+    """Migrate the settings of a run that an earlier version wrote."""
+    return migrate.run_config(values, TrainSettings, KINDS, PROGRAM)
 
 
 def _at_least(settings: object, least: int, *names: str) -> None:

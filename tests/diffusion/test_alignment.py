@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion import Batch, Draws, FlowMatching, Objective
+from diffusion import Batch, DiffusionLoss, Draws, FlowMatching
 from diffusion.alignment import Alignment, resample_tokens
 from tests.golden_data import arrays, assert_close, table
 from tests.golden_ddt import FORWARD, LOSS, assert_within, golden_ddt
@@ -28,8 +28,8 @@ class Replay:
         return self.tokens
 
 
-def recorded(name: str) -> tuple[dict[str, Tensor], Objective, Batch, Draws]:
-    """A fixture with the objective, batch and draws that it was recorded from."""
+def recorded(name: str) -> tuple[dict[str, Tensor], DiffusionLoss, Batch, Draws]:
+    """A fixture with the loss, batch and draws that it was recorded from."""
     golden, meta = arrays(f"ddt/train/{name}"), META[f"train/{name}.safetensors"]["meta"]
     network = golden_ddt(name.split("_repa")[0]).train()
     hidden, features = golden["proj.0.0.weight"].shape
@@ -43,9 +43,9 @@ def recorded(name: str) -> tuple[dict[str, Tensor], Objective, Batch, Draws]:
     weights = {key.removeprefix("proj.0."): value for key, value in golden.items() if key.startswith("proj.")}
     alignment.projector.load_state_dict(weights)
     images = golden.get("raw", torch.rand(4, 3, 64, 64))
-    batch = Batch(golden["x"], golden["y"], torch.arange(4), images)
-    draws = Draws(golden["t"], golden["noise"], torch.zeros_like(golden["noise"]), golden["drop_mask"][None])
-    return golden, Objective(network, FlowMatching(), alignment=alignment), batch, draws
+    batch = Batch(golden["x"], {"y": golden["y"]}, torch.arange(4), images)
+    draws = Draws(golden["t"], golden["noise"], golden["drop_mask"][None])
+    return golden, DiffusionLoss(network, FlowMatching(), alignment=alignment), batch, draws
 
 
 def norm(module: nn.Module) -> Tensor:
@@ -54,69 +54,70 @@ def norm(module: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_losses_and_gradients_are_the_recorded_ones(name: str) -> None:
-    golden, objective, batch, draws = recorded(name)
-    losses = objective(batch, 0, draws)
+    golden, loss, batch, draws = recorded(name)
+    losses = loss(batch, draws, 0, {})
     assert_within(losses["mse"].mean(), golden["fm_loss"], LOSS)
     assert_within(losses["align"].mean(), golden["cos_loss"], LOSS)
     assert_within(losses["loss"].mean(), golden["loss"], LOSS)
     losses["loss"].mean().backward()
-    assert objective.alignment is not None
-    assert_within(norm(objective.network), golden["grad_norm_denoiser"], LOSS)
-    assert_within(norm(objective.alignment), golden["grad_norm_proj"], LOSS)
+    assert loss.alignment is not None
+    assert_within(norm(loss.network), golden["grad_norm_denoiser"], LOSS)
+    assert_within(norm(loss.alignment), golden["grad_norm_proj"], LOSS)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FIXTURES)
 def test_projected_features_are_the_recorded_ones(name: str) -> None:
-    golden, objective, batch, draws = recorded(name)
+    golden, loss, batch, draws = recorded(name)
     projected: list[Tensor] = []
-    assert objective.alignment is not None
-    objective.alignment.projector.register_forward_hook(lambda _, arguments, out: projected.append(out))
-    objective(batch, 0, draws)
+    assert loss.alignment is not None
+    loss.alignment.projector.register_forward_hook(lambda _, arguments, out: projected.append(out))
+    loss(batch, draws, 0, {})
     assert_within(projected[0], golden["src_proj"], FORWARD)
 
 
 def test_losses_are_per_row_and_do_not_depend_on_how_rows_are_cut() -> None:
-    golden, objective, batch, draws = recorded("ddt_a_repa")
-    whole = objective(batch, 0, draws)
+    golden, loss, batch, draws = recorded("ddt_a_repa")
+    whole = loss(batch, draws, 0, {})
     assert {name: value.shape for name, value in whole.items()} == dict.fromkeys(("loss", "mse", "align"), (4,))
-    encoder = objective.alignment._encode
+    encoder = loss.alignment._encode
     for row in range(4):
         encoder.tokens = golden["dst"][row : row + 1]
-        one = Batch(*(value[row : row + 1] for value in (batch.x_start, batch.y, batch.index, batch.image)))
-        found = objective(one, 0, draws.rows(row, row + 1))
-        for name, value in found.items():
+        cut = slice(row, row + 1)
+        one = Batch(batch.x_start[cut], {"y": batch.conditioning["y"][cut]}, batch.index[cut], batch.image[cut])
+        for name, value in loss(one, draws.rows(row, row + 1), 0, {}).items():
             torch.testing.assert_close(value[0], whole[name][row], rtol=1e-5, atol=1e-6)
 
 
 def test_the_encoder_sees_the_raw_images_and_is_no_part_of_the_module() -> None:
-    _, objective, batch, draws = recorded("ddt_a_repa")
-    objective(batch, 0, draws)
-    assert objective.alignment is not None
-    (seen,) = objective.alignment._encode.seen
+    _, loss, batch, draws = recorded("ddt_a_repa")
+    loss(batch, draws, 0, {})
+    assert loss.alignment is not None
+    (seen,) = loss.alignment._encode.seen
     assert seen is batch.image
-    assert all(name.startswith("projector.") for name in objective.alignment.state_dict())
+    assert all(name.startswith("projector.") for name in loss.alignment.state_dict())
 
 
 def test_without_images_there_is_nothing_to_align_with() -> None:
-    _, objective, batch, draws = recorded("ddt_a_repa")
+    _, loss, batch, draws = recorded("ddt_a_repa")
     with pytest.raises(ValueError, match="alignment needs the network's features and the raw images of the batch"):
-        objective(Batch(batch.x_start, batch.y, batch.index), 0, draws)
+        loss(Batch(batch.x_start, batch.conditioning, batch.index), draws, 0, {})
 
 
 @torch.no_grad()
 def test_other_families_can_be_aligned_too() -> None:
     network = debug_network("DiT", learn_sigma=False)
     alignment = Alignment(Replay(torch.randn(2, 4, 12)), 64, block=2)
-    batch = Batch(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.arange(2), torch.rand(2, 3, 16, 16))
-    losses = Objective(network, FlowMatching(), alignment=alignment)(batch, 0)
+    y, images = {"y": torch.tensor([1, 2])}, torch.rand(2, 3, 16, 16)
+    loss = DiffusionLoss(network, FlowMatching(), alignment=alignment)
+    losses = loss(Batch(torch.randn(2, 4, 8, 8), y, torch.arange(2), images), loss.draw(0, 2), 0, {})
     assert_close(losses["loss"], losses["mse"] + 0.5 * losses["align"], 1e-6)
 
 
 def test_in_half_precision_the_cosine_is_taken_in_float32() -> None:
-    golden, objective, batch, draws = recorded("ddt_a_repa")
-    objective.autocast = torch.bfloat16
-    losses = objective(batch, 0, draws)
+    golden, loss, batch, draws = recorded("ddt_a_repa")
+    loss.autocast = torch.bfloat16
+    losses = loss(batch, draws, 0, {})
     assert losses["align"].dtype == torch.float32
     assert losses["align"].mean().item() == pytest.approx(golden["cos_loss"].item(), abs=0.01)
 
@@ -134,7 +135,9 @@ def test_a_coarser_grid_is_the_mean_of_its_tokens() -> None:
 
 @pytest.mark.parametrize(("have", "want"), [(15, 16), (16, 15)])
 def test_grids_that_are_not_square_are_refused(have: int, want: int) -> None:
-    with pytest.raises(ValueError, match=f"{have} target tokens cannot be laid over {want}: both grids must be square"):
+    with pytest.raises(
+        ValueError, match=f"{have} target tokens cannot be resampled to {want}: both grids must be square"
+    ):
         resample_tokens(torch.randn(1, have, 3), want)
 
 

@@ -1,4 +1,4 @@
-"""Schedules against recorded arrays, and what they say to a mistake."""
+"""Schedules against recorded arrays, conversions of times, and error messages."""
 
 from typing import Any
 
@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.schedules import (
-    endpoint_betas,
-    index_to_network,
-    named_betas,
-    network_to_index,
-    shift_time,
-    space_timesteps,
-)
+from diffusion.schedules import append_dims, convert_time, endpoint_betas, named_betas, shift_time, space_timesteps
 from tests.golden_data import arrays, table
 
 CASES = table("dit/diffusion/space_timesteps")
@@ -47,7 +40,7 @@ def test_unknown_schedules_are_answered_with_the_known_ones() -> None:
 
 def test_betas_above_one_are_refused() -> None:
     assert named_betas("linear", 20).max() == 1.0
-    with pytest.raises(ValueError, match=r"betas must lie in \(0, 1\], but range over"):
+    with pytest.raises(ValueError, match=r"betas must be in \(0, 1\], but range over"):
         named_betas("linear", 19)
 
 
@@ -91,18 +84,33 @@ def test_shift_moves_time_towards_noise_and_keeps_the_ends() -> None:
     assert shift_time(shift_time(0.7, 2.0), 3.0) == pytest.approx(shift_time(0.7, 6.0))
 
 
-def test_index_scale_in_the_networks_units() -> None:
-    assert index_to_network(250, "index") == 250
-    assert index_to_network(250, "unit") == 0.75  # 1 is data, 0 is noise
-    torch.testing.assert_close(index_to_network(torch.tensor([0.0, 1000.0]), "unit"), torch.tensor([1.0, 0.0]))
-    with pytest.raises(ValueError, match="unknown time convention 'sigma'; known: index, unit"):
-        index_to_network(250, "sigma")
+# ----------------------------------------------------------------------------------------------------------------------
+# Conversions and broadcasting
 
 
-def test_a_network_s_time_on_the_index_scale_comes_back_as_it_was() -> None:
-    for convention in ("index", "unit"):
-        for index in range(1001):
-            assert network_to_index(index_to_network(index, convention), convention) == index
-    assert network_to_index(0.3333, "unit") == 666.7
+def test_a_timestep_becomes_a_flow_time_and_back() -> None:
+    assert convert_time(250.0, "index", "unit") == 0.75  # 1 is data, 0 is noise
+    assert convert_time(0.3, "unit", "index") == 700
+    ends = convert_time(torch.tensor([0.0, 1000.0]), "index", "unit")
+    assert ends.tolist() == [1.0, 0.0]
+    for index in range(1001):
+        assert convert_time(convert_time(float(index), "index", "unit"), "unit", "index") == pytest.approx(index)
+
+
+def test_a_time_of_the_same_convention_is_the_same_object() -> None:
+    t = torch.rand(3)
+    assert convert_time(t, "unit", "unit") is t and convert_time(t, "index", "index") is t
+
+
+@pytest.mark.parametrize("conventions", [("sigma", "unit"), ("unit", "sigma"), ("sigma", "sigma")])
+def test_an_unknown_convention_is_answered_with_the_known_ones(conventions: Any) -> None:
     with pytest.raises(ValueError, match="unknown time convention 'sigma'; known: index, unit"):
-        network_to_index(0.5, "sigma")
+        convert_time(0.5, *conventions)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 7), (2, 4, 8, 8), (2, 2, 4, 8, 8)])
+def test_coefficients_of_rows_broadcast_over_any_rank(shape: tuple[int, ...]) -> None:
+    x = torch.ones(shape)
+    scaled = append_dims(torch.tensor([2.0, 3.0]), x) * x
+    assert scaled.shape == x.shape and (scaled[0] == 2).all() and (scaled[1] == 3).all()
+    assert append_dims(0.5, x) == 0.5

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.costs import counted_cost, layer_norm_elements, reused_cost
 from models import create_model, model_config
 from models.dit import DiT
 from tests.golden_data import TINY_DITS, arrays, assert_close, assert_features_close, table, tiny_dit
@@ -16,7 +17,8 @@ OFFICIAL = table("dit/official_model_table")["models"]
 def on_meta(row: str) -> DiT:
     """A row of the official table, such as "DiT-XL/2@512", without memory for its weights."""
     with torch.device("meta"):
-        return create_model(row.split("@")[0], input_size=OFFICIAL[row]["input_size"])
+        side = OFFICIAL[row]["input_size"]
+        return create_model(row.split("@")[0], sample_shape=(4, side, side))
 
 
 @torch.no_grad()
@@ -26,7 +28,7 @@ def test_forward_equals_the_recorded_one(name: str, times: str) -> None:
     inputs, golden = arrays(f"dit/{name}/inputs"), arrays(f"dit/{name}/outputs")
     out = tiny_dit(name)(inputs["x"], inputs[times], y=inputs["y"])
     assert_close(out.sample, golden["forward" if times == "t" else "forward_t_frac"])
-    assert out.state is None and out.routing is None and out.features is None
+    assert out.state is None and out.aux is None and out.features == {}
 
 
 def record(network: DiT, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -70,7 +72,7 @@ def test_everything_inside_equals_what_was_recorded(name: str) -> None:
 @pytest.mark.parametrize("name", WITH_NULL_CLASS)
 def test_dropping_a_label_is_asking_for_the_null_class(name: str) -> None:
     inputs, network = arrays(f"dit/{name}/inputs"), tiny_dit(name)
-    dropped = torch.where(inputs["force_drop_ids"] == 1, network.null_class, inputs["y"])
+    dropped = torch.where(inputs["force_drop_ids"] == 1, network.null_conditioning(1)["y"], inputs["y"])
     assert_close(network.y_embedder(dropped), arrays(f"dit/{name}/outputs")["y_emb_force_drop"])
 
 
@@ -147,12 +149,16 @@ def test_a_prepared_schedule_costs_one_call_of_the_timestep_embedder() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", TINY_DITS)
-def test_features_are_the_tokens_behind_the_block_asked_for(name: str) -> None:
+def test_features_are_the_tokens_after_the_blocks_asked_for(name: str) -> None:
     inputs, golden = arrays(f"dit/{name}/inputs"), arrays(f"dit/{name}/intermediates")
     network = tiny_dit(name)
-    for block in range(1, network.config.depth + 1):
-        out = network(inputs["x"], inputs["t"], y=inputs["y"], features_at=(block,))
-        assert_close(out.features, golden[f"tokens_{block}"])
+    numbers = range(1, network.config.depth + 1)
+    out = network(inputs["x"], inputs["t"], y=inputs["y"], features_at=numbers)
+    assert list(out.features) == list(numbers)
+    for block in numbers:
+        assert_close(out.features[block], golden[f"tokens_{block}"])
+    alone = network(inputs["x"], inputs["t"], y=inputs["y"], features_at=(2,)).features
+    assert list(alone) == [2] and torch.equal(alone[2], out.features[2])
 
 
 @pytest.mark.parametrize("block", [0, 5])
@@ -178,7 +184,7 @@ def test_sizes_and_costs_equal_the_official_table(row: str) -> None:
     network, official = on_meta(row), OFFICIAL[row]
     assert sum(p.numel() for p in network.parameters()) == official["params_total"]
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) == official["params_trainable"]
-    macs, elements = sum(network.multiply_adds().values()), network.layer_norm_elements()
+    macs, elements = sum(network.cost().values()), layer_norm_elements(network)
     assert macs == official["macs"]
     assert round((macs + elements) / 1e9, 4) == official["gmacs_plus_1_per_layernorm_element"]
     assert round((macs + 4 * elements) / 1e9, 4) == official["gmacs_plus_4_per_layernorm_element"]
@@ -186,7 +192,7 @@ def test_sizes_and_costs_equal_the_official_table(row: str) -> None:
 
 
 def test_costs_by_part_equal_the_official_terms() -> None:
-    parts, terms = on_meta("DiT-XL/2").multiply_adds(), OFFICIAL["DiT-XL/2"]["terms"]
+    parts, terms = on_meta("DiT-XL/2").cost(), OFFICIAL["DiT-XL/2"]["terms"]
     assert parts["attention_linear"] + parts["mlp"] == terms["blocks_linear"]
     assert parts["attention_products"] == terms["blocks_attn"]
     assert parts["modulation"] == terms["adaln"] + terms["final_adaln"]
@@ -211,7 +217,7 @@ def test_a_cached_step_runs_the_last_blocks_on_the_remembered_tokens(cache_depth
     assert [i for i, _, _ in ran] == [0, 1, 2, 3]
     assert torch.equal(fresh.state, ran[-cache_depth][1])
     ran.clear()
-    again = network(torch.randn(2, 4, 8, 8), 300.0, y=y, state=fresh.state)  # x is not looked at, time and label are
+    again = network(torch.randn(2, 4, 8, 8), 300.0, y=y, state=fresh.state)  # x has no influence, time and label have
     assert [i for i, _, _ in ran] == list(range(4 - cache_depth, 4))
     assert torch.equal(ran[0][1], fresh.state) and again.state is fresh.state
     assert torch.equal(network(x, 300.0, y=y, state=fresh.state).sample, again.sample)
@@ -231,14 +237,13 @@ def test_caching_changes_neither_names_nor_fresh_outputs() -> None:
 
 def test_a_cached_step_costs_the_last_blocks_and_no_patches() -> None:
     plain, cached = create_model("DiT-debug/2"), create_model("DiT-debug/2", cache_depth=1)
-    full, rest = cached.multiply_adds(), cached.multiply_adds_with_state()
-    assert full == plain.multiply_adds() == plain.multiply_adds_with_state()
+    full, rest = cached.cost(), reused_cost(cached)
+    assert full == plain.cost() == reused_cost(plain)
     assert {name for name in full if name not in rest} == {"patch_embedding"}
     for part in ("attention_linear", "attention_products", "mlp"):
         assert full[part] == 4 * rest[part]
     assert full["final_linear"] == rest["final_linear"] and full["timestep_mlp"] == rest["timestep_mlp"]
-    executed = cached.executed_multiply_adds([True, False, False, True])
-    assert executed == 2 * sum(full.values()) + 2 * sum(rest.values())
+    assert counted_cost(cached) == sum(full.values()) and counted_cost(cached, reused=True) == sum(rest.values())
 
 
 @torch.no_grad()
@@ -246,7 +251,7 @@ def test_features_of_a_block_that_does_not_run_are_refused() -> None:
     network = debug_network("DiT", cache_depth=1)
     x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
     out = network(x, 5.0, y=y, features_at=(4,))
-    assert torch.equal(network(x, 5.0, y=y, state=out.state, features_at=(4,)).features, out.features)
+    assert torch.equal(network(x, 5.0, y=y, state=out.state, features_at=(4,)).features[4], out.features[4])
     with pytest.raises(ValueError, match="features_at 3: that block does not run when state is reused"):
         network(x, 5.0, y=y, state=out.state, features_at=(3,))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.costs import routed_cost
 from models import DyDiT, ModelOutput
 from models.dydit_plan import PACK_FROM, BoundedCache, RoutingPlan
 from tests.dispatch_trace import DispatchTrace
@@ -22,7 +23,7 @@ ALWAYS, NEVER = 1e3, -1e3
 
 @torch.no_grad()
 def routed_network(**overrides: Any) -> DyDiT:
-    """Random weights whose routers are of many minds: patterns change with time, tokens with the image."""
+    """Random weights with varied routing: patterns change with time, tokens with the image."""
     network = debug_network("DyDiT", **overrides)
     assert isinstance(network, DyDiT)
     for block in network.blocks:
@@ -59,10 +60,10 @@ def inputs(rows: int = 3) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 4, 8, 8), torch.arange(rows) % 11
 
 
-def assert_same(found: ModelOutput, masked: ModelOutput) -> None:
+def assert_same(actual: ModelOutput, masked: ModelOutput) -> None:
     """To float32 rounding; masks exactly."""
-    assert_close(found.sample, masked.sample, 5e-6)
-    assert all(torch.equal(one, other) for one, other in zip(found.routing, masked.routing, strict=True))
+    assert_close(actual.sample, masked.sample, 5e-6)
+    assert all(torch.equal(one, other) for one, other in zip(actual.aux, masked.aux, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def test_a_plan_gives_what_masks_give(layout: str, pack_from: int) -> None:
     for t in TIMES:
         masked = network(x, t, y=y)
         assert_same(ready(x, t, y=y), masked)
-        kept.append([float(mask.mean()) for mask in masked.routing])
+        kept.append([float(mask.mean()) for mask in masked.aux])
     heads, groups, tokens = zip(*kept, strict=True)
     assert len(set(heads)) > 3 and len(set(groups)) > 3 and 0.2 < sum(tokens) / len(tokens) < 0.8  # a varied plan
 
@@ -98,9 +99,9 @@ def test_nothing_and_everything_in_any_combination(layout: str, pack_from: int) 
     out = ready(x, TIMES[5], y=y)
     assert_same(out, network(x, TIMES[5], y=y))
     floor = 0.0 if layout == "all_heads" else 1 / network.config.num_heads
-    for i, wanted in enumerate(states):
-        found = [float(mask[:, i].mean()) for mask in out.routing]
-        assert found == [1.0 if wanted[0] > 0 else floor, 1.0 if wanted[1] > 0 else floor, float(wanted[2] > 0)]
+    for i, state in enumerate(states):
+        kept = [float(mask[:, i].mean()) for mask in out.aux]
+        assert kept == [1.0 if state[0] > 0 else floor, 1.0 if state[1] > 0 else floor, float(state[2] > 0)]
 
 
 @torch.no_grad()
@@ -108,16 +109,18 @@ def test_with_everything_off_only_biases_remain() -> None:
     network = force(routed_network(router_layout="all_heads"), {i: (NEVER, NEVER, ALWAYS) for i in range(4)})
     ready, _ = prepared(network)
     x, y = inputs()
-    reference = network(x, 999.0, y=y, features_at=(4,)).features
+    reference = network(x, 999.0, y=y, features_at=(4,)).features[4]
     for block in network.blocks:
         for weight in (block.attn.qkv.weight, block.attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight):
-            weight.fill_(torch.nan)  # nobody looks at these
-    assert_close(ready(x, TIMES[0], y=y, features_at=(4,)).features, network_of_biases(network, x, TIMES[0], y), 1e-6)
+            weight.fill_(torch.nan)  # not used
+    assert_close(
+        ready(x, TIMES[0], y=y, features_at=(4,)).features[4], network_of_biases(network, x, TIMES[0], y), 1e-6
+    )
     assert reference.isfinite().all()
 
 
 def network_of_biases(network: DyDiT, x: Tensor, t: float, y: Tensor) -> Tensor:
-    """Tokens behind the last block where every block adds its gated output biases."""
+    """Tokens after the last block where every block adds its gated output biases."""
     c = network.t_embedder(t) + network.y_embedder(y)
     x = network.x_embedder(x) + network.pos_embed
     for block in network.blocks:
@@ -135,7 +138,7 @@ def test_what_the_plan_does_not_cover_goes_by_masks() -> None:
     x, y = inputs()
     for t in (TIMES[3] + 0.5, torch.tensor([5.0, 500.0, 999.0]), torch.full((3,), TIMES[3])):
         assert torch.equal(ready(x, t, y=y).sample, network(x, t, y=y).sample)
-    assert ready(x, TIMES[3], y=y, complete_model=True).routing is None
+    assert ready(x, TIMES[3], y=y, complete_model=True).aux is None
     noise = torch.zeros(3, *network.gate_noise_shape)
     assert_close(ready(x, TIMES[3], y=y, gate_noise=noise).sample, network(x, TIMES[3], y=y).sample, 1e-6)
     with torch.enable_grad():
@@ -152,9 +155,9 @@ def test_a_gpu_gives_what_its_masks_give(pack_from: int) -> None:
     ready, _ = prepared(network, pack_from=pack_from)
     x, y = (part.cuda() for part in inputs())
     for t in TIMES[::5]:
-        found, masked = ready(x, t, y=y), network(x, t, y=y)
-        assert_close(found.sample, masked.sample, 1e-4)
-        assert all(torch.equal(one, other) for one, other in zip(found.routing, masked.routing, strict=True))
+        actual, masked = ready(x, t, y=y), network(x, t, y=y)
+        assert_close(actual.sample, masked.sample, 1e-4)
+        assert all(torch.equal(one, other) for one, other in zip(actual.aux, masked.aux, strict=True))
 
 
 @torch.no_grad()
@@ -182,16 +185,14 @@ def test_half_precision_weights_and_autocast_are_routed_in_float32(pack_from: in
         out = ready(x, TIMES[4], y=y)
         dtypes = {tensor.dtype for i in range(4) for tensor in cached(plan, i)}
     assert dtypes <= {torch.bfloat16}
-    assert torch.equal(out.routing.heads, reference.routing.heads) and torch.equal(
-        out.routing.mlp, reference.routing.mlp
-    )
+    assert torch.equal(out.aux.heads, reference.aux.heads) and torch.equal(out.aux.mlp, reference.aux.mlp)
     assert out.sample.isfinite().all()
-    flips = (out.routing.tokens != reference.routing.tokens).float().mean()
+    flips = (out.aux.tokens != reference.aux.tokens).float().mean()
     assert flips < 0.05
     half = network.to(torch.bfloat16)
     ready, _ = prepared(half, pack_from=pack_from)
     out = ready(x.bfloat16(), TIMES[4], y=y)
-    assert out.sample.dtype == torch.bfloat16 and out.routing.tokens.dtype == torch.float32
+    assert out.sample.dtype == torch.bfloat16 and out.aux.tokens.dtype == torch.float32
 
 
 def cached(plan: RoutingPlan, i: int) -> list[Tensor]:
@@ -208,22 +209,22 @@ def cached(plan: RoutingPlan, i: int) -> list[Tensor]:
 @torch.no_grad()
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pytorchs_counter_sees_the_work_of_what_is_on_and_no_more(layout: str) -> None:
-    """Timestep and width routers are settled when the plan is made; everything else follows the masks."""
+    """Timestep and width routers are evaluated when the plan is made; everything else follows the masks."""
     network, rows = routed_network(router_layout=layout), 5
     ready, _ = prepared(network)
     x, y = inputs(rows)
     config = network.config
-    settled = network.multiply_adds()["timestep_mlp"] + config.depth * 2 * config.router_outputs * config.hidden_size
+    before = network.cost()["timestep_mlp"] + config.depth * 2 * config.router_outputs * config.hidden_size
     for t in TIMES[::5]:
         with FlopCounterMode(display=False) as counter:
             out = ready(x, t, y=y)
-        stated = sum(network.multiply_adds_of(out).values()) - settled
+        stated = sum(routed_cost(network, out.aux).values()) - before
         assert counter.get_total_flops() == pytest.approx(2 * rows * stated, rel=1e-6)
-        assert stated < 0.9 * sum(network.multiply_adds().values())
+        assert stated < 0.9 * sum(network.cost().values())
 
 
 @torch.no_grad()
-def test_width_routers_are_asked_once_for_the_whole_schedule() -> None:
+def test_width_routers_are_evaluated_once_for_the_whole_schedule() -> None:
     network, x, y = routed_network(), *inputs()
     asked: list[int] = []
     for block in network.blocks:
@@ -251,8 +252,8 @@ def test_patterns_that_repeat_share_one_copy_of_weights() -> None:
             ready(x, t, y=y)
     parts = {
         (i, part, both[k])
-        for found in plan.evaluations.values()
-        for i, both in enumerate(found.active)
+        for width in plan.widths.values()
+        for i, both in enumerate(width.active)
         for k, part in enumerate(("attn", "mlp"))
         if len(both[k]) < network.config.num_heads
     }
@@ -271,7 +272,7 @@ def test_where_everything_is_on_no_weight_is_copied_and_no_token_moved() -> None
     assert {"index_select", "index_add_", "mul.Tensor"} & trace.names(inside=False).keys() == set()
 
 
-def test_a_cache_stays_within_its_bytes_and_gives_up_what_was_not_used_for_longest() -> None:
+def test_a_cache_stays_within_its_bytes_and_drops_the_least_recently_used() -> None:
     cache, made = BoundedCache(100), []
 
     def get(key: str, size: int) -> Tensor:
@@ -290,7 +291,7 @@ def test_a_cache_stays_within_its_bytes_and_gives_up_what_was_not_used_for_longe
 
 
 @torch.no_grad()
-def test_a_cache_without_room_changes_no_result() -> None:
+def test_a_cache_of_no_bytes_changes_no_result() -> None:
     network, x, y = routed_network(), *inputs()
     network.slice_cache_bytes = 0
     ready, plan = prepared(network)
@@ -322,7 +323,7 @@ def test_compiled_code_serves_every_pattern_and_number_of_tokens() -> None:
     network.compile_blocks(backend=counter)
     ready, plan = prepared(network)
     x, y = inputs(5)
-    assert len({both for found in plan.evaluations.values() for both in found.active}) > 20
+    assert len({both for width in plan.widths.values() for both in width.active}) > 20
     counts = []
     for t in TIMES:
         assert_same(ready(x, t, y=y), routed_by_masks(network, x, t, y))

@@ -45,19 +45,26 @@ def test_integer_timesteps_are_computed_in_float32() -> None:
 @pytest.mark.parametrize(("width", "grid"), [(64, 4), (48, 4), (32, 4), (16, 3), (8, 5)])
 def test_position_table_equals_the_recorded_one(width: int, grid: int) -> None:
     golden = arrays("dit/pos_embed")[f"pos_{width}_{grid}"]
-    torch.testing.assert_close(sincos_position_table(width, grid), golden, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(sincos_position_table(width, grid, grid), golden, rtol=1e-12, atol=1e-15)
 
 
 def test_position_table_of_the_largest_model_equals_the_recorded_one() -> None:
     golden = arrays("dit/pos_embed")
-    table = sincos_position_table(1152, 16)
+    table = sincos_position_table(1152, 16, 16)
     assert torch.equal(table[[0, 1, 16, 17, 255]].float(), golden["pos_1152_16_rows"])
     torch.testing.assert_close(torch.stack([table.sum(), table.abs().sum()]), golden["pos_1152_16_sum"])
 
 
+def test_positions_of_a_rectangle_follow_the_formula_of_the_square() -> None:
+    """Rows and columns of a larger square's table: positions are indices, whatever the size of the grid."""
+    square = sincos_position_table(64, 7, 7).view(7, 7, 64)
+    for rows, columns in ((3, 5), (5, 3), (1, 7)):
+        assert torch.equal(sincos_position_table(64, rows, columns).view(rows, columns, 64), square[:rows, :columns])
+
+
 def test_position_table_refuses_a_width_that_is_no_multiple_of_four() -> None:
     with pytest.raises(ValueError, match="hidden_size must be a multiple of 4 for 2-D positions, not 6"):
-        sincos_position_table(6, 2)
+        sincos_position_table(6, 2, 2)
 
 
 def test_modulate_and_gated_add_apply_one_vector_to_all_tokens() -> None:
@@ -77,13 +84,13 @@ def test_modulate_shares_one_row_among_all_samples() -> None:
 
 
 def test_unpatchify_reads_a_token_as_row_column_channel() -> None:
-    patch, channels, grid = 2, 3, 2
-    tokens = torch.randn(1, grid * grid, patch * patch * channels)
-    image = unpatchify(tokens, channels, patch)
-    assert image.shape == (1, channels, 4, 4)
+    patch, channels, (rows, columns) = 2, 3, (2, 3)
+    tokens = torch.randn(1, rows * columns, patch * patch * channels)
+    image = unpatchify(tokens, (rows, columns), patch, channels)
+    assert image.shape == (1, channels, 4, 6)
     for row in range(4):
-        for column in range(4):
-            token = (row // patch) * grid + column // patch
+        for column in range(6):
+            token = (row // patch) * columns + column // patch
             first = ((row % patch) * patch + column % patch) * channels
             assert torch.equal(image[0, :, row, column], tokens[0, token, first : first + channels])
 
@@ -103,7 +110,7 @@ def test_tokens_enter_the_blocks_contiguous() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_block_equals_the_eager_one_in_bf16_at_full_width() -> None:
-    """Tokens as they come from the embedder: strided ones made the compiled block return NaN on a CPU."""
+    """With tokens from the embedder: strided ones made the compiled block return NaN on a CPU."""
     network = randomise(create_model("DiT-S/2", depth=1))
     x, y = torch.randn(8, 4, 32, 32), torch.arange(8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -128,6 +135,13 @@ def test_attention_is_softmax_attention_over_contiguous_heads() -> None:
 @pytest.mark.parametrize(("null_class", "rows"), [(True, 6), (False, 5)])
 def test_label_table_has_a_null_row_only_on_request(null_class: bool, rows: int) -> None:
     assert LabelEmbedder(5, 8, null_class=null_class).embedding_table.weight.shape == (rows, 8)
+
+
+def test_null_labels_are_the_last_row_on_the_tables_device() -> None:
+    assert LabelEmbedder(5, 8, null_class=True).null_labels(2).tolist() == [5, 5]
+    assert LabelEmbedder(5, 8, null_class=True).to("meta").null_labels(2).device.type == "meta"
+    with pytest.raises(ValueError, match="class_dropout_prob is 0: this network has no null class"):
+        LabelEmbedder(5, 8, null_class=False).null_labels(2)
 
 
 def test_final_layer_starts_at_exactly_zero() -> None:
@@ -173,7 +187,7 @@ def test_timestep_table_is_a_snapshot_of_the_weights() -> None:
     assert not torch.equal(TimestepTable(embedder, [3])(3), before)
 
 
-def test_timestep_table_refuses_to_draw_weights() -> None:
+def test_timestep_table_refuses_to_be_initialised() -> None:
     with pytest.raises(TypeError, match="initialise the original"):
         TimestepTable(TimestepEmbedder(8), [3]).reset_parameters()
 

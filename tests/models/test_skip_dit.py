@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion import Batch, Draws, Objective, create_diffusion, guided
+from benchmarks.costs import layer_norm_elements, reused_cost
+from diffusion import Batch, DiffusionLoss, Draws, Evaluation, create_diffusion, guided
 from models import DiT, SkipDiT, create_model, list_models, model_config
 from models.dit import DiTConfig
 from models.skip_dit import SkipDiTConfig, SkipLinear, SkipNorm
-from tests.golden_data import arrays, assert_close, assert_close_elementwise, table
+from tests.golden_data import arrays, assert_close, assert_close_elementwise, table, with_sample_shape
 from tests.golden_skip_dit import CASES, recorded_network
-from tests.networks import debug_network, randomise
+from tests.networks import debug_network, inputs, randomise
 
 OFFICIAL = table("skip_dit/official_xl2_skip_keys")
 
@@ -25,9 +26,9 @@ def watch_blocks(network: DiT) -> list[tuple[int, Tensor, Tensor]]:
     return seen
 
 
-def inputs(network: DiT, rows: int = 2) -> tuple[Tensor, float, Tensor]:
-    x = torch.randn(rows, network.in_channels, network.input_size, network.input_size)
-    return x, 500.0, torch.arange(rows)
+def sample(network: DiT, rows: int = 2) -> tuple[Tensor, float, Tensor]:
+    x, t, conditioning = inputs(network, rows)
+    return x, t, conditioning["y"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ def test_forward_and_what_passes_between_blocks_equal_the_recorded_ones(case: st
 @pytest.mark.parametrize("case", CASES)
 def test_without_its_skip_units_it_is_the_plain_network(case: str) -> None:
     golden = arrays(f"skip_dit/{case}/io")
-    network = DiT(DiTConfig(**table(f"skip_dit/{case}/config")["model"]))
+    network = DiT(DiTConfig(**with_sample_shape(table(f"skip_dit/{case}/config")["model"])))
     weights = arrays(f"skip_dit/{case}/state_dict")
     network.load_state_dict({name: value for name, value in weights.items() if not name.startswith("skip_")})
     assert_close(network(golden["fwd.x"], golden["fwd.t"], y=golden["fwd.y"]).sample, golden["fwd.out_plain_dit"])
@@ -65,7 +66,8 @@ def test_guidance_equals_the_recorded_one(case: str) -> None:
     """The official batch is doubled beforehand, and its second half carries the null rows' unguided channels along."""
     golden, network = arrays(f"skip_dit/{case}/io"), recorded_network(case)
     (x, _), (t, _), (y, y_null) = (golden[f"cfg.{name}"].chunk(2) for name in "xty")
-    out = guided(network, y, y_null, table(f"skip_dit/{case}/config")["cfg_scale"], channels=3)(x, t)
+    scale = table(f"skip_dit/{case}/config")["cfg_scale"]
+    out = guided(network, {"y": y}, {"y": y_null}, channels=3)(x, Evaluation(t, scale, guided=True))
     assert_close(out.sample, golden["cfg.out_skip"].chunk(2)[0])
 
 
@@ -89,8 +91,8 @@ def test_gradients_equal_the_recorded_ones(case: str) -> None:
 def test_training_losses_equal_the_recorded_ones(case: str) -> None:
     golden, network = arrays(f"skip_dit/{case}/io"), recorded_network(case)
     x, t, y, noise = golden["fwd.x"], golden["fwd.t"], golden["fwd.y"], golden["train.noise"]
-    draws = Draws(t, noise, torch.zeros_like(noise), torch.zeros(1, len(t), dtype=torch.bool))
-    losses = Objective(network, create_diffusion())(Batch(x, y, torch.arange(len(y))), 0, draws)
+    batch = Batch(x, {"y": y}, torch.arange(len(y)))
+    losses = DiffusionLoss(network, create_diffusion())(batch, Draws(t, noise), 0, {})
     assert losses.keys() == {"loss", "mse", "vb"}
     for name, value in losses.items():
         assert_close_elementwise(value, golden[f"train.{name}"])
@@ -136,18 +138,21 @@ def official_size() -> SkipDiT:
 
 def test_state_dict_has_the_official_names_shapes_and_order() -> None:
     network = official_size()
-    found = [(name, list(value.shape)) for name, value in network.state_dict().items()]
-    assert found == list(OFFICIAL["keys"].items()) and len(found) == 348
+    shapes = [(name, list(value.shape)) for name, value in network.state_dict().items()]
+    assert shapes == list(OFFICIAL["keys"].items()) and len(shapes) == 348
     assert sum(p.numel() for p in network.parameters()) == OFFICIAL["params_total"]
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) == OFFICIAL["params_trainable"]
 
 
 def test_costs_equal_the_official_ones() -> None:
     network, official = official_size(), OFFICIAL["gmacs_per_image_forward"]
-    assert sum(network.multiply_adds().values()) == round(official["skip_full"]["total"] * 1e9)
-    assert sum(network.multiply_adds_with_state().values()) == round(official["skip_cached_step"]["total"] * 1e9)
-    assert network.multiply_adds()["skip_units"] == 14 * round(official["skip_full"]["skip"] * 1e9)
-    assert network.multiply_adds_with_state()["skip_units"] == 4 * round(official["skip_full"]["skip"] * 1e9)
+    full, reused = network.cost(), reused_cost(network)
+    assert sum(full.values()) == round(official["skip_full"]["total"] * 1e9)
+    assert sum(reused.values()) == round(official["skip_cached_step"]["total"] * 1e9)
+    assert full["skip_units"] == 14 * round(official["skip_full"]["skip"] * 1e9)
+    assert reused["skip_units"] == 4 * round(official["skip_full"]["skip"] * 1e9)
+    depth, tokens, width = network.config.depth, network.config.tokens, network.config.hidden_size
+    assert layer_norm_elements(network) == (2 * depth + 1 + 2 * network.num_units) * tokens * width
 
 
 def test_all_sizes_of_the_plain_family_are_there_and_one_for_the_digits() -> None:
@@ -155,7 +160,7 @@ def test_all_sizes_of_the_plain_family_are_there_and_one_for_the_digits() -> Non
     assert set(list_models("Skip-*")) == {f"Skip-{name}" for name in (*plain, "DiT-debug/2", "DiT-digits/2")}
     for name in plain:
         ours, theirs = model_config(f"Skip-{name}"), model_config(name)
-        for field in ("depth", "hidden_size", "num_heads", "patch_size", "input_size", "num_classes", "learn_sigma"):
+        for field in ("depth", "hidden_size", "num_heads", "patch_size", "sample_shape", "num_classes", "learn_sigma"):
             assert getattr(ours, field) == getattr(theirs, field)
     assert model_config("Skip-DiT-debug/2").depth == model_config("Skip-DiT-digits/2").depth == 8
 
@@ -205,7 +210,7 @@ def test_a_cached_step_runs_the_first_and_last_blocks_alone(depth: int, cache_de
     units: list[int] = []
     for k, linear in enumerate(network.skip_linears):
         linear.register_forward_hook(lambda *_, k=k: units.append(k))
-    seen, (x, t, y) = watch_blocks(network), inputs(network)
+    seen, (x, t, y) = watch_blocks(network), sample(network)
     fresh = network(x, t, y=y)
     assert [i for i, _, _ in seen] == list(range(depth)) and units == list(range(depth // 2))
     assert torch.equal(fresh.state, seen[depth - cache_depth - 1][2])
@@ -221,7 +226,7 @@ def test_a_cached_step_runs_the_first_and_last_blocks_alone(depth: int, cache_de
 @torch.no_grad()
 def test_a_cached_step_sees_the_new_image_time_and_label() -> None:
     network = debug_network("Skip-DiT")
-    x, t, y = inputs(network)
+    x, t, y = sample(network)
     state = network(x, t, y=y).state
     reference = network(x, t, y=y, state=state).sample
     for other in (
@@ -235,7 +240,7 @@ def test_a_cached_step_sees_the_new_image_time_and_label() -> None:
 @torch.no_grad()
 def test_a_cached_step_depends_on_the_state() -> None:
     network = debug_network("Skip-DiT")
-    x, t, y = inputs(network)
+    x, t, y = sample(network)
     out = network(x, t, y=y)
     assert (network(x, t, y=y, state=out.state.flip(0)).sample - out.sample).abs().max() > 1e-3 * out.sample.abs().max()
 
@@ -243,20 +248,23 @@ def test_a_cached_step_depends_on_the_state() -> None:
 @torch.no_grad()
 def test_state_of_other_rows_is_refused() -> None:
     network = debug_network("Skip-DiT")
-    state = network(*inputs(network)).state
+    x, t, conditioning = inputs(network)
+    state = network(x, t, **conditioning).state
     with pytest.raises(ValueError, match="state of 2 rows cannot be reused for 3 rows"):
-        network(*inputs(network, rows=3), state=state)
+        x, t, conditioning = inputs(network, rows=3)
+        network(x, t, **conditioning, state=state)
 
 
 @torch.no_grad()
-def test_features_are_the_tokens_behind_the_block_asked_for() -> None:
+def test_features_are_the_tokens_after_the_blocks_asked_for() -> None:
     network = debug_network("Skip-DiT")
-    seen, (x, t, y) = watch_blocks(network), inputs(network)
+    seen, (x, t, y) = watch_blocks(network), sample(network)
     state = network(x, t, y=y).state
     outputs = [output for _, _, output in seen]
     for block in range(1, 9):
-        assert torch.equal(network(x, t, y=y, features_at=(block,)).features, outputs[block - 1])
-    assert torch.equal(network(x, t, y=y, state=state, features_at=(2,)).features, outputs[1])
+        assert torch.equal(network(x, t, y=y, features_at=(block,)).features[block], outputs[block - 1])
+    features = network(x, t, y=y, state=state, features_at=(8, 2)).features
+    assert torch.equal(features[2], outputs[1]) and torch.equal(features[8], outputs[7])
     for block in (3, 6):
         with pytest.raises(ValueError, match=f"features_at {block}: that block does not run when state is reused"):
             network(x, t, y=y, state=state, features_at=(block,))
@@ -265,7 +273,7 @@ def test_features_are_the_tokens_behind_the_block_asked_for() -> None:
 @torch.no_grad()
 def test_tokens_and_state_keep_their_precision_under_autocast() -> None:
     network = debug_network("Skip-DiT")
-    seen, (x, t, y) = watch_blocks(network), inputs(network)
+    seen, (x, t, y) = watch_blocks(network), sample(network)
     reference = network(x, t, y=y).sample
     seen.clear()
     with torch.autocast("cpu", torch.bfloat16):
@@ -277,7 +285,7 @@ def test_tokens_and_state_keep_their_precision_under_autocast() -> None:
 @torch.no_grad()
 def test_a_network_cast_to_half_precision_stays_close() -> None:
     network = debug_network("Skip-DiT")
-    x, t, y = inputs(network)
+    x, t, y = sample(network)
     reference = network(x, t, y=y).sample
     out = network.bfloat16()(x.bfloat16(), t, y=y)
     assert out.sample.dtype == out.state.dtype == torch.bfloat16
@@ -286,24 +294,15 @@ def test_a_network_cast_to_half_precision_stays_close() -> None:
 
 def test_every_trainable_parameter_takes_part() -> None:
     network = debug_network("Skip-DiT")
-    network(*inputs(network)).sample.square().sum().backward()
+    x, t, y = sample(network)
+    network(x, t, y=y).sample.square().sum().backward()
     idle = [n for n, p in network.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert idle == []
-
-
-def test_recomputed_activations_give_the_same_gradients() -> None:
-    network = debug_network("Skip-DiT")
-    x, t, y = inputs(network)
-    gradients = []
-    for network.grad_checkpointing in (False, True):
-        network.zero_grad()
-        network(x, t, y=y).sample.square().sum().backward()
-        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @torch.no_grad()
 def test_all_patch_sizes_work() -> None:
     for patch in (4, 8):
         network = randomise(create_model("Skip-DiT-debug/2", patch_size=patch))
-        assert network(*inputs(network)).sample.shape == (2, 8, 8, 8)
+        x, t, y = sample(network)
+        assert network(x, t, y=y).sample.shape == (2, 8, 8, 8)

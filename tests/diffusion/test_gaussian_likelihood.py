@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from diffusion.likelihood import approx_standard_normal_cdf, discretized_gaussian_log_likelihood, normal_kl
 
+from diffusion.gaussian_likelihood import approx_standard_normal_cdf, discretized_gaussian_log_likelihood, normal_kl
 from tests.golden_data import arrays, assert_close_elementwise
 
 GOLDEN = arrays("dit/diffusion/losses_learned_range")

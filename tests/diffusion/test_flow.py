@@ -2,29 +2,33 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-from diffusion.flow_matching import LossWeight
 from torch import Tensor
 
-from diffusion import Batch, Draws, FlowMatching, Objective, create_diffusion
-from diffusion.schedules import shift_time, unit_grid, unit_to_network
+from diffusion import Batch, DiffusionLoss, Draws, FlowMatching
+from diffusion.flow import FlowPrediction, FlowWeight
+from diffusion.predictions import Prediction
+from diffusion.schedules import shift_time, unit_grid
 from tests.golden_data import arrays, assert_close
 from tests.golden_ddt import LOSS, assert_within, golden_ddt
-from tests.networks import debug_network
+from tests.toys import CLIP, true_prediction
 
 SHAPE = (4, 8, 8)
+PREDICTIONS: tuple[FlowPrediction, ...] = get_args(FlowPrediction)
 DISTRIBUTIONS: list[Any] = ["logit_normal", "uniform"]
 
 
-def recorded(golden: dict[str, Tensor], prefix: str = "") -> tuple[Batch, Draws]:
-    """A fixture's batch and draws."""
-    noise, t = golden[f"{prefix}noise"], golden[f"{prefix}t"]
-    dropped = golden.get("drop_mask", torch.zeros(len(t), dtype=torch.bool))
-    batch = Batch(golden["x"], golden["y"], torch.arange(len(t)), golden.get("raw"))
-    return batch, Draws(t, noise, torch.zeros_like(noise), dropped[None])
+def recorded_losses(
+    network: str, process: FlowMatching, golden: dict[str, Tensor], prefix: str = ""
+) -> dict[str, Tensor]:
+    """Losses for a fixture's batch and draws."""
+    t, dropped = golden[f"{prefix}t"], golden.get("drop_mask")
+    batch = Batch(golden["x"], {"y": golden["y"]}, torch.arange(len(t)), golden.get("raw"))
+    draws = Draws(t, golden[f"{prefix}noise"], None if dropped is None else dropped[None])
+    return DiffusionLoss(golden_ddt(network), process)(batch, draws, 0, {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,31 +42,27 @@ def recorded(golden: dict[str, Tensor], prefix: str = "") -> tuple[Batch, Draws]
 )
 def test_injected_draws_give_the_recorded_loss(prefix: str, name: str) -> None:
     golden = arrays("ddt/train/idit_plain")
-    losses = Objective(golden_ddt("idit"), FlowMatching())(*_with_step(recorded(golden, prefix)))
+    losses = recorded_losses("idit", FlowMatching(), golden, prefix)
     assert_within(losses["loss"].mean(), golden[prefix + name], LOSS)
     assert torch.equal(losses["loss"], losses["mse"])
 
 
 @torch.no_grad()
-def test_the_loss_of_directions_is_the_recorded_one() -> None:
+def test_the_cosine_loss_is_the_recorded_one() -> None:
     golden = arrays("ddt/train/idit_plain")
-    losses = Objective(golden_ddt("idit"), FlowMatching(direction=1.0))(*_with_step(recorded(golden, "cos.")))
-    assert_within(losses["direction"].mean(), golden["cos.cos_loss"], LOSS)
+    losses = recorded_losses("idit", FlowMatching(cosine=1.0), golden, "cos.")
+    assert_within(losses["cosine"].mean(), golden["cos.cos_loss"], LOSS)
     assert_within(losses["loss"].mean(), golden["cos.loss"], LOSS)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["ddt_a_repa", "ddt_a_repa_resize_down", "ddt_a_repa_resize_up", "idit_repa"])
 def test_dropped_labels_give_the_recorded_flow_loss(name: str) -> None:
-    golden, network = arrays(f"ddt/train/{name}"), golden_ddt(name.split("_repa")[0])
-    assert torch.equal(torch.where(golden["drop_mask"], network.null_class, golden["y"]), golden["y_used"])
-    losses = Objective(network, FlowMatching())(*_with_step(recorded(golden)))
+    golden, network = arrays(f"ddt/train/{name}"), name.split("_repa")[0]
+    null = golden_ddt(network).null_conditioning(len(golden["y"]))["y"]
+    assert torch.equal(torch.where(golden["drop_mask"], null, golden["y"]), golden["y_used"])
+    losses = recorded_losses(network, FlowMatching(), golden)
     assert_within(losses["loss"].mean(), golden["fm_loss"], LOSS)
-
-
-def _with_step(batch_and_draws: tuple[Batch, Draws]) -> tuple[Batch, int, Draws]:
-    batch, draws = batch_and_draws
-    return batch, 0, draws
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,18 +113,9 @@ def test_stratified_times_stay_in_their_parts_with_the_distribution_they_have_th
         assert t[:, part].quantile(levels).tolist() == pytest.approx(inside.quantile(levels).tolist(), abs=0.01)
 
 
-def test_times_are_told_in_the_networks_units() -> None:
-    t = torch.tensor([0.0, 0.25, 1.0])
-    assert FlowMatching().network_times(t, "unit") is t
-    assert FlowMatching().network_times(t, "index").tolist() == [1000, 750, 0]
-    assert unit_to_network(0.3, "index") == 700
-
-
-def test_draws_of_a_step_are_flow_times() -> None:
-    objective = Objective(debug_network("DDT"), FlowMatching(), seed=3)
-    draws = objective.draw(5, 64, SHAPE)
-    assert draws.t.dtype == torch.float32 and 0 < draws.t.min() and draws.t.max() < 1
-    assert torch.equal(draws.t, Objective(debug_network("DDT"), FlowMatching(), seed=3).draw(5, 64, SHAPE).t)
+def test_drawn_times_are_process_times() -> None:
+    t = draw(FlowMatching(), 3)
+    assert FlowMatching().to_time(t) is t and FlowMatching.time_convention == "unit"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,24 +127,45 @@ def test_the_path_runs_from_noise_to_data_at_constant_velocity() -> None:
     assert torch.equal(flow.q_sample(x_start, torch.zeros(3), noise), noise)
     assert torch.equal(flow.q_sample(x_start, torch.ones(3), noise), x_start)
     t = torch.tensor([0.1, 0.4, 0.8])
-    moved = flow.q_sample(x_start, t + 0.1, noise) - flow.q_sample(x_start, t, noise)
-    assert_close(moved, 0.1 * (x_start - noise), 1e-5)
+    difference = flow.q_sample(x_start, t + 0.1, noise) - flow.q_sample(x_start, t, noise)
+    assert_close(difference, 0.1 * (x_start - noise), 1e-5)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("t", [0.3, torch.tensor([0.1, 0.4, 0.8])])
-def test_velocity_image_and_noise_give_each_other(t: float | Tensor) -> None:
-    flow, (x_start, noise) = FlowMatching(), torch.randn(2, 3, *SHAPE)
-    x_t, velocity = flow.q_sample(x_start, torch.as_tensor(t).expand(3), noise), x_start - noise
-    assert_close(flow.pred_xstart(velocity, x_t, t), x_start)
-    assert_close(flow.pred_noise(velocity, x_t, t), noise)
-    assert_close(flow.velocity_from_xstart(x_start, x_t, t), velocity)
-    assert_close(flow.velocity_from_noise(noise, x_t, t), velocity)
+def test_every_prediction_gives_velocity_image_and_noise(t: float | Tensor, prediction: FlowPrediction) -> None:
+    flow, (x_start, noise) = FlowMatching(prediction=prediction), torch.randn(2, 3, *CLIP)
+    times = torch.as_tensor(t).expand(3)
+    x_t, rows = flow.q_sample(x_start, times, noise), times.view(3, 1, 1, 1, 1)
+    output = true_prediction(prediction, x_start, noise, rows, 1 - rows)
+    targets: tuple[Prediction, ...] = get_args(Prediction)
+    for target in targets:
+        assert_close(flow.convert(output, x_t, t, target), true_prediction(target, x_start, noise, rows, 1 - rows))
+    assert flow.convert(output, x_t, t, prediction) is output
+
+
+def test_a_clip_is_noised_row_by_row() -> None:
+    """(2, 2, 4, 8, 8) has as many frames as rows: coefficients of the wrong axis would broadcast unseen."""
+    x_start, noise = torch.randn(2, 2, 2, 4, 8, 8)
+    x_t = FlowMatching().q_sample(x_start, torch.tensor([0.25, 1.0]), noise)
+    assert_close(x_t[0], 0.25 * x_start[0] + 0.75 * noise[0], 1e-6)
+    assert torch.equal(x_t[1], x_start[1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Weights of the loss
+# Losses
 
-RATIO: dict[LossWeight, Callable[[float], float]] = {
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_loss_at_the_true_target_is_zero(prediction: FlowPrediction) -> None:
+    flow, (x_start, noise) = FlowMatching(prediction=prediction, cosine=1.0), torch.randn(2, 4, *CLIP)
+    t = torch.tensor([0.0, 0.3, 0.9, 1.0])
+    output = true_prediction(prediction, x_start, noise, t.view(4, 1, 1, 1, 1), 1 - t.view(4, 1, 1, 1, 1))
+    losses = flow.losses(output, x_start, flow.q_sample(x_start, t, noise), t, noise)
+    assert all(value.shape == (4,) and value.abs().max() < 1e-6 for value in losses.values())
+
+
+RATIO: dict[FlowWeight, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
     "inverse_variance": lambda t: 1 / (1 - t) ** 2,
     "ratio": lambda t: t / (1 - t),
@@ -163,7 +175,7 @@ RATIO: dict[LossWeight, Callable[[float], float]] = {
 
 
 @pytest.mark.parametrize("weight", RATIO)
-def test_the_squared_error_is_weighted_by_time(weight: LossWeight) -> None:
+def test_the_squared_error_is_weighted_by_time(weight: FlowWeight) -> None:
     t = torch.tensor([0.0, 0.2, 0.5, 0.8, 0.99])
     sample, x_start, noise = torch.randn(3, 5, *SHAPE)
     flow = FlowMatching(weight=weight)
@@ -173,51 +185,42 @@ def test_the_squared_error_is_weighted_by_time(weight: LossWeight) -> None:
     assert_close(losses["loss"], mse * torch.tensor([RATIO[weight](value) for value in t.tolist()]), 1e-5)
 
 
-def test_directions_that_agree_cost_nothing_and_opposite_ones_two() -> None:
+def test_equal_directions_cost_nothing_and_opposite_ones_two() -> None:
     x_start, noise = torch.randn(2, 3, *SHAPE)
-    t, flow = torch.full((3,), 0.5), FlowMatching(direction=0.5)
+    t, flow = torch.full((3,), 0.5), FlowMatching(cosine=0.5)
     for factor, cost in ((3.0, 0.0), (-0.1, 2.0)):
         losses = flow.losses(factor * (x_start - noise), x_start, x_start, t, noise)
-        assert losses["direction"].tolist() == pytest.approx([cost] * 3, abs=1e-5)
+        assert losses["cosine"].tolist() == pytest.approx([cost] * 3, abs=1e-5)
         assert_close(losses["loss"], losses["mse"] + 0.5 * cost, 1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Both processes with both kinds of network
-
-
-@pytest.mark.parametrize("family", ["DiT", "DDT"])
-@pytest.mark.parametrize("process", ["gaussian", "flow"])
-def test_networks_of_either_time_train_under_either_process(family: str, process: str) -> None:
-    network = debug_network(family, **({"learn_sigma": False} if family == "DiT" else {}))
-    processes = {"flow": FlowMatching(), "gaussian": create_diffusion(learn_sigma=False)}
-    told: list[Tensor] = []
-    network.register_forward_pre_hook(lambda _, arguments: told.append(arguments[1]))
-    objective = Objective(network, processes[process])
-    batch = Batch(torch.randn(64, *SHAPE), torch.arange(64) % 10, torch.arange(64))
-    objective(batch, 0)["loss"].mean().backward()
-    highest = {"unit": 1.0, "index": 1000.0}[network.time_convention]
-    assert 0 <= told[0].min() < 0.3 * highest and 0.7 * highest < told[0].max() <= highest
-    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+# Misfits
 
 
 def test_a_network_that_predicts_a_variance_is_refused() -> None:
-    with pytest.raises(ValueError, match="the network puts out 8 channels, but the process needs 4 for 4 input"):
-        Objective(debug_network("DiT"), FlowMatching())
-    with pytest.raises(ValueError, match="the network puts out 8 channels; a velocity has 4"):
+    message = r"the network's output has shape \(1, 8, 8, 8\); a flow's x has \(1, 4, 8, 8\)"
+    with pytest.raises(ValueError, match=message):
         FlowMatching().losses(
             torch.randn(1, 8, 8, 8), *torch.randn(2, 1, 4, 8, 8), torch.ones(1), torch.ones(1, *SHAPE)
         )
+    with pytest.raises(ValueError, match="a flow has no variance to predict, and the network predicts one"):
+        FlowMatching().make(learn_sigma=True)
+    assert FlowMatching().make(learn_sigma=False) == FlowMatching()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"times": "normal"}, "'normal' is none of logit_normal, uniform"),
-        ({"weight": "min_snr"}, "'min_snr' is none of constant, inverse_variance"),
+        ({"times": "normal"}, "'normal' is not one of logit_normal, uniform"),
+        ({"weight": "min_snr"}, "'min_snr' is not one of constant, inverse_variance"),
         ({"shift": 0.0}, "the time shift must be positive and finite, not 0.0"),
         ({"shift": math.inf}, "the time shift must be positive and finite, not inf"),
-        ({"direction": -1.0}, "the weight of the direction must not be negative, and finite, not -1.0"),
+        ({"cosine": -1.0}, "the weight of the cosine loss must not be negative, and finite, not -1.0"),
+        (
+            {"prediction": "epsilon"},
+            r"no prediction 'epsilon' \(.* singular at time 0\); choose from velocity, x_start, v",
+        ),
     ],
 )
 def test_settings_without_a_meaning_are_named(settings: dict[str, Any], message: str) -> None:

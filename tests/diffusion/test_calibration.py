@@ -1,23 +1,22 @@
-"""Encoder sharing: schedules against the recorded and against all others, similarities, what is really skipped."""
+"""Calibration of encoder sharing: recorded similarities and run, what is skipped, and the store."""
 
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusion.refresh import cheapest, every_nth, reuse_cost, sharing_budget
-from diffusion.sharing import Calibration, run_similarity, state_similarity
 from torch import Tensor
 
-from diffusion import FlowMatching, ImageNoise, guided, sample_loop
-from models import create_model
+from diffusion import Calibration, EulerSampler, FlowMatching, ImageNoise, evaluations, guided, sample_loop
+from diffusion.caching import cheapest, every_nth, reuse_cost, sharing_budget
+from diffusion.calibration import run_similarity, state_similarity
+from models import ModelOutput, create_model
 from tests.golden_data import arrays, assert_close, table
 from tests.golden_ddt import FORWARD, TRAJECTORY, assert_within, golden_ddt
 from tests.networks import debug_network, randomise
+from tests.toys import TextToy
 
-FLOW = FlowMatching()
 META = table("ddt/manifest")["files"]["dp.safetensors"]["meta"]
 SHAPE = (4, 8, 8)
 
@@ -27,7 +26,7 @@ def flags(evaluations: int, chosen: list[int]) -> tuple[bool, ...]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The cheapest schedule
+# The recorded run: calibration, schedule, trajectory
 
 
 @pytest.mark.parametrize("name", META)
@@ -46,121 +45,52 @@ def test_schedules_from_recorded_states_are_the_recorded_ones(name: str) -> None
         assert reuse_cost(matrix, uniform) == pytest.approx(meta["uniform_cost"], abs=1e-4)
 
 
-def random_similarity(rng: np.random.Generator, count: int) -> Any:
-    """Cosines of a random walk's places, as those of a trajectory's states."""
-    walk = rng.normal(size=(count, 6)).cumsum(axis=0) + 3
-    walk /= np.linalg.norm(walk, axis=1, keepdims=True)
-    return walk @ walk.T
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_no_schedule_of_the_same_budget_is_cheaper(seed: int) -> None:
-    """Against every schedule there is."""
-    similarity = random_similarity(np.random.default_rng(seed), 9)
-    for budget in range(1, 10):
-        refresh = cheapest(similarity, budget)
-        assert sum(refresh) == budget and refresh[0] and len(refresh) == 9
-        others = [flags(9, [0, *rest]) for rest in combinations(range(1, 9), budget - 1)]
-        assert reuse_cost(similarity, refresh) == pytest.approx(min(reuse_cost(similarity, o) for o in others))
-        assert refresh in others
-
-
-def test_a_long_schedule_is_cheaper_than_uniform_and_random_ones() -> None:
-    rng = np.random.default_rng(0)
-    similarity = random_similarity(rng, 250)
-    for rate in (2, 5, 10, 25):
-        refresh = cheapest(similarity, sharing_budget(250, rate))
-        assert reuse_cost(similarity, refresh) <= reuse_cost(similarity, every_nth(250, rate))
-        for _ in range(20):
-            chosen = rng.choice(np.arange(1, 250), sum(refresh) - 1, replace=False).tolist()
-            assert reuse_cost(similarity, refresh) <= reuse_cost(similarity, flags(250, [0, *chosen]))
-
-
-def test_the_cost_counts_each_evaluation_once() -> None:
-    similarity = 1 - np.arange(16.0).reshape(4, 4)  # error[i, j] = 4 i + j
-    assert reuse_cost(similarity, (True, False, True, False)) == 0 + 4 + 10 + 14
-    assert reuse_cost(similarity, (True,) * 4) == 0 + 5 + 10 + 15
-
-
-def test_of_equal_schedules_the_first_is_taken() -> None:
-    assert cheapest(np.ones((5, 5)), 2) == (True, True, False, False, False)
-
-
-@pytest.mark.parametrize(("evaluations", "rate", "budget"), [(250, 1, 250), (250, 5, 50), (10, 3, 3), (7, 7, 1)])
-def test_the_budget_is_rounded_down(evaluations: int, rate: int, budget: int) -> None:
-    assert sharing_budget(evaluations, rate) == budget
-
-
-@pytest.mark.parametrize("rate", [0, -1, 11])
-def test_a_rate_that_leaves_no_refresh_is_refused(rate: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"the refresh rate must lie in 1\.\.10, the number of evaluations, not {rate}"
-    ):
-        sharing_budget(10, rate)
-
-
-def test_budgets_and_matrices_that_do_not_fit_are_refused() -> None:
-    for budget in (0, 6):
-        with pytest.raises(ValueError, match=f"{budget} refreshes do not fit 5 evaluations"):
-            cheapest(np.ones((5, 5)), budget)
-    for matrix in (np.ones((5, 4)), np.full((5, 5), np.nan)):
-        with pytest.raises(ValueError, match="similarities must be finite and of every two evaluations"):
-            cheapest(matrix, 2)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The recorded run: calibration, schedule, trajectory
-
-
 def test_calibration_and_the_shared_run_are_the_recorded_ones() -> None:
-    golden = arrays("ddt/samplers/ddt_a_dp_sharing")
-    network, sampler, interval = golden_ddt("ddt_a"), FLOW.euler(10, shift=1.5, last_step=0.04), (0.3, 1.0)
-    network = network.for_sampling(sampler.times)
-    null, times = network.null_class, sampler.times
-    template = guided(network, golden["template_labels"], null, 2.5, None, interval, times, always_both=True)
-    similarity = run_similarity(template, sampler, golden["template_noise"], torch.randn_like)
+    golden, interval = arrays("ddt/samplers/ddt_a_dp_sharing"), (0.3, 1.0)
+    sampler = EulerSampler(FlowMatching(), 10, shift=1.5, last_step=0.04)
+    network = golden_ddt("ddt_a").for_sampling(sampler.times)
+    labels = {"y": golden["template_labels"]}
+    template = guided(network, labels, network.null_conditioning(len(labels["y"])))
+    run = evaluations(sampler.times, 2.5, interval, always_both=True)
+    similarity = run_similarity(template, sampler, golden["template_noise"], run)
     assert_within(similarity, golden["sim"], FORWARD)
     refresh = cheapest(similarity, sharing_budget(10, 3))
     assert refresh == flags(10, golden["schedule"].tolist())
     assert list(refresh) == golden["state_fresh"].bool().tolist()
-    denoise = guided(network, golden["y"], golden["uncond"], 2.5, None, interval, times, refresh)
+    denoise = guided(network, {"y": golden["y"]}, {"y": golden["uncond"]})
+    run = evaluations(sampler.times, 2.5, interval, refresh)
     visited = [golden["noise"]]
-    final = sample_loop(denoise, sampler, golden["noise"], refresh, on_step=lambda i, x, out: visited.append(x))
+    final = sample_loop(denoise, sampler, golden["noise"], run, on_step=lambda i, x, out: visited.append(x))
     for x, reference in zip(visited, golden["traj"], strict=False):
         assert_within(x, reference, TRAJECTORY)
     assert_within(final, golden["final"], TRAJECTORY)
 
 
-@pytest.mark.parametrize("rate", [1, 2, 5, 20])
-def test_the_encoder_runs_as_often_as_the_budget_says(rate: int) -> None:
-    network, sampler, shape = debug_network("DDT"), FLOW.euler(20), SHAPE
+@pytest.mark.parametrize("interval", [1, 2, 5, 20])
+def test_the_encoder_runs_as_often_as_the_budget_says(interval: int) -> None:
+    network, sampler = debug_network("DDT"), EulerSampler(FlowMatching(), 20)
     calls = {"encoder": 0, "decoder": 0}
     for name, part in (("encoder", network.s_embedder), ("decoder", network.final_layer)):
         part.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
-    refresh = cheapest(random_similarity(np.random.default_rng(0), 20), sharing_budget(20, rate))
-    noise = ImageNoise(0, [0, 1], shape)
-    sample_loop(guided(network, torch.tensor([1, 2]), 10, 2.0), sampler, noise.initial(), refresh, noise)
-    assert calls == {"encoder": 20 // rate, "decoder": 20}
+    walk = np.random.default_rng(0).normal(size=(20, 6)).cumsum(axis=0)
+    refresh = cheapest(walk @ walk.T / 1000, sharing_budget(20, interval))
+    noise = ImageNoise(0, [0, 1], SHAPE)
+    denoise = guided(network, {"y": torch.tensor([1, 2])}, network.null_conditioning(2))
+    sample_loop(denoise, sampler, noise.initial(), evaluations(sampler.times, 2.0, refresh=refresh), noise_fn=noise)
+    assert calls == {"encoder": 20 // interval, "decoder": 20}
 
 
 def test_rows_outside_the_interval_are_conditional_alone_between_refreshes_too() -> None:
-    """Rows average n (1 + f) when nothing is cached; a reuse window that reaches into the interval runs both halves."""
-    network, sampler = debug_network("DDT"), FLOW.euler(10)
+    """Rows average n (1 + f) when nothing is cached; a reuse window that reaches into the interval has both rows."""
+    network, sampler = debug_network("DDT"), EulerSampler(FlowMatching(), 10)
     rows: list[int] = []
     network.final_layer.register_forward_hook(lambda _, arguments, out: rows.append(len(out)))
     noise = ImageNoise(0, [0, 1], SHAPE)
-    runs = {(True,) * 10: [2] * 4 + [4] * 6, flags(10, [0, 3, 8]): [2] * 3 + [4] * 7}
-    for refresh, expected in runs.items():
-        denoise = guided(network, torch.tensor([1, 2]), 10, 2.0, None, (0.35, 1.0), sampler.times, refresh)
-        sample_loop(denoise, sampler, noise.initial(), refresh, noise)
+    denoise = guided(network, {"y": torch.tensor([1, 2])}, network.null_conditioning(2))
+    for refresh, expected in {(True,) * 10: [2] * 4 + [4] * 6, flags(10, [0, 3, 8]): [2] * 3 + [4] * 7}.items():
+        sample_loop(denoise, sampler, noise.initial(), evaluations(sampler.times, 2.0, (0.35, 1.0), refresh))
         assert rows == expected
         rows.clear()
-
-
-@pytest.mark.parametrize("interval", [(0.5, 0.5), (1.0, 0.3), (float("nan"), 1.0)])
-def test_an_empty_interval_is_refused_before_anything_runs(interval: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match=rf"the guidance interval \({interval[0]:g}, {interval[1]:g}\) is empty"):
-        guided(debug_network("DDT"), torch.tensor([1]), 10, 2.0, None, interval, FLOW.euler(4).times)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,17 +106,17 @@ def test_similarity_is_the_mean_cosine_of_tokens() -> None:
 def test_similarity_does_not_depend_on_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     states = list(torch.randn(4, 3, 7, 6))
     whole = state_similarity(states)
-    monkeypatch.setattr("diffusion.sharing._CHUNK", 100)
+    monkeypatch.setattr("diffusion.calibration._CHUNK", 100)
     assert_close(state_similarity(states), whole, 1e-12)
 
 
 def calibration(network: Any = None, **changes: Any) -> Calibration:
     network = debug_network("DDT") if network is None else network
-    settings = {"sampling": {"sampler": "euler"}, "scale": 2.0, "interval": (0.3, 1.0), "shape": SHAPE, "images": 4}
-    return Calibration(**{"network": network, "sampler": FLOW.euler(6), **settings, **changes})
+    settings = {"sampling": {"sampler": "euler"}, "scale": 2.0, "interval": (0.3, 1.0), "images": 4}
+    return Calibration(**{"network": network, "sampler": EulerSampler(FlowMatching(), 6), **settings, **changes})
 
 
-def test_calibration_sees_both_halves_at_every_evaluation_and_all_classes() -> None:
+def test_calibration_evaluates_both_rows_everywhere_and_labels_of_all_classes() -> None:
     network = randomise(create_model("DDT-debug/2", num_classes=3))  # not a thousand, not ten
     rows: list[int] = []
     labels: list[Tensor] = []
@@ -218,14 +148,38 @@ def test_calibration_without_guidance_runs_the_conditional_rows() -> None:
 def test_a_network_without_state_cannot_share_it() -> None:
     with pytest.raises(ValueError, match="this network keeps nothing between evaluations that could be shared"):
         calibration(debug_network("DDT", encoder_depth=None)).measure()
-    network = debug_network("DiT", learn_sigma=False)
-    denoise = guided(network, torch.tensor([1]), None, 1.0)
+    network, sampler = debug_network("DiT", learn_sigma=False), EulerSampler(FlowMatching(), 3)
+    denoise = guided(network, {"y": torch.tensor([1])}, times="unit")
     with pytest.raises(ValueError, match="this network keeps no tokens between evaluations"):
-        run_similarity(denoise, FLOW.euler(3, convention="index"), torch.randn(1, *SHAPE), torch.randn_like)
+        run_similarity(denoise, sampler, torch.randn(1, *SHAPE), evaluations(sampler.times))
+
+
+class TokenToy(TextToy):
+    """Text-conditioned, with a token per frame as state."""
+
+    def output(self, x: Tensor, t: float | Tensor, added: Tensor) -> ModelOutput:
+        out = super().output(x, t, added)
+        return out._replace(state=out.sample.flatten(2))
+
+
+def test_text_is_given_with_its_unconditional_rows() -> None:
+    torch.manual_seed(0)
+    network = TokenToy(convention="unit")
+    null = {"text": torch.zeros(3, 5, 4), "text_mask": torch.ones(3, 5)}
+    cond = {"text": torch.randn(3, 5, 4), "text_mask": torch.ones(3, 5)}
+    settings = {"network": network, "images": 3, "images_at_a_time": 2}
+    with_text = calibration(**settings, conditioning=cond, null=null)
+    assert with_text.measure().shape == (6, 6)
+    assert [len(seen["text"]) for _, seen in network.seen] == [4] * 6 + [2] * 6
+    assert torch.equal(network.seen[0][1]["text"], torch.cat([cond["text"][:2], null["text"][:2]]))
+    other = calibration(**settings, conditioning={**cond, "text": cond["text"] + 1}, null=null)
+    assert with_text.settings() != other.settings()
+    with pytest.raises(ValueError, match="calibration needs the conditioning text, text_mask"):
+        calibration(**settings).measure()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What was measured is kept, and serves the settings it was measured with
+# Measurements are stored, and serve the settings they were made with, and serves the settings it was measured with
 
 
 def count_measurements(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
@@ -242,21 +196,23 @@ def count_measurements(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
 
 def test_similarities_are_measured_once_for_each_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured, network, store = count_measurements(monkeypatch), debug_network("DDT"), tmp_path / "sharing"
-    first = calibration(network).similarity(store)
-    assert torch.equal(calibration(network, images_at_a_time=4).similarity(store), first)  # costs memory, no more
+    small: dict[str, Any] = {"network": network, "images": 2, "sampler": EulerSampler(FlowMatching(), 3)}
+    first = calibration(**small).similarity(store)
+    assert torch.equal(calibration(**small, images_at_a_time=2).similarity(store), first)  # costs memory, no more
     assert len(measured) == 1
     other_weights = debug_network("DDT")
     with torch.no_grad():
         other_weights.y_embedder.embedding_table.weight[3] += 1e-3
     changes: list[dict[str, Any]] = [
-        {"scale": 3.0}, {"interval": (0.2, 1.0)}, {"interval": None}, {"channels": 3}, {"seed": 1}, {"images": 5},
-        {"sampler": FLOW.euler(7)}, {"sampler": FLOW.euler(6, shift=2.0)}, {"sampling": {"sampler": "sde"}},
-        {"shape": (4, 8, 12)}, {"autocast": torch.bfloat16}, {"network": other_weights},
+        {"scale": 3.0}, {"interval": (0.2, 1.0)}, {"interval": None}, {"channels": 3}, {"seed": 1}, {"images": 3},
+        {"sampler": EulerSampler(FlowMatching(), 4)}, {"sampler": EulerSampler(FlowMatching(), 3, shift=2.0)},
+        {"sampling": {"sampler": "sde"}}, {"autocast": torch.bfloat16}, {"network": other_weights},
+        {"network": debug_network("DDT", sample_shape=(4, 8, 12))},
     ]  # fmt: skip
     for number, change in enumerate(changes, start=2):
-        calibration(**{"network": network, **change}).similarity(store)
+        calibration(**{**small, **change}).similarity(store)
         assert len(measured) == number, change
-    assert torch.equal(calibration(network).similarity(store), first)
+    assert torch.equal(calibration(**small).similarity(store), first)
     assert len(measured) == 1 + len(changes) == len(list(store.iterdir()))
 
 
