@@ -140,7 +140,9 @@ def read_groups(
                 return {"weights": {name: file.get_tensor(name) for name in names}}, None
             meta, renamed = migrate.checkpoint(json.loads(metadata[METADATA_KEY]))
             if meta.get("format", FORMAT) > FORMAT:
-                raise UserError(f"{flag} {path}: of format {meta['format']}, this version reads up to {FORMAT}; update it")
+                raise UserError(
+                    f"{flag} {path}: of format {meta['format']}, this version reads up to {FORMAT}; update it"
+                )
             members: dict[str, dict[str, str]] = {}  # group -> name in it -> name in the file
             for name in names:
                 former = next((start for start in renamed if name.startswith(start)), "")
