@@ -121,9 +121,14 @@ class Flag(NamedTuple):
     hint: Any
 
     @property
+    def is_positional(self) -> bool:
+        """True for an argument that is given by its place."""
+        return self.field.default is dataclasses.MISSING
+
+    @property
     def name(self) -> str:
         """With its dashes; a positional argument's has none."""
-        if self.field.default is dataclasses.MISSING:
+        if self.is_positional:
             return self.field.name
         return self.field.metadata["flag"] or flag_name(self.field.name)
 
@@ -284,21 +289,19 @@ def parse(
     if wants_help:
         _print_help(cls, argv, program, doc or "", kinds, aliases)
         raise SystemExit(0)
-    typed = vars(parser.parse_args(argv))
-    given = _expand(_current(typed, flags, program), aliases, {*general, *owned})
+    given = _current(vars(parser.parse_args(argv)), flags, program)
     path = given.pop("--config", None)
-    sections = {} if path is None else _read(path, program, migrate)
-    names = [kind.name for kind in kinds]
-    values = _general_values(cls, sections, names, f"--config {path}")
+    sections, of_file = ({}, {}) if path is None else _read(path, program, migrate, [kind.name for kind in kinds])
+    values = _general_values(cls, sections, of_file, f"--config {path}")
     for name, flag in general.items():
         if name in given:
             _put(values, flag.path, given[name])
+    _expand(values, general, of_file, aliases)
     try:
         made = _build(cls, values)
     except ValueError as error:
         raise UserError(str(error)) from error
-    owner_sections = {name: dict(sections[name]) for name in names if isinstance(sections.get(name), dict)}
-    return Given(made, kinds, {name: value for name, value in given.items() if name in owned}, owner_sections)
+    return Given(made, kinds, {name: value for name, value in given.items() if name in owned}, of_file)
 
 
 def _current(typed: Values, flags: Sequence[Flag], program: str) -> Values:
@@ -320,26 +323,34 @@ def _current(typed: Values, flags: Sequence[Flag], program: str) -> Values:
     return given
 
 
-def _expand(given: Values, aliases: Aliases, known: set[str]) -> Values:
-    """Replace a model name that stands for several flags.
+def _expand(values: Values, general: Mapping[str, Flag], owners: Mapping[str, Values], aliases: Aliases) -> None:
+    """Replace a model name that stands for several flags, on the command line or in a config file.
 
     Raises:
         UserError: if it stands for a flag that is unknown here, or contradicts one that is given.
     """
-    name = given.get("--model")
-    expansion = aliases.get(name, {}) if isinstance(name, str) else {}
-    for flag, value in expansion.items():
-        if flag not in known:
+    name = values.get("model")
+    for flag, value in aliases.get(name, {}).items() if isinstance(name, str) else ():
+        if flag not in general:
             raise UserError(f"--model {name}: means {flag} {value}, which has no effect here; use DiT-skip")
-        if flag != "--model" and given.get(flag) not in (None, value):
-            raise UserError(f"{flag} {given[flag]}: contradicts --model {name}, which means {value}")
-    return {**given, **expansion}
+        path = general[flag].path
+        given = _section(values, path).get(path[-1])
+        if flag != "--model" and given not in (None, value):
+            raise UserError(f"{flag} {given}: contradicts --model {name}, which means {value}")
+        _put(values, path, value)
+    in_file = owners.get("model", {})
+    if in_file.get("name") in aliases:
+        in_file["name"] = aliases[in_file["name"]]["--model"]
+
+
+def _section(values: Values, path: tuple[str, ...]) -> Values:
+    for name in path[:-1]:
+        values = values.setdefault(name, {})
+    return values
 
 
 def _put(values: Values, path: tuple[str, ...], value: Any) -> None:
-    for name in path[:-1]:
-        values = values.setdefault(name, {})
-    values[path[-1]] = value
+    _section(values, path)[path[-1]] = value
 
 
 def _build(cls: type[T], values: Values) -> T:
@@ -370,7 +381,7 @@ def _choices(flag: Flag) -> tuple[str, ...] | None:
 def _add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
     kind, optional = _split_optional(flag.hint)
     help_text = flag.field.metadata["help"].replace("%", "%%")
-    if flag.field.default is dataclasses.MISSING:
+    if flag.is_positional:
         parser.add_argument(flag.name, type=kind, help=help_text)
         return
     options: Values = {"dest": flag.name, "default": argparse.SUPPRESS, "help": f"{help_text} ({_default(flag)})"}
@@ -460,7 +471,7 @@ def _print_help(
     epilog = ["settings of owners; add the flag to --help to see them:", *others, ""] if others else []
     parser = argparse.ArgumentParser(
         prog=program,
-        usage=f"{program} [FLAGS]",
+        usage=" ".join([program, *(flag.name.upper() for flag in general if flag.is_positional), "[FLAGS]"]),
         description=summary,
         epilog="\n".join([*epilog, *(["examples:", *examples] if examples else [])]),
         add_help=False,
@@ -469,7 +480,12 @@ def _print_help(
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         if title == "general":
-            group.add_argument("-h", "--help", action="store_true", help="show this text; with --model ...: theirs too")
+            group.add_argument(
+                "-h",
+                "--help",
+                action="store_true",
+                help=f"show this text{'; with --model ...: theirs too' if kinds else ''}",
+            )
             group.add_argument(
                 "--config", metavar="FILE", help="JSON of settings as this script writes it, below flags"
             )
@@ -561,7 +577,10 @@ def differences(
     ]
 
 
-def _read(path: str, program: str, migrate: Callable[[Values], Values]) -> Values:
+def _read(
+    path: str, program: str, migrate: Callable[[Values], Values], kinds: Collection[str]
+) -> tuple[Values, dict[str, Values]]:
+    """Read a config file: sections of general settings, and those of owners by kind."""
     try:
         values = json.loads(Path(path).read_text())
     except OSError as error:
@@ -581,19 +600,27 @@ def _read(path: str, program: str, migrate: Callable[[Values], Values]) -> Value
             else ""
         )
         raise UserError(f"--config {path}: settings of {script}, not of {program}{hint}")
-    return {name: value for name, value in values.items() if name not in ("format", "version")}
+    owners: dict[str, Values] = {}
+    for kind in kinds:
+        content = values.pop(kind, None)
+        if not isinstance(content, str | dict | None):
+            raise UserError(f"--config {path}: {kind} = {content!r}: expected a name, or an object with one")
+        if content is not None:
+            owners[kind] = {"name": content} if isinstance(content, str) else dict(content)
+    return {name: value for name, value in values.items() if name not in ("format", "version")}, owners
 
 
-def _general_values(cls: type, sections: Values, kinds: Sequence[str], where: str) -> Values:
+def _general_values(cls: type, sections: Values, owners: Mapping[str, Values], where: str) -> Values:
     """General settings out of a config file; the names of owners count as settings of the same name."""
     flags = {flag.path: flag for flag in _flags(cls).values()}
     groups = {path[0] for path in flags if len(path) > 1}
-    values: Values = {}
+    values: Values = {
+        kind: _from_json(content["name"], flags[kind,], f"{where}: {kind}.name")
+        for kind, content in owners.items()
+        if "name" in content and (kind,) in flags
+    }
     for section, content in sections.items():
-        if section in kinds:
-            if (section,) in flags and isinstance(content, dict) and "name" in content:
-                values[section] = _from_json(content["name"], flags[section,], f"{where}: {section}.name")
-        elif section in groups and isinstance(content, dict):
+        if section in groups and isinstance(content, dict):
             for name, value in content.items():
                 if (section, name) not in flags:
                     raise UserError(f"{where}: unknown setting '{section}.{name}'")
@@ -614,10 +641,11 @@ def _from_json(value: Any, flag: Flag, where: str) -> Any:
         if value not in choices:
             raise UserError(f"{where} = {value!r}: choose from {', '.join(choices)}")
         return value
-    if typing.get_origin(kind) is tuple and isinstance(value, list):
+    if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
-        if Ellipsis not in items and len(value) != len(items):
-            raise UserError(f"{where} = {value!r}: expected {len(items)} values")
+        count = "" if Ellipsis in items else f"{len(items)} "
+        if not isinstance(value, list) or (count and len(value) != len(items)):
+            raise UserError(f"{where} = {value!r}: expected {count}values in a list")
         return tuple(_scalar(item, items[0], where) for item in value)
     return _scalar(value, kind, where)
 
