@@ -12,6 +12,7 @@ from runtime.settings import Kind, flag_name, places
 
 Json = dict[str, Any]
 
+_OF_TRAINING = {"results_dir", "max_steps", "global_batch_size"}  # settings of no other script
 # Former name of a setting -> present name
 _PROCESS = {"direction": "cosine"}
 _SAMPLER = {"time_shift": "shift", "sde": "kind", "heun_exact": "exact", "adams_order": "order"}
@@ -70,7 +71,9 @@ def run_config(values: Json, cls: type, kinds: Sequence[Kind], program: str) -> 
     if "format" in values or any(isinstance(value, dict) for value in values.values()):
         return values
     known, names = places(cls, kinds), [kind.name for kind in kinds]
-    nested: Json = {"format": 2, "script": program}
+    # version 0.1 did not record the script
+    script = "train.py" if values.keys() >= _OF_TRAINING else program
+    nested: Json = {"format": 2, "script": script}
     for name, value in values.items():
         place = known.get(flag_name(name))
         if place is None:
