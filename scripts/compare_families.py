@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from runtime.config import parse_config, setting, to_dict
 
 from benchmarks.digits import (
     Result,

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from runtime.config import setting
 
 from benchmarks.counting import SamplingCost
 from benchmarks.report import aligned

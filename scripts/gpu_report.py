@@ -5,8 +5,8 @@
 
 Training is the trainer's own step: draws, noising, the network in bf16, the losses of the process, the gradient's norm,
 fused AdamW, the average; next to its peak of memory is the prediction of --dry-run. Images are random latents on the
-device. Cases run one after the other, because XL/2 at batch 256 fills the card, and each is freed before the next; those
-for which no time is left are named.
+device. Cases run one after the other, because XL/2 at batch 256 fills the card, and each is freed before the next.
+Those for which no time is left are named.
 """
 
 from __future__ import annotations
