@@ -22,9 +22,10 @@ import torch
 from models import DiT, Network
 from models.diffusers_format import diffusers_network
 from models.loading import CheckpointInfo, load_network
+from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import parse_config, setting
+from runtime.settings import setting
 
 OFFICIAL_CLASSES = 1000
 PREDICTION_TYPES = {"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}  # in diffusers

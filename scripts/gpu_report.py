@@ -51,10 +51,11 @@ from data.image_folder import ArrayImages
 from diffusion import Batch, DiffusionLoss
 from diffusion.gaussian import GaussianSettings
 from models import Network
+from runtime.command_line import parse_config
 from runtime.distributed import World
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import parse_config, setting
+from runtime.settings import setting
 from training.config import ComputeSettings, DataSettings, OptimizationSettings, TrainSettings
 from training.dry_run import predict_memory
 from training.optimization import AdamW
