@@ -12,6 +12,7 @@ import sample
 import sample_ddp
 import sampling.config
 import training.config
+from runtime.command_line import parse, parse_config
 from runtime.errors import UserError, run
 from runtime.migrate import run_config
 from runtime.releases import ALIASES
@@ -23,8 +24,6 @@ from runtime.settings import (
     flag_name,
     flag_of,
     free_settings,
-    parse,
-    parse_config,
     places,
     positional,
     setting,
