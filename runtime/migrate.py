@@ -112,14 +112,14 @@ def calibration(old: Json, like: Mapping[str, Any]) -> Json:
         old: Settings in a file of similarities.
         like: Present settings of the same kind; those of the sampler are recognised by their names here.
     """
-    sampling = old.get("sampling", {})
-    if not isinstance(sampling.get("process"), list):
+    if "format" in old or "sampling" not in old:
         return old
+    sampling = old["sampling"]
     name, process = sampling["process"]
     renamed = {_SAMPLER.get(key, key): value for key, value in sampling.items() if value is not None}
     own = {key: renamed.get(key, default) for key, default in like["sampling"].items()}
     process = process_fields({"name": name, **process})
-    return {**old, "sampling": {**own, "sampler": sampling["sampler"], "process": process}}
+    return {**old, "format": 2, "sampling": {**own, "sampler": sampling["sampler"], "process": process}}
 
 
 def latent_index(old: Mapping[str, Any]) -> dict[str, Any]:
