@@ -1,6 +1,6 @@
 """Settings: dataclass fields that become flags, help and JSON, and belong to owners.
 
-A program's settings are a dataclass whose fields are made by `setting`, or are dataclasses of such fields (a group of
+A program's settings are a dataclass with fields made by `setting`, or dataclasses of such fields (a group of
 flags each). Beside these general settings, alternatives that are chosen by name (a model's family, a process, a
 sampler, a loss) own settings of their own: a `Kind` lists them. One parser takes the flags of all owners; each owner
 is built from its own once it is known which one is used, and a flag of another owner is an error that names it.
@@ -133,7 +133,7 @@ class Place(NamedTuple):
 
     Attributes:
         path: sections, then the field.
-        kind: whose owners have the setting; None for general ones.
+        kind: kind of owner that has the setting; None for general ones.
         stands_for: what a former flag without a value means; None if it takes one.
     """
 
@@ -168,7 +168,7 @@ def flags_of(cls: type, path: tuple[str, ...] = ()) -> dict[str, Flag]:
 
 
 class Given(Generic[T]):
-    """What was given for the owners of settings, until it is known which of them are used.
+    """Settings given for owners, until it is known which of them are used.
 
     Attributes:
         general: the program's own settings.
