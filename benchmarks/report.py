@@ -144,7 +144,7 @@ def spread(rounds: Sequence[float], median: float) -> float:
 
 def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A Markdown table that is aligned as text, too: the first `left` columns to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    widths = [max(2, *map(len, column)) for column in zip(titles, *rows, strict=True)]
     rule = ["-" * width if place < left else "-" * (width - 1) + ":" for place, width in enumerate(widths)]
     pads = [str.ljust if place < left else str.rjust for place in range(len(widths))]
     lines = [map(lambda pad, text, width: pad(text, width), pads, line, widths) for line in (titles, rule, *rows)]

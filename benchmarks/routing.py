@@ -103,7 +103,7 @@ def open_gates(network: DyDiT, workload: Workload, x: Tensor, t: float, y: Tenso
     generator = torch.Generator().manual_seed(3)
 
     def set_bias(router: TokenRouter, args: tuple[Tensor, ...]) -> None:
-        first, _, last = router.layers  # type: ignore[misc]  # nn.Sequential has no length in types
+        first, last = router.layers
         ranked = functional.linear(first(args[0]).relu(), last.weight).flatten().sort(descending=True).values
         count = round(workload.tokens * len(ranked))
         border = -ALL if count == len(ranked) else (ranked[count - 1] + ranked[count]) / 2

@@ -257,13 +257,13 @@ def diffusers_case(network: DiT, images: int, steps: int) -> Case:
     """
     from diffusers import DDIMScheduler
 
-    from models.diffusers_format import diffusers_twin
+    from models.diffusers_format import diffusers_network
 
     device = next(network.parameters()).device
 
     def ready() -> tuple[Any, Any, Tensor, Tensor]:
-        peer = nn.Module.to(diffusers_twin(network), device, torch.bfloat16)  # its own way to move would warn
-        peer.pos_embed.pos_embed.copy_(network.pos_embed)  # type: ignore[union-attr,operator]
+        peer: Any = nn.Module.to(diffusers_network(network), device, torch.bfloat16)  # its own `to` would warn
+        peer.pos_embed.pos_embed.copy_(network.pos_embed)
         scheduler: Any = DDIMScheduler(beta_start=1e-4, beta_end=2e-2, clip_sample=False)
         scheduler.set_timesteps(LENGTHS["DDIM"])
         labels = torch.arange(images, device=device) % network.config.num_classes

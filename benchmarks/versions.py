@@ -159,7 +159,7 @@ def parts(model: str, rows: int) -> dict[str, tuple[Callable[[], object], int]]:
     trainer.save()
     (checkpoint,) = Path().rglob("*.safetensors")
     labels = " ".join(str(row % 10) for row in range(rows))
-    argv = f"--ckpt {checkpoint} --class-labels {labels} --num-sampling-steps {SAMPLING_STEPS} --cfg-scale 1.5 --device cpu"
+    argv = f"--ckpt {checkpoint} --class-labels {labels} --num-sampling-steps {SAMPLING_STEPS} --device cpu"
     args, options = intercept(pipeline, "sample_loop", sample.main, argv)
     batches, network = training.batches(trainer.setup, trainer.world, 0), trainer.setup.network
     x, y, t = torch.randn(rows, 1, 8, 8), torch.arange(rows) % 10, torch.full((rows,), 0.5)

@@ -43,7 +43,7 @@ class Checkpoint(NamedTuple):
     Attributes:
         weights: Parameter name -> tensor, on the CPU.
         meta: JSON document of our files; None for others.
-        group: Name of these weights in our files, such as "model" or "ema-0.9999"; in others the name that was asked for.
+        group: Name of these weights in our files, such as "model" or "ema-0.9999"; in others the one asked for.
     """
 
     weights: dict[str, Tensor]

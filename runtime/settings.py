@@ -1,4 +1,4 @@
-"""Settings: dataclass fields that become flags, help and JSON, and one parser for all of their owners.
+"""Settings: dataclass fields that become flags, help and JSON, and belong to owners.
 
 A program's settings are a dataclass whose fields are made by `setting`, or are dataclasses of such fields (a group of
 flags each). Beside these general settings, alternatives that are chosen by name (a model's family, a process, a
@@ -8,23 +8,18 @@ is built from its own once it is known which one is used, and a flag of another 
 
 from __future__ import annotations
 
-import argparse
-import copy
 import dataclasses
 import json
-import os
-import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from runtime.errors import UserError, error_prefix
 
 T = TypeVar("T")
 Values = dict[str, Any]  # JSON values, or what flags were parsed to
-Aliases = Mapping[str, Mapping[str, Any]]  # value of --model -> flag -> value
 
 
 def setting(
@@ -85,7 +80,7 @@ class Kind(NamedTuple):
 
     def flags(self, owner: str) -> dict[str, Flag]:
         """Flags of one owner by name."""
-        own = _flags(self.owners[owner])
+        own = flags_of(self.owners[owner])
         return {name: flag for name, flag in own.items() if flag.field.metadata["sampling"] or not self.sampling}
 
 
@@ -121,9 +116,14 @@ class Flag(NamedTuple):
     hint: Any
 
     @property
+    def is_positional(self) -> bool:
+        """True for an argument that is given by its place."""
+        return self.field.default is dataclasses.MISSING
+
+    @property
     def name(self) -> str:
         """With its dashes; a positional argument's has none."""
-        if self.field.default is dataclasses.MISSING:
+        if self.is_positional:
             return self.field.name
         return self.field.metadata["flag"] or flag_name(self.field.name)
 
@@ -146,21 +146,21 @@ def places(cls: type, kinds: Sequence[Kind]) -> dict[str, Place]:
     """Places of all flags of a program in JSON, former names included: flag -> place."""
     found: dict[str, Place] = {}
     owned = ((kind.name, flag) for kind in kinds for owner in kind.owners for flag in kind.flags(owner).values())
-    for kind_name, flag in [*((None, flag) for flag in _flags(cls).values()), *owned]:
+    for kind_name, flag in [*((None, flag) for flag in flags_of(cls).values()), *owned]:
         path = flag.path if kind_name is None else (kind_name, *flag.path)
         for name, value in {flag.name: None, **flag.field.metadata.get("was", {})}.items():
             found.setdefault(name, Place(path, kind_name, value))
     return found
 
 
-def _flags(cls: type, path: tuple[str, ...] = ()) -> dict[str, Flag]:
+def flags_of(cls: type, path: tuple[str, ...] = ()) -> dict[str, Flag]:
     """All settings of a dataclass and of the groups in it, by flag."""
     found: dict[str, Flag] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            found |= _flags(hint, (*path, field.name))
+            found |= flags_of(hint, (*path, field.name))
         elif "help" in field.metadata:
             flag = Flag((*path, field.name), field, hint)
             found[flag.name] = flag
@@ -192,7 +192,7 @@ class Given(Generic[T]):
         values: Values = {}
         for field, value in section.items() if name is None or row.owner_of(name) == owner else ():
             if field in by_field:
-                values[field] = _from_json(value, by_field[field], f"--config: {kind}.{field}")
+                values[field] = from_json(value, by_field[field], f"--config: {kind}.{field}")
             elif not row.sampling and field in {each.name for each in dataclasses.fields(row.owners[owner])}:
                 continue  # decided by the data, such as a shape
             else:
@@ -202,7 +202,7 @@ class Given(Generic[T]):
     def prefix(self, kind: str, owner: str) -> str:
         """The flags given for an owner, as they were typed: the start of a message about them."""
         flags = self._kinds[kind].flags(owner)
-        return " ".join(_typed_flag(name, value) for name, value in self._flags.items() if name in flags)
+        return " ".join(typed_flag(name, value) for name, value in self._flags.items() if name in flags)
 
     def build(self, kind: str, owner: str, **defaults: object) -> Any:
         """Build an owner's settings from what was given for it.
@@ -228,270 +228,8 @@ class Given(Generic[T]):
                 owners = [each for each in row.owners if name in row.flags(each)]
                 if owners and owner not in owners:
                     names = " or ".join(owners)
-                    flag = _typed_flag(name, value)
+                    flag = typed_flag(name, value)
                     raise UserError(f"{flag}: is a setting of the {kind} {names}; this run uses {owner}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Parsing
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
-def parse_config(cls: type[T], argv: Sequence[str], *, program: str, doc: str | None) -> T:
-    """Read the settings of a program without owners; arguments as for `parse`."""
-    return parse(cls, argv, program=program, doc=doc).general
-
-
-def parse(
-    cls: type[T],
-    argv: Sequence[str],
-    *,
-    program: str,
-    doc: str | None,
-    kinds: Sequence[Kind] = (),
-    aliases: Aliases = types.MappingProxyType({}),
-    migrate: Callable[[Values], Values] = dict,
-) -> Given[T]:
-    """Read settings from the command line, on top of `--config FILE` where given.
-
-    Args:
-        cls: dataclass of the general settings; it validates itself in `__post_init__` by ValueError.
-        argv: arguments after the program's name.
-        program: its name in help, messages and files.
-        doc: docstring of the script: one line, then examples, which are indented.
-        kinds: owners of further settings; the flag "--KIND" (a general setting) chooses one of each.
-        aliases: values of --model that stand for other flags.
-        migrate: brings the JSON of an earlier version into today's form.
-
-    Raises:
-        UserError: for anything wrong with flags, file or values.
-    """
-    general = _flags(cls)
-    of_owners = [flag for kind in kinds for owner in kind.owners for flag in kind.flags(owner).values()]
-    owned = {flag.name for flag in of_owners}
-    assert not general.keys() & owned, f"flags with two owners: {general.keys() & owned}"
-    flags = [*general.values(), *of_owners]
-    parser = _Parser(prog=program, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", dest="--config", metavar="FILE", default=argparse.SUPPRESS)
-    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)
-    for flag in flags:
-        _add_flag(parser, flag)
-    wants_help = "-h" in argv or "--help" in argv
-    if wants_help:
-        _print_help(cls, argv, program, doc or "", kinds, aliases)
-        raise SystemExit(0)
-    typed = vars(parser.parse_args(argv))
-    given = _expand(_current(typed, flags, program), aliases, {*general, *owned})
-    path = given.pop("--config", None)
-    sections = {} if path is None else _read(path, program, migrate)
-    names = [kind.name for kind in kinds]
-    values = _general_values(cls, sections, names, f"--config {path}")
-    for name, flag in general.items():
-        if name in given:
-            _put(values, flag.path, given[name])
-    try:
-        made = _build(cls, values)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    owner_sections = {name: dict(sections[name]) for name in names if isinstance(sections.get(name), dict)}
-    return Given(made, kinds, {name: value for name, value in given.items() if name in owned}, owner_sections)
-
-
-def _current(typed: Values, flags: Sequence[Flag], program: str) -> Values:
-    """Flags by their present name; a former one is warned of."""
-    former = {old: (flag.name, value) for flag in flags for old, value in flag.field.metadata.get("was", {}).items()}
-    given: Values = {}
-    for name, value in typed.items():
-        if name in former:
-            new, stands_for = former[name]
-            text = new if stands_for is None else f"{new} {stands_for}"
-            if os.environ.get("RANK", "0") == "0":
-                print(
-                    f"{program}: warning: {name} is now {text}; the old name goes with the next version",
-                    file=sys.stderr,
-                )
-            given.setdefault(new, value if stands_for is None else stands_for)
-        else:
-            given[name] = value
-    return given
-
-
-def _expand(given: Values, aliases: Aliases, known: set[str]) -> Values:
-    """Replace a model name that stands for several flags.
-
-    Raises:
-        UserError: if it stands for a flag that is unknown here, or contradicts one that is given.
-    """
-    name = given.get("--model")
-    expansion = aliases.get(name, {}) if isinstance(name, str) else {}
-    for flag, value in expansion.items():
-        if flag not in known:
-            raise UserError(f"--model {name}: means {flag} {value}, which has no effect here; use DiT-skip")
-        if flag != "--model" and given.get(flag) not in (None, value):
-            raise UserError(f"{flag} {given[flag]}: contradicts --model {name}, which means {value}")
-    return {**given, **expansion}
-
-
-def _put(values: Values, path: tuple[str, ...], value: Any) -> None:
-    for name in path[:-1]:
-        values = values.setdefault(name, {})
-    values[path[-1]] = value
-
-
-def _build(cls: type[T], values: Values) -> T:
-    hints = typing.get_type_hints(cls)
-    made = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            made[field.name] = _build(hint, values.get(field.name, {}))
-        elif field.name in values:
-            made[field.name] = values[field.name]
-    return cls(**made)
-
-
-def _split_optional(hint: Any) -> tuple[Any, bool]:
-    """(int | None) -> (int, True); anything else -> (itself, False)."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        inner = [part for part in typing.get_args(hint) if part is not type(None)]
-        return inner[0], True
-    return hint, False
-
-
-def _choices(flag: Flag) -> tuple[str, ...] | None:
-    kind, _ = _split_optional(flag.hint)
-    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else flag.field.metadata.get("choices")
-
-
-def _add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
-    kind, optional = _split_optional(flag.hint)
-    help_text = flag.field.metadata["help"].replace("%", "%%")
-    if flag.field.default is dataclasses.MISSING:
-        parser.add_argument(flag.name, type=kind, help=help_text)
-        return
-    options: Values = {"dest": flag.name, "default": argparse.SUPPRESS, "help": f"{help_text} ({_default(flag)})"}
-    if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    elif typing.get_origin(kind) is tuple:
-        items = typing.get_args(kind)
-        options |= {"type": items[0], "nargs": "+" if Ellipsis in items else len(items), "action": _TupleAction}
-        options["metavar"] = items[0].__name__.upper()
-    elif choices := _choices(flag):
-        options["choices"] = choices
-    else:
-        options["type"] = _or_auto(kind) if optional and kind is int else kind
-        options["metavar"] = "PATH" if kind is Path else kind.__name__.upper()
-    known = parser._option_string_actions
-    if flag.name not in known:
-        parser.add_argument(flag.name, **options)
-    elif (choices := _choices(flag)) and (others := known[flag.name].choices) is not None:
-        known[flag.name].choices = tuple(dict.fromkeys([*others, *choices]))  # owners of one kind share flags
-    for old, value in flag.field.metadata["was"].items():
-        if old not in known:
-            action: Values = {} if value is None else {"action": "store_const", "const": value}
-            kept = {k: v for k, v in options.items() if value is None and k in ("type", "choices", "nargs", "action")}
-            parser.add_argument(old, **{**kept, **action}, dest=old, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-
-
-def _default(flag: Flag) -> str:
-    """The default in one style for all flags."""
-    value, shown = flag.field.default, flag.field.metadata["shown"]
-    if shown is None and isinstance(value, bool):
-        shown = "yes" if value else "no"
-    elif shown is None and value in (None, (), ""):
-        shown = "none"
-    return f"default: {shown or _typed(value)}"
-
-
-def _typed(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _typed_flag(name: str, value: Any) -> str:
-    """A flag with its value, as a user types it."""
-    if isinstance(value, bool):
-        return name if value else f"--no-{name.removeprefix('--')}"
-    return f"{name} {_typed(value)}"
-
-
-def _or_auto(kind: type[int]) -> Callable[[str], int | None]:
-    """A number, or the word "auto" for none."""
-
-    def parse_number(text: str) -> int | None:
-        return None if text == "auto" else kind(text)
-
-    parse_number.__name__ = kind.__name__  # for argparse's message
-    return parse_number
-
-
-class _TupleAction(argparse.Action):
-    def __call__(self, parser: object, namespace: object, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, tuple(values))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Help
-
-
-def _print_help(
-    cls: type, argv: Sequence[str], program: str, doc: str, kinds: Sequence[Kind], aliases: Aliases
-) -> None:
-    """Print the general settings by group, those of the owners on the command line, and the names of all others."""
-    names = _names_on_command_line(kinds, argv, aliases)
-    owners, general = choose_owners(kinds, names), _flags(cls).values()
-    groups: dict[str, list[Flag]] = {"general": []}
-    for flag in general:
-        groups.setdefault(" ".join(flag.path[:-1]).replace("_", " ") or "general", []).append(flag)
-    for kind in (kind for kind in kinds if kind.name in owners):
-        named = kind.named(names[kind.name]) if kind.named is not None else {}
-        flags = [_with_default(flag, named) for flag in kind.flags(owners[kind.name]).values()]
-        groups |= {f"{kind.name} {owners[kind.name]}": flags} if flags else {}
-    others = [
-        f"  {flag_name(kind.name) + ' NAME':<20}{', '.join(owner for owner in kind.owners if kind.flags(owner))}"
-        for kind in kinds
-        if kind.name not in owners and (kind.name,) in {flag.path for flag in general}
-    ]
-    summary, _, rest = doc.strip().partition("\n")
-    examples = [line for line in rest.splitlines() if line.startswith("    ")]
-    epilog = ["settings of owners; add the flag to --help to see them:", *others, ""] if others else []
-    parser = argparse.ArgumentParser(
-        prog=program,
-        usage=f"{program} [FLAGS]",
-        description=summary,
-        epilog="\n".join([*epilog, *(["examples:", *examples] if examples else [])]),
-        add_help=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for title, flags in groups.items():
-        group = parser.add_argument_group(title)
-        if title == "general":
-            group.add_argument("-h", "--help", action="store_true", help="show this text; with --model ...: theirs too")
-            group.add_argument(
-                "--config", metavar="FILE", help="JSON of settings as this script writes it, below flags"
-            )
-        for flag in flags:
-            _add_flag(group, flag)
-    print(parser.format_help(), end="")
-
-
-def _names_on_command_line(kinds: Sequence[Kind], argv: Sequence[str], aliases: Aliases) -> dict[str, Any]:
-    """Values of the flags that choose owners; all other arguments may be wrong."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    for kind in kinds:
-        parser.add_argument(flag_name(kind.name), dest=kind.name)
-    names = vars(parser.parse_known_args(argv)[0])
-    return {kind: aliases.get(name, {}).get("--model", name) for kind, name in names.items()}
-
-
-def _with_default(flag: Flag, named: Mapping[str, Any]) -> Flag:
-    """A flag with another default, if there is one for its field."""
-    field = copy.copy(flag.field)
-    field.default = named.get(field.name, field.default)
-    return flag._replace(field=field)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -520,7 +258,7 @@ def document(config: Any, **owners: tuple[str, Any]) -> Values:
 
 def free_settings(cls: type) -> set[str]:
     """Settings on which results do not depend, as "group.field" (or "field" outside groups)."""
-    return {".".join(flag.path) for flag in _flags(cls).values() if flag.field.metadata.get("free")}
+    return {".".join(flag.path) for flag in flags_of(cls).values() if flag.field.metadata.get("free")}
 
 
 def flag_of(cls: type, kinds: Sequence[Kind], path: str) -> str:
@@ -561,63 +299,21 @@ def differences(
     ]
 
 
-def _read(path: str, program: str, migrate: Callable[[Values], Values]) -> Values:
-    try:
-        values = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"--config {path}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected one JSON object of settings")
-    if isinstance(values.get("config"), dict):
-        values = values["config"]  # a result's JSON, which holds more than the settings
-    values = migrate(values)
-    script = values.pop("script", program)
-    if script != program:
-        hint = (
-            f"; give its checkpoint: --ckpt {Path(path).parent}/checkpoints/NUMBER.safetensors"
-            if script == "train.py"
-            else ""
-        )
-        raise UserError(f"--config {path}: settings of {script}, not of {program}{hint}")
-    return {name: value for name, value in values.items() if name not in ("format", "version")}
-
-
-def _general_values(cls: type, sections: Values, kinds: Sequence[str], where: str) -> Values:
-    """General settings out of a config file; the names of owners count as settings of the same name."""
-    flags = {flag.path: flag for flag in _flags(cls).values()}
-    groups = {path[0] for path in flags if len(path) > 1}
-    values: Values = {}
-    for section, content in sections.items():
-        if section in kinds:
-            if (section,) in flags and isinstance(content, dict) and "name" in content:
-                values[section] = _from_json(content["name"], flags[section,], f"{where}: {section}.name")
-        elif section in groups and isinstance(content, dict):
-            for name, value in content.items():
-                if (section, name) not in flags:
-                    raise UserError(f"{where}: unknown setting '{section}.{name}'")
-                _put(values, (section, name), _from_json(value, flags[section, name], f"{where}: {section}.{name}"))
-        elif (section,) in flags:
-            values[section] = _from_json(content, flags[section,], f"{where}: {section}")
-        else:
-            raise UserError(f"{where}: unknown setting {section!r}")
-    return values
-
-
-def _from_json(value: Any, flag: Flag, where: str) -> Any:
-    kind, optional = _split_optional(flag.hint)
+def from_json(value: Any, flag: Flag, where: str) -> Any:
+    """Value of a setting from JSON; a UserError that starts with `where` if it is none."""
+    kind, optional = split_optional(flag.hint)
     if value is None and optional:
         return None
-    choices = _choices(flag)
+    choices = choices_of(flag)
     if choices is not None:
         if value not in choices:
             raise UserError(f"{where} = {value!r}: choose from {', '.join(choices)}")
         return value
-    if typing.get_origin(kind) is tuple and isinstance(value, list):
+    if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
-        if Ellipsis not in items and len(value) != len(items):
-            raise UserError(f"{where} = {value!r}: expected {len(items)} values")
+        count = "" if Ellipsis in items else f"{len(items)} "
+        if not isinstance(value, list) or (count and len(value) != len(items)):
+            raise UserError(f"{where} = {value!r}: expected {count}values in a list")
         return tuple(_scalar(item, items[0], where) for item in value)
     return _scalar(value, kind, where)
 
@@ -627,3 +323,29 @@ def _scalar(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{where} = {value!r}: expected {getattr(kind, '__name__', kind)}")
     return kind(value)
+
+
+def split_optional(hint: Any) -> tuple[Any, bool]:
+    """(int | None) -> (int, True); anything else -> (itself, False)."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        inner = [part for part in typing.get_args(hint) if part is not type(None)]
+        return inner[0], True
+    return hint, False
+
+
+def choices_of(flag: Flag) -> tuple[str, ...] | None:
+    """Allowed values of a setting; None if there is no list of them."""
+    kind, _ = split_optional(flag.hint)
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else flag.field.metadata.get("choices")
+
+
+def typed(value: object) -> str:
+    """A value as a user types it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def typed_flag(name: str, value: Any) -> str:
+    """A flag with its value, as a user types it."""
+    if isinstance(value, bool):
+        return name if value else f"--no-{name.removeprefix('--')}"
+    return f"{name} {typed(value)}"

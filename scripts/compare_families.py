@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from runtime.config import parse_config, setting, to_dict
 
 from benchmarks.digits import (
     Result,
@@ -36,9 +35,10 @@ from benchmarks.report import aligned
 from benchmarks.timing import check_at_least
 from diffusion import SAMPLERS
 from runtime import distributed
+from runtime.command_line import parse_config
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import parse_config, setting, to_dict
+from runtime.settings import setting, to_dict
 
 # Scripts and the folders of their runs.
 MADE_BY = {

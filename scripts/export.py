@@ -20,11 +20,12 @@ from typing import Any, Literal
 import torch
 
 from models import DiT, Network
-from models.diffusers_format import diffusers_twin
+from models.diffusers_format import diffusers_network
 from models.loading import CheckpointInfo, load_network
+from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import parse_config, setting
+from runtime.settings import setting
 
 OFFICIAL_CLASSES = 1000
 PREDICTION_TYPES = {"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}  # in diffusers
@@ -105,11 +106,12 @@ def export_diffusers(network: Network, info: CheckpointInfo, folder: Path, notes
 
     if type(network) is not DiT:
         raise UserError(f"--format diffusers: diffusers has no {info.model}; only the plain DiT")
-    prediction = str(info.process_settings.get("prediction", "epsilon"))
+    default = "epsilon" if info.process == "gaussian" else "velocity"
+    prediction = str(info.process_settings.get("prediction", default))
     if info.process != "gaussian" or prediction not in PREDICTION_TYPES:
         raise UserError(f"--format diffusers: DiTPipeline cannot sample from a {info.process} process ({prediction})")
     with error_prefix("--format diffusers"):
-        transformer: Any = diffusers_twin(network)
+        transformer: Any = diffusers_network(network)
     scheduler: Any = DDIMScheduler(
         beta_start=1e-4,
         beta_end=2e-2,

@@ -5,8 +5,8 @@
 
 Training is the trainer's own step: draws, noising, the network in bf16, the losses of the process, the gradient's norm,
 fused AdamW, the average; next to its peak of memory is the prediction of --dry-run. Images are random latents on the
-device. Cases run one after the other, because XL/2 at batch 256 fills the card, and each is freed before the next; those
-for which no time is left are named.
+device. Cases run one after the other, because XL/2 at batch 256 fills the card, and each is freed before the next.
+Those for which no time is left are named.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ from data.image_folder import ArrayImages
 from diffusion import Batch, DiffusionLoss
 from diffusion.gaussian import GaussianSettings
 from models import Network
+from runtime.command_line import parse_config
 from runtime.distributed import World
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import parse_config, setting
+from runtime.settings import setting
 from training.config import ComputeSettings, DataSettings, OptimizationSettings, TrainSettings
 from training.dry_run import predict_memory
 from training.optimization import AdamW

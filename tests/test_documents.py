@@ -47,6 +47,8 @@ def test_flags_exist():
     source = "\n".join(path.read_text() for path in (*scripts, *sources) if path.is_file())
     unknown = set()
     for document in DOCUMENTS:
+        if document.name == "extending.md":
+            continue  # its examples bring flags of their own
         for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*[a-z0-9])", document.read_text()):
             field = flag.removeprefix("no-").replace("-", "_")
             if f"--{flag}" not in source and not re.search(rf"\b{field}: ", source):

@@ -16,9 +16,10 @@ from diffusion import PROCESSES
 from models import FAMILIES, family_name, family_of
 from models.acceleration import can_compile
 from runtime import distributed, migrate
+from runtime.command_line import parse
 from runtime.distributed import PRECISIONS
 from runtime.releases import ALIASES
-from runtime.settings import Given, Kind, Values, flag_name, parse, setting
+from runtime.settings import Given, Kind, Values, flag_name, setting
 from training.losses import LOSSES, loss_of
 from training.optimization import OPTIMIZERS
 

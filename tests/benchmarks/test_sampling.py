@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from benchmarks import sampling
-from benchmarks.cases import filled_network
+from benchmarks.cases import random_network
 from benchmarks.official import load_official_diffusion
 from benchmarks.sampling import Beginning, diffusers_case, file_cases, guided_case, idle_share, loop_cases, prepare
 from benchmarks.timing import check, relative_error
-from diffusion import create_diffusion
+from diffusion import DPMSolverSampler, create_diffusion
 from models import DiT, Network
+from runtime.errors import UserError
 from tests.models.test_acceleration import rerun
 
-CPU = torch.device("cpu")
+CPU, MODEL = torch.device("cpu"), "DiT-debug/2"
 # An official checkout's loops, as far as the benchmark calls them: written with ours, drawing like theirs.
 LOOPS = """
 import torch
@@ -25,18 +26,19 @@ from models import ModelOutput
 
 class Process:
     def __init__(self, spec):
-        self.process = ours.create_diffusion(spec)
+        self.spec = spec
 
-    def _run(self, sampler, model, noise):
-        denoise = lambda x, t, state: ModelOutput(model(x, torch.full((len(x),), t)))
-        return ours.sample_loop(denoise, sampler, noise)
+    def _run(self, kind, model, noise):
+        sampler = kind(ours.create_diffusion(), self.spec)
+        denoise = lambda x, evaluation, state: ModelOutput(model(x, torch.full((len(x),), evaluation.t)))
+        return ours.sample_loop(denoise, sampler, noise, ours.evaluations(sampler.times))
 
     def p_sample_loop(self, model, shape, noise, clip_denoised, device):
         assert not clip_denoised and tuple(shape) == noise.shape and device == noise.device
-        return self._run(self.process.ancestral(), model, noise)
+        return self._run(ours.AncestralSampler, model, noise)
 
     def ddim_sample_loop(self, model, shape, noise, clip_denoised, device):
-        return FACTOR * self._run(self.process.ddim(), model, noise)
+        return FACTOR * self._run(ours.DDIMSampler, model, noise)
 
 def create_diffusion(spec):
     return Process(spec)
@@ -51,7 +53,7 @@ def checkout(folder: Path, factor: float = 1.0) -> Path:
 
 
 def network() -> Network:
-    return filled_network("DiT-debug/2", CPU)
+    return random_network(MODEL, CPU)
 
 
 def outcomes(cases: list[sampling.Case]) -> dict[str, list[torch.Tensor]]:
@@ -79,14 +81,8 @@ def test_loops_are_compared_with_the_official_ones_draw_by_draw(tmp_path: Path) 
     assert "official_dit_diffusion" not in sys.modules
     wrong, _ = loop_cases(CPU, 2, checkout(tmp_path / "wrong", 1.001))
     found = outcomes(wrong)
-    with pytest.raises(sampling_error(), match="DDIM, 50 steps, 2 images differs from official DDIM"):
+    with pytest.raises(UserError, match="DDIM, 50 steps, 2 images differs from official DDIM"):
         check(wrong[4], found)
-
-
-def sampling_error() -> type[Exception]:
-    from runtime.errors import UserError
-
-    return UserError
 
 
 def test_a_checkout_without_a_diffusion_package_is_named(tmp_path: Path) -> None:
@@ -109,17 +105,17 @@ def test_both_writers_leave_the_same_images(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_beginning_is_the_first_steps_and_the_rest_is_extrapolated() -> None:
-    whole = create_diffusion("20").dpm_solver()
+    whole = DPMSolverSampler(create_diffusion(), "20")
     assert Beginning(whole, 3).times == whole.times[:3]
-    case = guided_case(network(), 2, "DPM-Solver++", 5)
+    case = guided_case(network(), MODEL, 2, "DPM-Solver++", 5)
     assert case.images == 2 * 5 / 20 and case.steps == 5 and case.reference is None
     assert case.run(case.prepare()).shape == (2, 4, 8, 8)
 
 
 @pytest.mark.parametrize("options", [{"compiler": "eager"}, {"capture": rerun}])
 def test_variants_are_compared_with_the_plain_run(options: dict[str, object]) -> None:
-    plain = guided_case(network(), 2, "DDIM", 3)
-    other = guided_case(network(), 2, "DDIM", 3, **options)  # type: ignore[arg-type]
+    plain = guided_case(network(), MODEL, 2, "DDIM", 3)
+    other = guided_case(network(), MODEL, 2, "DDIM", 3, **options)  # type: ignore[arg-type]
     assert other.reference == plain.name != other.name
     assert check(other, outcomes([plain, other])) == pytest.approx(0, abs=1e-3)
 
@@ -127,17 +123,17 @@ def test_variants_are_compared_with_the_plain_run(options: dict[str, object]) ->
 def test_diffusers_takes_the_same_steps() -> None:
     made = network()
     assert isinstance(made, DiT)
-    plain, theirs = guided_case(network(), 2, "DDIM", 3), diffusers_case(made, 2, 3)
+    plain, theirs = guided_case(network(), MODEL, 2, "DDIM", 3), diffusers_case(made, 2, 3)
     assert theirs.reference == plain.name
     error = check(theirs, outcomes([plain, theirs]))
     assert error is not None and 0 < error < 0.02
 
 
 def test_half_precision_is_compared_on_the_same_noise() -> None:
-    error = sampling.half_precision_error("DiT-debug/2", 2, "ddim5", CPU)
+    error = sampling.half_precision_error(MODEL, 2, "ddim5", CPU)
     assert 0 < error < 0.1
-    ready = [prepare(network(), 2, "ddim5", sampling.SAMPLERS["DDIM"][1], 5, dtype=None) for _ in range(2)]
-    assert relative_error([ready[0].run()], [ready[1].run()]) == 0
+    ready = [prepare(network(), MODEL, 2, "DDIM", spec="ddim5", precision="fp32") for _ in range(2)]
+    assert relative_error([ready[0].latents()], [ready[1].latents()]) == 0
 
 
 @pytest.mark.parametrize(
@@ -160,6 +156,6 @@ def test_a_trace_without_events_is_no_idle_device() -> None:
 
 
 def test_decoding_happens_while_the_next_chunk_is_drawn() -> None:
-    ready, decoded = prepare(network(), 2, *sampling.SAMPLERS["DDIM"], 2), []
+    ready, decoded = prepare(network(), MODEL, 2, "DDIM", 2), []
     share = sampling.idle_while_sampling(ready, 3, lambda latents: decoded.append(len(latents)) or latents)  # type: ignore[func-returns-value]
     assert 0 <= share < 1 and decoded == [2] * 4

@@ -30,10 +30,12 @@ from models.dit import DiT as Ours, DiTConfig
 class DiT(Ours):
     def __init__(self, **config):
         assert "cache_depth" not in config  # the official constructor knows no such thing
-        super().__init__(DiTConfig(**config))
+        side = config.pop("input_size")
+        shape = (config.pop("in_channels"), side, side)
+        super().__init__(DiTConfig(**config, sample_shape=shape))
 
     def forward(self, x, t, y):
-        return super().forward(x, t, y).sample
+        return super().forward(x, t, y=y).sample
 """
 MACHINE = {"device": "NVIDIA H200", "cpu": "a CPU", "cpu_features": [], "threads": 1, "clock": "CUDA events"} | {
     "python": "3.11", "torch": "2.11", "cuda": "13.0", "commit": None
@@ -142,7 +144,7 @@ def test_compiled_cases_are_left_out_without_a_compiler(monkeypatch: pytest.Monk
     monkeypatch.setattr("shutil.which", lambda name: None)
     device = torch.device("cpu")
     assert benchmark_cases.find_compiler(device) is None
-    network = benchmark_cases.filled_network("DiT-debug/2", device)
+    network = benchmark_cases.random_network("DiT-debug/2", device)
     inputs = benchmark_cases.make_inputs(network, 2, device)
     for cases in (benchmark_cases.forward_cases, benchmark_cases.train_cases):
         names = {c.name for c in cases(network, inputs, None, None)}
@@ -203,7 +205,7 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 def test_the_official_network_lives_beside_ours_and_takes_our_weights(tmp_path: Path) -> None:
-    ours = benchmark_cases.filled_network("DiT-debug/2", torch.device("cpu"))
+    ours = benchmark_cases.random_network("DiT-debug/2", torch.device("cpu"))
     before = sys.modules["models"]
     theirs = official.official_network(checkout(tmp_path / "official"), ours, "DiT-debug/2")
     assert sys.modules["models"] is before and "official_dit_models" not in sys.modules

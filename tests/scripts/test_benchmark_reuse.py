@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
-from benchmarks.reuse import count_blocks, make_runner, make_runs, make_sampler, measure_runs
+from benchmarks.costs import run_cost
+from benchmarks.reuse import count_blocks, make_runs, measure_runs
+from benchmarks.sampling import random_pipeline
 from models import create_model
 from runtime.errors import run
 from scripts import benchmark_reuse
-from tests.networks import debug_network
+from tests.networks import debug_name, debug_network
 
 ARGV = "--model Skip-DiT-debug/2 --hidden-size 64 --num-heads 4 --input-size 8 --device cpu --rounds 1".split()
 
@@ -20,29 +22,27 @@ def main(*argv: str) -> int:
 
 def made(intervals: tuple[int, ...], family: str = "Skip-DiT") -> tuple:
     network = debug_network(family)
-    sampler = make_sampler(network, 12)
-    sample = make_runner(network, sampler, 2, torch.device("cpu"))
-    return network, make_runs(network, sampler, intervals, sample), sample
+    return network, make_runs(random_pipeline(network, debug_name(family)), 12, intervals, images=2)
 
 
 def test_blocks_are_counted_while_they_run_and_not_after() -> None:
     network = debug_network("Skip-DiT")
-    assert count_blocks(network, lambda: network(torch.randn(1, 4, 8, 8), 5.0, torch.tensor([1]))) == 8
+    assert count_blocks(network, lambda: network(torch.randn(1, 4, 8, 8), 5.0, y=torch.tensor([1]))) == 8
     assert not any(block._forward_hooks for block in network.blocks)
 
 
 def test_a_cached_step_runs_twice_the_cache_depth() -> None:
-    network, runs, _ = made((2, 3))
+    network, runs = made((2, 3))
     assert [r.name for r in runs] == ["every step", "N = 2", "N = 3"]
     for one in runs:
         full = sum(one.refresh)
         assert one.blocks == 8 * full + 2 * network.config.cache_depth * (12 - full)
-        assert one.multiply_adds == network.executed_multiply_adds(one.refresh)
+        assert one.macs == run_cost(network, one.refresh)
     assert [sum(one.refresh) for one in runs] == [12, 6, 4]
 
 
 def test_of_a_divided_network_the_encoder_runs_every_so_often() -> None:
-    network, runs, _ = made((4, 6), "DDT")
+    network, runs = made((4, 6), "DDT")
     decoder = network.config.depth - network.config.encoder_depth
     assert [sum(one.refresh) for one in runs] == [12, 3, 2]
     assert [one.blocks for one in runs] == [n * network.config.encoder_depth + 12 * decoder for n in (12, 3, 2)]
@@ -51,14 +51,14 @@ def test_of_a_divided_network_the_encoder_runs_every_so_often() -> None:
 def test_the_bounds_of_ddt_xl_at_width_192_are_the_stated_ones() -> None:
     """22 + 6 blocks, 64 tokens; at full width and 256 tokens it is 2.13 and 2.76."""
     with torch.device("meta"):
-        network = create_model("DDT-XL/2", hidden_size=192, num_heads=3, input_size=16)
-    full = network.executed_multiply_adds([True] * 100)
-    bounds = [full / network.executed_multiply_adds([i % n == 0 for i in range(100)]) for n in (4, 10)]
+        network = create_model("DDT-XL/2", hidden_size=192, num_heads=3, sample_shape=(4, 16, 16))
+    full = run_cost(network, [True] * 100)
+    bounds = [full / run_cost(network, [i % n == 0 for i in range(100)]) for n in (4, 10)]
     assert bounds == pytest.approx([2.14, 2.78], abs=0.005)
 
 
 def test_runs_take_turns_and_ratios_are_those_of_neighbours() -> None:
-    _, runs, _ = made((2,))
+    _, runs = made((2,))
     order: list[int] = []
     readings = iter([100.0, 100.0, 2.0, 1.0, 30.0, 10.0, 8.0, 2.0])  # the first two are the warm-up's
 
@@ -66,12 +66,13 @@ def test_runs_take_turns_and_ratios_are_those_of_neighbours() -> None:
         work()
         return next(readings)
 
-    every, second = measure_runs(runs, lambda refresh: order.append(sum(refresh)), 3, clock)
+    noted = [run._replace(sample=lambda run=run: order.append(sum(run.refresh))) for run in runs]
+    every, second = measure_runs(noted, 3, clock)
     assert order == [12, 6] * 4
     assert (every.rounds, second.rounds) == ([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])
     assert (every.seconds, every.speedup, every.bound) == (8.0, 1.0, 1.0)
     assert (second.seconds, second.speedup) == (2.0, 3.0)  # of 2, 3 and 4
-    assert second.bound == runs[0].multiply_adds / runs[1].multiply_adds
+    assert second.bound == runs[0].macs / runs[1].macs
     assert second.share == 3.0 / second.bound
     assert (second.full_steps, second.cached_steps) == (6, 6)
 
@@ -93,9 +94,9 @@ def test_smoke(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("share", "status"), [(0.96, 0), (0.94, 1)])
 def test_check_fails_below_the_goal(share: float, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(*_) -> list:
-        _, runs, sample = made((2,))
-        seconds = iter([1.0, 1.0, 1.0, runs[1].multiply_adds / runs[0].multiply_adds / share])
-        return measure_runs(runs, lambda refresh: None, 1, lambda work: next(seconds))
+        _, runs = made((2,))
+        seconds = iter([1.0, 1.0, 1.0, runs[1].macs / runs[0].macs / share])
+        return measure_runs(runs, 1, lambda work: next(seconds))
 
     monkeypatch.setattr(benchmark_reuse, "measure", measured)
     if status:

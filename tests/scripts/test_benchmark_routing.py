@@ -6,44 +6,44 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import filled_network
-from benchmarks.routing import ALL_ON, DENSE, MASKED, ROUTED, Share, open_gates, plain_dit, routing_cases, saving
+from benchmarks.cases import random_network
+from benchmarks.routing import ALL_ON, DENSE, MASKED, ROUTED, Workload, open_gates, plain_dit, routing_cases, speedup
 from benchmarks.timing import Row
 from runtime.errors import run
 from scripts import benchmark_routing
 from tests.golden_data import assert_close
 
 CPU = torch.device("cpu")
-SMALL = Share("DyDiT-debug/2", depth=3, rows=4, heads=3, groups=2, tokens=0.75)
+SMALL = Workload("DyDiT-debug/2", depth=3, rows=4, heads=3, groups=2, tokens=0.75)
 
 
 @torch.no_grad()
 def test_gates_are_opened_for_the_share_that_was_asked_for() -> None:
-    network = filled_network(SMALL.model, CPU, depth=3)
+    network = random_network(SMALL.model, CPU, depth=3)
     x, y = torch.randn(4, 4, 8, 8), torch.arange(4)
     open_gates(network, SMALL, x, 500.0, y)
-    found = network(x, 500.0, y).routing
+    found = network(x, 500.0, y=y).aux
     assert (found.heads.sum(-1) == 3).all() and (found.mlp.sum(-1) == 2).all()
     assert (found.tokens.sum((0, 2)) == 48).all()  # of 64 in each of three blocks
     assert len({tuple(mask.tolist()) for mask in found.heads[0]}) > 1
     for t in (0.0, 999.0):  # at any time; which tokens, the image says
-        assert torch.equal(network(x, t, y).routing.heads, found.heads)
+        assert torch.equal(network(x, t, y=y).aux.heads, found.heads)
     open_gates(network, SMALL._replace(heads=4, groups=4, tokens=1.0), x, 500.0, y)
-    assert all(mask.all() for mask in network(x, 3.0, y).routing)
+    assert all(mask.all() for mask in network(x, 3.0, y=y).aux)
 
 
 @torch.no_grad()
 def test_the_plain_dit_has_the_same_weights() -> None:
-    network = filled_network(SMALL.model, CPU)
+    network = random_network(SMALL.model, CPU)
     x, y = torch.randn(4, 4, 8, 8), torch.arange(4)
-    assert_close(plain_dit(network)(x, 5.0, y).sample, network(x, 5.0, y, complete_model=True).sample, 1e-6)
+    assert_close(plain_dit(network)(x, 5.0, y=y).sample, network(x, 5.0, y=y, complete_model=True).sample, 1e-6)
 
 
 def test_cases_count_the_work_that_they_do() -> None:
     cases = {case.name: case for case in routing_cases(SMALL, CPU)}
     assert list(cases) == [DENSE, ALL_ON, ROUTED, MASKED]
-    network = filled_network(SMALL.model, CPU, depth=3)
-    parts = network.multiply_adds()
+    network = random_network(SMALL.model, CPU, depth=3)
+    parts = network.cost()
     assert cases[ALL_ON].flop == pytest.approx(2 * 4 * sum(parts.values()))
     assert cases[DENSE].flop == pytest.approx(2 * 4 * (sum(parts.values()) - parts["routers"]))
     attention = parts["attention_linear"] + parts["attention_products"]
@@ -63,7 +63,7 @@ def test_a_loop_is_counted_over_all_its_guided_steps() -> None:
 def test_a_saving_is_speed_up_and_less_work_and_their_quotient() -> None:
     fixed = dict(group="g", rounds=[1.0], images=0, precision="fp32", is_peak=False, reference=None, error=None)
     rows = [Row(name=DENSE, seconds=6.0, flop=10.0, **fixed), Row(name=ROUTED, seconds=4.0, flop=5.0, **fixed)]
-    assert saving(rows) == (1.5, 2.0) and saving(rows).quotient == 0.75
+    assert speedup(rows) == (1.5, 2.0) and speedup(rows).quotient == 0.75
 
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,8 +80,8 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_a_model_the_published_cases_are_timed() -> None:
-    config = benchmark_routing.RoutingBenchmarkConfig()
-    assert [s.title for s in benchmark_routing.shares(config, CPU)] == [
+    config = benchmark_routing.RoutingSettings()
+    assert [s.title for s in benchmark_routing.workloads(config, CPU)] == [
         "DyDiT-S/2, batch 8: 4 heads, 3 groups, 80% of tokens",
         "DyDiT-XL/2, 1 block, batch 2: 10 heads, 10 groups, 75% of tokens",
     ]

@@ -39,10 +39,10 @@ def test_every_family_is_compared(folders, tmp_path, capsys):
     output = capsys.readouterr()
     rows = json.loads((tmp_path / "out" / "families.json").read_text())["rows"]
     assert [(row["name"], row["seed"], row["interval"], row["steps"]) for row in rows] == [
-        *(("DiT-digits/2", 0, *way) for way in ((1, 10), (1, 5), (2, 10))),
-        *(("DyDiT-digits/2, target 0.9", 0, *way) for way in ((1, 10), (1, 5))),
-        *(("DDT-digits/2", 0, *way) for way in ((1, 10), (1, 5), (2, 10))),
-        *(("Skip-DiT-digits/2", seed, *way) for seed in (0, 1) for way in ((1, 10), (1, 5), (2, 10))),
+        *(("DiT-digits/2", 0, *setup) for setup in ((1, 10), (1, 5), (2, 10))),
+        *(("DyDiT-digits/2, target 0.9", 0, *setup) for setup in ((1, 10), (1, 5))),
+        *(("DDT-digits/2", 0, *setup) for setup in ((1, 10), (1, 5), (2, 10))),
+        *(("Skip-DiT-digits/2", seed, *setup) for seed in (0, 1) for setup in ((1, 10), (1, 5), (2, 10))),
     ]
     assert output.out.strip() == (tmp_path / "out" / "families.md").read_text().strip()
     assert len([line for line in output.out.splitlines() if line.startswith("|")]) == 2 + 3 + 2 + 3 + 3
@@ -58,10 +58,10 @@ def test_a_routed_network_off_its_target_fails_the_check(folders, tmp_path, caps
     assert "of the blocks' work, not within 0.02 of its target" in capsys.readouterr().err
 
 
-def result(name: str, seed: int, way: str, work: float, distance: float, **fields: float | None) -> Result:
+def result(name: str, seed: int, setup: str, work: float, distance: float, **fields: float | None) -> Result:
     scores = DigitsScores(4, 0.9, distance, 5.65, 9.0, 0.9, 0.8, 1.0)
     own = {"target": None, "steps": 50, "interval": 1, "evaluations": 50, "full": 50, "psnr": None, "dense": 4e6}
-    return Result(name, seed, way=way, multiply_adds=work, block_ratio=work / 4e6, scores=scores, **{**own, **fields})
+    return Result(name, seed, setup=setup, macs=work, block_ratio=work / 4e6, scores=scores, **{**own, **fields})
 
 
 def test_seeds_become_one_row_with_their_spread():
@@ -87,8 +87,8 @@ def test_spread_leaves_out_what_is_not_there():
     assert spread([4.0, 2.0], ".1f") == "3.0 (2.0 to 4.0)"
 
 
-def test_targets_are_compared_at_the_first_way_only():
-    near, far = (result("R", 0, way, 4e6 * share, 1.0, target=0.5) for way, share in (("a", 0.515), ("b", 0.6)))
+def test_targets_are_compared_at_the_first_setup_only():
+    near, far = (result("R", 0, setup, 4e6 * share, 1.0, target=0.5) for setup, share in (("a", 0.515), ("b", 0.6)))
     assert off_target([near, far]) == []
     assert len(off_target([far, near, result("P", 0, "a", 1e6, 1.0)])) == 1
 

@@ -27,11 +27,11 @@ def test_a_checkpoints_sampling_is_counted_as_it_went(
     assert count(*argv, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["model"], found["images"], found["evaluations_per_image"]) == ("DyDiT-digits/2", 6, 10)  # guided
-    dense = create_model("DyDiT-digits/2").multiply_adds()
-    assert found["dense_parts"] == dense and found["dense_multiply_adds"] == sum(dense.values())
+    dense = create_model("DyDiT-digits/2").cost()
+    assert found["dense_parts"] == dense and found["dense_macs"] == sum(dense.values())
     blocks = [sum(found[key][part] for part in BLOCK_PARTS) for key in ("parts", "dense_parts")]
     assert found["block_ratio"] == pytest.approx(blocks[0] / blocks[1]) and 0.2 < found["block_ratio"] < 0.9
-    assert found["multiply_adds_per_image"] == pytest.approx(10 * sum(found["parts"].values()))
+    assert found["macs_per_image"] == pytest.approx(10 * sum(found["parts"].values()))
     assert count(*argv) == 0
     text = capsys.readouterr().out
     assert f"share of the blocks' work: {found['block_ratio']:.3f}" in text and "routers" in text
@@ -42,20 +42,20 @@ def test_columns_are_as_wide_as_their_names_in_a_unit_that_shows_the_numbers(den
     parts = {"blocks": dense, "a_part_with_quite_a_long_name": dense / 1000}
     found = {
         "model": "DiT-digits/2", "images": 2, "evaluations_per_image": 4.0, "block_ratio": 0.5,
-        "parts": {part: number / 2 for part, number in parts.items()}, "multiply_adds": dense / 2,
-        "dense_parts": parts, "dense_multiply_adds": dense, "multiply_adds_per_image": 2 * dense,
+        "parts": {part: number / 2 for part, number in parts.items()}, "macs": dense / 2,
+        "dense_parts": parts, "dense_macs": dense, "macs_per_image": 2 * dense,
     }  # fmt: skip
     text = summary_table(found)
     lines = text.split("\n\n")[1].splitlines()
     assert len({len(line) for line in lines}) == 1 and len({line.count("|") for line in lines}) == 1
     assert [line.split("|")[-2].strip() for line in lines[2:]] == ["50.0%"] * 3
-    assert f"{letter} multiply-adds" in lines[0] and " 0.0000 " not in text
+    assert f"{letter} MACs" in lines[0] and " 0.0000 " not in text
 
 
 def test_parts_of_a_divided_network_count_as_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ckpt = save_digits_checkpoint(tmp_path / "0000001.safetensors", "DDT-digits/2", "flow")
     shares = []
-    for reuse in ([], ["--refresh-rate", "4"]):
+    for reuse in ([], ["--sharing-interval", "4"]):
         argv = ["--ckpt", str(ckpt), *"--num-sampling-steps 8 --images 2 --cfg-scale 1 --json".split(), *reuse]
         assert count(*argv) == 0
         shares.append(json.loads(capsys.readouterr().out)["block_ratio"])

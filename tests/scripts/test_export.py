@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
+from diffusion import create_diffusion
 from models import DiT, create_model
 from models.diffusers_format import correct_timesteps
 from runtime.checkpoint import read_checkpoint, save_checkpoint
@@ -26,12 +27,15 @@ def checkpoint(path: Path, process: dict[str, object] | None = None, **fields: o
     with torch.no_grad():
         network.pos_embed.copy_(positions)
     meta = {
+        "format": 2,
         "model": {"name": "DiT-debug/2", **dataclasses.asdict(network.config)},
-        "process": {"name": "gaussian", "noise_schedule": "linear", "predict_xstart": False, **(process or {})},
-        "data": {"vae": "ema", "image_shape": [3, 64, 64]},
+        "process": process or {"name": "gaussian", "noise_schedule": "linear", "prediction": "epsilon"},
+        "encoder": {"name": "ema"},
+        "data": {"image_shape": [3, 64, 64]},
+        "averages": {"ema-0.99": {"decay": 0.99}},
     }
     other = {name: 2 * tensor for name, tensor in network.state_dict().items()}
-    save_checkpoint(path, {"ema": network.state_dict(), "model": other}, meta)
+    save_checkpoint(path, {"ema-0.99": network.state_dict(), "model": other}, meta)
     return network
 
 
@@ -69,7 +73,7 @@ def test_diffusers_computes_the_same_once_its_timesteps_are_corrected(
     twin, info = DiTTransformer2DModel.from_pretrained(folder / "transformer", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0, 20, 500, 999]), torch.tensor([0, 3, 9, 10])
-    wanted = network(x, t, y).sample
+    wanted = network(x, t, y=y).sample
     assert relative_error(twin(x, timestep=t, class_labels=y).sample, wanted) > 1e-4, "what no config carries"
     assert_close(correct_timesteps(twin)(x, timestep=t, class_labels=y).sample, wanted, 2e-6)
     said, readme = capsys.readouterr().out, (folder / "README.md").read_text()
@@ -83,18 +87,16 @@ def test_diffusers_computes_the_same_once_its_timesteps_are_corrected(
 
 
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize("predict_xstart", [False, True])
-def test_the_scheduler_is_the_one_of_the_process(schedule: str, predict_xstart: bool, tmp_path: Path) -> None:
-    from diffusion import create_diffusion
-
-    settings = {"noise_schedule": schedule, "predict_xstart": predict_xstart}
-    checkpoint(tmp_path / "a.safetensors", settings)
+@pytest.mark.parametrize(("prediction", "kind"), [("epsilon", "epsilon"), ("x_start", "sample"), ("v", "v_prediction")])
+def test_the_scheduler_is_the_one_of_the_process(schedule: str, prediction: str, kind: str, tmp_path: Path) -> None:
+    settings = {"noise_schedule": schedule, "prediction": prediction}
+    checkpoint(tmp_path / "a.safetensors", {"name": "gaussian", **settings})
     assert exported(tmp_path / "a.safetensors", tmp_path / "out", "diffusers") == 0
     scheduler = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
     process = create_diffusion("", **settings)  # type: ignore[arg-type]
     assert_close(scheduler.alphas_cumprod, torch.from_numpy(process.tables["alphas_cumprod"]).float())
-    told = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
-    assert told["prediction_type"] == ("sample" if predict_xstart else "epsilon") and told["clip_sample"] is False
+    config = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert config["prediction_type"] == kind and config["clip_sample"] is False
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,7 @@ def test_the_scheduler_is_the_one_of_the_process(schedule: str, predict_xstart: 
             "--ckpt no_null.safetensors --output b --format diffusers",
             "--format diffusers: diffusers' DiT has a null class",
         ),
+        ("--ckpt flow.safetensors --output b --format diffusers", "cannot sample from a flow process (velocity)"),
         ("--ckpt wide.safetensors --output b --format diffusers", "an mlp_ratio of 4, not 2.0"),
     ],
 )
@@ -125,6 +128,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     checkpoint(Path("a.safetensors"))
     checkpoint(Path("no_null.safetensors"), class_dropout_prob=0.0)
     checkpoint(Path("wide.safetensors"), mlp_ratio=2.0)
+    checkpoint(Path("flow.safetensors"), {"name": "flow"})
     torch.save({"weight": torch.zeros(1)}, "foreign.pt")
     torch.save(create_model("DyDiT-debug/2", num_heads=2).state_dict(), "gates.pt")
     Path("there.pt").touch()

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion import create_diffusion, skip_cache
+from diffusion import AncestralSampler, create_diffusion, skip_cache
 from models import create_model
 from runtime.checkpoint import save_checkpoint
 from runtime.errors import run
 from scripts import feature_smoothness
 from scripts.feature_smoothness import (
-    Subject,
+    TrainedModel,
     between_steps,
     block_outputs,
     cosine,
@@ -29,9 +29,9 @@ from tests.networks import debug_network, randomise
 
 
 @pytest.fixture
-def subject() -> Subject:
+def model() -> TrainedModel:
     network = debug_network("Skip-DiT")
-    return Subject("Skip-DiT", network, create_diffusion("6").ancestral(), torch.tensor([1, 2]), 6)
+    return TrainedModel("Skip-DiT", network, AncestralSampler(create_diffusion(), "6"), torch.tensor([1, 2]), 6)
 
 
 def test_measures_of_known_vectors() -> None:
@@ -41,75 +41,78 @@ def test_measures_of_known_vectors() -> None:
     assert cosine(a, 3 * a) == pytest.approx(1) and relative_change(a, a) == 0
 
 
-def test_a_direction_has_rows_as_long_as_the_weights_and_leaves_vectors_and_positions_alone(subject: Subject) -> None:
-    weights = dict(subject.network.named_parameters())
+def test_a_direction_has_rows_as_long_as_the_weights_and_leaves_vectors_and_positions_alone(model: TrainedModel) -> None:
+    weights = dict(model.network.named_parameters())
     generator = torch.Generator().manual_seed(0)
-    first, second = (random_direction(subject.network, generator) for _ in range(2))
+    first, second = (random_direction(model.network, generator) for _ in range(2))
     assert first.keys() == {name for name, p in weights.items() if p.ndim > 1} - {"pos_embed"}
     for name, moved in first.items():
         torch.testing.assert_close(moved.flatten(1).norm(dim=1), weights[name].flatten(1).norm(dim=1))
         assert not torch.equal(moved, second[name])
 
 
-def test_a_surface_is_one_in_the_middle_and_falls_with_strength(subject: Subject) -> None:
-    before = [p.clone() for p in subject.network.parameters()]
+def test_a_surface_is_one_in_the_middle_and_falls_with_strength(model: TrainedModel) -> None:
+    before = [p.clone() for p in model.network.parameters()]
     x = torch.randn(2, 4, 8, 8)
-    weak, strong = (surface(subject, x, 500.0, points=3, strength=s, seed=0) for s in (0.01, 0.3))
+    weak, strong = (surface(model, x, 500.0, points=3, strength=s, seed=0) for s in (0.01, 0.3))
     assert weak.shape == (3, 3) and weak[1, 1] == strong[1, 1] == pytest.approx(1, abs=1e-12)
     assert (strong < weak + 1e-12).all() and strong[0, 0] < weak[0, 0] < 1
     assert strong[0, 2] != strong[2, 0]  # alpha and beta are two directions
-    assert all(torch.equal(a, b) for a, b in zip(before, subject.network.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.network.parameters(), strict=True))
 
 
-def test_a_surface_looks_at_the_tokens_that_are_remembered(subject: Subject) -> None:
+def test_a_surface_looks_at_the_tokens_that_are_remembered(model: TrainedModel) -> None:
     """What comes behind them may be moved without effect."""
-    network, x = subject.network, torch.randn(2, 4, 8, 8)
+    network, x = model.network, torch.randn(2, 4, 8, 8)
     for parameter in (*network.blocks[6].parameters(), *network.final_layer.parameters()):
         parameter.data.fill_(float("nan"))
-    assert np.isfinite(surface(subject, x, 500.0, points=2, strength=0.1, seed=0)).all()
-    deeper = subject._replace(depth=7)
+    assert np.isfinite(surface(model, x, 500.0, points=2, strength=0.1, seed=0)).all()
+    deeper = model._replace(depth=7)
     assert not np.isfinite(surface(deeper, x, 500.0, points=2, strength=0.1, seed=0)).any()
 
 
 @torch.no_grad()
-def test_blocks_are_compared_with_themselves_one_step_before(subject: Subject) -> None:
-    path = trajectory(subject, seed=0)
+def test_blocks_are_compared_with_themselves_one_step_before(model: TrainedModel) -> None:
+    path = trajectory(model, seed=0)
     assert len(path) == 6 and path[0].shape == (2, 4, 8, 8)
-    outputs = list(block_outputs(subject, path))
-    similar, change = between_steps(subject, path)
+    outputs = list(block_outputs(model, path))
+    similar, change = between_steps(model, path)
     assert similar.shape == change.shape == (8, 5)
     for block, step in ((0, 0), (5, 2), (7, 4)):
         assert similar[block, step] == cosine(outputs[step + 1][block], outputs[step][block])
         difference = (outputs[step + 1][block] - outputs[step][block]).double().norm(dim=-1)
         size = outputs[step + 1][block].double().norm(dim=-1)
         assert change[block, step] == pytest.approx(float((difference / size).mean()), rel=1e-5)
-    direct = subject.network(path[3], subject.sampler.times[3], subject.y, features_at=6).features
+    direct = model.network(path[3], model.sampler.times[3], y=model.y, features_at=(6,)).features[6]
     assert torch.equal(outputs[3][5], direct)
-    assert not any(block._forward_hooks for block in subject.network.blocks)
+    assert not any(block._forward_hooks for block in model.network.blocks)
 
 
 @torch.no_grad()
-def test_reused_outputs_are_compared_where_state_is_reused(subject: Subject) -> None:
-    path, network, y = trajectory(subject, seed=0), subject.network, subject.y
-    times = subject.sampler.times
+def test_reused_outputs_are_compared_where_state_is_reused(model: TrainedModel) -> None:
+    path, network, y = trajectory(model, seed=0), model.network, model.y
+    times = model.sampler.times
     for interval in (1, 2, 3):
-        errors = reused_error(subject, path, interval)
-        assert np.array_equal(np.isnan(errors), skip_cache(network, times, interval))
-    state = network(path[0], times[0], y).state  # of interval 3's last refresh before step 2
-    full, reused = network(path[2], times[2], y).sample, network(path[2], times[2], y, state).sample
+        errors = reused_error(model, path, interval)
+        assert np.array_equal(np.isnan(errors), skip_cache(network, model.sampler, interval))
+    state = network(path[0], times[0], y=y).state  # of interval 3's last refresh before step 2
+    full, reused = network(path[2], times[2], y=y).sample, network(path[2], times[2], y=y, state=state).sample
     assert errors[2] == pytest.approx(relative_change(reused.flatten(1), full.flatten(1))) and errors[2] > 0
 
 
 def checkpoint(folder: Path, name: str) -> Path:
     """A file of ours with random weights."""
-    network = randomise(create_model(name, in_channels=1, learn_sigma=False))
+    network = randomise(create_model(name, sample_shape=(1, 8, 8), learn_sigma=False))
     meta = {
+        "format": 2,
         "model": {"name": name, **dataclasses.asdict(network.config)},
-        "process": {"name": "gaussian", "noise_schedule": "linear", "predict_xstart": False, "learn_sigma": False},
-        "data": {"vae": "none", "image_shape": [1, 8, 8]},
+        "process": {"name": "gaussian", "noise_schedule": "linear", "prediction": "epsilon"},
+        "encoder": {"name": "none"},
+        "data": {"image_shape": [1, 8, 8]},
+        "averages": {"ema-0.99": {"decay": 0.99}},
     }
     path = folder / f"{name.split('-debug')[0]}.safetensors"
-    save_checkpoint(path, {"ema": network.state_dict()}, meta)
+    save_checkpoint(path, {"ema-0.99": network.state_dict()}, meta)
     return path
 
 
