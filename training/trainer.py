@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import GlobalBatches, conditioning
 from diffusion.loss import Batch, Draws
-from models import Network
+from models import Network, family_name
 from runtime import distributed
 from runtime.checkpoint import load_weights, save_checkpoint
 from runtime.distributed import World
@@ -189,7 +189,7 @@ class Trainer:
     def introduce(self) -> None:
         """Log what is trained on what, and the warnings."""
         parameters = sum(p.numel() for p in self.state.network.parameters())
-        self.log.line(f"{self.config.model} Parameters: {parameters:,}")
+        self.log.line(f"{family_name(self.config.model)} Parameters: {parameters:,}")
         source = self.config.data.data_path or self.config.data.dataset
         self.log.line(f"Dataset contains {len(self.setup.dataset):,} images ({source})")
         epochs = "" if self.config.optimization.max_steps else f"{self.config.optimization.epochs} epochs, "
