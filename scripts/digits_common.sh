@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Common start of the scripts for the digits; they source it.
+# The common part of the scripts for the digits, which source it.
 set -euo pipefail
 
-# Networks this small gain a third from a second thread, and lose two thirds when another program takes its core. With one
-# thread, results do not depend on the number of cores either.
+# Networks this small gain a third from a second thread, and lose two thirds when another program takes its core. With one,
+# results do not depend on the number of cores either.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # begin SCRIPT DEFAULT_FOLDER PYTHON "NAMES OF NUMBERS" [OUTPUT_FOLDER | --help]
 #
-# Print the script's header for --help, check that the named variables are numbers, change to the repository's root, and
-# set $out (created if missing) and $python: PYTHON, or if that is empty the one of .venv, which is set up.
+# Prints the script's header if help is asked for, checks the numbers, changes to the repository's root, and sets $out
+# (made if need be) and $python: PYTHON, or if that is empty the one of .venv, which is set up.
 begin() {
     local script=$1 folder=$2 own=$3 names=$4 name value
     shift 4
@@ -34,4 +34,19 @@ begin() {
         python=.venv/bin/python
     fi
     mkdir -p "$out"
+}
+
+# Flags of the digits' networks that are trained under Gaussian diffusion.
+gaussian=(--noise-schedule squaredcos_cap_v2 --no-learn-sigma --class-dropout-prob 0.1)
+
+# train MODEL STEPS [flags of train.py]
+train() {
+    "$python" train.py --dataset digits --model "$1" --max-steps "$2" --global-batch-size 64 --num-workers 0 \
+        --log-every "$(($2 < 100 ? $2 : 100))" --lr 3e-3 --lr-schedule cosine --lr-warmup-steps 100 \
+        --lr-final-ratio 0.05 --adam-betas 0.9 0.99 --ema-decay 0.99 --ema-ramp "${@:3}"
+}
+
+# compare [flags of compare_families.py]
+compare() {
+    PYTHONPATH=. "$python" scripts/compare_families.py --num-samples "${DIGITS_SAMPLES:-1000}" "$@"
 }

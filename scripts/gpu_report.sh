@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Measure this code on a GPU, in under eight minutes: its tests, then XL/2 at full size. Writes
-# benchmarks/results/<device>-<date>.json and .md. Needs PyTorch (>= 2.11) and nothing else: no network, no .venv,
-# no diffusers; pytest where it is installed.
+# Measures a GPU in under eight minutes: the tests marked gpu, then XL/2 at full size. Writes
+# benchmarks/results/<device>-<date>.json and .md. Needs PyTorch (>= 2.11), numpy, pillow, safetensors and tqdm, but no
+# network, .venv or diffusers; pytest if it is installed.
 #
 #   bash scripts/gpu_report.sh [--smoke] [--output-dir FOLDER] [--seconds 400]
 #
-# Without a GPU it prints an error and exits with status 2; --smoke runs all of it at tiny sizes, on any machine.
+# Without a GPU it exits with status 2; --smoke runs all of it tiny, on any machine.
 # PYTHON=... chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole pipeline in one command, on a laptop: train a DiT on the embedded digits, sample 1,000 new ones with two
-# processes, score them, and leave a picture, a loss curve and a table in quickstart_out/.
-# Two minutes on two cores of a new Xeon, six to eight on an older AMD, after an installation that happens once.
+# Everything in one command, on a laptop: trains a DiT on the embedded digits, samples 1,000 new ones with two processes,
+# scores them, and leaves a picture, a loss curve and a table in quickstart_out/.
+# Two minutes on a new Xeon, six to eight on an older AMD, after an installation that happens once.
 #
 #   bash scripts/quickstart.sh [OUTPUT_FOLDER]
 #
@@ -9,15 +9,10 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
 begin "${BASH_SOURCE[0]}" quickstart_out "${QUICKSTART_PYTHON:-}" "QUICKSTART_STEPS QUICKSTART_SAMPLES" "$@"
-steps="${QUICKSTART_STEPS:-3000}"
-samples="${QUICKSTART_SAMPLES:-1000}"
+steps="${QUICKSTART_STEPS:-3000}" samples="${QUICKSTART_SAMPLES:-1000}"
 
 echo "== 1/3  Training a DiT on 1,297 digits for $steps steps"
-"$python" train.py --dataset digits --model DiT-digits/2 --results-dir "$out/runs" \
-    --noise-schedule squaredcos_cap_v2 --no-learn-sigma --class-dropout-prob 0.1 \
-    --max-steps "$steps" --global-batch-size 64 --num-workers 0 --log-every "$((steps < 100 ? steps : 100))" \
-    --lr 3e-3 --lr-schedule cosine --lr-warmup-steps 100 --lr-final-ratio 0.05 --adam-betas 0.9 0.99 \
-    --ema-decay 0.99 --ema-ramp
+train DiT-digits/2 "$steps" --results-dir "$out/runs" "${gaussian[@]}"
 run=$(find "$out/runs" -mindepth 1 -maxdepth 1 -type d | sort | tail -n 1)
 checkpoint=$(find "$run/checkpoints" -name '*.safetensors' | sort | tail -n 1)
 

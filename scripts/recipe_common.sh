@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Common start of the recipes for GPUs; they source it.
+# The common part of the recipes for GPUs, which source it.
 set -euo pipefail
 
 # begin_recipe SCRIPT NUMBER "USAGE" "$@"
 #
-# Print the script's header for --help, and its usage if fewer than NUMBER paths are given; make those absolute, change to
-# the repository's root, and set $paths and $torchrun: the one of this shell, or else of .venv.
+# Prints the script's header if help is asked for, and its usage if fewer than NUMBER paths are given; makes those
+# absolute, changes to the repository's root, and sets $paths and $launch: torchrun of this shell, or else of .venv, on
+# all GPUs of this machine or $GPUS of them.
 begin_recipe() {
     local script=$1 number=$2 usage=$3 name path
     name=$(basename "$script" .sh)
@@ -26,10 +27,12 @@ begin_recipe() {
         paths+=("$path")
     done
     cd "$(dirname "$script")/.."
+    local torchrun
     torchrun=$(command -v torchrun || true)
     if [ -z "$torchrun" ] && [ -x .venv/bin/torchrun ]; then torchrun=.venv/bin/torchrun; fi
     if [ -z "$torchrun" ]; then
         echo "$name: no torchrun here; bash scripts/setup.sh makes an environment with one" >&2
         exit 2
     fi
+    launch=("$torchrun" --standalone --nproc-per-node "${GPUS:-gpu}")
 }

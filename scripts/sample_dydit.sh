@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# 50,000 images of a DyDiT at 256 x 256 with the authors' settings (DDPM, 250 steps, guidance 1.5), and their scores.
+# 50,000 images of a DyDiT at 256 x 256, sampled as by its authors (DDPM, 250 steps, guidance 1.5), and their scores.
 # scripts/sample_0.7.sh and scripts/sample_0.5.sh name the released checkpoints.
 #
 #   bash scripts/sample_dydit.sh CHECKPOINT VIRTUAL_imagenet256_labeled.npz [more flags of sample_ddp.py]
 #
-# The checkpoint is a released one by its name (downloaded if missing), a file of it, or one of ours; the layout of its
-# routers is recognised. GPUS=N uses N of them. If the samples are there already, they are only scored.
+# The checkpoint is a released one by its name (downloaded if need be), a file of it, or one of ours; the layout of its
+# routers is recognised. GPUS=N uses N of them. If the samples are already there, they are only scored.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe_common.sh"
 begin_recipe "${BASH_SOURCE[0]}" 2 "CHECKPOINT VIRTUAL_imagenet256_labeled.npz" "$@"
@@ -17,9 +17,9 @@ if ! [ -f "$reference" ]; then
     exit 2
 fi
 model=()
-case "$checkpoint" in *.safetensors) ;; *) model=(--model DyDiT-XL/2) ;; esac # ours know their model
+case "$checkpoint" in *.safetensors) ;; *) model=(--model DyDiT-XL/2) ;; esac # our own files know theirs
 if ! [ -f "$samples" ]; then
-    "$torchrun" --standalone --nproc-per-node "${GPUS:-gpu}" sample_ddp.py --ckpt "$checkpoint" "${model[@]}" \
-        --num-fid-samples 50000 --per-proc-batch-size 32 --cfg-scale 1.5 --num-sampling-steps 250 --output "$samples" "${@:3}"
+    "${launch[@]}" sample_ddp.py --ckpt "$checkpoint" "${model[@]}" --num-fid-samples 50000 --per-proc-batch-size 32 \
+        --cfg-scale 1.5 --num-sampling-steps 250 --output "$samples" "${@:3}"
 fi
-"$torchrun" --standalone --nproc-per-node "${GPUS:-gpu}" evaluator/evaluator.py "$reference" "$samples"
+exec "${launch[@]}" evaluator/evaluator.py "$reference" "$samples"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make ./.venv-tensorflow from requirements-tensorflow.lock, once: TensorFlow on top of the packages in .venv.
-# It is a separate environment because TensorFlow must not be where TensorBoard or Triton are imported with it; only
+# Makes ./.venv-tensorflow from requirements-tensorflow.lock, once: TensorFlow on top of .venv.
+# It is a separate environment because TensorFlow must not be installed together with TensorBoard or Triton; only
 # `--backend tensorflow` of the evaluator and the tests marked tf use it:
 #
 #   .venv-tensorflow/bin/python evaluator/evaluator.py REF.npz SAMPLES.npz --backend tensorflow

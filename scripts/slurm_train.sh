@@ -3,9 +3,9 @@
 #
 #   sbatch --nodes 4 scripts/slurm_train.sh --data-path /path/to/imagenet/train --model DiT-XL/2
 #
-# Two minutes before the time limit SLURM sends SIGTERM to this script, which passes it on: train.py saves and exits, the
-# job queues itself again, and resumes with --resume auto. Any other failure ends the job, a wrong flag for instance. The
-# results folder must be on a shared file system.
+# Two minutes before the time is up SLURM signals this script, which passes SIGTERM on: train.py saves and exits, the job
+# queues itself again, and resumes by --resume auto. Any other failure ends the job, a wrong flag for instance. The results
+# folder must be on a shared file system.
 #SBATCH --job-name=dit-family
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up .venv if it is missing, and run the tests; arguments go to pytest (for example: -m slow, or -k sampling). Without
-# any, the tests marked tf follow in a separate process and environment with TensorFlow (scripts/setup_tensorflow.sh).
+# Sets up .venv if need be and runs the tests; arguments go to pytest (for example: -m slow, or -k sampling). Without any,
+# the tests marked tf follow in a separate process, in an environment with TensorFlow (scripts/setup_tensorflow.sh).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh

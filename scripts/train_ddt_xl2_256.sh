@@ -10,7 +10,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe_common.sh"
 begin_recipe "${BASH_SOURCE[0]}" 1 "/path/to/imagenet/train" "$@"
-exec "$torchrun" --standalone --nproc-per-node "${GPUS:-gpu}" --max-restarts 3 train.py \
+exec "${launch[@]}" --max-restarts 3 train.py \
     --data-path "${paths[0]}" --model DDT-XL/2 --image-size 256 --global-batch-size 256 --resume auto \
     --align dinov2_vitb14 --align-block 8 --align-weight 0.5 \
     --precision bf16 --adam-betas 0.9 0.95 --no-flip --epochs 256 "${@:2}"

@@ -5,17 +5,17 @@
 #
 #   bash scripts/train_ddt_xl2_512.sh /path/to/imagenet/train WEIGHTS_FOR_256 [more flags of train.py]
 #
-# WEIGHTS_FOR_256 is a checkpoint of train.py or an official .ckpt. Runs are put in $RESULTS; if one has left a
-# checkpoint there, the same command resumes it. --max-steps says how long.
+# WEIGHTS_FOR_256 is a checkpoint of train.py or an official .ckpt. Runs are in $RESULTS; if one has left a checkpoint
+# there, the same command again resumes it. --max-steps limits its length.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe_common.sh"
 begin_recipe "${BASH_SOURCE[0]}" 2 "/path/to/imagenet/train WEIGHTS_FOR_256" "$@"
 results="${RESULTS:-results/ddt-xl2-512}"
-begin=(--init-from "${paths[1]}")
+first=(--init-from "${paths[1]}")
 if compgen -G "$results/*/checkpoints/*.safetensors" > /dev/null; then
-    begin=(--resume auto)
+    first=(--resume auto)
 fi
-exec "$torchrun" --standalone --nproc-per-node "${GPUS:-gpu}" train.py \
+exec "${launch[@]}" train.py \
     --data-path "${paths[0]}" --model DDT-XL/2 --image-size 512 --global-batch-size 256 --results-dir "$results" \
-    "${begin[@]}" --align dinov2_vitb14 --align-block 8 --align-weight 0.5 \
+    "${first[@]}" --align dinov2_vitb14 --align-block 8 --align-weight 0.5 \
     --precision bf16 --adam-betas 0.9 0.95 --no-flip "${@:3}"

@@ -4,9 +4,9 @@
 #
 #   bash scripts/train_dit_xl2_256.sh /path/to/imagenet/train [more flags of train.py]
 #
-# Add --precision bf16 --compile for speed. The same command again resumes the run.
+# Add --precision bf16 --compile for speed; the same command again resumes the run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe_common.sh"
 begin_recipe "${BASH_SOURCE[0]}" 1 "/path/to/imagenet/train" "$@"
-exec "$torchrun" --standalone --nproc-per-node "${GPUS:-gpu}" --max-restarts 3 train.py \
+exec "${launch[@]}" --max-restarts 3 train.py \
     --data-path "${paths[0]}" --model DiT-XL/2 --image-size 256 --global-batch-size 256 --resume auto "${@:2}"

@@ -8,5 +8,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe_common.sh"
 begin_recipe "${BASH_SOURCE[0]}" 1 "/path/to/imagenet/train" "$@"
-exec "$torchrun" --standalone --nproc-per-node "${GPUS:-gpu}" --max-restarts 3 train.py \
+exec "${launch[@]}" --max-restarts 3 train.py \
     --data-path "${paths[0]}" --model DiT-XL/2 --image-size 512 --global-batch-size 256 --resume auto "${@:2}"

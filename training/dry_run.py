@@ -8,67 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses import FakeTensorMode
 from torch.utils.data import default_collate
 
 from data import conditioning
 from runtime import distributed
 from runtime.distributed import World
+from runtime.live_memory import LiveMemory
 from runtime.settings import Given
 from training.config import TrainSettings
 from training.setup import Setup, set_up
 from training.trainer import micro_batches, recompute_activations
-
-
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of tensors on a device that are alive, and the most there were.
-
-    Args:
-        device: other devices do not count.
-        known: tensors that are there already.
-    """
-
-    def __init__(self, device: torch.device, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._device, self._seen = device.type, set[int]()
-        for tensor in known:
-            self._note(tensor)
-
-    def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        place, size = storage._cdata, storage.nbytes()  # tensors without values have no address
-        if tensor.device.type != self._device or place in self._seen:
-            return
-        self._seen.add(place)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, place, size)
-
-    def _forget(self, place: int, size: int) -> None:
-        self._seen.discard(place)
-        self.live -= size
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run an operation, and note its results."""
-        kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], FakeTensor):
-            kwargs.pop("generator", None)  # which some operations refuse on tensors without values
-        out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._note(leaf)
-        return out
 
 
 def predict_memory(setup: Setup, world: World, fake: FakeTensorMode) -> dict[str, int]:
@@ -88,7 +41,7 @@ def predict_memory(setup: Setup, world: World, fake: FakeTensorMode) -> dict[str
         recompute_activations(setup.network)
     images, labels, index = default_collate([setup.dataset[0, 0]])
     local = optimization.global_batch_size // world.size
-    with fake, LiveMemory(world.device, [*loss.parameters(), *loss.buffers()]) as memory:
+    with fake, LiveMemory([*loss.parameters(), *loss.buffers()], world.device) as memory:
         parts |= {"weights": memory.live, "averaged weights": average, "autoencoder": setup.encoder.weight_bytes}
         optimizer = setup.optimizer.make(trained, optimization.lr)
         for parameter in trained:

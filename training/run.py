@@ -194,7 +194,7 @@ def open_run(setup: Setup, world: World, saved: ResumeState | None = None) -> Pa
         log = RunLog(folder)
         log.line(f"Resumed {folder} at step {step}")
         if saved.meta.get("draws") != DRAWS:
-            log.line("Note: times, noise and dropped labels are drawn in another way since version 0.2")
+            log.line("Note: the random draws of a step (times, noise, dropped labels) changed with version 0.2")
         return folder
     folder = create_run_folder(setup.config.run.results_dir, setup.config.model.replace("/", "-"))
     (folder / "checkpoints").mkdir()

@@ -10,8 +10,8 @@ from diffusion import Batch, DiffusionLoss, Draws, FlowMatching, GaussianDiffusi
 from diffusion.loss import LossSettings, row_generators
 from diffusion.schedules import named_betas
 from models import Network, TimeConvention
+from runtime.live_memory import LiveMemory
 from tests.golden_data import arrays, assert_close_elementwise, tiny_dit
-from tests.live_memory import LiveMemory
 from tests.networks import debug_network
 from tests.toys import CLIP, TextToy, Toy
 

@@ -5,12 +5,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from runtime.config import parse_config
 
 from evaluator.settings import EvaluatorConfig
-from sample_ddp import SampleDDPConfig
+from models import family_name, family_of
+from runtime.settings import Given, parse, parse_config
+from sample_ddp import SampleDDPSettings
+from sampling.config import KINDS as SAMPLING_KINDS
 from tests.processes import ROOT
-from training.config import TrainConfig
+from training.config import KINDS, TrainSettings
+from training.losses import loss_of
 
 PATHS = {
     "train_dit_xl2_256": 1,
@@ -24,35 +27,47 @@ RECORD = '#!/bin/bash\nprintf "%s\\n" "$@" ---- >> "$RECORDED"\n'
 
 
 def recipe(name: str, folder: Path, *argv: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Runs a recipe in a folder, with a torchrun that only writes down what it is told."""
+    """Runs a recipe in a folder, with a torchrun that only records its arguments."""
     torchrun = folder / "bin" / "torchrun"
     torchrun.parent.mkdir(exist_ok=True)
     torchrun.write_text(RECORD)
     torchrun.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{torchrun.parent}:{os.environ['PATH']}", "RECORDED": str(folder / "told")}
+    environment = {**os.environ, "PATH": f"{torchrun.parent}:{os.environ['PATH']}", "RECORDED": str(folder / "recorded")}
     command = ["bash", str(ROOT / "scripts" / f"{name}.sh"), *argv]
     return subprocess.run(command, cwd=folder, env=environment | settings, capture_output=True, text=True)
 
 
-def told(folder: Path, script: str) -> list[list[str]]:
-    """What each program was started with, behind its name."""
-    runs = (folder / "told").read_text().split("----\n")[:-1]
+def recorded(folder: Path, script: str) -> list[list[str]]:
+    """Arguments of each program that was started, after its name."""
+    runs = (folder / "recorded").read_text().split("----\n")[:-1]
     started = [run.splitlines() for run in runs]
     assert all("--nproc-per-node" in argv for argv in started)
     return [argv[argv.index(script) + 1 :] for argv in started if script in argv]
+
+
+def check_owners(given: Given[TrainSettings]) -> None:
+    """Check that every flag has an effect in this run, and that its owner takes the value."""
+    family = family_name(given.general.model)
+    process = given.general.process or family_of(given.general.model).process
+    owners = {"model": family, "process": process, "loss": loss_of(family), "optimizer": given.general.optimizer}
+    given.check_owners(**owners)
+    for kind in ("process", "loss", "optimizer"):
+        given.build(kind, owners[kind])
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_a_recipe_starts_train_py_with_flags_that_it_knows(name: str, tmp_path: Path) -> None:
     for place in ("data", "weights.pt"):
         (tmp_path / place).mkdir()
-    done = recipe(name, tmp_path, *("data", "weights.pt")[: PATHS[name]], "--seed-of-nobody")
+    done = recipe(name, tmp_path, *("data", "weights.pt")[: PATHS[name]], "--one-more-flag")
     assert done.returncode == 0, done.stderr
-    ((*argv, last),) = told(tmp_path, "train.py")
-    assert last == "--seed-of-nobody"
-    config = parse_config(TrainConfig, argv, program="train.py", description="")
-    assert config.data_path == tmp_path / "data" and config.model.endswith("-XL/2")
-    assert config.init_from in (None, tmp_path / "weights.pt") and config.global_batch_size == 256
+    ((*argv, last),) = recorded(tmp_path, "train.py")
+    assert last == "--one-more-flag"
+    given = parse(TrainSettings, argv, program="train.py", doc=None, kinds=KINDS)
+    check_owners(given)
+    config = given.general
+    assert config.data.data_path == tmp_path / "data" and config.model.endswith("-XL/2")
+    assert config.run.init_from in (None, tmp_path / "weights.pt") and config.optimization.global_batch_size == 256
 
 
 @pytest.mark.parametrize(("name", "model"), [("sample_0.7", "new_dydit0.7"), ("sample_0.5", "new_dydit0.5")])
@@ -60,11 +75,13 @@ def test_released_dydits_are_drawn_from_and_scored(name: str, model: str, tmp_pa
     (tmp_path / "ref.npz").touch()
     done = recipe(name, tmp_path, "ref.npz", "--overwrite", SAMPLES=str(tmp_path / "s.npz"))
     assert done.returncode == 0, done.stderr
-    (argv,) = told(tmp_path, "sample_ddp.py")
-    config = parse_config(SampleDDPConfig, argv, program="sample_ddp.py", description="")
-    assert config.ckpt == Path(model) and config.num_fid_samples == 50_000 and config.overwrite
-    (argv,) = told(tmp_path, "evaluator/evaluator.py")
-    scored = parse_config(EvaluatorConfig, argv, program="evaluator", description="")
+    (argv,) = recorded(tmp_path, "sample_ddp.py")
+    given = parse(SampleDDPSettings, argv, program="sample_ddp.py", doc=None, kinds=SAMPLING_KINDS)
+    given.check_owners(model="DyDiT", sampler="ddpm")
+    job = given.general.job
+    assert given.general.checkpoint.ckpt == Path(model) and job.num_fid_samples == 50_000 and job.overwrite
+    (argv,) = recorded(tmp_path, "evaluator/evaluator.py")
+    scored = parse_config(EvaluatorConfig, argv, program="evaluator", doc=None)
     assert (scored.ref_batch, scored.sample_batch) == (tmp_path / "ref.npz", tmp_path / "s.npz")
 
 
@@ -74,4 +91,4 @@ def test_too_few_paths_are_one_line_and_help_is_the_header(name: str, tmp_path: 
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "usage: bash scripts/" in done.stderr
     if not name.startswith("sample_0"):
         assert f"bash scripts/{name}.sh " in recipe(name, tmp_path, "--help").stdout
-    assert not (tmp_path / "told").exists()
+    assert not (tmp_path / "recorded").exists()
