@@ -92,7 +92,7 @@ class Sizes(NamedTuple):
         gemm_side: Side of the square matrix product.
         images: Images of a sampling batch; each is two rows.
         steps: Sampling steps of a timed run.
-        spec: Step spec of the trajectories whose precision is compared.
+        spec: Step spec of the trajectories that compare precisions.
         family_steps: Sampling steps in which the families leave work out.
         evaluator: Sizes of the evaluator's cases.
     """
@@ -243,7 +243,7 @@ def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> It
 
 
 def comparable(cases: Sequence[Case], known: Mapping[str, Sequence[Tensor]]) -> list[Case]:
-    """The cases; those whose reference was lost to memory or time are not compared."""
+    """The cases; those that lost their reference to memory or time are not compared."""
     there = {*known, *(case.name for case in cases)}
     return [case if case.reference in there else replace(case, reference=None) for case in cases]
 
