@@ -18,7 +18,7 @@ class LiveMemory(TorchDispatchMode):
 
     Args:
         known: Tensors that exist already; they count from the start.
-        device: Device whose tensors count.
+        device: Device of the counted tensors.
 
     Attributes:
         live: Bytes of live tensors.
