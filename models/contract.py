@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 from torch import Tensor, nn
 
 TimeConvention = Literal["index", "unit"]  # 0..999 with 0 = clean | 0 = noise, 1 = data
+State = Any  # kept between evaluations: opaque to all but the network that made it
 Conditioning = Mapping[str, Tensor]  # rows in front: {"y": (N,) int64}, {"text": (N, L, K), "text_mask": (N, L)}, {}
 
 
@@ -28,9 +29,9 @@ class ModelOutput(NamedTuple):
     """
 
     sample: Tensor
-    state: Any = None
+    state: State = None
     features: Mapping[int, Tensor] = MappingProxyType({})
-    aux: Any = None
+    aux: object = None
 
 
 class NetworkLike(Protocol):
@@ -46,7 +47,7 @@ class NetworkLike(Protocol):
         """Names of the conditioning arguments."""
         ...
 
-    def __call__(self, x: Tensor, t: float | Tensor, *, state: Any = None, **conditioning: Tensor) -> ModelOutput:
+    def __call__(self, x: Tensor, t: float | Tensor, *, state: State = None, **conditioning: Tensor) -> ModelOutput:
         """Evaluate the network."""
         ...
 
