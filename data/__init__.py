@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 import data.autoencoders  # noqa: F401  (registers the encoders of diffusers)
-from data.batches import GlobalBatches
-from data.dataset import Dataset, DatasetSettings, Example, Key, conditioning, sides
+from data.dataset import Dataset, DatasetSettings, Example, GlobalBatches, Key, conditioning, sides
 from data.digits import load_digits, open_digits, open_training_digits
 from data.encoders import Encoder, open_encoder
 from data.image_folder import open_image_folder

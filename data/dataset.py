@@ -1,12 +1,18 @@
-"""Interface between data sets and the trainer."""
+"""Interface between data sets and the trainer, and the order of images in training.
+
+The images of each step are a function of (seed, step), independent of ranks, workers and restarts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from runtime.seeds import derive_seed
 
 Key = tuple[int, int]  # (epoch, index)
 Example = tuple[Tensor, int | Mapping[str, Tensor], int]  # (image, label or conditioning, index)
@@ -29,7 +35,6 @@ class Dataset(Protocol):
 
     def __len__(self) -> int:
         """Number of images."""
-        ...
 
     def __getitem__(self, key: Key) -> Example:
         """An image as it is in an epoch.
@@ -43,7 +48,6 @@ class Dataset(Protocol):
             one shape for all images. Index: that of the image, which may differ from the key's where a damaged image
             was replaced.
         """
-        ...
 
 
 def conditioning(labels: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -71,3 +75,40 @@ class DatasetSettings(NamedTuple):
 def sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """(H, W) of one number or two."""
     return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
+class GlobalBatches:
+    """Keys of an endless stream of shuffled epochs, cut into global batches, and each of those into a slice per rank.
+
+    Batches cross the end of an epoch, so no image is ever dropped, and a data set smaller than a batch works. For the
+    `batch_sampler` of a DataLoader.
+
+    Args:
+        length: Images in the data set.
+        global_batch: Images per step over all ranks.
+        rank: Rank of this process.
+        world: Number of processes, a divisor of `global_batch`.
+        seed: Seed of the shuffles.
+        steps: Range of step numbers.
+    """
+
+    def __init__(self, length: int, global_batch: int, *, rank: int, world: int, seed: int, steps: range) -> None:
+        self._length, self._global_batch, self._seed, self._steps = length, global_batch, seed, steps
+        self._local = range(rank * global_batch // world, (rank + 1) * global_batch // world)
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        """For each step, the (epoch, index) keys of this rank's rows, in order."""
+        for step in self._steps:
+            yield [self._key(step * self._global_batch + row) for row in self._local]
+
+    def _key(self, position: int) -> Key:
+        epoch, place = divmod(position, self._length)
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(derive_seed("order", self._seed, epoch))
+            self._order = epoch, torch.randperm(self._length, generator=generator)
+        return epoch, int(self._order[1][place])

@@ -98,7 +98,8 @@ def _directory(entries: list[_Entry], offset: int) -> bytes:
     return listing + record + locator + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, *[_IN_EXTRA] * 2, 0)
 
 
-def _npy_header(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> bytes:
+def npy_header(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> bytes:
+    """Header of a .npy file."""
     buffer = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
@@ -116,7 +117,7 @@ class NpzFile:
     def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
         self.path = path
         self.row_bytes = int(np.prod(shape[1:], dtype=np.int64))
-        self._npy_header = _npy_header(shape, np.dtype(np.uint8))
+        self._npy_header = npy_header(shape, np.dtype(np.uint8))
         self._size = len(self._npy_header) + shape[0] * self.row_bytes
         self._start = len(self._entry(0).header()) + len(self._npy_header)
 
@@ -170,7 +171,7 @@ class NpzFile:
             file.write(entries[0].header())
             file.seek(self.bytes_reserved)
             for name, array in others.items():
-                content = _npy_header(array.shape, array.dtype) + np.ascontiguousarray(array).tobytes()
+                content = npy_header(array.shape, array.dtype) + np.ascontiguousarray(array).tobytes()
                 entries.append(_Entry(f"{name}.npy".encode(), Piece(zlib.crc32(content), len(content)), file.tell()))
                 file.write(entries[-1].header() + content)
             file.write(_directory(entries, file.tell()))
