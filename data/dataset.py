@@ -58,12 +58,12 @@ def conditioning(labels: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
 class DatasetSettings(NamedTuple):
     """Settings that a data set is opened with; None leaves the choice to the data set."""
 
-    path: Path | None  # folder of the data
+    path: Path | None  # root of an image folder, or folder of latents; the embedded digits need none
     size: tuple[int, int] | None  # (H, W)
-    channels: int  # 3 for RGB, 1 for grey
-    flip: bool | None = None  # mirror at random
+    channels: int  # 3 for RGB, 1 for grey; the digits are grey
+    flip: bool | None = None  # mirror at random; None does so for photographs and not for digits
     seed: int = 0  # of the flips
-    strict: bool = False  # an image that cannot be read is an error
+    strict: bool = False  # an image that cannot be read is an error, instead of being replaced and named
 
     def require_path(self, content: str) -> Path:
         """The folder; a ValueError if none is given."""

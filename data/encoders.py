@@ -41,12 +41,11 @@ class LatentScaling:
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            positive = field.name in ("scaling_factor", "latents_std")
+        for name, value in vars(self).items():
+            positive = name in ("scaling_factor", "latents_std")
             for number in value if isinstance(value, tuple) else (value,):
                 if not math.isfinite(number) or (positive and number <= 0):
-                    raise ValueError(f"{field.name} {value}: must be {'positive' if positive else 'finite'}")
+                    raise ValueError(f"{name} {value}: must be {'positive' if positive else 'finite'}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], channels: int) -> LatentScaling:
@@ -141,12 +140,9 @@ class Encoder:
         return self.encode_rows(images.flatten(0, -4)).unflatten(0, images.shape[:-3])
 
     def to_latents(self, raw: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents of raw latents: a sample of the posterior if there is one, shifted and scaled.
+        """Latents of raw latents of any float type: a sample of the posterior if there is one, shifted and scaled.
 
-        Args:
-            raw: Raw latents of any float type.
-            noise: Standard normal in the shape of the latents, needed by stochastic encoders and ignored by others;
-                zeros give the posterior's mean.
+        Stochastic encoders need standard normal noise in the shape of the latents; zeros give the posterior's mean.
         """
         z = raw.float()
         if self.stochastic:
@@ -193,9 +189,7 @@ class Pixels(Encoder, names=("none",)):
         """Pixels, unchanged."""
         return pixels
 
-    def decode_rows(self, z: Tensor) -> Tensor:
-        """Pixels, unchanged."""
-        return z
+    decode_rows = encode_rows
 
 
 def open_encoder(

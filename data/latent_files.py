@@ -37,19 +37,12 @@ Json = dict[str, Any]
 
 
 class Encoded(NamedTuple):
-    """Some consecutive images of a shard.
+    """Some consecutive images of a shard."""
 
-    Attributes:
-        raw: (n, flips, *raw shape) float16.
-        labels: n class numbers.
-        paths: n paths relative to the image folder.
-        skipped: (path, reason) of the images that could not be read; they have no row.
-    """
-
-    raw: Raw
-    labels: list[int]
-    paths: list[str]
-    skipped: list[tuple[str, str]]
+    raw: Raw  # (n, flips, *raw shape) float16
+    labels: list[int]  # n class numbers
+    paths: list[str]  # n paths relative to the image folder
+    skipped: list[tuple[str, str]]  # (path, reason) of the images that could not be read; they have no row
 
 
 def is_finite(raw: Raw) -> bool:

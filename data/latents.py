@@ -102,7 +102,10 @@ class LatentShards:
         for out, shard, row, key in zip(raw, shards.tolist(), rows.tolist(), keys, strict=True):
             out[...] = self._arrays[shard][row, int(self._flip and is_flipped(key, self._seed))]
         if not is_finite(raw):
-            self._raise_not_finite(next(i for i, row in zip(indices.tolist(), raw, strict=True) if not is_finite(row)))
+            bad = next(i for i, row in enumerate(raw) if not is_finite(row))
+            path = array_path(self._folder, self._shards[shards[bad]])
+            name = self.path(int(indices[bad]))
+            raise ValueError(f"{path}: the latents of {name} are not finite; delete the file and {REMEDY}")
         return torch.from_numpy(raw), torch.from_numpy(self._labels[indices]), torch.from_numpy(indices)
 
     def path(self, index: int) -> str:
@@ -169,11 +172,6 @@ class LatentShards:
         shards = np.searchsorted(self._ends, indices, side="right")
         return shards, indices - np.concatenate([[0], self._ends])[shards]
 
-    def _raise_not_finite(self, index: int) -> None:
-        (shard,), _ = self._locate(np.array([index]))
-        path = array_path(self._folder, self._shards[int(shard)])
-        raise ValueError(f"{path}: the latents of {self.path(index)} are not finite; delete the file and {REMEDY}")
-
 
 class StoredEncoder(Encoder):
     """Encoder of a latent store, which holds raw latents already; the autoencoder is loaded at the first decoding.
@@ -215,13 +213,12 @@ class StoredEncoder(Encoder):
             ValueError: If the autoencoder cannot be loaded, or is not the one that encoded.
         """
         if self._decoder is None:
-            self._decoder = self._load()
+            loaded = open_encoder(self.name, self._image_shape, self._device)
+            if loaded.encoder_sha256() != self._sha256:
+                raise ValueError(f"the autoencoder {self.name!r} is not the one that made these latents")
+            if loaded.scaling != self.scaling:
+                raise ValueError(
+                    f"the autoencoder {self.name!r} has {loaded.scaling}, but these latents {self.scaling}"
+                )
+            self._decoder = loaded
         return self._decoder.decode(latents)
-
-    def _load(self) -> Encoder:
-        loaded = open_encoder(self.name, self._image_shape, self._device)
-        if loaded.encoder_sha256() != self._sha256:
-            raise ValueError(f"the autoencoder {self.name!r} is not the one that made these latents")
-        if loaded.scaling != self.scaling:
-            raise ValueError(f"the autoencoder {self.name!r} has {loaded.scaling}, but these latents {self.scaling}")
-        return loaded

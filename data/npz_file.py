@@ -159,12 +159,7 @@ class NpzFile:
         return Piece(crc, done)
 
     def seal(self, pieces: Iterable[Piece], others: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Complete the archive; may be repeated.
-
-        Args:
-            pieces: Pieces of all rows, in order.
-            others: Further arrays by name, such as "arr_1".
-        """
+        """Complete the archive from the pieces of all rows, in order, and further arrays by name; may be repeated."""
         crc = crc_of([Piece(zlib.crc32(self._npy_header), len(self._npy_header)), *pieces])
         entries = [self._entry(crc)]
         with self.path.open("rb+") as file:

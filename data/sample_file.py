@@ -52,14 +52,11 @@ class SampleFile:
         self._lock: IO[bytes] | None = None
 
     def open(self, settings: Mapping[str, object], *, overwrite: bool = False) -> list[int]:
-        """Start or resume the job; on one process, before the others write.
+        """Start or resume the job, and return the chunks still to be made; on one process, before others write.
 
         Args:
             settings: All settings that fix the images, as JSON values by flag or name.
             overwrite: Delete images made with other settings, and replace a finished file.
-
-        Returns:
-            Numbers of the chunks that are still to be made.
 
         Raises:
             UserError: If the file exists, was started with other settings, is being written, or exceeds the disk.
@@ -78,7 +75,8 @@ class SampleFile:
             )
         if started is None or changed:
             self._start(settings)
-        return self._missing()
+        pieces = self._pieces()  # a disk may lose bytes, and a copy may be cut short
+        return [k for k in range(self.chunks) if k not in pieces or pieces[k] != self._npz.read_piece(*self._rows(k))]
 
     def _acquire_lock(self) -> None:
         """Lock the folder against other jobs until this process ends."""
@@ -113,11 +111,6 @@ class SampleFile:
         self._npz.create()
         with atomic_path(self._settings) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
-
-    def _missing(self) -> list[int]:
-        """Chunks that are not finished, or have another checksum: a disk may lose bytes, a copy may be cut short."""
-        pieces = self._pieces()
-        return [k for k in range(self.chunks) if k not in pieces or pieces[k] != self._npz.read_piece(*self._rows(k))]
 
     def rows_in(self, chunk: int) -> int:
         """Number of images in a chunk."""
