@@ -20,24 +20,16 @@ OFFICIAL_CHANNELS = 4  # of their latents
 
 
 class Autoencoder(Encoder):
-    """Base class of the adapters.
-
-    In bfloat16 convolutions decode about three times as fast.
-
-    Attributes:
-        packages: Packages that it needs besides diffusers.
-        decoder_parts: Prefixes of the weights that do not encode.
-        latents: Field of the module's encoding that has them.
-        blocks: Key of the config with a number for each level of resolution.
+    """Base class of the adapters. In bfloat16 convolutions decode about three times as fast.
 
     Raises:
         ValueError: If the autoencoder cannot be loaded, or its weights do not fill it exactly.
     """
 
-    packages: ClassVar[tuple[str, ...]] = ()
-    decoder_parts: ClassVar[tuple[str, ...]] = ("decoder.",)
-    latents: ClassVar[str] = "latent"
-    blocks: ClassVar[str] = "block_out_channels"
+    packages: ClassVar[tuple[str, ...]] = ()  # needed besides diffusers
+    decoder_parts: ClassVar[tuple[str, ...]] = ("decoder.",)  # prefixes of the weights that do not encode
+    latents: ClassVar[str] = "latent"  # field of the module's encoding
+    blocks: ClassVar[str] = "block_out_channels"  # key of the config with a number for each level of resolution
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(name)
@@ -161,10 +153,7 @@ def _check_report(module: nn.Module, report: Mapping[str, Sequence[Any]]) -> Non
         "unexpected": sorted(report["unexpected_keys"]),
         "of another shape": sorted(key for key, *_ in report["mismatched_keys"]),
     }
-    words = [
-        f"{kind}: {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-        for kind, keys in problems.items()
-        if keys
-    ]
+    more = {kind: f" and {len(keys) - 1} more" if len(keys) > 1 else "" for kind, keys in problems.items()}
+    words = [f"{kind}: {keys[0]}{more[kind]}" for kind, keys in problems.items() if keys]
     if words:
         raise ValueError(f"its weights do not fit {type(module).__name__} ({'; '.join(words)})")

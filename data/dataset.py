@@ -19,19 +19,12 @@ Example = tuple[Tensor, int | Mapping[str, Tensor], int]  # (image, label or con
 
 
 class Dataset(Protocol):
-    """A training set: any object with these members.
+    """A training set: any object with these members."""
 
-    Attributes:
-        classes: Class names; a class's label is its position. Empty for data without classes.
-        image_shape: (C, H, W), or (F, C, H, W) for clips.
-        vae: Value of `--vae` if the user gives none.
-        worth_workers: Loading takes long enough for processes of its own.
-    """
-
-    classes: list[str]
-    image_shape: tuple[int, ...]
-    vae: str
-    worth_workers: bool
+    classes: list[str]  # names; a class's label is its position. Empty for data without classes
+    image_shape: tuple[int, ...]  # (C, H, W), or (F, C, H, W) for clips
+    vae: str  # value of `--vae` if the user gives none
+    worth_workers: bool  # loading takes long enough for processes of its own
 
     def __len__(self) -> int:
         """Number of images."""

@@ -79,28 +79,19 @@ class Encoder:
         name: Value of `--vae`.
         device: Device of the weights.
         dtype: Precision of the weights and computations. Latents and pixels are float32 in any case.
-
-    Attributes:
-        stochastic: Raw latents are posterior parameters, and `to_latents` needs noise.
-        scaling: Shift and scale between raw latents and latents.
-        weight_bytes: Memory of the weights on the device.
-        image_channels: Channels of the images.
-        image_size: (H, W) of the images, if the encoder takes no other.
-        latent_channels: Channels of the latents.
-        factor: Pixels per latent, on each side.
     """
 
     names: ClassVar[dict[str, type[Encoder]]] = {}
     folder_classes: ClassVar[dict[str, type[Encoder]]] = {}
     class_name: ClassVar[str] = ""
 
-    stochastic = False
+    stochastic = False  # raw latents are posterior parameters, and `to_latents` needs noise
     scaling = LatentScaling()
-    weight_bytes = 0
+    weight_bytes = 0  # on the device
     image_channels = 3
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = None  # (H, W), if the encoder takes no other
     latent_channels = 3
-    factor = 1
+    factor = 1  # pixels per latent, on each side
 
     def __init_subclass__(cls, names: Sequence[str] = (), folder_class: str | None = None) -> None:
         """Register the class."""
@@ -189,7 +180,9 @@ class Pixels(Encoder, names=("none",)):
         """Pixels, unchanged."""
         return pixels
 
-    decode_rows = encode_rows
+    def decode_rows(self, z: Tensor) -> Tensor:
+        """Pixels, unchanged."""
+        return z
 
 
 def open_encoder(

@@ -32,12 +32,7 @@ UPRIGHT = {  # EXIF orientation -> its inverse
 
 
 class UnreadableImageError(ValueError):
-    """An image file that cannot be decoded.
-
-    Args:
-        message: One line that names the file.
-        reason: The fault, without the file's name.
-    """
+    """An image file that cannot be decoded: a line that names the file, and the reason alone."""
 
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
@@ -48,11 +43,7 @@ def decode_image(data: bytes, channels: int) -> Image.Image:
     """Decode an image file into an upright 8-bit image.
 
     Alpha is dropped, as in the official loader. 16-bit grey is scaled to 8 bits (PIL alone would clip it). The camera's
-    EXIF orientation is applied.
-
-    Args:
-        data: Bytes of any format that PIL reads; of several frames the first counts.
-        channels: 3 for RGB, 1 for grey.
+    EXIF orientation is applied. Of several frames the first counts. Channels are 3 for RGB or 1 for grey.
 
     Raises:
         UnreadableImageError: For bytes that cannot be decoded.

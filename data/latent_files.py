@@ -67,28 +67,20 @@ def write_shard(folder: Path, number: int, row_shape: Sequence[int], parts: Iter
     """
     array, description_path = shard_paths(folder, number)
     description_path.unlink(missing_ok=True)
-    labels: list[int] = []
-    paths: list[str] = []
-    skipped: list[tuple[str, str]] = []
+    lists: dict[str, list[object]] = {"skipped": [], "labels": [], "paths": []}
     with atomic_path(array) as temporary:
         with temporary.open("wb") as file:
             size = file.write(npy_header((0, *row_shape), np.dtype(np.float16)))
             for part in parts:
                 file.write(np.ascontiguousarray(part.raw).data)
-                labels += part.labels
-                paths += part.paths
-                skipped += part.skipped
+                for name, values in lists.items():
+                    values += getattr(part, name)
+            count = len(lists["labels"])
             file.seek(0)
-            header = npy_header((len(labels), *row_shape), np.dtype(np.float16))
+            header = npy_header((count, *row_shape), np.dtype(np.float16))
             assert file.write(header) == size  # NumPy pads for a longer first axis
-        description = {
-            "count": len(labels),
-            "bytes": temporary.stat().st_size,
-            "sha256": sha256_of(temporary),
-            "skipped": skipped,
-            "labels": labels,
-            "paths": paths,
-        }
+        totals = {"count": count, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
+        description = {**totals, **lists}
     write_json(description_path, description, indent=None)
 
 

@@ -59,8 +59,8 @@ class LatentShards:
 
     def __init__(self, folder: Path, *, flip: bool | None = None, seed: int = 0) -> None:
         index = read_index(folder)
-        self._folder, self._seed, self._shards = folder, seed, index["shards"]
-        self._encoder = index["encoder"]
+        self._folder, self._seed = folder, seed
+        self._shards, self._encoder = index["shards"], index["encoder"]
         self.classes: list[str] = index["classes"]
         self.image_shape: tuple[int, ...] = tuple(index["image_shape"])
         self.vae: str = self._encoder["name"]

@@ -9,6 +9,7 @@ Source: PKWARE's APPNOTE 6.3 (local header 4.3.7, directory 4.3.12 to 4.3.16, ZI
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import struct
@@ -38,11 +39,9 @@ def crc_of(pieces: Iterable[Piece]) -> int:
 
     Appending n bytes multiplies the polynomial of the bytes before them by x^(8 n), modulo that of the checksum.
     """
-    crc, shifts = 0, dict[int, int]()
+    crc = 0
     for piece in pieces:
-        if piece.size not in shifts:
-            shifts[piece.size] = _power_of_x(8 * piece.size)
-        crc = _times(shifts[piece.size], crc) ^ piece.crc
+        crc = _times(_power_of_x(8 * piece.size), crc) ^ piece.crc
     return crc
 
 
@@ -56,6 +55,7 @@ def _times(a: int, b: int) -> int:
     return product
 
 
+@functools.lru_cache(maxsize=8)  # most pieces have one size
 def _power_of_x(exponent: int) -> int:
     power, square = 1 << 31, 1 << 30  # 1 and x
     while exponent:

@@ -85,9 +85,8 @@ class SampleFile:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise UserError(
-                f"{self.partial}: another process is writing it; wait for it, or give another name"
-            ) from None
+            message = f"{self.partial}: another process is writing it; wait for it, or give another name"
+            raise UserError(message) from None
         except OSError:
             pass  # a file system without locks
 
@@ -114,8 +113,7 @@ class SampleFile:
 
     def rows_in(self, chunk: int) -> int:
         """Number of images in a chunk."""
-        start, stop = self._rows(chunk)
-        return stop - start
+        return len(range(*self._rows(chunk)))
 
     def _rows(self, chunk: int) -> tuple[int, int]:
         return chunk * self.chunk, min((chunk + 1) * self.chunk, self.images)
@@ -127,8 +125,8 @@ class SampleFile:
             for line in path.read_text().splitlines():
                 words = line.split()
                 if len(words) == 2 and all(word.isdigit() for word in words) and int(words[0]) < self.chunks:
-                    start, stop = self._rows(int(words[0]))
-                    pieces[int(words[0])] = Piece(int(words[1]), (stop - start) * self._npz.row_bytes)
+                    chunk, crc = map(int, words)
+                    pieces[chunk] = Piece(crc, self.rows_in(chunk) * self._npz.row_bytes)
         return pieces
 
     def write(self, chunk: int, images: npt.NDArray[np.uint8]) -> None:
@@ -168,8 +166,5 @@ class SampleFile:
 def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """Settings that changed, one phrase each."""
     now = json.loads(json.dumps(now))
-    return [
-        f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
-        for name in {**then, **now}
-        if then.get(name) != now.get(name)
-    ]
+    values = {name: (then.get(name), now.get(name)) for name in {**then, **now}}
+    return [f"{name} was {before!r}, now {after!r}" for name, (before, after) in values.items() if before != after]

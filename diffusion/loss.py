@@ -53,21 +53,13 @@ class Process(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Data of a training step.
+    """Data of a training step."""
 
-    Attributes:
-        x_start: (N, ..., C, H, W) float32 clean latents (or pixels in [-1, 1]).
-        conditioning: Conditioning of the N rows.
-        index: (N,) int64 place in the data set.
-        image: (N, 3, H, W) float32 raw images in [0, 1], for alignment losses.
-        null: Unconditional rows of the same shapes, where they come from data (text); None asks the network.
-    """
-
-    x_start: Tensor
-    conditioning: dict[str, Tensor]
-    index: Tensor
-    image: Tensor | None = None
-    null: dict[str, Tensor] | None = None
+    x_start: Tensor  # (N, ..., C, H, W) float32 clean latents (or pixels in [-1, 1])
+    conditioning: dict[str, Tensor]  # of the N rows
+    index: Tensor  # (N,) int64 place in the data set
+    image: Tensor | None = None  # (N, 3, H, W) float32 raw images in [0, 1], for alignment losses
+    null: dict[str, Tensor] | None = None  # unconditional rows, where they come from data (text), or ask the network
 
 
 class Draws(NamedTuple):
@@ -192,13 +184,9 @@ class DiffusionLoss(nn.Module):
         return []
 
     def draw(self, step: int, count: int, rows: range | None = None, device: torch.device | str = "cpu") -> Draws:
-        """Make the randomness of some rows of a step's global batch.
+        """Make the randomness of some rows (None: all) of a step's GLOBAL batch of `count`, on a device.
 
-        Args:
-            step: Number of the training step.
-            count: Rows of the GLOBAL batch.
-            rows: The rows to make; None makes all.
-            device: Where it is needed; CPU and CUDA give different numbers.
+        CPU and CUDA give different numbers.
         """
         rows = range(count) if rows is None else rows
         own = slice(rows.start, rows.stop)
@@ -237,13 +225,7 @@ class DiffusionLoss(nn.Module):
         return {}
 
     def forward(self, batch: Batch, draws: Draws, step: int, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Add noise to a batch, evaluate the network, and compute the losses.
-
-        Args:
-            batch: N rows.
-            draws: Of the same N rows.
-            step: Number of the training step.
-            shared: From `shared`.
+        """Add noise to N rows, evaluate the network, and compute the losses, given draws of these rows and `shared`'s.
 
         Returns:
             (N,) float32 each; "loss" is the one to minimise.

@@ -31,7 +31,7 @@ class ModelOutput(NamedTuple):
     sample: Tensor
     state: State = None
     features: Mapping[int, Tensor] = MappingProxyType({})
-    aux: object = None
+    aux: Any = None
 
 
 class NetworkLike(Protocol):

@@ -67,21 +67,13 @@ def attention_heads(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
-    """Compute fixed 2-D positions: the first half of the width encodes the column index, the second half the row index.
+    """Compute fixed 2-D positions (rows * columns, D) float64; token index = row * columns + column.
 
-    Args:
-        width: D, a multiple of 4.
-        rows: Tokens down.
-        columns: Tokens across; token index = row * columns + column.
-
-    Returns:
-        (rows * columns, D) float64.
+    The first half of the width D encodes the column index, the second half the row index. The official comments call
+    the first half "h"; the values are the column's, and checkpoints hold values.
 
     Raises:
         ValueError: If D is not a multiple of 4.
-
-    Note:
-        The official comments call the first half "h"; the values are the column's, and checkpoints hold values.
     """
     if width % 4:
         raise ValueError(f"hidden_size must be a multiple of 4 for 2-D positions, not {width}")
