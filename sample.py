@@ -22,10 +22,12 @@ from tqdm import tqdm
 from data.pixels import Images, enlarge, grid, save_gif, save_png, to_picture
 from models import ModelOutput
 from runtime import distributed, migrate
+from runtime.command_line import parse
 from runtime.errors import run
 from runtime.files import check_writable
-from runtime.settings import parse, setting
-from sampling.config import ALIASES, KINDS, GuidanceSettings, SamplingSettings, check_labels
+from runtime.releases import ALIASES
+from runtime.settings import setting
+from sampling.config import KINDS, GuidanceSettings, SamplingSettings, check_labels
 from sampling.pipeline import Pipeline, PreparedRun, open_pipeline
 
 OFFICIAL_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)

@@ -31,13 +31,15 @@ from data.pixels import save_png, to_uint8
 from data.sample_file import SampleFile
 from runtime import distributed, migrate
 from runtime.background import Background
+from runtime.command_line import parse
 from runtime.distributed import World
 from runtime.download import read_record, sha256_of
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
+from runtime.releases import ALIASES
 from runtime.seeds import derive_seed
-from runtime.settings import Values, document, flag_name, free_settings, parse, places, setting
-from sampling.config import ALIASES, KINDS, SamplingSettings, check_labels
+from runtime.settings import Values, document, flag_name, free_settings, places, setting
+from sampling.config import KINDS, SamplingSettings, check_labels
 from sampling.pipeline import Pipeline, PreparedRun, open_pipeline
 
 PROGRAM = "sample_ddp.py"

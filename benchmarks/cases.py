@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
 
 
 def random_network(name: str, device: torch.device, **overrides: Any) -> Network:
-    """Build a network whose zero-initialised weights are random too: else its output would be 0.
+    """Build a network with random values in its zero-initialised weights too: else its output would be 0.
 
     It is in eval mode, in which the official network drops no labels; nothing else depends on it.
     """

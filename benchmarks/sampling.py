@@ -419,7 +419,7 @@ def sampling_shares(
         device: Device of all tensors.
         images: Images of a batch.
         steps: Steps of a traced chunk.
-        spec: Step spec of the trajectories whose precision is compared.
+        spec: Step spec of the trajectories that compare precisions.
         deadline: Time on the monotonic clock after which nothing is started.
 
     Returns:

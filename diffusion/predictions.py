@@ -40,11 +40,8 @@ def conversion(
 
         x_start = (b x_t - sigma output) / D,    noise = (alpha output - a x_t) / D.
 
-    Args:
-        source: Type of the output.
-        target: Type to convert to: "x_start" for the clean sample, "epsilon" for the noise, ...
-        alpha: Number, array or tensor.
-        sigma: The same. D must not be 0: "epsilon" says nothing where alpha is 0, nor "x_start" where sigma is 0.
+    Alpha and sigma are numbers, arrays or tensors. D must not be 0: "epsilon" says nothing where alpha is 0, nor
+    "x_start" where sigma is 0.
     """
     if source == target:
         return 0.0, 1.0

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from evaluator.evaluation import evaluate
 from evaluator.settings import EvaluatorConfig
 from runtime import distributed
+from runtime.command_line import parse_config
 from runtime.errors import run
-from runtime.settings import parse_config
 
 
 def main(argv: Sequence[str]) -> None:

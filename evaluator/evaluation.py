@@ -215,7 +215,9 @@ def image_set(source: EvaluationInput, features: FileFeatures | None, backend: B
 
 def list_warnings(samples: EvaluationInput, weights: Weights) -> list[str]:
     """Reasons why the scores may not be comparable with published ones."""
-    warnings = [] if weights.warning is None else [f"{weights.warning}: these scores are not comparable with others"]
+    warnings = []
+    if weights.warning is not None:
+        warnings.append(f"{weights.warning}: these scores are not comparable with published ones")
     if samples.stored is None and samples.count != PUBLISHED_COUNT:
         warnings.append(f"FID falls with the number of images: here {samples.count:,}, in papers {PUBLISHED_COUNT:,}")
     return warnings

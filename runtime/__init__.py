@@ -1,1 +1,1 @@
-"""What every room stands on: processes, files, settings, seeds, errors. Knows nothing of networks or images."""
+"""Processes, files, checkpoints, settings, seeds, errors: what all other packages use. Imports none of them."""

@@ -1,4 +1,4 @@
-"""Work that runs behind the main one: in one thread, in order, on a GPU in a stream of its own."""
+"""Work in a background thread, in order; on a GPU in a separate stream."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ import torch
 
 
 class Background:
-    """Takes work that follows on what the main thread has computed, so that the main thread can go on.
+    """A worker thread for tasks that use results of the main thread.
 
-    A context: leaving it waits for everything that was handed over, and an error of the work is raised where the next
-    piece is handed over, or there.
+    A context manager: its exit waits for all tasks. An error of a task is raised by the next `submit`, or at the exit.
 
     Args:
-        device: where the work computes. On CUDA it starts when the GPU has done what was asked of it before the work
-            was handed over, and runs beside what is asked of it afterwards.
-        depth: pieces that may wait or run; handing over another one waits, so that memory stays bounded.
+        device: Device of the tasks. On CUDA a task starts when all operations that were queued before its `submit`
+            have finished, and runs concurrently with later ones.
+        depth: Largest number of unfinished tasks; a further `submit` waits, so that memory is bounded.
     """
 
     def __init__(self, device: torch.device, depth: int = 2) -> None:
@@ -30,11 +29,11 @@ class Background:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="background")
         self._pending: deque[Future[None]] = deque()
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Hands over a piece. What it refers to lives until it is done, on the GPU too if it ends by reading a result.
+    def submit(self, task: Callable[[], None]) -> None:
+        """Queue a task. It keeps its tensors alive until it ends; on a GPU it must end by reading its result.
 
         Raises:
-            Exception: what an earlier piece raised; this one is not begun then.
+            Exception: The error of an earlier task; this one is not started then.
         """
         while len(self._pending) >= self._depth:
             self._pending.popleft().result()
@@ -44,7 +43,7 @@ class Background:
             with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 if self._stream is not None and ready is not None:
                     self._stream.wait_event(ready)
-                work()
+                task()
 
         self._pending.append(self._thread.submit(run))
 
@@ -54,7 +53,7 @@ class Background:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:  # do not begin what nobody waits for
+        if error is not None:  # tasks that have not started are not needed any more
             self._thread.shutdown(cancel_futures=True)
             return
         try:

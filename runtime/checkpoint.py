@@ -1,4 +1,4 @@
-"""Checkpoints: ours, which hold tensors and JSON only, and the official ones, read without running their pickles.
+"""Checkpoints: ours, which hold tensors and JSON only, and official ones, read without running their pickles.
 
 Ours is one safetensors file. Tensor names start with their group ("model/", "ema-0.9999/", "optimizer/"); the file's
 metadata holds one JSON document with everything needed to rebuild the run's network, process and data (see
@@ -26,11 +26,12 @@ from runtime import migrate
 from runtime.errors import UserError
 from runtime.files import atomic_path
 
+FORMAT = 2  # of our files; runtime/migrate.py converts earlier ones
 METADATA_KEY = "dit_family"
 CHECKSUMS_KEY = "crc32"
-# Where the official releases keep weights, best first; a file without any of these is the state dict itself.
+# Entries with weights in official files, best first; a file without any of these is the state dict itself.
 OFFICIAL_GROUPS = ("ema", "model", "state_dict")
-# Trainers that keep both in one state dict tell them apart by prefixes.
+# Prefixes of both in one state dict.
 GROUP_PREFIXES = {"ema": "ema_denoiser.", "model": "denoiser."}
 # Prefixes that wrappers add to the names of parameters.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
@@ -40,9 +41,9 @@ class Checkpoint(NamedTuple):
     """One set of weights from a file.
 
     Attributes:
-        weights: parameter name -> tensor, on the CPU.
-        meta: the JSON document of our own files; None for foreign files.
-        group: name of the set of weights in the file: "model", "ema-0.9999"; for foreign files the one asked for.
+        weights: Parameter name -> tensor, on the CPU.
+        meta: JSON document of our files; None for others.
+        group: Name of these weights in our files, such as "model" or "ema-0.9999"; in others the one asked for.
     """
 
     weights: dict[str, Tensor]
@@ -50,16 +51,16 @@ class Checkpoint(NamedTuple):
     group: str
 
 
-def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
+def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, object]) -> None:
     """Write a checkpoint, whole or not at all.
 
     Args:
-        path: final name, ending in ".safetensors".
-        groups: group name -> parameter name -> tensor.
+        path: Final name, ending in ".safetensors".
+        groups: Group name -> parameter name -> tensor.
         meta: JSON values.
 
     Raises:
-        UserError: if the file cannot be written (a full disk, say); an earlier file of that name is intact.
+        UserError: If the file cannot be written, as on a full disk; an earlier file of that name is intact.
     """
     tensors = {
         f"{group}/{name}": tensor.detach().cpu().contiguous()
@@ -84,14 +85,14 @@ def read_checkpoint(path: Path, weights: str = "ema", flag: str = "--ckpt") -> C
     """Read one set of weights from any supported file.
 
     Args:
-        path: ours (safetensors), or an official .pt, .pth or .ckpt: a flat state dict, or one under "ema", "model" or
-            "state_dict", next to other entries; in it one set of weights, or two told apart by `GROUP_PREFIXES`.
+        path: Path of ours (safetensors), or of an official .pt, .pth or .ckpt: a flat state dict, or one under "ema",
+            "model" or "state_dict" among other entries; it holds one set of weights, or two with `GROUP_PREFIXES`.
         weights: "model", "ema" for the file's average, or the name of one of several averages ("ema-0.9999").
-            Official files without that group give what they have.
-        flag: for messages.
+            For official files without that group, the one that they have.
+        flag: Flag in messages.
 
     Raises:
-        UserError: if the file is missing, damaged, not a checkpoint, or holds objects that could run code.
+        UserError: If the file is missing, damaged, not a checkpoint, or holds objects that could run code.
     """
     if path.suffix == ".safetensors":
         groups, meta = read_groups(path, lambda present: [_choose(present, weights, f"{flag} {path}")], flag)
@@ -101,7 +102,7 @@ def read_checkpoint(path: Path, weights: str = "ema", flag: str = "--ckpt") -> C
 
 
 def _choose(present: Sequence[str], weights: str, where: str) -> str:
-    """The group of weights that a name stands for."""
+    """Resolve "ema" to the only average; other names stay as they are."""
     averages = [group for group in present if is_average(group)]
     if weights != "ema" or weights in present:
         return weights
@@ -118,18 +119,18 @@ def is_average(group: str) -> bool:
 def read_groups(
     path: Path, choose: Callable[[Sequence[str]], Sequence[str]], flag: str = "--ckpt"
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any] | None]:
-    """Read groups of tensors from one of our files, every tensor compared with its checksum.
+    """Read groups of tensors from one of our files, and compare every tensor with its checksum.
 
     Args:
-        path: a safetensors file; one that is not ours is taken as the only group.
-        choose: picks groups from the names of those in the file.
-        flag: for messages.
+        path: Path of a safetensors file; one that is not ours is read as one group.
+        choose: Function that picks groups from the names of those in the file.
+        flag: Flag in messages.
 
     Returns:
         Group name -> tensor name -> tensor on the CPU, and the JSON document (None if the file is not ours).
 
     Raises:
-        UserError: if the file is missing or damaged, or lacks a group.
+        UserError: If the file is missing, damaged, or of a later format, or lacks a group.
     """
     _require_file(path, flag)
     try:
@@ -138,17 +139,22 @@ def read_groups(
             if METADATA_KEY not in metadata:
                 return {"weights": {name: file.get_tensor(name) for name in names}}, None
             meta, renamed = migrate.checkpoint(json.loads(metadata[METADATA_KEY]))
+            if meta.get("format", FORMAT) > FORMAT:
+                raise UserError(
+                    f"{flag} {path}: of format {meta['format']}, this version reads up to {FORMAT}; update it"
+                )
             members: dict[str, dict[str, str]] = {}  # group -> name in it -> name in the file
             for name in names:
-                group, _, rest = name.partition("/")
-                members.setdefault(renamed.get(group, group), {})[rest] = name
+                former = next((start for start in renamed if name.startswith(start)), "")
+                group, _, rest = (renamed.get(former, "") + name.removeprefix(former)).partition("/")
+                members.setdefault(group, {})[rest] = name
             chosen = choose(list(members))
             for group in chosen:
                 if group not in members:
                     has = ", ".join(sorted(members)) or "nothing"
                     raise UserError(f"{flag} {path}: holds no weights under {group!r}; it has: {has}")
             read = {group: {rest: file.get_tensor(name) for rest, name in members[group].items()} for group in chosen}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:  # ValueError: damaged JSON
         raise UserError(f"{flag} {path}: damaged or truncated safetensors file ({error})") from error
     checksums = json.loads(metadata.get(CHECKSUMS_KEY, "{}"))
     for group, tensors in read.items():
@@ -169,9 +175,9 @@ def _require_file(path: Path, flag: str) -> None:
 def _read_official(path: Path, group: str, flag: str) -> dict[str, Tensor]:
     _require_file(path, flag)
     try:
-        # Training checkpoints of the official repositories carry their flags as an argparse.Namespace: plain data.
+        # Official training checkpoints hold their flags as an argparse.Namespace, which is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            # Mapped where the format allows: a training checkpoint is four times as large as what is read of it.
+            # Mapped if the format allows it: a training checkpoint is four times as large as the part that is read.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -195,7 +201,7 @@ def _read_official(path: Path, group: str, flag: str) -> dict[str, Tensor]:
 
 
 def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes of DDP and torch.compile (and, per block, their infixes)."""
+    """Remove the prefixes of DDP and torch.compile from names (and, per block, their infixes)."""
     plain = {}
     for name, tensor in weights.items():
         for prefix in WRAPPER_PREFIXES:
@@ -213,13 +219,13 @@ def load_weights(
     """Copy weights into a network; every name and shape must fit.
 
     Args:
-        network: to be filled.
-        weights: parameter name -> tensor.
-        source: file and model, for the message.
-        recognise: names the model that weights do fit, for the message.
+        network: Network to load into.
+        weights: Parameter name -> tensor.
+        source: File and model in messages.
+        recognise: Function that returns the model of weights, if it is known, for the message.
 
     Raises:
-        UserError: with what was expected and found, the number of mismatches, and the first three.
+        UserError: With both outlines, the number of mismatches, and the first three.
     """
     expected = network.state_dict()
     problems = [
@@ -233,16 +239,16 @@ def load_weights(
     ]
     if problems:
         name = recognise(weights) if recognise is not None else None
-        found = f"those of {name}, {_outline(weights)}" if name else _outline(weights)
+        actual = f"those of {name}, {_outline(weights)}" if name else _outline(weights)
         raise UserError(
             f"{source}: the weights do not fit the model in {len(problems)} places; expected {_outline(expected)}, "
-            f"found {found}: {'; '.join(problems[:3])}"
+            f"found {actual}: {'; '.join(problems[:3])}"
         )
     network.load_state_dict(dict(weights))
 
 
 def _outline(weights: Mapping[str, Tensor]) -> str:
-    """The outline of an architecture: "292 tensors, 28 blocks, width 1152"."""
+    """Outline of an architecture: "292 tensors, 28 blocks, width 1152"."""
     blocks = {match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
     width = next(
         (f", width {w.shape[0]}" for name, w in weights.items() if name.endswith("x_embedder.proj.weight")), ""

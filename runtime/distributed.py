@@ -1,4 +1,4 @@
-"""Processes: torchrun starts them; rank, size, device and collective operations of the one that runs."""
+"""Distributed processes, which torchrun starts: rank, size, device, and collective operations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,17 +18,17 @@ from torch import Tensor
 from runtime.errors import RankTimeout, UserError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(seconds=10)  # for ranks that may never come
+TIMEOUT = timedelta(seconds=10)  # of waiting for ranks that leave, too
 
 
 @dataclass(frozen=True)
 class World:
-    """This process and its place among all.
+    """This process among all.
 
     Attributes:
-        rank: 0 .. size - 1.
-        size: number of processes.
-        device: where this process computes.
+        rank: Its number, 0 .. size - 1.
+        size: Number of processes.
+        device: Its device.
     """
 
     rank: int
@@ -45,15 +45,15 @@ PRECISIONS = ("fp32", "tf32", "bf16")  # of a network's matrix products
 
 
 def world_size() -> int:
-    """Number of processes that torchrun started, readable before anything is set up."""
+    """Number of processes that torchrun started, known before anything is set up."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of a process that is alone: "cuda", "cpu", or None for CUDA where there is one.
+    """Device of a single process: "cuda", "cpu", or None for CUDA if there is one.
 
     Raises:
-        UserError: if CUDA is asked for and absent.
+        UserError: If CUDA is asked for and absent.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device; use --device cpu, or check the driver")
@@ -65,11 +65,11 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
     """Join the process group that torchrun announces (NCCL on CUDA, gloo on CPU), and leave it at the end.
 
     Args:
-        device: "cuda", "cpu", or None for CUDA where there is one.
-        timeout_seconds: timeout of collective operations.
+        device: "cuda", "cpu", or None for CUDA if there is one.
+        timeout_seconds: Timeout of collective operations.
 
     Raises:
-        UserError: if CUDA is asked for and absent.
+        UserError: If CUDA is asked for and absent.
     """
     place = choose_device(device)
     kind = place.type
@@ -82,7 +82,7 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
         return
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    # After torchrun restarted the workers, addresses of the dead ones may still be in the store.
+    # After torchrun restarted the workers, addresses of the old ones may still be in the store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt_{attempt}", store)
     dist.init_process_group(
@@ -96,10 +96,10 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
     try:
         yield World(dist.get_rank(), size, place)
         _leave_together()
-    except SystemExit:  # decided by all processes together
+    except SystemExit:  # on all ranks at the same step
         _leave_together()
         raise
-    except UserError:  # mostly of all ranks; torchrun kills those that leave later than the first
+    except UserError:  # mostly on all ranks; torchrun kills those that are later than the first
         _wait_for_ranks(store, rank, size)
         raise
     except RuntimeError as error:
@@ -120,16 +120,14 @@ def allow_tf32(allowed: bool) -> None:
 
 
 def _leave_together() -> None:
-    """Wait for all ranks, after freeing what refers to the group (DDP is part of reference cycles).
-
-    A process that leaves first, or frees the group after it was destroyed, now and then aborts in gloo's threads.
-    """
+    """Wait for all ranks, after freeing all references to the group (DDP is part of reference cycles)."""
+    # A process that leaves first, or frees the group after it was destroyed, sometimes aborts in gloo's threads.
     dist.barrier()
     gc.collect()
 
 
 def _wait_for_ranks(store: dist.Store, rank: int, size: int) -> None:
-    """Wait for the ranks that leave too; not for long, because others may not see the error."""
+    """Wait a short time for the ranks that leave, too; others may not have this error."""
     store.set(f"leaving_{rank}", "")
     with suppress(RuntimeError):  # a timeout is one
         store.wait([f"leaving_{peer}" for peer in range(size)], TIMEOUT)
@@ -143,7 +141,7 @@ def barrier() -> None:
 
 
 def broadcast(value: T) -> T:
-    """Rank 0's value on every rank; any small picklable object."""
+    """Return rank 0's value on every rank; any small picklable object."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -155,7 +153,7 @@ def on_rank0(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and return its small, picklable result on every rank.
 
     Raises:
-        UserError: on every rank, if it was raised on rank 0.
+        UserError: On every rank, if it was raised on rank 0.
     """
     result: list[T] = []
     problem = None
@@ -171,13 +169,17 @@ def on_rank0(work: Callable[[], T]) -> T:
 
 
 @cache
-def _host_group() -> Any:
-    """A group over the CPU, so that using it does not wait for a GPU."""
-    return dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+def _host_group() -> dist.ProcessGroup | None:
+    """Process group over the CPU, so that its operations do not wait for a GPU."""
+    if dist.get_backend() == "gloo":
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    return group
 
 
 def any_rank(flag: bool) -> bool:
-    """True on all ranks if the flag is set on any; a collective operation."""
+    """True on all ranks if the flag is set on any of them; a collective operation."""
     if not dist.is_initialized():
         return flag
     votes = torch.tensor([float(flag)])
@@ -203,10 +205,10 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def objects_from_all_ranks(value: T) -> list[T]:
-    """Every rank's value in the order of ranks, on every rank; small picklable objects."""
+    """Return every rank's value in the order of ranks, on every rank; small picklable objects."""
     if not dist.is_initialized():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
+    values = [value] * dist.get_world_size()  # replaced by each rank's
     dist.all_gather_object(values, value)
     return values
 
@@ -228,7 +230,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def rows_on_main(rows: Tensor) -> Tensor | None:
-    """Join the rows of all ranks in the order of ranks: (n_r, ...) -> (sum of n_r, ...) on main, else None."""
+    """Join the rows of all ranks in the order of ranks: (n_r, ...) -> (sum of n_r, ...) on rank 0, else None."""
     if not dist.is_initialized():
         return rows
     counts = from_all_ranks(torch.tensor(len(rows), device=rows.device)).tolist()

@@ -1,10 +1,11 @@
-"""Large files from the network: resumed where a broken attempt stopped, checked, and never half under their name."""
+"""Downloads of large files: resumed after an interruption, checked, and whole or absent under their final name."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypedDict
 
 from tqdm import tqdm
 
@@ -24,29 +25,37 @@ from runtime.files import atomic_path
 from runtime.releases import Release
 
 BLOCK = 1 << 20
-ATTEMPTS = 4  # in a row without a byte of progress
+ATTEMPTS = 4  # attempts in a row without progress
 TIMEOUT_SECONDS = 30
 SIZE_TOLERANCE = 0.03  # sizes in the table are rounded
 
 
+class Record(TypedDict):
+    """Source, size and checksum of a download."""
+
+    source: str
+    bytes: int
+    sha256: str
+
+
 class DownloadError(Exception):
-    """Why a file could not be had; what arrived so far is kept for the next try."""
+    """A failed download, with its reason; the part that arrived is kept for the next attempt."""
 
 
 def obtain(release: Release, folder: Path, say: Callable[[str], None] = print) -> Path:
-    """The release's file on this machine; downloaded first if it is not there.
+    """Return the path of a release's file, and download it first if it is missing.
 
     Args:
-        release: which.
-        folder: where downloads lie.
-        say: told before a download starts.
+        release: The release.
+        folder: Folder of downloads.
+        say: Receives messages.
 
     Returns:
-        Its path. Beside it, as FILE.json, lie the source, size and SHA-256 of what was downloaded.
+        Its path. FILE.json next to it holds source, size and SHA-256 of the download.
 
     Raises:
-        UserError: if it cannot be had, with its address and where to put it; if its hash is not the one in the table,
-            or its size not what it was when it was downloaded.
+        UserError: If it cannot be downloaded, with its address and the place for it; if its hash differs from the one
+            in the table, or its size from that of the download.
     """
     path = folder / release.file
     if path.is_file():
@@ -54,7 +63,7 @@ def obtain(release: Release, folder: Path, say: Callable[[str], None] = print) -
         return path
     size = f"{release.gigabytes:.2f} GB" if release.gigabytes else "size unknown"
     say(f"Downloading {release.address} ({size}) to {path}")
-    made = not folder.exists()
+    is_new = not folder.exists()
     try:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             raise DownloadError("HF_HUB_OFFLINE forbids it")
@@ -64,8 +73,8 @@ def obtain(release: Release, folder: Path, say: Callable[[str], None] = print) -
         else:
             download_from_hub(*release.hub, path)
     except (DownloadError, OSError) as error:
-        if made:
-            with suppress(OSError):  # where something is in it, to go on with
+        if is_new:
+            with suppress(OSError):  # not empty: the part that arrived is in it
                 folder.rmdir()
         reason = " ".join(str(error).split())
         raise UserError(
@@ -76,10 +85,10 @@ def obtain(release: Release, folder: Path, say: Callable[[str], None] = print) -
     if release.sha256 not in (None, digest):
         path.unlink()
         raise UserError(
-            f"--ckpt {release.name}: what {release.address} gave has SHA-256 {digest}, not {release.sha256}; "
+            f"--ckpt {release.name}: the file from {release.address} has SHA-256 {digest}, not {release.sha256}; "
             "it was deleted"
         )
-    record = {"source": release.address, "bytes": path.stat().st_size, "sha256": digest}
+    record: Record = {"source": release.address, "bytes": path.stat().st_size, "sha256": digest}
     with atomic_path(record_path(path)) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
     say(f"Downloaded {path.name}, SHA-256 {digest}")
@@ -87,14 +96,16 @@ def obtain(release: Release, folder: Path, say: Callable[[str], None] = print) -
 
 
 def record_path(path: Path) -> Path:
-    """Where source, size and hash of a download are noted."""
+    """Path of the record of a download."""
     return path.with_name(f"{path.name}.json")
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """What was noted about a download; None for files that came another way."""
-    record = record_path(path)
-    return json.loads(record.read_text()) if record.is_file() else None
+def read_record(path: Path) -> Record | None:
+    """Read the record of a download; None for files that were not downloaded here."""
+    if not record_path(path).is_file():
+        return None
+    record: Record = json.loads(record_path(path).read_text())
+    return record
 
 
 def _check_size(path: Path) -> None:
@@ -113,18 +124,18 @@ def sha256_of(path: Path) -> str:
 
 
 def download(url: str, path: Path, *, gigabytes: float | None = None, pause: float = 1.0) -> None:
-    """Downloads one file under a temporary name, going on where an earlier attempt stopped.
+    """Download one file under a temporary name, and resume an earlier attempt.
 
     Args:
-        url: http(s) address.
-        path: final name; FILE.part beside it holds what arrived so far, FILE.part.tag what the server said it was;
-            where nothing arrived, nothing is left.
-        gigabytes: about how large it must be; a login page is not a checkpoint.
-        pause: seconds before the first new attempt; doubled for each further one.
+        url: Address (http or https).
+        path: Final name. The part that has arrived is in FILE.part, the server's tag of the file in FILE.part.tag; both
+            are removed if nothing arrived.
+        gigabytes: Approximate size; a login page is not a checkpoint.
+        pause: Seconds before the second attempt; doubled for each further one.
 
     Raises:
-        DownloadError: if the server cannot be reached, has no such file, breaks off again and again, or offers a file
-            of another size; or if another process is downloading the same file.
+        DownloadError: If the server cannot be reached, has no such file, repeatedly breaks off, or offers a file of
+            another size; or if another process is downloading the same file.
     """
     part = path.with_name(f"{path.name}.part")
     with part.open("ab+") as file:
@@ -147,7 +158,7 @@ def download(url: str, path: Path, *, gigabytes: float | None = None, pause: flo
 
 
 def _fetch_whole(url: str, file: BinaryIO, part: Path, name: str, gigabytes: float | None, pause: float) -> None:
-    """Appends what is missing, in as many attempts as there is progress."""
+    """Append the missing bytes, with new attempts as long as there is progress."""
     failures = 0
     while True:
         before = file.seek(0, os.SEEK_END)
@@ -155,7 +166,7 @@ def _fetch_whole(url: str, file: BinaryIO, part: Path, name: str, gigabytes: flo
             _fetch(url, file, part.with_name(f"{part.name}.tag"), name, gigabytes)
             return
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing behind what is here: all of it, or of another file
+            if error.code == 416:  # no further bytes: the part is whole, or of another file
                 if before == _whole_size(error):
                     return
                 file.truncate(0)
@@ -167,24 +178,24 @@ def _fetch_whole(url: str, file: BinaryIO, part: Path, name: str, gigabytes: flo
         have = file.seek(0, os.SEEK_END)
         failures = 0 if have > before else failures + 1
         if failures >= ATTEMPTS:
-            kept = f"; {have:,} bytes are in {part}, and the same command goes on" if have else ""
+            kept = f"; {have:,} bytes are in {part}, and the same command resumes" if have else ""
             raise DownloadError(reason + kept)
         time.sleep(pause * 2**failures)
 
 
 def _whole_size(error: urllib.error.HTTPError) -> int | None:
-    """Of the file that the server has, from an answer to a range that it lacks: "bytes */1234"."""
+    """Size of the server's file, from its answer to a range outside the file: "bytes */1234"."""
     _, _, size = error.headers.get("Content-Range", "").rpartition("/")
     return int(size) if size.isdigit() else None
 
 
 def _fetch(url: str, file: BinaryIO, tag_path: Path, name: str, gigabytes: float | None) -> None:
-    """Appends what is missing; EOFError if the connection ends early."""
+    """Append the missing bytes; EOFError if the connection ends early."""
     have = file.seek(0, os.SEEK_END)
     tag = tag_path.read_text() if tag_path.is_file() else ""
     headers = {"User-Agent": "dit-family", "Accept-Encoding": "identity"}
     if have and tag:
-        headers |= {"Range": f"bytes={have}-", "If-Range": tag}  # a file that changed meanwhile comes whole
+        headers |= {"Range": f"bytes={have}-", "If-Range": tag}  # a file that has changed is sent from its start
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS) as response:
         if response.status != 206:
             have = 0
@@ -210,35 +221,35 @@ def _fetch(url: str, file: BinaryIO, tag_path: Path, name: str, gigabytes: float
 
 
 def download_from_hub(repository: str, pattern: str, path: Path) -> None:
-    """Downloads one file of a repository on the Hugging Face hub, by its own client (resumes, checks, mirrors, tokens).
+    """Download one file of a repository on the Hugging Face hub, by the hub's client.
 
     Args:
         repository: "owner/name".
-        pattern: the file's path there, or a pattern that one file fits.
-        path: final name.
+        pattern: Path of the file in the repository, or a pattern of one file.
+        path: Final name.
 
     Raises:
-        DownloadError: if it cannot be had, or the pattern fits none or several.
+        DownloadError: If it cannot be downloaded, or no file or several match the pattern.
     """
     from huggingface_hub import HfApi, hf_hub_download  # heavy, and only downloads need it
 
-    staging = path.with_name(f".{path.name}.hub")  # beside the final name, so that the last step is a rename
+    staging = path.with_name(f".{path.name}.hub")  # in the same folder, so that the last step is a rename
     try:
         name = pattern
         if "*" in pattern:
             with quiet_hub():
                 files = HfApi().list_repo_files(repository)
-            found = [name for name in files if fnmatchcase(name, pattern)]
-            if len(found) != 1:
-                raise DownloadError(f"{len(found)} files there are {pattern}: {', '.join(found) or 'none'}")
-            name = found[0]
+            matching = [name for name in files if fnmatchcase(name, pattern)]
+            if len(matching) != 1:
+                raise DownloadError(f"{len(matching)} files match {pattern}: {', '.join(matching) or 'none'}")
+            name = matching[0]
         with quiet_hub():
             fetched = hf_hub_download(repository, name, local_dir=staging)
     except DownloadError:
         raise
-    except Exception as error:  # of its own, of httpx or of requests, by its version
-        if not any(begun.stat().st_size for begun in staging.rglob("*.incomplete")):
-            shutil.rmtree(staging, ignore_errors=True)  # its locks; with bytes among them the client goes on
+    except Exception as error:  # the client's, httpx's or requests', depending on its version
+        if not any(part.stat().st_size for part in staging.rglob("*.incomplete")):
+            shutil.rmtree(staging, ignore_errors=True)  # only locks; the client resumes from a part with bytes
         raise DownloadError((str(error) or type(error).__name__).splitlines()[0]) from error
     os.replace(fetched, path)
     shutil.rmtree(staging)
@@ -246,14 +257,14 @@ def download_from_hub(repository: str, pattern: str, path: Path) -> None:
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Nothing of the hub's client about retries and deprecations: what matters is said by us, in one line."""
-    from huggingface_hub.utils import logging  # heavy, and only downloads need it
+    """Silence the hub's client about retries and deprecations; errors are reported here, in one line."""
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity  # heavy, and only downloads need it
 
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    level = get_verbosity()
+    set_verbosity(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(level)
+        set_verbosity(level)

@@ -1,4 +1,4 @@
-"""Errors: a user's mistake is one line and exit status 2; everything else is a bug and keeps its traceback."""
+"""Errors: a user's mistake is one line and exit status 2; anything else is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FAILED_STATUS = 1
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the message names flag or file, value and remedy."""
+    """A mistake of the user; the message names flag or file, value and remedy."""
 
 
 class RankTimeout(Exception):
@@ -32,9 +32,9 @@ def run(main: Callable[[Sequence[str]], None], program: str, argv: Sequence[str]
     """Run an entry point.
 
     Args:
-        main: takes the arguments after the program's name.
-        program: name for the message.
-        argv: arguments; None takes the command line's.
+        main: Takes the arguments after the program's name.
+        program: Name for the message.
+        argv: Arguments; None takes the command line's.
 
     Returns:
         0; 2 after a `UserError`, which is printed as one line (by one rank only); 1 after a `RankTimeout`.

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Atomic writing of files, and checks of places to write to."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from runtime.errors import UserError
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`; what was written there takes the final name when the block succeeds.
+    """Yield a temporary path in the same folder; that file is renamed to `path` when the block succeeds.
 
-    The temporary file keeps the suffix, because some writers choose their format by it.
+    The temporary name has the same suffix, because some writers choose their format by it.
     """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -27,10 +27,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def check_folder(path: Path, flag: str) -> None:
-    """Proves that a folder exists and can be written to, or can be made, without making it.
+    """Check that a folder can be written to, or can be made, without making it.
 
     Raises:
-        UserError: naming the flag.
+        UserError: Naming the flag.
     """
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not existing.is_dir():
@@ -40,10 +40,10 @@ def check_folder(path: Path, flag: str) -> None:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Makes the folder of an output file and proves that a file can be made in it, before any long work.
+    """Make the folder of an output file and check that it can be written to, before any long work.
 
     Raises:
-        UserError: naming the flag.
+        UserError: Naming the flag.
     """
     probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
     try:

@@ -1,4 +1,4 @@
-"""Migration of what earlier versions wrote: one function a kind, applied where our own files are read.
+"""Migration of files of earlier versions: one function per kind, applied where our files are read.
 
 Format 1 is that of version 0.1, format 2 that of this one (docs/checkpoints.md).
 """
@@ -12,7 +12,8 @@ from runtime.settings import Kind, flag_name, places
 
 Json = dict[str, Any]
 
-# Settings of version 0.1 whose values have another form now: the process's own are migrated where they are stored.
+_OF_TRAINING = {"results_dir", "max_steps", "global_batch_size"}  # settings of no other script
+# Former name of a setting -> present name
 _PROCESS = {"direction": "cosine"}
 _SAMPLER = {"time_shift": "shift", "sde": "kind", "heun_exact": "exact", "adams_order": "order"}
 
@@ -21,8 +22,8 @@ def checkpoint(meta: Json) -> tuple[Json, dict[str, str]]:
     """Migrate a checkpoint's JSON document.
 
     Returns:
-        The document in format 2, and the groups of tensors that have another name now, former -> present. Settings
-        of the training run stay as they are under "train": `run_config` migrates them for whoever resumes it.
+        The document in format 2, and prefixes of tensor names that have changed, former -> present. Settings
+        of the training run stay as they are under "train"; `run_config` migrates them when the run is resumed.
     """
     if meta.get("format") != 1:
         return meta, {}
@@ -38,21 +39,21 @@ def checkpoint(meta: Json) -> tuple[Json, dict[str, str]]:
         "averages": {average: {"decay": decay}},
         "train": meta["train"],
         "draws": 1,
-    }, {"ema": average, "alignment": "projector"}
+    }, {"ema/": f"{average}/", "alignment/": "projector/", "optimizer/alignment.": "optimizer/projector."}
 
 
-def model_fields(model: Mapping[str, Any]) -> Json:
+def model_fields(model: Mapping[str, object]) -> Json:
     """Migrate a model's name and config: one shape in place of channels and side."""
-    fields = dict(model)
+    fields: Json = dict(model)
     if "input_size" in fields:
         side = fields.pop("input_size")
         fields["sample_shape"] = [fields.pop("in_channels"), side, side]
     return fields
 
 
-def process_fields(process: Mapping[str, Any]) -> Json:
+def process_fields(process: Mapping[str, object]) -> Json:
     """Migrate a process's name and settings."""
-    fields = {_PROCESS.get(name, name): value for name, value in process.items() if name != "learn_sigma"}
+    fields: Json = {_PROCESS.get(name, name): value for name, value in process.items() if name != "learn_sigma"}
     if "predict_xstart" in fields:
         fields["prediction"] = "x_start" if fields.pop("predict_xstart") else "epsilon"
     return fields
@@ -62,52 +63,67 @@ def run_config(values: Json, cls: type, kinds: Sequence[Kind], program: str) -> 
     """Migrate the flat settings of a run (config.json, or a checkpoint's "train") into sections by owner.
 
     Args:
-        values: the settings; those of format 2 are returned as they are.
-        cls: dataclass of the program's general settings.
-        kinds: owners of further settings.
-        program: the script that wrote them.
+        values: The settings; those of format 2 are returned as they are.
+        cls: Dataclass of the program's general settings.
+        kinds: Owners of further settings.
+        program: The script that wrote them.
     """
     if "format" in values or any(isinstance(value, dict) for value in values.values()):
         return values
     known, names = places(cls, kinds), [kind.name for kind in kinds]
-    nested: Json = {"format": 2, "script": program}
+    # version 0.1 did not record the script
+    script = "train.py" if values.keys() >= _OF_TRAINING else program
+    nested: Json = {"format": 2, "script": script}
     for name, value in values.items():
         place = known.get(flag_name(name))
         if place is None:
-            nested[name] = value  # the parser names what it does not know
-        elif not (value is None and place.kind is not None) and not (value is False and place.stands_for is not None):
-            *sections, field = [*place.path, "name"] if place.path[0] in names and place.kind is None else place.path
-            section = nested
-            for part in sections:
-                section = section.setdefault(part, {})
-            section[field] = value if place.stands_for is None else place.stands_for
-    for kind in kinds:  # settings of processes and families that the run did not use
-        owner = nested.get(kind.name, {}).get("name")
-        if owner is not None:
-            fields = {"name", *(flag.field.name for flag in kind.flags(kind.owner_of(owner)).values())}
-            nested[kind.name] = {name: value for name, value in nested[kind.name].items() if name in fields}
+            nested[name] = value  # the parser reports it
+            continue
+        unused = value is None and place.kind is not None  # version 0.1 wrote null for settings of other owners
+        if unused or (value is False and place.stands_for is not None):
+            continue
+        *sections, field = [*place.path, "name"] if place.path[0] in names and place.kind is None else place.path
+        section = nested
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[field] = value if place.stands_for is None else place.stands_for
+    for kind in kinds:
+        section = nested.get(kind.name, {})
+        owner = _owner(kind, section.get("name"))
+        if owner is not None:  # version 0.1 wrote settings of processes and families that the run did not use, too
+            fields = {"name", *(flag.field.name for flag in kind.flags(owner).values())}
+            nested[kind.name] = {field: value for field, value in section.items() if field in fields}
     return nested
+
+
+def _owner(kind: Kind, name: object) -> str | None:
+    """The owner that a name chooses; None for an unknown name, which the parser reports."""
+    try:
+        owner = kind.owner_of(name) if isinstance(name, str) else None
+    except ValueError:
+        return None
+    return owner if owner in kind.owners else None
 
 
 def calibration(old: Json, like: Mapping[str, Any]) -> Json:
     """Migrate the settings that similarities of states were measured with.
 
     Args:
-        old: settings in a file of similarities.
-        like: today's settings of the same kind, which tell the sampler's own ones from the rest.
+        old: Settings in a file of similarities.
+        like: Present settings of the same kind; those of the sampler are recognised by their names here.
     """
-    sampling = old.get("sampling", {})
-    if not isinstance(sampling.get("process"), list):
+    if "format" in old or "sampling" not in old:
         return old
+    sampling = old["sampling"]
     name, process = sampling["process"]
     renamed = {_SAMPLER.get(key, key): value for key, value in sampling.items() if value is not None}
     own = {key: renamed.get(key, default) for key, default in like["sampling"].items()}
     process = process_fields({"name": name, **process})
-    return {**old, "sampling": {**own, "sampler": sampling["sampler"], "process": process}}
+    return {**old, "format": 2, "sampling": {**own, "sampler": sampling["sampler"], "process": process}}
 
 
-def latent_index(old: Mapping[str, Any]) -> dict[str, Any]:
-    """Migrate the index or manifest of a latent store .
+def latent_index(old: Mapping[str, Any]) -> Json:
+    """Migrate the index or manifest of a latent store.
 
     Format 1 knew one kind of encoder, AutoencoderKL, and recorded its scaling factor alone. A document of another
     format is returned as it is.

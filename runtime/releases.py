@@ -1,8 +1,8 @@
-"""Every checkpoint that the authors of the four families released: where it is, what it is, how its figures were made.
+"""Table of all checkpoints that the authors of the four families released, with the settings of their figures.
 
-Files are named as their authors named them. Some links in the official READMEs are wrong and put right here: those to
-`DiT-XL-2-skip.pt` and `Latte-skip.pt` are exchanged, and `skytimelapse-skip.pt` is linked as `skylapse-skip.pt`. Hashes
-are published for none of the files.
+Files have the names that their authors gave them. Some links in the official READMEs are wrong and corrected here:
+those to `DiT-XL-2-skip.pt` and `Latte-skip.pt` are exchanged, and `skytimelapse-skip.pt` is linked as
+`skylapse-skip.pt`. The authors publish no checksums.
 """
 
 from __future__ import annotations
@@ -11,24 +11,29 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from runtime.errors import UserError
 
 HUB = "https://huggingface.co"
+# Official model names that stand for a model of the registry and a sampling setting.
+ALIASES: dict[str, dict[str, object]] = {
+    "DiT-skip": {"--model": "Skip-DiT-XL/2"},
+    **{f"DiT-cache-{n}": {"--model": "Skip-DiT-XL/2", "--cache-interval": n} for n in range(2, 7)},
+}
 
 
 class Preset(NamedTuple):
-    """How the images behind the published figures were sampled.
+    """Sampling settings of published figures.
 
     Attributes:
-        sampler: its name on the command line.
-        steps: step spec, or number of steps.
-        cfg_scale: guidance scale; 1 is none.
-        channels: how many leading channels are guided; None is all.
-        interval: bounds between which guidance acts, as timesteps (0 clean, 1000 noise); None is everywhere.
-        vae: autoencoder that decodes.
-        options: further settings of the sampler, by their names.
+        sampler: Name of the sampler on the command line.
+        steps: Step spec, or number of steps.
+        cfg_scale: Guidance scale; 1 is none.
+        channels: Number of leading channels that are guided; None is all.
+        interval: Timesteps between which guidance acts (0 clean, 1000 noise); None is everywhere.
+        vae: Autoencoder of the images.
+        options: Further settings of the sampler by name.
     """
 
     sampler: str
@@ -44,20 +49,20 @@ class Release(NamedTuple):
     """One released checkpoint.
 
     Attributes:
-        file: its name, unique in the table.
-        family: as the registry of models calls it.
-        model: name in the registry.
-        image_size: side of its images in pixels.
-        layout: how the weights lie in it: "weights" by name; "ema", groups of which this one is sampled from;
-            "training", groups with the optimizer's state beside them; "lightning", groups told apart by a prefix.
-            Where nobody could look into the file, what its authors' code reads; the loader finds out by itself.
-        folder: where it lies: an address, or "hub:OWNER/NAME/FOLDER" on the Hugging Face hub.
-        gigabytes: size as published, or computed from the number of parameters; None where unknown.
-        fid: reported FID-50K on ImageNet under `preset`; None where there is none.
-        preset: how to sample from it.
-        config: fields of the model's config that differ from those of its name.
-        there: its name there, if it is another; may be a pattern that one file fits.
-        sha256: of the file, once somebody vouches for one.
+        file: Name of the file, unique in the table.
+        family: Name of the family in the registry of models.
+        model: Name of the model in the registry.
+        image_size: Side of its images in pixels.
+        layout: Layout of the file: "weights" by name; groups with an "ema"; "training", groups with the optimizer's
+            state; "lightning", groups with a prefix each. For files that could not be opened, the layout that the
+            authors' code reads; loading does not depend on this field.
+        folder: Address of its folder, or "hub:OWNER/NAME/FOLDER" on the Hugging Face hub.
+        gigabytes: Size as published, or computed from the number of parameters; None if unknown.
+        fid: Reported FID-50K on ImageNet with `preset`; None if there is none.
+        preset: Sampling settings.
+        config: Fields of the model's config that differ from those of its name.
+        remote_name: Name of the file in the folder, if it is another; may be a pattern of one file.
+        sha256: Checksum of the file; None if none is published.
     """
 
     file: str
@@ -69,13 +74,13 @@ class Release(NamedTuple):
     gigabytes: float | None
     fid: float | None
     preset: Preset
-    config: Mapping[str, Any] = MappingProxyType({})
-    there: str | None = None
+    config: Mapping[str, object] = MappingProxyType({})
+    remote_name: str | None = None
     sha256: str | None = None
 
     @property
     def name(self) -> str:
-        """The file's name without its suffix; `--ckpt` takes either."""
+        """Name of the file without its suffix; `--ckpt` takes either."""
         return Path(self.file).stem
 
     @property
@@ -84,13 +89,13 @@ class Release(NamedTuple):
         if not self.folder.startswith("hub:"):
             return None
         owner, name, *folders = self.folder.removeprefix("hub:").split("/")
-        return f"{owner}/{name}", "/".join([*folders, self.there or self.file])
+        return f"{owner}/{name}", "/".join([*folders, self.remote_name or self.file])
 
     @property
     def address(self) -> str:
-        """Where a browser finds it."""
+        """Address in a browser."""
         if self.hub is None:
-            return f"{self.folder}/{self.there or self.file}"
+            return f"{self.folder}/{self.remote_name or self.file}"
         repository, path = self.hub
         return f"{HUB}/{repository}" + ("" if "*" in path else f"/resolve/main/{path}")
 
@@ -117,14 +122,14 @@ RELEASES = (
         "new_dydit0.5.pt", "DyDiT", "DyDiT-XL/2", 256, "ema", f"{_DAMO}/new_release_2025_03_26", None, 2.07, _OFFICIAL,
         {"router_layout": "first_always_on"},
     ),
-    # How the files in these two repositories are called is not published.
+    # The names of the files in these two repositories are not published.
     Release(
         "DDT-XL-22en6de-R256.ckpt", "DDT", "DDT-XL/2", 256, "lightning", f"{_NANJING}/DDT-XL-22en6de-R256", None, 1.26,
-        Preset("euler", "250", 2.0, None, (0, 700), options=_FLOW), there="*.ckpt",
+        Preset("euler", "250", 2.0, None, (0, 700), options=_FLOW), remote_name="*.ckpt",
     ),
     Release(
         "DDT-XL-22en6de-R512.ckpt", "DDT", "DDT-XL/2", 512, "lightning", f"{_NANJING}/DDT-XL-22en6de-R512", None, 1.28,
-        Preset("euler", "250", 3.0, None, (0, 700), options=_FLOW), {"sample_shape": (4, 64, 64)}, there="*.ckpt",
+        Preset("euler", "250", 3.0, None, (0, 700), options=_FLOW), {"sample_shape": (4, 64, 64)}, remote_name="*.ckpt",
     ),
     Release(
         "DiT-XL-2-skip.pt", "Skip-DiT", "Skip-DiT-XL/2", 256, "training", _SPARSE, 11.40, None,
@@ -140,12 +145,12 @@ RELEASES = (
 
 
 def find_release(name: str) -> Release | None:
-    """The release that a file's name, with or without its suffix, stands for."""
+    """Find a release by the name of its file, with or without suffix; None if there is none."""
     return next((release for release in RELEASES if name in (release.name, release.file)), None)
 
 
 def close_names(name: str, families: Collection[str]) -> list[str]:
-    """Names of the releases of these families that are spelt like this one."""
+    """Names of these families' releases that are spelt similarly."""
     lower = {release.name.lower(): release.name for release in RELEASES if release.family in families}
     for suffix in {Path(release.file).suffix for release in RELEASES}:
         name = name.removesuffix(suffix)
@@ -153,26 +158,26 @@ def close_names(name: str, families: Collection[str]) -> list[str]:
 
 
 def release_of_model(model: str, image_size: int | None, families: Collection[str]) -> Release:
-    """The released checkpoint of a model.
+    """Find the released checkpoint of a model.
 
     Args:
-        model: name in the registry.
-        image_size: side of its images in pixels; None is 256.
-        families: those that are here; no other's release is meant or offered.
+        model: Name in the registry.
+        image_size: Side of its images in pixels; None is 256.
+        families: Families that the code has; releases of others are ignored.
 
     Raises:
-        UserError: if there is none, or a choice.
+        UserError: If there is none, or more than one.
     """
     size = image_size or 256
-    here = [release for release in RELEASES if release.family in families]
-    found = [release for release in here if (release.model, release.image_size) == (model, size)]
-    if not found:
-        known = dict.fromkeys(f"{release.model} ({release.image_size} pixels)" for release in here)
+    usable = [release for release in RELEASES if release.family in families]
+    matching = [release for release in usable if (release.model, release.image_size) == (model, size)]
+    if not matching:
+        known = dict.fromkeys(f"{release.model} ({release.image_size} pixels)" for release in usable)
         raise UserError(
             f"--model {model}: no checkpoint of it for {size} pixels was released; give one with --ckpt "
             f"(released: {', '.join(known)})"
         )
-    if len(found) > 1:
-        names = ", ".join(release.name for release in found)
+    if len(matching) > 1:
+        names = ", ".join(release.name for release in matching)
         raise UserError(f"--model {model}: several checkpoints of it were released; choose by --ckpt: {names}")
-    return found[0]
+    return matching[0]

@@ -29,11 +29,6 @@ FOREIGN = {
     "gaussian": Preset("ddpm", "250", 1.5, channels=3),
     "flow": Preset("euler", "250", 1.5, channels=None),
 }
-# Official model names that stand for a model of the registry and a sampling setting.
-ALIASES: dict[str, dict[str, object]] = {
-    "DiT-skip": {"--model": "Skip-DiT-XL/2"},
-    **{f"DiT-cache-{n}": {"--model": "Skip-DiT-XL/2", "--cache-interval": n} for n in range(2, 7)},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +37,11 @@ class CheckpointSettings:
 
     ckpt: Path | None = setting(None, "checkpoint: ours, an official file, or the name of a released one", free=True)
     weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
-    image_size: int | None = setting(None, "side in pixels", shown="the weights'; 256 without --ckpt")
+    image_size: int | None = setting(None, "side of the images in pixels", shown="the weights'; 256 without --ckpt")
     num_classes: int | None = setting(None, "number of classes", shown="the weights'")
-    vae: str | None = setting(None, "autoencoder: ema, mse, a local folder, or none", shown="the checkpoint's")
+    vae: str | None = setting(
+        None, "autoencoder: ema, mse, a local folder, or none for pixels", shown="the checkpoint's"
+    )
     pretrained_dir: Path = setting(Path("pretrained_models"), "folder of downloaded releases", free=True)
 
     def __post_init__(self) -> None:
@@ -105,7 +102,7 @@ class CachingSettings:
 class ComputeSettings:
     """Where and how an evaluation is computed."""
 
-    precision: str = setting("tf32", "of the network: fp32, tf32 (CUDA; as official), bf16 autocast", PRECISIONS)
+    precision: str = setting("tf32", "of matrix products: fp32, tf32 (CUDA; as official), bf16 autocast", PRECISIONS)
     tf32: bool = setting(True, "TF32 for what is in float32, with --precision tf32 or bf16 (CUDA)")
     compile: bool = setting(False, "compile every block (on a CPU this needs a C++ compiler)")
     cuda_graphs: bool = setting(False, "record evaluations as CUDA graphs: faster small batches, slower first one")

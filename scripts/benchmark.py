@@ -38,8 +38,9 @@ from benchmarks.sampling import file_rows, loop_cases
 from benchmarks.timing import Case, Clock, Row, TimingSettings, check_at_least, choose_clock, measure, process_seconds
 from models import model_config
 from runtime import distributed
+from runtime.command_line import parse_config
 from runtime.errors import error_prefix, run
-from runtime.settings import parse_config, setting
+from runtime.settings import setting
 
 GROUPS = ("forward", "train_step", "optimizer", "loader", "sampling")
 LOOP_IMAGES = 2  # where the surroundings of the network weigh most

@@ -36,8 +36,9 @@ from benchmarks.evaluation import (
 from benchmarks.report import aligned, document, headline, machine_info, write_json
 from benchmarks.timing import OutputSettings, check_at_least
 from evaluator.settings import BATCH_SIZE
+from runtime.command_line import parse_config
 from runtime.errors import run
-from runtime.settings import parse_config, setting
+from runtime.settings import setting
 
 FULL_RANK_ROWS = 5000
 SECONDS_PER_IMAGE = 0.115  # on one core

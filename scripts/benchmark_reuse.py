@@ -26,8 +26,9 @@ from benchmarks.sampling import random_pipeline
 from benchmarks.timing import TimingSettings, check_at_least, cuda_seconds, wall_seconds
 from models import model_config
 from runtime import distributed
+from runtime.command_line import parse_config
 from runtime.errors import error_prefix, run
-from runtime.settings import parse_config, setting
+from runtime.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,9 @@ from benchmarks.routing import ALL_ON, DENSE, ROUTED, Workload, routing_cases, s
 from benchmarks.timing import Row, TimingSettings, check_at_least, choose_clock, measure
 from models import DyDiT, family_of, model_config
 from runtime import distributed
+from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
-from runtime.settings import flag_name, parse_config, setting
+from runtime.settings import flag_name, setting
 
 # About half of the blocks' work: where the goals are stated.
 WORKLOADS = (

@@ -35,9 +35,10 @@ from benchmarks.report import aligned
 from benchmarks.timing import check_at_least
 from diffusion import SAMPLERS
 from runtime import distributed
+from runtime.command_line import parse_config
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import parse_config, setting, to_dict
+from runtime.settings import setting, to_dict
 
 # Scripts and the folders of their runs.
 MADE_BY = {
@@ -202,7 +203,7 @@ def plot_costs(results: Sequence[Result], path: Path) -> None:
 
 
 def off_target(results: Sequence[Result]) -> list[str]:
-    """A line for each routed network whose work, at the first setup, is not its target."""
+    """A line for each routed network that misses its target of work at the first setup."""
     firsts = {(result.name, result.seed): result for result in reversed(results) if result.target is not None}
     return [
         f"{result.name}: sampling ran {result.block_ratio:.3f} of the blocks' work, not within {CLOSE} of its target"

@@ -5,7 +5,7 @@
     python scripts/count_flops.py --model Skip-DiT-XL/2 --cache-interval 2 3 4 --num-sampling-steps 250
     python scripts/count_flops.py --model DyDiT-XL/2 --keep 0.625 0.625 0.75
 
-The "Gflops" of the papers are MACs (multiply-adds). Some counts add the layer norms, by 1 or by 4 operations an
+The "Gflops" of the papers are MACs. Some counts add the layer norms, by 1 or by 4 operations an
 element: that is the difference between 118.62, 118.64 and 118.69 for DiT-XL/2.
 """
 
@@ -25,8 +25,9 @@ from diffusion import AncestralSampler, create_diffusion, skip_cache
 from diffusion.caching import takes_cache_depth
 from models import DyDiT, Network, create_model, model_config
 from models.dydit_block import Routing
+from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
-from runtime.settings import flag_name, parse_config, setting
+from runtime.settings import flag_name, setting
 
 # (model, side of the latent image), as published with arXiv 2212.09748: all sizes at 256 pixels, the largest at 512.
 PUBLISHED = tuple((f"DiT-{size}/{patch}", 32) for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)) + (

@@ -20,8 +20,9 @@ from benchmarks.counting import SamplingCost
 from benchmarks.report import aligned
 from benchmarks.timing import check_at_least
 from runtime import distributed
+from runtime.command_line import parse
 from runtime.errors import run
-from runtime.settings import Given, parse, setting
+from runtime.settings import Given, setting
 from sampling.config import ALIASES, KINDS, SamplingSettings
 from sampling.pipeline import open_pipeline
 

@@ -24,9 +24,10 @@ from benchmarks.report import aligned
 from data.digits import NUM_CLASSES, load_digits
 from data.pixels import grid
 from evaluator.digits import DigitsScores, score_digits
+from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import parse_config, setting
+from runtime.settings import setting
 
 TILES_PER_CLASS = 10
 TILE_SIZE = 48

@@ -22,9 +22,10 @@ import torch
 from models import DiT, Network
 from models.diffusers_format import diffusers_network
 from models.loading import CheckpointInfo, load_network
+from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import parse_config, setting
+from runtime.settings import setting
 
 OFFICIAL_CLASSES = 1000
 PREDICTION_TYPES = {"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}  # in diffusers
@@ -69,7 +70,7 @@ class ExportSettings:
 
 
 def notes_on(classes: int, format: str) -> list[str]:
-    """What other code does not learn from the file, as phrases."""
+    """Facts that the file does not carry to other code, as phrases."""
     notes = [
         "the autoencoder, the names of the classes and the preset of guidance: pass them on with the file",
         "optimizer state and the other set of weights (average or network): this is for sampling, not for training",

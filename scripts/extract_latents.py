@@ -41,11 +41,12 @@ from data.latent_files import (
     write_shard,
 )
 from runtime import distributed
+from runtime.command_line import parse_config
 from runtime.distributed import World
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import check_writable
 from runtime.migrate import latent_index
-from runtime.settings import flag_name, parse_config, setting
+from runtime.settings import flag_name, setting
 
 PROGRAM = "extract_latents.py"
 WEEK = 7 * 24 * 3600.0  # a rank may wait for a whole shard of another, hours on a CPU; torchrun reports a dead one
@@ -194,7 +195,7 @@ def check_finished(job: Job) -> list[int]:
 
 
 def fail(world: World, message: str) -> NoReturn:
-    """End this process by an error of its own; `run` prints errors of rank 0 only."""
+    """End this process by its own error; `run` prints errors of rank 0 only."""
     if not world.is_main:
         print(f"{PROGRAM}: error: {message}", file=sys.stderr, flush=True)
     raise UserError(message)

@@ -48,9 +48,10 @@ from models import Network, model_config
 from models.loading import build_network, resolve_checkpoint
 from models.skip_dit import default_cache_depth
 from runtime import distributed
+from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import parse_config, setting, to_dict
+from runtime.settings import setting, to_dict
 
 Array = npt.NDArray[np.float64]
 
@@ -107,7 +108,7 @@ class TrainedModel(NamedTuple):
         network: Keeps state.
         sampler: Ancestral.
         y: (N,) int64 labels.
-        depth: 1-based number of the block whose tokens are kept.
+        depth: 1-based number of the block with the tokens that are kept.
     """
 
     name: str

@@ -51,10 +51,11 @@ from data.image_folder import ArrayImages
 from diffusion import Batch, DiffusionLoss
 from diffusion.gaussian import GaussianSettings
 from models import Network
+from runtime.command_line import parse_config
 from runtime.distributed import World
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import parse_config, setting
+from runtime.settings import setting
 from training.config import ComputeSettings, DataSettings, OptimizationSettings, TrainSettings
 from training.dry_run import predict_memory
 from training.optimization import AdamW
@@ -91,7 +92,7 @@ class Sizes(NamedTuple):
         gemm_side: Side of the square matrix product.
         images: Images of a sampling batch; each is two rows.
         steps: Sampling steps of a timed run.
-        spec: Step spec of the trajectories whose precision is compared.
+        spec: Step spec of the trajectories that compare precisions.
         family_steps: Sampling steps in which the families leave work out.
         evaluator: Sizes of the evaluator's cases.
     """
@@ -242,7 +243,7 @@ def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> It
 
 
 def comparable(cases: Sequence[Case], known: Mapping[str, Sequence[Tensor]]) -> list[Case]:
-    """The cases; those whose reference was lost to memory or time are not compared."""
+    """The cases; those that lost their reference to memory or time are not compared."""
     there = {*known, *(case.name for case in cases)}
     return [case if case.reference in there else replace(case, reference=None) for case in cases]
 

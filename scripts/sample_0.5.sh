@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# 50,000 images of the DyDiT-XL/2 that was released at 0.5 of the blocks' work, and their scores (published: FID 2.07).
+# 50,000 images of the DyDiT-XL/2 that was released at 0.5 of the blocks' MACs, and their scores (published: FID 2.07).
 #
 #   bash scripts/sample_0.5.sh VIRTUAL_imagenet256_labeled.npz [more flags of sample_ddp.py]
 #

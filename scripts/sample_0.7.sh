@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# 50,000 images of the DyDiT-XL/2 that was released at 0.7 of the blocks' work, and their scores (published: FID 2.12).
+# 50,000 images of the DyDiT-XL/2 that was released at 0.7 of the blocks' MACs, and their scores (published: FID 2.12).
 #
 #   bash scripts/sample_0.7.sh VIRTUAL_imagenet256_labeled.npz [more flags of sample_ddp.py]
 #

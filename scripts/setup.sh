@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes ./.venv from the lock file, once; a second call returns at once unless the lock or pyproject.toml changed.
+# Make ./.venv from the lock file, once; a second call returns at once unless the lock or pyproject.toml changed.
 # Uses uv where it is installed, otherwise Python's own venv and pip. PYTHON=... chooses the interpreter (>= 3.11).
 set -euo pipefail
 if [ $# -gt 0 ]; then

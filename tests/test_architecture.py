@@ -1,4 +1,4 @@
-"""Imports point downward: entry points, then training and sampling, then the other rooms, then runtime."""
+"""Imports point downward: entry points; training and sampling; models, diffusion, data, evaluator; runtime."""
 
 import ast
 import subprocess
@@ -13,11 +13,11 @@ import models
 from tests.source_words import families_named, identifiers
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"models", "diffusion", "data", "evaluator"}
-UPPER_ROOMS = {"training", "sampling"}
-PACKAGES = ROOMS | UPPER_ROOMS | {"runtime", "scripts"}
+LOWER = {"models", "diffusion", "data", "evaluator"}
+UPPER = {"training", "sampling"}
+PACKAGES = LOWER | UPPER | {"runtime", "scripts"}
 HEAVY = {"diffusers", "timm", "torchvision", "sklearn", "matplotlib", "tensorflow", "huggingface_hub"}
-LIGHT_ROOMS = {"models", "diffusion", "runtime"}
+LIGHT = {"models", "diffusion", "runtime"}
 
 
 class Import(NamedTuple):
@@ -25,17 +25,15 @@ class Import(NamedTuple):
 
     Attributes:
         target: full name, such as "models.contract".
-        typing_only: stands under `if TYPE_CHECKING`.
         top_level: runs when the importing module is imported.
     """
 
     target: str
-    typing_only: bool
     top_level: bool
 
 
 def imports(name: str, source: str) -> Iterator[Import]:
-    """All imports of a module, wherever they stand."""
+    """All imports of a module, those of functions and of type checkers too."""
 
     def targets(node: ast.Import | ast.ImportFrom) -> list[str]:
         if isinstance(node, ast.Import):
@@ -45,25 +43,38 @@ def imports(name: str, source: str) -> Iterator[Import]:
         # `from diffusion import sampling` imports a module; `from diffusion import guided` does not. Either is named.
         return [f"{module}.{alias.name}" for alias in node.names]
 
-    def visit(node: ast.AST, typing_only: bool, top_level: bool) -> Iterator[Import]:
+    def visit(node: ast.AST, top_level: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            yield from (Import(target, typing_only, top_level) for target in targets(node))
+            yield from (Import(target, top_level) for target in targets(node))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             top_level = False
         guard = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
         for field, value in ast.iter_fields(node):
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
-                    inside = typing_only or (guard and field == "body")
-                    yield from visit(child, inside, top_level and not (guard and field == "body"))
+                    yield from visit(child, top_level and not (guard and field == "body"))
 
-    yield from visit(ast.parse(source), False, True)
+    yield from visit(ast.parse(source), True)
+
+
+def cycles(sources: dict[str, str]) -> list[str]:
+    """Modules that import each other in a circle; those of type checkers count."""
+    graph = {name: set() for name in sources}
+    for name, source in sources.items():
+        for target, _ in imports(name, source):
+            module = target if target in sources else target.rpartition(".")[0]
+            graph[name] |= {module} & sources.keys() - {name}
+    while removable := [name for name, targets in graph.items() if not targets & graph.keys()]:
+        for name in removable:
+            del graph[name]
+    importers = {name for targets in graph.values() for name in targets}
+    return sorted(graph.keys() & importers)
 
 
 def is_entry_point(name: str, source: str) -> bool:
     """Scripts, files of the root, and modules that define `main`."""
     defines_main = any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in ast.parse(source).body)
-    return name.split(".")[0] not in ROOMS | UPPER_ROOMS | {"runtime"} or defines_main
+    return name.split(".")[0] not in LOWER | UPPER | {"runtime"} or defines_main
 
 
 def violations(sources: dict[str, str]) -> list[str]:
@@ -71,19 +82,19 @@ def violations(sources: dict[str, str]) -> list[str]:
     entry_points = {name for name, source in sources.items() if is_entry_point(name, source)}
     broken = []
     for name in sorted(sources.keys() - entry_points):
-        room = name.split(".")[0]
-        for target, typing_only, top_level in imports(name, sources[name]):
+        package = name.split(".")[0]
+        for target, top_level in imports(name, sources[name]):
             other = target.split(".")[0]
-            contract = room == "diffusion" and typing_only and target.startswith("models.contract.")
-            if room in ROOMS and other in ROOMS - {room} and not contract:
-                broken.append(f"{name} imports {target}: rooms do not import each other")
-            if other in UPPER_ROOMS - {room}:
+            contract = package == "diffusion" and target.startswith("models.contract.")  # which imports nothing of ours
+            if package in LOWER and other in LOWER - {package} and not contract:
+                broken.append(f"{name} imports {target}: packages do not import each other")
+            if other in UPPER - {package}:
                 broken.append(f"{name} imports {target}: only entry points do")
-            if room == "runtime" and other in ROOMS:
-                broken.append(f"{name} imports {target}: runtime imports no room")
+            if package == "runtime" and other in LOWER:
+                broken.append(f"{name} imports {target}: runtime imports no other package")
             if any(target == entry or target.startswith(f"{entry}.") for entry in entry_points):
                 broken.append(f"{name} imports {target}: nothing imports an entry point")
-            if room in LIGHT_ROOMS and other in HEAVY and top_level:
+            if package in LIGHT and other in HEAVY and top_level:
                 broken.append(f"{name} imports {target} at its top: heavy packages are imported where they are used")
     return broken
 
@@ -101,20 +112,39 @@ def test_the_project_keeps_the_import_rule() -> None:
     assert violations(sources) == []
 
 
+def test_the_contract_imports_nothing_of_ours() -> None:
+    sources = project()
+    packages = {name.split(".")[0] for name in sources}
+    assert {
+        target.split(".")[0] for target, _ in imports("models.contract", sources["models.contract"])
+    } & packages == set()
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert cycles(project()) == []
+    circle = {
+        "a": "from b import c",
+        "b": "if TYPE_CHECKING:\n    import d",
+        "d": "def f():\n    import a.x",
+        "e": "import a",
+    }
+    assert cycles(circle) == ["a", "b", "d"]
+
+
 @pytest.mark.parametrize(
     ("name", "source", "message"),
     [
-        ("models.dit", "import diffusion", "models.dit imports diffusion: rooms"),
-        ("models.dit", "from diffusion.sampling import guided", "imports diffusion.sampling.guided: rooms"),
-        ("models.dit", "def f():\n    import evaluator.adm", "imports evaluator.adm: rooms"),
-        ("diffusion.sampling", "from models.contract import Network", "imports models.contract.Network: rooms"),
+        ("models.dit", "import diffusion", "models.dit imports diffusion: packages"),
+        ("models.dit", "from diffusion.sampling import guided", "imports diffusion.sampling.guided: packages"),
+        ("models.dit", "def f():\n    import evaluator.adm", "imports evaluator.adm: packages"),
+        ("diffusion.sampling", "from models.dit import DiT", "imports models.dit.DiT: packages"),
         (
             "diffusion.sampling",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from models import DiT",
-            "imports models.DiT: rooms",
+            "imports models.DiT: packages",
         ),
-        ("diffusion.sampling", "if TYPE_CHECKING:\n    pass\nelse:\n    from models.contract import Network", "rooms"),
-        ("runtime.seeds", "from data.digits import load_digits", "runtime imports no room"),
+        ("diffusion.sampling", "if TYPE_CHECKING:\n    pass\nelse:\n    from models.dit import DiT", "packages"),
+        ("runtime.seeds", "from data.digits import load_digits", "runtime imports no other package"),
         ("data.digits", "from train import main", "imports train.main: nothing imports an entry point"),
         ("data.digits", "import scripts.tool", "imports scripts.tool: nothing imports an entry point"),
         ("evaluator.adm", "from evaluator.cli import main", "nothing imports an entry point"),
@@ -137,7 +167,7 @@ def test_what_breaks_the_rule_is_found(name: str, source: str, message: str) -> 
     ("name", "source"),
     [
         ("models.dit", "import torch\nfrom models.layers import Mlp\nfrom runtime import seeds\nfrom . import layers"),
-        ("diffusion.sampling", "if TYPE_CHECKING:\n    from models.contract import Network"),
+        ("diffusion.sampling", "from models.contract import Network"),
         ("diffusion.sampling", "def f():\n    import diffusers"),
         ("data.vae", "import diffusers"),
         ("evaluator.cli", "import data, train\ndef main(argv): pass"),

@@ -26,8 +26,9 @@ argv += " --adam-eps 1e-7 --energy-weight 0.5 --process flow --max-steps 3 --glo
 assert run(train.main, "train.py", [*argv.split(), "--device", "cpu", "--precision", "fp32"]) == 0
 argv = "--ckpt results/000-tiny/checkpoints/0000003.safetensors --sampler midpoint --midpoint 0.75 --cfg-scale 2"
 assert run(sample.main, "sample.py", [*argv.split(), "--num-sampling-steps", "3", "--device", "cpu"]) == 0
-sets = [ImageSet(None, Statistics(torch.full((2,), float(k)), torch.eye(2), 9), None, lambda rows: rows) for k in (0, 3)]
-assert compute_scores(["offset"], *sets, "float32") == {"Offset": torch.full((2,), 3.0).norm().item()}
+means = [torch.full((2,), k, dtype=torch.float64) for k in (0, 3)]
+sets = [ImageSet(None, Statistics(mean, torch.eye(2).double(), 9), None, lambda rows: rows) for mean in means]
+assert compute_scores(["offset"], *sets, "float32") == {"Offset": torch.full((2,), 3.0).double().norm().item()}
 """
 
 

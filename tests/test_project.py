@@ -3,8 +3,10 @@
 import re
 import subprocess
 import tomllib
+from typing import Any
 
 import pytest
+import yaml
 
 from tests.processes import ROOT
 
@@ -59,3 +61,39 @@ def test_scripts_are_valid_bash_and_stop_on_errors():
     for script in scripts:
         assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0, script
         assert "set -euo pipefail" in (ROOT / script).read_text(), script
+
+
+def document(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def test_hooks_run_the_versions_of_the_lock_file():
+    (repository,) = document(".pre-commit-config.yaml")["repos"]
+    hooks = {hook["id"]: hook for hook in repository["hooks"]}
+    assert repository["repo"] == "local" and hooks.keys() == {"ruff-check", "ruff-format", "mypy"}
+    for name in ("ruff-check", "ruff-format"):
+        assert hooks[name]["additional_dependencies"] == [line for line in lock() if line.startswith("ruff==")]
+    assert hooks["mypy"]["entry"] == ".venv/bin/mypy"  # installed from the lock file
+
+
+def test_hosted_workflow_runs_the_checks_of_this_repository():
+    job = document(".github/workflows/ci.yml")["jobs"]["checks"]
+    assert "bash .ci/run" in [step.get("run") for step in job["steps"]]
+    assert job["timeout-minutes"] <= 90 and job["env"]["CUDA_VISIBLE_DEVICES"] == ""
+    minimum = PROJECT["requires-python"].removeprefix(">=")
+    assert min(job["strategy"]["matrix"]["python"], key=lambda v: [int(n) for n in v.split(".")]) == minimum
+
+
+@pytest.mark.parametrize("form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda f: f.stem)
+def test_issue_forms_are_valid(form):
+    content = yaml.safe_load(form.read_text())
+    assert content["name"] and content["description"]
+    fields = [item for item in content["body"] if item["type"] != "markdown"]
+    identifiers = [item["id"] for item in fields]
+    assert len(set(identifiers)) == len(identifiers) and all(item["attributes"]["label"] for item in fields)
+    assert {item["type"] for item in content["body"]} <= {"markdown", "textarea", "input", "dropdown", "checkboxes"}
+
+
+def test_reproduction_form_asks_for_the_protocol():
+    fields = {item.get("id") for item in document(".github/ISSUE_TEMPLATE/cannot_reproduce.yml")["body"]}
+    assert fields >= {"command", "config", "versions", "evaluator", "reference", "samples", "sampling"}

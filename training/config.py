@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from data import DATASETS
 from diffusion import PROCESSES
-from models import FAMILIES, family_name
+from models import FAMILIES, family_name, family_of
 from models.acceleration import can_compile
-from runtime import distributed
+from runtime import distributed, migrate
+from runtime.command_line import parse
 from runtime.distributed import PRECISIONS
-from runtime.settings import Kind, flag_name, setting
-from training.losses import LOSSES
+from runtime.releases import ALIASES
+from runtime.settings import Given, Kind, Values, flag_name, setting
+from training.losses import LOSSES, loss_of
 from training.optimization import OPTIMIZERS
+
+PROGRAM = "train.py"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """What is trained on."""
+    """Training data."""
 
     data_path: Path | None = setting(None, "root of an image folder, one folder a class; or a latent store", free=True)
     dataset: str = setting(
@@ -47,16 +52,13 @@ class DataSettings:
         """Validate the fields."""
         _at_least(self, 1, "image_size")
         _at_least(self, 0, "num_workers")
-        digits = self.dataset == "digits"
-        if self.channels not in (None, 1, 3) or (digits and self.channels == 3):
-            raise ValueError(f"--in-channels {self.channels}: 3 for RGB or 1 for grey (the digits are grey)")
-        if self.data_path is not None and digits:
+        if self.data_path is not None and self.dataset == "digits":
             raise ValueError(f"--data-path {self.data_path}: has no effect with --dataset digits")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationSettings:
-    """How the weights move."""
+    """Steps, learning rate and average."""
 
     epochs: int = setting(1400, "epochs to train", free=True)
     max_steps: int | None = setting(None, "end after this many steps, if that is earlier", free=True)
@@ -69,7 +71,7 @@ class OptimizationSettings:
     grad_clip: float | None = setting(None, "largest norm of the gradient")
     grad_norm_mode: Literal["clip", "skip"] = setting("clip", "for a larger norm: clip it, or skip the update")
     non_finite: Literal["fatal", "skip"] = setting(
-        "fatal", "after a step whose gradient is not finite (it is never applied)", free=True
+        "fatal", "after a step with a gradient that is not finite (it is never applied)", free=True
     )
     ema_decay: float = setting(0.9999, "decay of the averaged weights (EMA)")
     ema_ramp: bool = setting(False, "average over few steps at first: decay min(ema_decay, (1 + n) / (10 + n))")
@@ -93,6 +95,20 @@ class OptimizationSettings:
                 f"--global-batch-size {self.global_batch_size}: not divisible by the {distributed.world_size()} "
                 f"processes times {self.grad_accum} micro-batches; choose a multiple of {shares}"
             )
+
+    def total_steps(self, images: int) -> int:
+        """Number of steps of a run on a data set of so many images."""
+        steps = max(1, self.epochs * images // self.global_batch_size)
+        return min(steps, self.max_steps or steps)
+
+    def learning_rate(self, step: int, total: int) -> float:
+        """Learning rate of step `step` (from 0) of `total`: linear warm-up, then constant or cosine."""
+        if step < self.lr_warmup_steps:
+            return self.lr * (step + 1) / self.lr_warmup_steps
+        if self.lr_schedule == "constant":
+            return self.lr
+        done = (step - self.lr_warmup_steps) / max(1, total - self.lr_warmup_steps)
+        return self.lr * (self.lr_final_ratio + (1 - self.lr_final_ratio) * (1 + math.cos(math.pi * done)) / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +158,7 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSettings:
-    """What a run measures while it trains."""
+    """Measurements during training."""
 
     eval_every: int | None = setting(None, "steps between validations, and one at the end", shown="never", free=True)
     eval_data_path: Path | None = setting(None, "held-out data, as --data-path; the digits have their own", free=True)
@@ -193,10 +209,8 @@ class TrainSettings:
     """Settings of a training run; the model's family, the process, the loss and the optimizer have their own."""
 
     model: str = setting("DiT-XL/2", "name in the registry (models.list_models())")
-    process: str | None = setting(
-        None, "noise process", tuple(PROCESSES), shown="the one that the model's family is published with"
-    )
-    optimizer: str = setting("adamw", "optimizer", tuple(OPTIMIZERS))
+    process: str | None = setting(None, "noise process", shown="the one that the model's family is published with")
+    optimizer: str = setting("adamw", "optimizer")
     data: DataSettings = field(default_factory=DataSettings)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
@@ -212,22 +226,39 @@ class TrainSettings:
             raise ValueError(f"--eval-reference {validation.eval_reference}: is for RGB images")
         if validation.eval_data_path is not None and digits:
             raise ValueError(f"--eval-data-path {validation.eval_data_path}: the digits have a test split of their own")
-        if validation.eval_every is None:
-            return
-        if validation.eval_data_path is None and not digits and not validation.eval_samples:
-            raise ValueError(
-                f"--eval-every {validation.eval_every}: nothing to do; give --eval-data-path or --eval-samples"
-            )
-        if digits and 0 < validation.eval_samples < 4:
+        if validation.eval_every is not None and digits and 0 < validation.eval_samples < 4:
             raise ValueError(f"--eval-samples {validation.eval_samples}: the scores need at least 4 (0: no image)")
 
 
+def named_settings(model: str) -> Mapping[str, Any]:
+    """Settings that a model's name stands for."""
+    return family_of(model).configs[model]
+
+
 KINDS = (
-    Kind("model", {name: family.config for name, family in FAMILIES.items()}, family_name),
-    Kind("process", PROCESSES),
-    Kind("loss", {name: row.settings for name, row in LOSSES.items()}),
+    Kind("model", {name: family.config for name, family in FAMILIES.items()}, family_name, named=named_settings),
+    Kind("process", PROCESSES, follows=("model", lambda family: FAMILIES[family].process)),
+    Kind("loss", {name: row.settings for name, row in LOSSES.items()}, follows=("model", loss_of)),
     Kind("optimizer", OPTIMIZERS),
 )
+
+
+def parse_settings(argv: Sequence[str], doc: str | None = None) -> Given[TrainSettings]:
+    """Read the flags of train.py.
+
+    Args:
+        argv: arguments after the program's name.
+        doc: docstring of the program, for `--help`.
+
+    Raises:
+        UserError: for anything wrong with them.
+    """
+    return parse(TrainSettings, argv, program=PROGRAM, doc=doc, kinds=KINDS, aliases=ALIASES, migrate=upgrade)
+
+
+def upgrade(values: Values) -> Values:
+    """Migrate the settings of a run that an earlier version wrote."""
+    return migrate.run_config(values, TrainSettings, KINDS, PROGRAM)
 
 
 def _at_least(settings: object, least: int, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""How weights move: optimizers, learning rate, their average (EMA), and a guard against non-finite steps."""
+"""Optimizers, the average of the weights (EMA), and a guard against non-finite steps."""
 
 from __future__ import annotations
 
@@ -62,30 +62,6 @@ class AdamW:
         return torch.optim.AdamW(
             list(parameters), lr=lr, betas=self.adam_betas, weight_decay=self.weight_decay, fused=True
         )
-
-
-class Schedule(Protocol):
-    """Settings of a learning-rate schedule, as `training.config.OptimizationSettings` has them."""
-
-    @property
-    def lr(self) -> float: ...  # noqa: D102
-    @property
-    def lr_schedule(self) -> str: ...  # noqa: D102
-    @property
-    def lr_warmup_steps(self) -> int: ...  # noqa: D102
-    @property
-    def lr_final_ratio(self) -> float: ...  # noqa: D102
-
-
-def learning_rate(schedule: Schedule, step: int, total: int) -> float:
-    """Learning rate of step `step` (from 0) of `total`: linear warm-up, then constant or cosine."""
-    if step < schedule.lr_warmup_steps:
-        return schedule.lr * (step + 1) / schedule.lr_warmup_steps
-    if schedule.lr_schedule == "constant":
-        return schedule.lr
-    done = (step - schedule.lr_warmup_steps) / max(1, total - schedule.lr_warmup_steps)
-    final = schedule.lr_final_ratio
-    return schedule.lr * (final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
 
 
 class EMA(Generic[N]):

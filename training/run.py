@@ -6,9 +6,10 @@ import json
 import signal
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,14 +18,19 @@ import torch
 from torch import Tensor
 
 from runtime import distributed
-from runtime.checkpoint import is_average, read_groups
+from runtime.checkpoint import read_groups
+from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.files import atomic_path
+from runtime.settings import differences, document, flag_of, flatten, free_settings
+from training.config import KINDS, TrainSettings, upgrade
+from training.setup import Setup
 
 if TYPE_CHECKING:
     from torch.profiler import profile
     from torch.utils.tensorboard import SummaryWriter
 
+DRAWS = 2  # version of the random numbers of a step; version 0.1 had 1
 # sysexits.h: a temporary failure, try again. The state is saved; the same command resumes the run.
 INTERRUPTED_STATUS = 75
 PROFILE_FROM, PROFILE_STEPS = 10, 5  # after the steps in which kernels are chosen and memory is allocated
@@ -78,15 +84,15 @@ class RunLog:
             file.write(f"[{now}] {message}\n")
 
     def metrics(self, step: int, **values: float) -> None:
-        """Write one JSON object on a line of its own."""
+        """Write one JSON object as a line."""
         if self.folder is None:
             return
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._events is not None:
             for name, value in values.items():
-                self._events.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-            self._events.flush()  # type: ignore[no-untyped-call]
+                self._events.add_scalar(name, value, step)
+            self._events.flush()
 
 
 def open_events(folder: Path) -> SummaryWriter:
@@ -98,7 +104,7 @@ def open_events(folder: Path) -> SummaryWriter:
     sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
     from torch.utils.tensorboard import SummaryWriter  # an extra
 
-    return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,8 +132,8 @@ def read_resume_state(path: Path) -> ResumeState:
         UserError: if the file is missing, damaged, or not such a checkpoint.
     """
 
-    def everything(present: Collection[str]) -> list[str]:
-        return [*dict.fromkeys(["model", "optimizer", *present, *([] if any(map(is_average, present)) else ["ema"])])]
+    def everything(present: Sequence[str]) -> list[str]:
+        return list(dict.fromkeys([*present, "model"]))
 
     groups, meta = read_groups(path, everything, "--resume")
     if meta is None:
@@ -135,30 +141,69 @@ def read_resume_state(path: Path) -> ResumeState:
     return ResumeState(path.parent.parent, groups, meta)
 
 
-def find_resume_state(
-    results: Path, changes: Callable[[dict[str, Any]], list[str]], warn: Callable[[str], None]
-) -> ResumeState | None:
-    """The newest run with the same settings, at its newest readable checkpoint.
+def find_run(setup: Setup) -> ResumeState | None:
+    """The run that --resume means: that of a checkpoint, or the newest run with the same settings.
 
-    Args:
-        results: folder of all runs.
-        changes: lists what is different in the settings of a checkpoint's document.
-        warn: receives a line about each damaged checkpoint that is skipped.
-
-    Returns:
-        The run, or None if there is none with a readable checkpoint.
+    Raises:
+        UserError: if a checkpoint was named that is unusable, or was made with other settings.
     """
+    resume, results = setup.config.run.resume, setup.config.run.results_dir
+    if resume is None:
+        return None
+    if resume != "auto":
+        state = read_resume_state(Path(resume))
+        changed = changes_since(setup, state.meta)
+        if changed:
+            raise UserError(f"--resume {resume}: the run has other settings: {'; '.join(changed[:3])}")
+        return state
     for folder in sorted((p for p in results.glob("[0-9][0-9][0-9]-*") if p.is_dir()), reverse=True):
         for path in sorted((folder / "checkpoints").glob("[0-9]*.safetensors"), reverse=True):
             try:
                 state = read_resume_state(path)
             except UserError as error:
-                warn(f"skipped: {error}")
+                print(f"skipped: {error}", file=sys.stderr)
                 continue
-            if changes(state.meta):
+            if changes_since(setup, state.meta):
                 break  # another run; its older checkpoints are no closer
             return state
     return None
+
+
+def changes_since(setup: Setup, meta: dict[str, Any]) -> list[str]:
+    """Settings of a checkpoint's run that are others now, and that its result depends on."""
+    free = free_settings(TrainSettings)
+    # A cosine spans all steps: with another number of them, the steps already taken would have been others.
+    if setup.config.optimization.lr_schedule != "constant":
+        free -= {"optimization.epochs", "optimization.max_steps"}
+    if setup.config.run.init_from is not None:
+        free -= {"run.init_from"}  # with --resume auto: the run that began there, or a new one
+    # Settings that did not exist yet had the effect of their defaults.
+    defaults = {kind: (name, type(settings)()) for kind, (name, settings) in setup.owners.items() if kind != "model"}
+    then = flatten(document(TrainSettings(), **{**setup.owners, **defaults})) | flatten(upgrade(meta["train"]))
+    then |= flatten({kind: meta[kind] for kind in setup.owners if kind in meta})
+    return differences(then, setup.document(), free, partial(flag_of, TrainSettings, KINDS))
+
+
+def open_run(setup: Setup, world: World, saved: ResumeState | None = None) -> Path | None:
+    """The run's folder, on rank 0: that of the run to resume, or a new one with its config."""
+    if not world.is_main:
+        return None
+    if saved is not None:
+        step, folder = saved.meta["step"], saved.folder
+        cut_metrics(folder, step)
+        log = RunLog(folder)
+        log.line(f"Resumed {folder} at step {step}")
+        if saved.meta.get("draws") != DRAWS:
+            log.line("Note: the random draws of a step (times, noise, dropped labels) changed with version 0.2")
+        return folder
+    folder = create_run_folder(setup.config.run.results_dir, setup.config.model.replace("/", "-"))
+    (folder / "checkpoints").mkdir()
+    (folder / "config.json").write_text(json.dumps(setup.document(), indent=2) + "\n")
+    log = RunLog(folder)
+    log.line(f"Experiment directory created at {folder}")
+    for note in setup.notes:
+        log.line(f"--init-from: {note}")
+    return folder
 
 
 def cut_metrics(folder: Path, step: int) -> None:

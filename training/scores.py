@@ -91,5 +91,5 @@ def open_inception(reference: Path, image_size: tuple[int, ...], device: torch.d
         if len(reference_statistics.mean) != width:
             raise ValueError(f"its mu has {len(reference_statistics.mean):,} numbers, the network {width:,} features")
     if weights.warning is not None and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {weights.warning}: these scores are not comparable with others", file=sys.stderr)
+        print(f"warning: {weights.warning}: these scores are not comparable with published ones", file=sys.stderr)
     return Scorer(features, scores)

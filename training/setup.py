@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.distributed._composable import checkpoint as checkpoint_module
 
 from data import Dataset, encoder_for, open_dataset, open_digits
 from data.encoders import Encoder
 from data.vision_encoder import VisionEncoder
 from diffusion import PROCESSES
 from diffusion.alignment import Alignment
-from diffusion.loss import DiffusionLoss, row_noise
-from models import Network, create_model, family_name, family_of, model_config
+from diffusion.loss import DiffusionLoss, LossSettings, row_noise
+from models import Network, create_model, family_of, model_config
 from models.transfer import adapt_weights
 from runtime import distributed
-from runtime.checkpoint import Checkpoint, load_weights
+from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.errors import UserError, error_prefix
 from runtime.seeds import derive_seed
-from runtime.settings import Given, Values, document, flag_name
-from training.config import DataSettings, TrainSettings
-from training.losses import LOSSES, loss_of
+from runtime.settings import Given, Values, choose_owners, document, flag_name
+from training.config import KINDS, PROGRAM, TrainSettings
+from training.losses import LOSSES
 from training.optimization import OptimizerSettings
 from training.scores import Scorer, open_scorer
 
-
-class Owners(NamedTuple):
-    """Names of the owners of settings that a run uses."""
-
-    model: str
-    process: str
-    loss: str
-    optimizer: str
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -44,48 +38,52 @@ class Setup:
 
     Attributes:
         config: general settings, with everything resolved that they leave open.
+        owners: kind -> name that was chosen, and its settings.
         dataset: training data.
+        source: where they come from, for the log.
         held_out: data of the validation loss; None without one.
         encoder: between the data and the network's latents.
         loss: holds the network and the process.
-        process: settings of the process.
-        optimizer: settings of the optimizer.
         total_steps: number of steps of the run.
+        notes: what was changed to make the weights of --init-from fit.
         scorer: of samples made by a validation; None without one.
     """
 
     config: TrainSettings
-    owners: Owners
+    owners: dict[str, tuple[str, Any]]
     dataset: Dataset
+    source: str
     held_out: Dataset | None
     encoder: Encoder
     loss: DiffusionLoss
-    process: Any
-    optimizer: OptimizerSettings
     total_steps: int
-    scorer: Scorer | None = None
+    notes: list[str]
+    scorer: Scorer | None
 
     @property
     def network(self) -> Network:
         """The network being trained."""
         return self.loss.network
 
+    @property
+    def optimizer(self) -> OptimizerSettings:
+        """Settings of the optimizer, which make it."""
+        settings: OptimizerSettings = self.owners["optimizer"][1]
+        return settings
+
+    def null_rows(self, count: int, device: torch.device) -> dict[str, Tensor] | None:
+        """Conditioning of unconditional rows where it comes from the data (text); None where the network has it."""
+        row: Mapping[str, Tensor] | None = getattr(self.dataset, "null_conditioning", None)
+        return None if row is None else {k: v.to(device).expand(count, *v.shape) for k, v in row.items()}
+
     def document(self) -> Values:
-        """All settings as nested JSON, as checkpoints and config.json keep them."""
-        names, config = self.owners, self.config
-        return document(
-            config,
-            model=(config.model, self.network.config),
-            process=(names.process, self.process),
-            loss=(names.loss, self.loss.settings),
-            optimizer=(names.optimizer, self.optimizer),
-        )
+        """All settings as nested JSON: config.json, and part of every checkpoint."""
+        return {"format": 2, "script": PROGRAM, **document(self.config, **self.owners)}
 
     def warnings(self) -> list[str]:
         """Lines about settings that a user may regret, for the log and the dry run."""
-        total, optimization = self.total_steps, self.config.optimization
-        lines = self.loss.warnings(total)
-        untrained = optimization.ema_decay**total
+        lines, optimization = self.loss.warnings(self.total_steps), self.config.optimization
+        untrained = optimization.ema_decay**self.total_steps
         if untrained > 0.05 and not optimization.ema_ramp:
             lines.append(
                 f"at --ema-decay {optimization.ema_decay} the average still holds {untrained:.0%} of the untrained "
@@ -97,83 +95,138 @@ class Setup:
 def set_up(
     given: Given[TrainSettings],
     device: torch.device,
-    start: Checkpoint | None = None,
+    *,
+    dataset: Dataset | None = None,
+    held_out: Dataset | None = None,
     fake: FakeTensorMode | None = None,
 ) -> Setup:
-    """Open the data, build network and process, and check that they fit; nothing is written yet.
+    """Open the data, build network, process and loss, and check that they fit; nothing is written yet.
 
     Args:
         given: settings of the run.
         device: where it computes.
-        start: weights to start from, which may decide something about the network.
+        dataset: training data; None opens those that the settings name. An attribute `null_conditioning`, a dict of
+            tensors without rows, is the conditioning of unconditional rows where the network has none (text).
+        held_out: data of the validation loss, of the same classes; None opens those that the settings name.
         fake: mode of tensors without values, which the network then has (for a dry run).
 
     Raises:
         UserError: for anything about settings and data that does not fit.
     """
-    config = given.general
-    with error_prefix(f"--model {config.model}"):
-        family = family_of(config.model)
-        process = config.process or family.process
-        name = family_name(config.model)
-    owners = Owners(name, process, loss_of(name), config.optimizer)
-    given.check_owners(**owners._asdict())
-    fields = network_fields(given, owners, start)
-    optimizer = given.build("optimizer", owners.optimizer)
-    process_settings = given.build("process", owners.process)
-    loss_settings = given.build("loss", owners.loss)
-    with error_prefix(given.prefix("loss", owners.loss)):
-        loss_settings.check(
-            rows=config.optimization.global_batch_size // distributed.world_size(),
-            ranks=distributed.world_size(),
-            from_weights=config.run.init_from is not None or config.run.resume is not None,
-        )
+    config, names = given.general, choose_owners(KINDS, vars(given.general))
+    given.check_owners(**names)
+    start = None if config.run.init_from is None else read_checkpoint(config.run.init_from, flag="--init-from")
+    fields = network_fields(given, names, start)
+    owners = {kind: (names[kind], given.build(kind, names[kind])) for kind in ("process", "loss", "optimizer")}
+    check_loss(given, *owners["loss"])
 
-    dataset = open_training_data(config.data, config.optimization.global_seed)
+    source = str(config.data.data_path or config.data.dataset) if dataset is None else type(dataset).__name__
+    dataset = open_training_data(config) if dataset is None else dataset
     check_classes(config, fields, dataset)
-    held_out = open_held_out(config, dataset)
+    held_out = open_held_out(config, dataset) if held_out is None else held_out
     vae = config.data.vae or dataset.vae
     with error_prefix(f"--vae {vae}"):
         encoder = encoder_for(dataset, vae, device)
-        shape = encoder.latent_shape(dataset.image_shape)
-    if fake is None:  # made on the CPU: fresh weights are the same on every device
-        network = build_network(config, fields, shape).to(device)
-    else:
-        with fake, device:
-            network = build_network(config, fields, shape)
-    made = process_settings.make(network.out_channels != network.sample_shape[-3])
-    loss = LOSSES[owners.loss].loss(
-        network,
-        made,
-        seed=config.optimization.global_seed,
-        autocast=torch.bfloat16 if config.compute.precision == "bf16" else None,
-        alignment=open_alignment(config, dataset, network, device),
-        settings=loss_settings,
-    )
-    total = max(1, config.optimization.epochs * len(dataset) // config.optimization.global_batch_size)
-    total = min(total, config.optimization.max_steps or total)
+        sample_shape = encoder.latent_shape(dataset.image_shape)
+    network = build_network(config, fields, sample_shape, device, fake)
+    alignment = open_alignment(config, dataset, network, device, fake)
+    loss = build_loss(config, owners, network, alignment)
+    notes = [] if start is None or fake is not None else load_start(config, loss, start, dataset)
+
+    *_, channels, _, width = dataset.image_shape
     resolved = replace(
-        config,
-        process=owners.process,
-        data=replace(config.data, vae=vae, image_size=dataset.image_shape[-1], channels=dataset.image_shape[-3]),
+        config, process=names["process"], data=replace(config.data, vae=vae, image_size=width, channels=channels)
     )
+    owners |= {"model": (config.model, network.config)}
+    steps = config.optimization.total_steps(len(dataset))
     scorer = open_scorer(config, dataset.image_shape[-2:], device)
-    return Setup(resolved, owners, dataset, held_out, encoder, loss, process_settings, optimizer, total, scorer)
+    return Setup(resolved, owners, dataset, source, held_out, encoder, loss, steps, notes, scorer)
 
 
-def network_fields(given: Given[TrainSettings], owners: Owners, start: Checkpoint | None) -> Values:
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def open_training_data(config: TrainSettings) -> Dataset:
+    """The data set that the settings name.
+
+    Raises:
+        UserError: if it cannot be opened.
+    """
+    data, digits = config.data, config.data.dataset == "digits"
+    if data.channels not in (None, 1, 3) or (digits and data.channels == 3):
+        raise UserError(f"--in-channels {data.channels}: 3 for RGB or 1 for grey (the digits are grey)")
+    with error_prefix("--dataset digits" if digits else "--data-path"):
+        return open_dataset(
+            data.dataset,
+            data.data_path,
+            data.image_size,
+            data.channels or (1 if digits else 3),
+            flip=data.flip,
+            seed=config.optimization.global_seed,
+            strict=data.strict,
+        )
+
+
+def open_held_out(config: TrainSettings, dataset: Dataset) -> Dataset | None:
+    """The images of the validation loss, which are never mirrored; None without such a loss.
+
+    Raises:
+        UserError: if they cannot be opened or are of other classes than the training data, or if a validation has
+            nothing to do.
+    """
+    path, data, validation = config.validation.eval_data_path, config.data, config.validation
+    if validation.eval_every is None:
+        return None
+    if data.dataset == "digits":
+        return open_digits("test", seed=config.optimization.global_seed)
+    if path is None:
+        if not validation.eval_samples:
+            every = f"--eval-every {validation.eval_every}"
+            raise UserError(f"{every}: nothing to do; give --eval-data-path or --eval-samples")
+        return None
+    channels, *size = dataset.image_shape[-3:]
+    with error_prefix("--eval-data-path"):
+        held_out = open_dataset(data.dataset, path, (size[0], size[1]), channels, flip=False, strict=data.strict)
+    if list(held_out.classes) != list(dataset.classes):
+        raise UserError(
+            f"--eval-data-path {path}: its {len(held_out.classes)} classes are not the {len(dataset.classes)} of "
+            "--data-path, by name"
+        )
+    if held_out.vae != dataset.vae:
+        raise UserError(
+            f"--eval-data-path {path}: latents of the autoencoder {held_out.vae}, but --data-path has those of "
+            f"{dataset.vae}"
+        )
+    return held_out
+
+
+def encode(setup: Setup, images: Tensor, step: int, rows: range, seed: int | None = None) -> Tensor:
+    """Latents of some rows of a batch as the data set gives it; of stochastic encoders a sample for (step, row)."""
+    noise = None
+    if setup.encoder.stochastic:
+        seed = setup.config.optimization.global_seed if seed is None else seed
+        noise = row_noise("encoder", seed, step, rows, setup.network.sample_shape, images.device)
+    return setup.encoder.to_latents(setup.encoder.encode_pixels(images), noise)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Network
+
+
+def network_fields(given: Given[TrainSettings], names: Mapping[str, str], start: Checkpoint | None) -> Values:
     """Fields of the network's config that flags, the process or the weights to start from decide.
 
     Raises:
         UserError: for values that the family refuses, or that contradict the weights.
     """
     model, init_from = given.general.model, given.general.run.init_from
-    family, fields = family_of(model), given.fields("model", owners.model)
-    if not PROCESSES[owners.process].has_variance and "learn_sigma" in family.config.__dataclass_fields__:
+    family, fields = family_of(model), given.fields("model", names["model"])
+    if not PROCESSES[names["process"]].has_variance and "learn_sigma" in family.config.__dataclass_fields__:
         if fields.get("learn_sigma"):
-            raise UserError(f"--learn-sigma: has no effect with --process {owners.process}; use --process gaussian")
+            raise UserError(f"--learn-sigma: has no effect with --process {names['process']}, which has no variance")
         fields["learn_sigma"] = False
-    with error_prefix(given.prefix("model", owners.model) or f"--model {model}"):
+    with error_prefix(given.prefix("model", names["model"]) or f"--model {model}"):
         config = model_config(model, **fields)
     if start is None or family.settings_from is None:
         return fields
@@ -185,27 +238,8 @@ def network_fields(given: Given[TrainSettings], owners: Owners, start: Checkpoin
     return fields | from_weights
 
 
-def open_training_data(settings: DataSettings, seed: int) -> Dataset:
-    """The training data.
-
-    Raises:
-        UserError: if it cannot be opened.
-    """
-    channels = settings.channels or (1 if settings.dataset == "digits" else 3)
-    with error_prefix("--dataset digits" if settings.dataset == "digits" else "--data-path"):
-        return open_dataset(
-            settings.dataset,
-            settings.data_path,
-            settings.image_size,
-            channels,
-            flip=settings.flip,
-            seed=seed,
-            strict=settings.strict,
-        )
-
-
 def check_classes(config: TrainSettings, fields: Values, dataset: Dataset) -> None:
-    """Check that the network has as many classes as the data.
+    """Check that the network has as many classes as the data, if both have any.
 
     Raises:
         UserError: with the flag to give.
@@ -223,7 +257,9 @@ def check_classes(config: TrainSettings, fields: Values, dataset: Dataset) -> No
     )
 
 
-def build_network(config: TrainSettings, fields: Values, shape: tuple[int, ...]) -> Network:
+def build_network(
+    config: TrainSettings, fields: Values, shape: tuple[int, ...], device: torch.device, fake: FakeTensorMode | None
+) -> Network:
     """The network with fresh weights, the same on every rank.
 
     Raises:
@@ -231,45 +267,73 @@ def build_network(config: TrainSettings, fields: Values, shape: tuple[int, ...])
     """
     torch.manual_seed(derive_seed("weights", config.optimization.global_seed))
     with error_prefix(f"--image-size {config.data.image_size or 'of the data'}"):
-        return create_model(config.model, **fields, sample_shape=shape)
+        return build(lambda: create_model(config.model, **fields, sample_shape=shape), device, fake)
 
 
-def recompute_activations(network: Network) -> None:
-    """Recompute the activations of every block in the backward pass instead of keeping them."""
-    for block in network.blocks:
-        checkpoint_module(block)
+def build(make: Callable[[], M], device: torch.device, fake: FakeTensorMode | None) -> M:
+    """Build a module on a device, with values or without."""
+    if fake is None:
+        return make().to(device)  # made on the CPU, so that fresh weights are the same on every device
+    with fake, device:
+        return make()
 
 
-def open_held_out(config: TrainSettings, dataset: Dataset) -> Dataset | None:
-    """The images of the validation loss, which are never mirrored.
+def load_start(config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, dataset: Dataset) -> list[str]:
+    """Fill the network with the weights of --init-from; returns what had to be changed to fit.
 
     Raises:
-        UserError: if they cannot be opened, or are of other classes than the training data.
+        UserError: if they are those of another network.
     """
-    path, data = config.validation.eval_data_path, config.data
-    if config.validation.eval_every is None:
-        return None
-    if data.dataset == "digits":
-        return open_digits("test", seed=config.optimization.global_seed)
-    if path is None:
-        return None
-    channels, *size = dataset.image_shape[-3:]
-    with error_prefix("--eval-data-path"):
-        held_out = open_dataset(data.dataset, path, size[-1], channels, flip=False, strict=data.strict)
-    if list(held_out.classes) != list(dataset.classes):
-        raise UserError(
-            f"--eval-data-path {path}: its {len(held_out.classes)} classes are not the {len(dataset.classes)} of "
-            "--data-path, by name"
-        )
-    if held_out.vae != dataset.vae:
-        raise UserError(
-            f"--eval-data-path {path}: latents of the autoencoder {held_out.vae}, but --data-path has those of "
-            f"{dataset.vae}"
-        )
-    return held_out
+    weights, notes = adapt_weights(
+        loss.network,
+        start.weights,
+        added_parts=family_of(config.model).added_parts,
+        old_classes=None if start.meta is None else start.meta["data"].get("classes"),
+        new_classes=dataset.classes,
+        old_shape=None if start.meta is None else start.meta["model"]["sample_shape"],
+    )
+    load_weights(loss.network, weights, f"--init-from {config.run.init_from} as {config.model}")
+    with error_prefix(f"--init-from {config.run.init_from}"):
+        return notes + loss.start(start.weights)
 
 
-def open_alignment(config: TrainSettings, dataset: Dataset, network: Network, device: torch.device) -> Alignment | None:
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def check_loss(given: Given[TrainSettings], name: str, settings: LossSettings) -> None:
+    """Check that the settings of the loss fit the run.
+
+    Raises:
+        UserError: naming the flags, if they do not.
+    """
+    run, ranks = given.general.run, distributed.world_size()
+    with error_prefix(given.prefix("loss", name)):
+        settings.check(
+            rows=given.general.optimization.global_batch_size // ranks,
+            ranks=ranks,
+            from_weights=run.init_from is not None or run.resume is not None,
+        )
+
+
+def build_loss(
+    config: TrainSettings, owners: Mapping[str, tuple[str, Any]], network: Network, alignment: Alignment | None
+) -> DiffusionLoss:
+    """The loss that trains a network, with its process."""
+    (_, process), (name, settings) = owners["process"], owners["loss"]
+    return LOSSES[name].loss(
+        network,
+        process.make(network.out_channels != network.sample_shape[-3]),
+        seed=config.optimization.global_seed,
+        autocast=torch.bfloat16 if config.compute.precision == "bf16" else None,
+        alignment=alignment,
+        settings=settings,
+    )
+
+
+def open_alignment(
+    config: TrainSettings, dataset: Dataset, network: Network, device: torch.device, fake: FakeTensorMode | None
+) -> Alignment | None:
     """The vision encoder and a fresh projector, if features are to be aligned.
 
     Raises:
@@ -288,40 +352,12 @@ def open_alignment(config: TrainSettings, dataset: Dataset, network: Network, de
         raise UserError(f"--align-block {settings.align_block}: {config.model} has blocks 1 to {len(network.blocks)}")
     with error_prefix(f"--align {settings.align}"):
         encoder = VisionEncoder(settings.align, dataset.image_shape[-1], settings.align_ckpt, device)
-        return Alignment(
+        make = partial(
+            Alignment,
             encoder,
             network.config.hidden_size,
             block=settings.align_block,
             weight=settings.align_weight,
             hidden=settings.align_width,
-        ).to(device)
-
-
-def initialise(setup: Setup, start: Checkpoint) -> list[str]:
-    """Start from the weights of --init-from; returns what had to be changed to fit.
-
-    Raises:
-        UserError: if its network is another.
-    """
-    model, init_from = setup.config.model, setup.config.run.init_from
-    old_classes = None if start.meta is None else start.meta["data"].get("classes")
-    family = family_of(model)
-    weights, notes = adapt_weights(
-        setup.network,
-        start.weights,
-        added_parts=family.added_parts,
-        old_classes=old_classes,
-        new_classes=setup.dataset.classes,
-    )
-    load_weights(setup.network, weights, f"--init-from {init_from} as {model}")
-    with error_prefix(f"--init-from {init_from}"):
-        return notes + setup.loss.start(start.weights)
-
-
-def encode(setup: Setup, images: Tensor, step: int, rows: range, seed: int | None = None) -> Tensor:
-    """Latents of some rows of a batch as the data set gives it; of stochastic encoders a sample for (step, row)."""
-    noise = None
-    if setup.encoder.stochastic:
-        seed = setup.config.optimization.global_seed if seed is None else seed
-        noise = row_noise("encoder", seed, step, rows, setup.network.sample_shape, images.device)
-    return setup.encoder.to_latents(setup.encoder.encode_pixels(images), noise)
+        )
+        return build(make, device, fake)

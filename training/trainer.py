@@ -5,30 +5,33 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import GlobalBatches, conditioning
+from data.pixels import to_unit_range
 from diffusion.loss import Batch, Draws
+from models import Network, family_name
 from runtime import distributed
 from runtime.checkpoint import load_weights, save_checkpoint
 from runtime.distributed import World
 from runtime.errors import FAILED_STATUS
-from training.optimization import EMA, FiniteGuard, learning_rate
-from training.run import INTERRUPTED_STATUS, ResumeState, RunLog, stop_on_signal, trace_steps
-from training.setup import Setup, encode, recompute_activations
+from training.optimization import EMA, FiniteGuard
+from training.run import DRAWS, INTERRUPTED_STATUS, ResumeState, RunLog, stop_on_signal, trace_steps
+from training.setup import Setup, encode
 from training.validation import Validation
 
 PROJECTOR = "projector"  # the alignment's group in checkpoints
-DRAWS = 2  # version of the random numbers of a step; version 0.1 had 1
+MicroBatch = tuple[Batch, Draws]
 
 
 def checkpoint_meta(setup: Setup, step: int) -> dict[str, Any]:
@@ -76,22 +79,21 @@ class TrainingState:
         Raises:
             UserError: if it belongs to another network.
         """
-        source, (average, *_) = f"--resume {saved.folder}", saved.meta["averages"]
-        load_weights(self.network, saved.groups["model"], source)
-        load_weights(self.ema.network, saved.groups[average], source)
-        if self.alignment is not None:
-            load_weights(self.alignment, saved.groups[PROJECTOR], source)
+        modules = {"model": self.network, self.ema.name: self.ema.network, PROJECTOR: self.alignment}
+        for name, module in modules.items():
+            if module is not None:
+                load_weights(module, saved.groups.get(name, {}), f"--resume {saved.folder} as {name}")
         moments: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in saved.groups["optimizer"].items():
-            parameter, key = name.replace("alignment.", f"{PROJECTOR}.", 1).rsplit("/", 1)
+        for name, tensor in saved.groups.get("optimizer", {}).items():  # absent if the optimizer keeps no state
+            parameter, key = name.rsplit("/", 1)
             moments.setdefault(parameter, {})[key] = tensor
-        for name, parameter in self.trained.items():
-            self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments[name].items()}
+        for name, trained in self.trained.items():
+            self.optimizer.state[trained] = {k: v.to(trained.device) for k, v in moments.get(name, {}).items()}
         self.step = self.ema.updates = saved.meta["step"]
 
 
 class LossMeter:
-    """Averages losses between two log lines, on the device: reading them waits for it, so that happens only then."""
+    """Averages losses between two log lines, on the device: reading them is a synchronisation, so that happens only then."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -125,11 +127,13 @@ class Trainer:
     Args:
         setup: of the run.
         world: this process and its place among all.
-        folder: of the run, on rank 0; None elsewhere.
+        folder: of the run, on rank 0; None writes nothing.
         saved: the checkpoint to continue from; None starts at step 0.
     """
 
-    def __init__(self, setup: Setup, world: World, folder: Path | None, saved: ResumeState | None) -> None:
+    def __init__(
+        self, setup: Setup, world: World, folder: Path | None = None, saved: ResumeState | None = None
+    ) -> None:
         self.setup, self.config, self.world, self.folder = setup, setup.config, world, folder
         self.log = RunLog(folder, tensorboard=self.config.run.tensorboard)
         self.state = TrainingState(setup)
@@ -186,19 +190,18 @@ class Trainer:
     def introduce(self) -> None:
         """Log what is trained on what, and the warnings."""
         parameters = sum(p.numel() for p in self.state.network.parameters())
-        self.log.line(f"{self.setup.owners.model} Parameters: {parameters:,}")
-        source = self.config.data.data_path or self.config.data.dataset
-        self.log.line(f"Dataset contains {len(self.setup.dataset):,} images ({source})")
+        self.log.line(f"{family_name(self.config.model)} Parameters: {parameters:,}")
+        self.log.line(f"Dataset contains {len(self.setup.dataset):,} images ({self.setup.source})")
         epochs = "" if self.config.optimization.max_steps else f"{self.config.optimization.epochs} epochs, "
         self.log.line(f"Training for {epochs}{self.setup.total_steps:,} steps...")
         for warning in self.setup.warnings():
             self.log.line(f"Warning: {warning}")
 
-    def train_step(self, step: int, pieces: Sequence[tuple[Batch, Draws]]) -> Tensor:
+    def train_step(self, step: int, pieces: Sequence[MicroBatch]) -> Tensor:
         """One step over this process's micro-batches; returns the norm of the gradient, on the device."""
         state, optimization = self.state, self.config.optimization
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(optimization, step, self.setup.total_steps)
+            group["lr"] = optimization.learning_rate(step, self.setup.total_steps)
         state.optimizer.zero_grad(set_to_none=True)
         shared = self.setup.loss.shared(pieces, step)
         seen: list[dict[str, Tensor]] = []
@@ -222,7 +225,7 @@ class Trainer:
     def report(self, grad_norm: Tensor) -> None:
         """Write a log line and a line of metrics, and report non-finite steps."""
         step, values = self.state.step, self.meter.read()
-        rate = learning_rate(self.config.optimization, step - 1, self.setup.total_steps)
+        rate = self.config.optimization.learning_rate(step - 1, self.setup.total_steps)
         line = f"(step={step:07d}) Train Loss: {values['loss']:.4f}, Train Steps/Sec: {values['steps_per_sec']:.2f}"
         for name in self.setup.loss.logged:
             line += f", {name.replace('_', ' ')}: {values[name]:.3f}"
@@ -265,13 +268,19 @@ class Trainer:
                 old.unlink()
 
 
+def recompute_activations(network: Network) -> None:
+    """Recompute the activations of every block in the backward pass instead of keeping them."""
+    for block in network.blocks:
+        checkpoint(block)
+
+
 def synchronization(loss: nn.Module, *, last: bool) -> AbstractContextManager[None]:
     """Context of a backward pass: of several micro-batches, only the last one averages gradients over processes."""
     return nullcontext() if last or not isinstance(loss, DistributedDataParallel) else loss.no_sync()
 
 
-def batches(setup: Setup, world: World, first_step: int) -> Iterator[tuple[int, list[tuple[Batch, Draws]]]]:
-    """Each step's number and this rank's rows of its batch, with their draws, in micro-batches."""
+def batches(setup: Setup, world: World, first_step: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """Each step's number and this rank's rows of its batch, in micro-batches."""
     optimization, size = setup.config.optimization, setup.config.optimization.global_batch_size
     steps = range(first_step, setup.total_steps)
     keys = GlobalBatches(
@@ -285,18 +294,32 @@ def batches(setup: Setup, world: World, first_step: int) -> Iterator[tuple[int, 
         pin_memory=world.device.type == "cuda",
         persistent_workers=workers > 0,
     )
-    local, first_row = size // world.size, world.rank * size // world.size
-    piece = local // optimization.grad_accum
     for step, (images, labels, index) in zip(steps, loader, strict=True):
-        pixels = images.to(world.device, non_blocking=True)
-        rows = {k: leaf.to(world.device, non_blocking=True) for k, leaf in conditioning(labels).items()}
-        pieces = []
-        for start in range(0, local, piece):
-            own = slice(start, start + piece)
-            drawn = range(first_row + start, first_row + start + piece)
-            draws = setup.loss.draw(step, size, drawn, world.device)
-            latents = encode(setup, pixels[own], step, drawn)
-            raw = None if setup.loss.alignment is None else pixels[own].float() / 255
-            batch = Batch(latents, {name: leaf[own] for name, leaf in rows.items()}, index[own], raw)
-            pieces.append((batch, draws))
-        yield step, pieces
+        yield step, micro_batches(setup, world, step, images, conditioning(labels), index)
+
+
+def micro_batches(
+    setup: Setup, world: World, step: int, images: Tensor, cond: Mapping[str, Tensor], index: Tensor
+) -> list[MicroBatch]:
+    """Cut this rank's rows of a step into micro-batches, encode them and draw their randomness, on the device.
+
+    Args:
+        setup: of the run.
+        world: this process and its place among all.
+        step: number of the step.
+        images: this rank's rows as the data set gives them.
+        cond: their conditioning.
+        index: their places in the data set.
+    """
+    optimization, first = setup.config.optimization, world.rank * len(images)
+    count = len(images) // optimization.grad_accum
+    images = images.to(world.device, non_blocking=True)
+    cond = {name: leaf.to(world.device, non_blocking=True) for name, leaf in cond.items()}
+    null, pieces = setup.null_rows(count, world.device), []
+    for start in range(0, len(images), count):
+        own, rows = slice(start, start + count), range(first + start, first + start + count)  # of rank, of all
+        draws = setup.loss.draw(step, optimization.global_batch_size, rows, world.device)
+        latents = encode(setup, images[own], step, rows)
+        raw = None if setup.loss.alignment is None else to_unit_range(images[own])
+        pieces.append((Batch(latents, {name: leaf[own] for name, leaf in cond.items()}, index[own], raw, null), draws))
+    return pieces

@@ -22,9 +22,10 @@ from torch.nn import functional
 
 from data.digits import load_digits
 from evaluator.digits.network import WEIGHTS_PATH, DigitsFeatureNetwork
+from runtime.command_line import parse_config
 from runtime.errors import UserError, run
 from runtime.files import atomic_path
-from runtime.settings import parse_config, setting
+from runtime.settings import setting
 
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3

@@ -127,8 +127,8 @@ def test_the_path_runs_from_noise_to_data_at_constant_velocity() -> None:
     assert torch.equal(flow.q_sample(x_start, torch.zeros(3), noise), noise)
     assert torch.equal(flow.q_sample(x_start, torch.ones(3), noise), x_start)
     t = torch.tensor([0.1, 0.4, 0.8])
-    moved = flow.q_sample(x_start, t + 0.1, noise) - flow.q_sample(x_start, t, noise)
-    assert_close(moved, 0.1 * (x_start - noise), 1e-5)
+    difference = flow.q_sample(x_start, t + 0.1, noise) - flow.q_sample(x_start, t, noise)
+    assert_close(difference, 0.1 * (x_start - noise), 1e-5)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

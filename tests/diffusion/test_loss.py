@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from diffusion import Batch, DiffusionLoss, Draws, FlowMatching, GaussianDiffusion, create_diffusion, row_noise
-from diffusion.loss import row_generators
+from diffusion.loss import LossSettings, row_generators
 from diffusion.schedules import named_betas
 from models import Network, TimeConvention
+from runtime.live_memory import LiveMemory
 from tests.golden_data import arrays, assert_close_elementwise, tiny_dit
-from tests.live_memory import LiveMemory
 from tests.networks import debug_network
 from tests.toys import CLIP, TextToy, Toy
 
@@ -273,3 +273,9 @@ def test_a_network_that_does_not_fit_the_process_is_refused(network_sigma: bool,
 def test_a_share_without_a_meaning_is_refused(prob: float) -> None:
     with pytest.raises(ValueError, match=rf"the share of rows without conditioning must be in \[0, 1\), not {prob}"):
         DiffusionLoss(Toy(), PLAIN, dropout_prob=prob)
+
+
+def test_the_plain_loss_has_nothing_to_set_to_warn_of_or_to_prepare() -> None:
+    loss = DiffusionLoss(Toy(), PLAIN)
+    assert loss.settings == LossSettings() and loss.warnings(10) == [] and loss.start({}) == [] and loss.logged == ()
+    loss.settings.check(rows=1, ranks=1, from_weights=False)

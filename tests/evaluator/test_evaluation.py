@@ -102,7 +102,7 @@ def test_five_numbers_in_adm_s_layout_and_a_json_with_the_whole_protocol(files, 
     assert document["seconds"].keys() == {"weights", "reference", "samples", "metrics", "total"}
     assert document["config"]["pr_precision"] == "adm"
     assert len(document["warnings"]) == 2 and all(f"warning: {warning}\n" in err for warning in document["warnings"])
-    assert "these scores are not comparable with others" in err and "here 11, in papers 50,000" in err
+    assert "these scores are not comparable with published ones" in err and "here 11, in papers 50,000" in err
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def test_what_sample_ddp_writes(tmp_path, images):
     from data.sample_file import SampleFile
 
     file = SampleFile(tmp_path / "a.npz", images.shape, len(images), 0)
-    assert file.take_up({}, overwrite=False) == [0]
+    assert file.open({}, overwrite=False) == [0]
     file.write(0, images)
     file.finish(np.arange(10))
     assert np.array_equal(np.concatenate(read(ImageFile(tmp_path / "a.npz"))), images)

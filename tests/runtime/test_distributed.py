@@ -1,4 +1,4 @@
-"""What the main process decides, on one process and on two."""
+"""Work of rank 0, whose result or error every rank receives."""
 
 from pathlib import Path
 
@@ -18,18 +18,18 @@ def refuse():
     raise UserError("no")
 
 with distributed.world("cpu") as world:
-    value = distributed.by_main(lambda: [os.environ["RANK"]])
+    value = distributed.on_rank0(lambda: [os.environ["RANK"]])
     try:
-        distributed.by_main(refuse)
+        distributed.on_rank0(refuse)
     except UserError as error:
-        os.write(1, f"rank {world.rank}: {value} {error}\\n".encode())  # in one piece: both write into the same pipe
+        os.write(1, f"rank {world.rank}: {value} {error}\\n".encode())  # in one piece: both write to the same pipe
 """
 
 
-def test_one_process_is_the_main_one() -> None:
-    assert distributed.by_main(lambda: 3) == 3
+def test_a_single_process_is_rank_0() -> None:
+    assert distributed.on_rank0(lambda: 3) == 3
     with pytest.raises(UserError, match="^no$"):
-        distributed.by_main(refuse)
+        distributed.on_rank0(refuse)
 
 
 def refuse() -> int:
@@ -37,7 +37,7 @@ def refuse() -> int:
 
 
 @pytest.mark.slow
-def test_its_result_and_its_error_are_everybody_s(tmp_path: Path) -> None:
+def test_every_rank_has_the_result_and_the_error_of_rank_0(tmp_path: Path) -> None:
     (tmp_path / "two.py").write_text(TWO)
     done = run_script(tmp_path / "two.py", ranks=2, folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -52,14 +52,14 @@ from runtime.errors import UserError, run
 def main(argv):
     with distributed.world("cpu") as world:
         if world.is_main:
-            time.sleep(2)  # torchrun looks ten times a second, and kills who is left when one has failed
+            time.sleep(2)  # torchrun polls ten times a second, and kills all others after a failure
         raise UserError("--flag 3: no")
 
 sys.exit(run(main, "late.py"))
 """
 
 
-def test_a_mistake_is_said_though_the_process_that_says_it_is_late(tmp_path: Path) -> None:
+def test_an_error_is_printed_though_rank_0_is_late(tmp_path: Path) -> None:
     (tmp_path / "late.py").write_text(LATE)
     done = run_script(tmp_path / "late.py", ranks=2, folder=tmp_path)
     assert done.returncode == 1 and done.stderr.count("late.py: error: --flag 3: no") == 1

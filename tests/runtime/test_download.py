@@ -1,6 +1,6 @@
-"""Downloads, from a server on this machine that breaks off, refuses, or has another file by now; and from the hub.
+"""Downloads from a local server that breaks off, refuses, or has another file by now; and from the hub.
 
-The hub's client is replaced by a stand-in with its signature: where it connects to is fixed when it is imported.
+The hub's client is replaced by a stand-in with its signature, because it reads its address when it is imported.
 """
 
 import hashlib
@@ -35,16 +35,16 @@ def test_a_file_arrives_whole_and_alone(server: Server, tmp_path: Path) -> None:
     assert (tmp_path / "a.pt").read_bytes() == CONTENT and names(tmp_path) == ["a.pt"]
 
 
-def test_a_connection_that_breaks_off_is_taken_up_where_it_broke(server: Server, tmp_path: Path) -> None:
+def test_a_download_is_resumed_after_a_broken_connection(server: Server, tmp_path: Path) -> None:
     server.cut = [1000, 0, 3000]
     download(f"{server.url}/a.pt", tmp_path / "a.pt", pause=0)
     assert (tmp_path / "a.pt").read_bytes() == CONTENT
     assert server.ranges == ["", "bytes=1000-", "bytes=1000-", "bytes=4000-"]
 
 
-def test_what_an_earlier_process_left_is_gone_on_with(server: Server, tmp_path: Path) -> None:
+def test_a_download_of_an_earlier_process_is_resumed(server: Server, tmp_path: Path) -> None:
     server.cut = [700] + [0] * download_module.ATTEMPTS
-    with pytest.raises(DownloadError, match=r"700 bytes are in .*a\.pt\.part, and the same command goes on"):
+    with pytest.raises(DownloadError, match=r"700 bytes are in .*a\.pt\.part, and the same command resumes"):
         download(f"{server.url}/a.pt", tmp_path / "a.pt", pause=0)
     assert names(tmp_path) == ["a.pt.part", "a.pt.part.tag"]
     download(f"{server.url}/a.pt", tmp_path / "a.pt")
@@ -60,14 +60,16 @@ def test_a_kill_between_the_last_byte_and_the_final_name_costs_nothing(server: S
 
 
 @pytest.mark.parametrize("part", [CONTENT[:500], CONTENT + b"too much"])
-def test_a_file_that_changed_on_the_server_is_begun_anew(part: bytes, server: Server, tmp_path: Path) -> None:
+def test_a_file_that_changed_on_the_server_is_downloaded_from_its_start(
+    part: bytes, server: Server, tmp_path: Path
+) -> None:
     (tmp_path / "a.pt.part").write_bytes(part)
     (tmp_path / "a.pt.part.tag").write_text('"0"')
     download(f"{server.url}/a.pt", tmp_path / "a.pt", pause=0)
     assert (tmp_path / "a.pt").read_bytes() == CONTENT
 
 
-def test_too_long_a_part_is_begun_anew(server: Server, tmp_path: Path) -> None:
+def test_too_long_a_part_is_downloaded_from_its_start(server: Server, tmp_path: Path) -> None:
     (tmp_path / "a.pt.part").write_bytes(CONTENT + b"too much")
     (tmp_path / "a.pt.part.tag").write_text('"1"')
     download(f"{server.url}/a.pt", tmp_path / "a.pt", pause=0)
@@ -114,7 +116,7 @@ def release(folder: str, **options: object) -> Release:
     return Release("a.pt", "DiT", "DiT-XL/2", 256, "weights", folder, None, None, PRESET)._replace(**options)
 
 
-def test_a_release_is_downloaded_once_and_its_size_and_hash_are_noted(server: Server, tmp_path: Path) -> None:
+def test_a_release_is_downloaded_once_and_its_size_and_hash_are_recorded(server: Server, tmp_path: Path) -> None:
     said: list[str] = []
     path = obtain(release(server.url), tmp_path / "new", said.append)
     assert path.read_bytes() == CONTENT
@@ -127,7 +129,7 @@ def test_a_release_is_downloaded_once_and_its_size_and_hash_are_noted(server: Se
         obtain(release(server.url), tmp_path / "new", said.append)
 
 
-def test_a_file_that_came_another_way_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_file_that_was_not_downloaded_here_is_used_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(b"x")
     assert obtain(release("http://127.0.0.1:1"), tmp_path) == tmp_path / "a.pt"
     assert read_record(tmp_path / "a.pt") is None
@@ -179,33 +181,35 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-@pytest.mark.parametrize(("folder", "there"), [("http://127.0.0.1:1", None), ("hub:a/b", None), ("hub:a/b", "*.ckpt")])
+@pytest.mark.parametrize(
+    ("folder", "remote_name"), [("http://127.0.0.1:1", None), ("hub:a/b", None), ("hub:a/b", "*.ckpt")]
+)
 @pytest.mark.parametrize("forbidden", ["1", "0"])
 def test_offline_says_address_and_place_in_one_line(
-    folder: str, there: str | None, forbidden: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: str, remote_name: str | None, forbidden: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download_module, "ATTEMPTS", 1)
     monkeypatch.setenv("HF_HUB_OFFLINE", forbidden)
-    wanted = release(folder, there=there)
+    chosen = release(folder, remote_name=remote_name)
     folder_of_downloads = tmp_path / "downloads"
     with pytest.raises(UserError) as error:
-        obtain(wanted, folder_of_downloads, str)
+        obtain(chosen, folder_of_downloads, str)
     message = str(error.value)
     assert "\n" not in message and ("HF_HUB_OFFLINE forbids it" in message) == (forbidden == "1")
-    assert message.endswith(f"fetch {wanted.address} by other means and put it at {folder_of_downloads / 'a.pt'}")
+    assert message.endswith(f"fetch {chosen.address} by other means and put it at {folder_of_downloads / 'a.pt'}")
     assert names(tmp_path) == [], "nothing arrived, and nothing is left"
 
 
-def test_what_the_hub_s_client_had_begun_is_kept(hub: Hub, tmp_path: Path) -> None:
+def test_a_part_of_the_hub_s_client_is_kept(hub: Hub, tmp_path: Path) -> None:
     hub.arrived = b"the first bytes"
     with pytest.raises(UserError, match="cannot download it"):
         obtain(release("hub:a/b"), tmp_path / "downloads", str)
     assert [path.read_bytes() for path in tmp_path.rglob("*.incomplete")] == [hub.arrived]
 
 
-@pytest.mark.parametrize("there", [None, "*.ckpt"])
-def test_the_hub_s_client_does_not_talk(
-    there: str | None, hub: Hub, tmp_path: Path, recwarn: pytest.WarningsRecorder
+@pytest.mark.parametrize("remote_name", [None, "*.ckpt"])
+def test_the_hub_s_client_is_silent(
+    remote_name: str | None, hub: Hub, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     said: list[logging.LogRecord] = []
     listener = logging.Handler()
@@ -214,9 +218,9 @@ def test_the_hub_s_client_does_not_talk(
     logger.addHandler(listener)
     try:
         with pytest.raises(UserError, match=r"cannot download it \(no connection\)"):
-            obtain(release("hub:a/b", there=there), tmp_path, str)
+            obtain(release("hub:a/b", remote_name=remote_name), tmp_path, str)
         assert said == [] and not recwarn.list
-        logger.warning("of somebody else's download")
+        logger.warning("of another download")
         assert len(said) == 1, "silent during ours alone"
     finally:
         logger.removeHandler(listener)
@@ -228,14 +232,14 @@ def test_a_folder_that_cannot_be_written_to_is_named(server: Server, tmp_path: P
         obtain(release(server.url), tmp_path / "file", str)
 
 
-@pytest.mark.parametrize("there", ["last.ckpt", "*.ckpt"])
-def test_the_hub_s_own_client_fetches_from_the_hub(there: str, hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("remote_name", ["last.ckpt", "*.ckpt"])
+def test_the_hub_s_own_client_fetches_from_the_hub(remote_name: str, hub: Hub, tmp_path: Path) -> None:
     hub.files = ["README.md", "folder/last.ckpt"]
-    path = obtain(release("hub:a/b/folder", there=there), tmp_path, str)
+    path = obtain(release("hub:a/b/folder", remote_name=remote_name), tmp_path, str)
     assert path.read_bytes() == CONTENT and names(tmp_path) == ["a.pt", "a.pt.json"]
 
 
-def test_a_pattern_that_fits_several_files_is_not_guessed_about(hub: Hub, tmp_path: Path) -> None:
+def test_a_pattern_of_several_files_is_an_error(hub: Hub, tmp_path: Path) -> None:
     hub.files = ["a.ckpt", "b.ckpt"]
-    with pytest.raises(UserError, match=r"2 files there are \*\.ckpt: a\.ckpt, b\.ckpt"):
-        obtain(release("hub:a/b", there="*.ckpt"), tmp_path, str)
+    with pytest.raises(UserError, match=r"2 files match \*\.ckpt: a\.ckpt, b\.ckpt"):
+        obtain(release("hub:a/b", remote_name="*.ckpt"), tmp_path, str)

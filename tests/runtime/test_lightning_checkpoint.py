@@ -38,11 +38,11 @@ def write(path: Path, *groups: tuple[str, dict[str, Tensor]], extra: object = No
 def test_average_and_network_are_told_apart(weights: dict[str, Tensor], tmp_path: Path, compiled: str) -> None:
     online = {name: value + 1 for name, value in weights.items()}
     path = write(tmp_path / "last.ckpt", (EMA + compiled, weights), (ONLINE + compiled, online))
-    for group, wanted in (("ema", weights), ("model", online)):
+    for group, expected in (("ema", weights), ("model", online)):
         found = read_checkpoint(path, group).weights
         network = create_model("DDT-debug/2")
         load_weights(network, found, "x")
-        assert all(torch.equal(value, wanted[name]) for name, value in network.state_dict().items())
+        assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
 
 
 @pytest.mark.parametrize("prefix", [EMA, ONLINE])
@@ -93,6 +93,6 @@ def test_the_official_names_are_those_of_the_model() -> None:
     official = table("ddt/official_xl_22en6de_256_keys")
     for side in (32, 64):
         with torch.device("meta"):
-            network = create_model("DDT-XL/2", input_size=side)
+            network = create_model("DDT-XL/2", sample_shape=(4, side, side))
         assert {name: list(value.shape) for name, value in network.state_dict().items()} == official["keys"]
     assert OFFICIAL["same_keys_for_512"]

@@ -27,7 +27,7 @@ def test_a_release_is_found_by_its_name_and_by_its_file(release: Release) -> Non
 @released
 def test_a_release_says_where_it_is(release: Release) -> None:
     assert release.address.startswith("https://") and "//" not in release.address.removeprefix("https://")
-    if release.there is None:
+    if release.remote_name is None:
         assert release.address.endswith(f"/{release.file}")
     if release.hub is not None:
         repository, path = release.hub
@@ -54,14 +54,16 @@ def test_values_are_possible(release: Release) -> None:
 
 
 @released
-def test_a_release_of_a_family_that_is_here_fits_its_model_and_its_file_s_size(release: Release) -> None:
-    """The other families' rows are checked as soon as they enter the registry."""
+def test_a_release_of_a_registered_family_fits_its_model_and_its_file_s_size(release: Release) -> None:
+    """Rows of other families are checked as soon as they are in the registry."""
     if release.family not in models.FAMILIES:
         assert release.model not in models.list_models()
         return
     assert release.model in models.FAMILIES[release.family].configs
     with torch.device("meta"):
-        network = models.create_model(release.model, input_size=release.image_size // 8, **release.config)
+        side = release.image_size // 8
+        network = models.create_model(release.model, **{"sample_shape": (4, side, side), **release.config})
+    assert network.sample_shape == (4, side, side)
     if release.gigabytes is not None:
         numbers = sum(parameter.numel() for parameter in network.parameters())
         assert release.gigabytes * 1e9 == pytest.approx(4 * numbers * COPIES[release.layout], rel=0.005)
@@ -77,7 +79,7 @@ def test_a_model_s_release_is_found_by_model_and_size() -> None:
 
 
 @pytest.mark.parametrize(("model", "size"), [("DiT-S/2", 256), ("LatteT2V-skip", 512), ("Latte-skip", 256)])
-def test_a_release_that_nothing_here_could_run_is_not_offered(model: str, size: int) -> None:
+def test_a_release_of_a_family_without_code_is_not_offered(model: str, size: int) -> None:
     with pytest.raises(UserError, match="no checkpoint of it .*DDT-XL/2") as error:
         release_of_model(model, size, models.FAMILIES)
     offered = str(error.value).split("released: ")[1]

@@ -81,7 +81,7 @@ def test_a_run_logs_them_and_two_processes_say_the_same(flags, place, tmp_path):
     assert run(train.main, "train.py", argv) == 0
     done = run_script("train.py", *argv, ranks=2, folder=place)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("these scores compare with nobody's") == 1  # not the published weights
+    assert done.stderr.count("these scores are not comparable with published ones") == 1  # not the published weights
     runs = (tmp_path / f"{number:03d}-DiT-debug-2" / "metrics.jsonl" for number in range(2))
     one, two = (json.loads(log.read_text().splitlines()[-1]) for log in runs)
     assert {"step", "fid", "inception_score"} == one.keys() and two == pytest.approx(one, rel=1e-3)

@@ -1,61 +1,30 @@
-"""What must survive: stops, restarts, other numbers of processes, damaged files, numbers that are not finite."""
+"""Runs that are stopped, killed, resumed, cut into micro-batches and spread over processes, and steps that go wrong."""
 
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from diffusion.objective import Objective
-from runtime.stopping import INTERRUPTED_STATUS
 
-import train
-from runtime.checkpoint import read_groups
-from runtime.errors import run
-from tests.processes import ROOT, run_script
+from diffusion.loss import DiffusionLoss
+from tests import runs
+from tests.processes import fork_script, run_ranks
+from tests.runs import DIGITS, assert_same, checkpoint, losses, metrics, run_folder, state
 from training import trainer
+from training.run import INTERRUPTED_STATUS
 
-BASE = "--dataset digits --model DiT-digits/2 --device cpu --num-workers 0 --global-batch-size 12 --log-every 1".split()
-BASE += "--lr 2e-3 --ema-decay 0.9 --keep-last 50".split()
+BASE = [*DIGITS, *"--model DiT-digits/2 --global-batch-size 12 --lr 2e-3 --ema-decay 0.9 --keep-last 50".split()]
 
 
 def start(results, *argv):
-    return run(train.main, "train.py", [*BASE, "--results-dir", str(results), *map(str, argv)])
-
-
-def folder(results, number=0):
-    return results / f"{number:03d}-DiT-digits-2"
-
-
-def checkpoint(results, step, number=0):
-    return folder(results, number) / "checkpoints" / f"{step:07d}.safetensors"
-
-
-def state(path):
-    """All tensors of a checkpoint, by full name."""
-    groups, _ = read_groups(path, ["model", "ema", "optimizer"])
-    return {f"{g}/{n}": t for g, tensors in groups.items() for n, t in tensors.items()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys() and len(a) > 100
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
-def losses(results, number=0):
-    lines = (folder(results, number) / "metrics.jsonl").read_text().splitlines()
-    return {m["step"]: m["loss"] for m in map(json.loads, lines)}
+    return runs.start(results, *BASE, *argv)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run of 12 steps."""
     results = tmp_path_factory.mktemp("whole")
-    assert start(results, "--max-steps", 12, "--ckpt-every", 4) == 0
+    assert start(results, "--max-steps", 12, "--ckpt-every", 1) == 0
     return results
 
 
@@ -68,9 +37,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(whole, tmp_path, how)
     assert start(tmp_path, "--max-steps", 7) == 0
     resume = "auto" if how == "auto" else checkpoint(tmp_path, 7)
     assert start(tmp_path, "--max-steps", 12, "--resume", resume) == 0
-    assert [p.name for p in tmp_path.iterdir()] == [folder(tmp_path).name], "it goes on in its own folder"
+    assert [p.name for p in tmp_path.iterdir()] == ["000-DiT-digits-2"], "it continues in its own folder"
     assert_same(state(checkpoint(tmp_path, 12)), state(checkpoint(whole, 12)))
     assert losses(tmp_path) == losses(whole)
+    assert "changed with version" not in runs.log(tmp_path)
 
 
 def test_resume_with_flips_workers_and_a_stop_in_mid_epoch(tmp_path):
@@ -82,17 +52,23 @@ def test_resume_with_flips_workers_and_a_stop_in_mid_epoch(tmp_path):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-def test_two_ranks_resume_bit_by_bit_and_one_rank_goes_on_alike(tmp_path, whole):
-    argv = [*BASE, "--results-dir", str(tmp_path), "--resume", "auto", "--ckpt-every", "4"]
-    for steps in ("4", "8"):
-        done = run_script("train.py", *argv, "--max-steps", steps, ranks=2, folder=tmp_path)
+def test_two_ranks_resume_bit_by_bit_and_one_rank_continues_alike(tmp_path, whole):
+    def two(name, *argv):
+        argv = [*BASE, "--results-dir", str(tmp_path / name), "--resume", "auto", *argv]
+        done = run_ranks("train.py", *argv, folder=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert start(tmp_path, "--resume", "auto", "--max-steps", 12, "--ckpt-every", 4) == 0
+
+    two("whole", "--max-steps", "8")
+    two("cut", "--max-steps", "4")
+    two("cut", "--max-steps", "8")
+    assert_same(state(checkpoint(tmp_path / "cut", 8)), state(checkpoint(tmp_path / "whole", 8)))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert start(tmp_path / "cut", "--resume", "auto", "--max-steps", 12) == 0
     for step, loss in losses(whole).items():
-        assert losses(tmp_path)[step] == pytest.approx(loss, rel=1e-5)
+        assert losses(tmp_path / "cut")[step] == pytest.approx(loss, rel=1e-5)
 
 
-def test_auto_starts_anew_where_there_is_nothing_or_something_else(tmp_path):
+def test_auto_starts_a_new_run_where_there_is_nothing_or_something_else(tmp_path):
     assert start(tmp_path, "--max-steps", 2, "--resume", "auto") == 0
     assert start(tmp_path, "--max-steps", 2, "--resume", "auto", "--global-seed", 1) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000-DiT-digits-2", "001-DiT-digits-2"]
@@ -105,54 +81,89 @@ def test_a_finished_run_stays_as_it_is(tmp_path):
     assert checkpoint(tmp_path, 2).read_bytes() == before
 
 
-def test_a_named_checkpoint_of_other_settings_is_refused(whole, capsys):
-    assert start(whole, "--resume", checkpoint(whole, 4), "--lr", 1e-3) == 2
-    assert "the run has other settings: --lr was 0.002, now 0.001" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--lr 1e-3", "--lr was 0.002, now 0.001"),
+        ("--model DiT-digits/2 --mlp-ratio 2", "--mlp-ratio was 4.0, now 2.0"),
+        ("--noise-schedule squaredcos_cap_v2", "--noise-schedule was 'linear', now 'squaredcos_cap_v2'"),
+        ("--process flow", "--process was 'gaussian', now 'flow'"),
+        ("--weight-decay 0.1", "--weight-decay was 0.0, now 0.1"),
+        ("--model DyDiT-digits/2", "--model was 'DiT-digits/2', now 'DyDiT-digits/2'"),
+        ("--precision bf16", "--precision was 'tf32', now 'bf16'"),
+    ],
+)
+def test_a_named_checkpoint_of_other_settings_is_refused_with_their_flags(argv, words, whole, tmp_path, capsys):
+    assert start(tmp_path, "--resume", checkpoint(whole, 4), *argv.split()) == 2
+    error = runs.the_error(capsys)
+    assert "the run has other settings: " in error and words in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_change_the_result_may_change_on_resume(tmp_path, whole):
+    assert start(tmp_path, "--max-steps", 3) == 0
+    free = "--max-steps 5 --log-every 2 --ckpt-every 3 --num-workers 1 --keep-last 1 --non-finite skip --grad-accum 2"
+    free += " --grad-checkpointing --strict --eval-every 5 --eval-samples 0 --dist-timeout 60"
+    assert start(tmp_path, "--resume", checkpoint(tmp_path, 3), *free.split()) == 0
+    assert checkpoint(tmp_path, 5).exists() and "at step 3" in runs.log(tmp_path)
+    theirs = state(checkpoint(whole, 5))
+    for name, tensor in state(checkpoint(tmp_path, 5)).items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=2e-4)
 
 
 def test_the_length_of_a_cosine_cannot_change_on_the_way(tmp_path, capsys):
     cosine = ["--lr-schedule", "cosine", "--max-steps"]
     assert start(tmp_path, *cosine, 4, "--ckpt-every", 2) == 0
     assert start(tmp_path, *cosine, 8, "--resume", checkpoint(tmp_path, 2)) == 2
-    assert "--max-steps was 4, now 8" in capsys.readouterr().err
+    assert "--max-steps was 4, now 8" in runs.the_error(capsys)
     before = state(checkpoint(tmp_path, 4))
     checkpoint(tmp_path, 4).unlink()
     assert start(tmp_path, *cosine, 4, "--resume", "auto") == 0
     assert_same(state(checkpoint(tmp_path, 4)), before)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_by_auto_and_refused_by_name(whole, tmp_path, capsys):
+def test_a_damaged_newest_checkpoint_is_skipped_by_auto_and_refused_by_name(whole, tmp_path, capsys):
     assert start(tmp_path, "--max-steps", 8, "--ckpt-every", 4) == 0
     newest = checkpoint(tmp_path, 8)
     content = bytearray(newest.read_bytes())
     content[-100] ^= 1  # a flipped bit in the weights: the file's structure is intact
     newest.write_bytes(bytes(content))
     assert start(tmp_path, "--max-steps", 12, "--resume", newest) == 2
-    assert "does not match its checksum" in capsys.readouterr().err
+    assert "does not match its checksum" in runs.the_error(capsys)
     newest.write_bytes(bytes(content[:1000]))
     assert start(tmp_path, "--max-steps", 12, "--resume", "auto") == 0
-    assert f"passed over: --resume {newest}" in capsys.readouterr().err
+    assert f"skipped: --resume {newest}" in capsys.readouterr().err
     assert_same(state(checkpoint(tmp_path, 12)), state(checkpoint(whole, 12)))
+
+
+def test_a_checkpoint_without_all_weights_is_refused(whole, tmp_path, capsys):
+    from runtime.checkpoint import read_groups, save_checkpoint
+
+    groups, meta = read_groups(checkpoint(whole, 4), lambda present: present)
+    del groups["ema-0.9"]
+    save_checkpoint(tmp_path / "0000004.safetensors", groups, meta)
+    assert start(tmp_path, "--resume", tmp_path / "0000004.safetensors") == 2
+    assert "as ema-0.9: the weights do not fit the model" in runs.the_error(capsys)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert start(tmp_path, "--max-steps", 7, "--ckpt-every", 2, "--keep-last", 2) == 0
-    kept = sorted(p.name for p in (folder(tmp_path) / "checkpoints").iterdir())
+    kept = sorted(p.name for p in (run_folder(tmp_path) / "checkpoints").iterdir())
     assert kept == ["0000006.safetensors", "0000007.safetensors"]
 
 
 def launch(results, *argv):
-    """Starts train.py in a process of its own, ready to be killed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "train.py"), *BASE, "--results-dir", str(results), *map(str, argv)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """Start train.py in a process of its own, ready to be killed."""
+    results.mkdir(parents=True, exist_ok=True)
+    argv = [*BASE, "--results-dir", str(results), *map(str, argv)]
+    return fork_script("train.py", *argv, folder=results, output=results / "output")
 
 
 def wait_for_step(results, step):
-    """Returns once the run has logged a step."""
+    """Return once the run has logged a step."""
     for _ in range(1200):
-        path = folder(results) / "metrics.jsonl"
-        if path.exists() and f'"step": {step},' in path.read_text():
+        found = [*results.glob("000-*/metrics.jsonl")]
+        if found and f'"step": {step},' in found[0].read_text():
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} was not reached")
@@ -161,11 +172,11 @@ def wait_for_step(results, step):
 def test_sigterm_saves_and_leaves_with_the_documented_status(tmp_path):
     process = launch(tmp_path, "--max-steps", 100_000)
     wait_for_step(tmp_path, 5)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == INTERRUPTED_STATUS == 75
-    assert "Stopped by a signal at step" in out
-    (saved,) = (folder(tmp_path) / "checkpoints").iterdir()
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == INTERRUPTED_STATUS == 75
+    assert "Stopped by a signal at step" in (tmp_path / "output.out").read_text()
+    (saved,) = (run_folder(tmp_path) / "checkpoints").iterdir()
     stopped = int(saved.stem)
     assert start(tmp_path / "whole", "--max-steps", stopped) == 0
     assert_same(state(saved), state(checkpoint(tmp_path / "whole", stopped)))
@@ -173,16 +184,16 @@ def test_sigterm_saves_and_leaves_with_the_documented_status(tmp_path):
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_kills_at_any_moment_do_not_change_the_end(tmp_path, kills):
-    steps = 200
+    steps = 30 * kills
     argv = ["--max-steps", steps, "--ckpt-every", 5, "--resume", "auto", "--keep-last", 3]
     generator = torch.Generator().manual_seed(kills)
     for kill in range(kills):
         process = launch(tmp_path / "cut", *argv)
-        # step 6 at the earliest: killed before its first checkpoint, a run has nothing to go on with and starts anew
-        wait_for_step(tmp_path / "cut", 6 + kill * 150 // kills + int(torch.randint(5, (), generator=generator)))
+        # step 6 at the earliest: killed before its first checkpoint, a run has nothing to resume and starts again
+        wait_for_step(tmp_path / "cut", 6 + 25 * kill + int(torch.randint(5, (), generator=generator)))
         time.sleep(0.05 * float(torch.rand((), generator=generator)))
         process.kill()
-        process.communicate()
+        process.join()
     assert start(tmp_path / "cut", *argv) == 0
     assert start(tmp_path / "whole", "--max-steps", steps) == 0
     assert_same(state(checkpoint(tmp_path / "cut", steps)), state(checkpoint(tmp_path / "whole", steps)))
@@ -199,11 +210,6 @@ def test_micro_batches_change_nothing_but_rounding(whole, tmp_path):
         assert losses(tmp_path)[step] == pytest.approx(loss, rel=1e-5)
 
 
-def test_recomputed_activations_change_nothing(whole, tmp_path):
-    assert start(tmp_path, "--max-steps", 4, "--grad-checkpointing") == 0
-    assert_same(state(checkpoint(tmp_path, 4)), state(checkpoint(whole, 4)))
-
-
 def test_bf16_trains_close_to_float32_and_keeps_float32_weights(whole, tmp_path):
     assert start(tmp_path, "--max-steps", 12, "--precision", "bf16") == 0
     for step, loss in losses(whole).items():
@@ -214,8 +220,8 @@ def test_bf16_trains_close_to_float32_and_keeps_float32_weights(whole, tmp_path)
 
 def test_clipping_bounds_the_step_and_the_log_tells_the_norm(tmp_path):
     assert start(tmp_path, "--max-steps", 1, "--grad-clip", 1e-3) == 0
-    (line,) = (folder(tmp_path) / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line)["grad_norm"] > 0.1
+    (line,) = metrics(tmp_path)
+    assert line["grad_norm"] > 0.1
     moments = state(checkpoint(tmp_path, 1))
     total = sum(float((t / 0.1).square().sum()) for n, t in moments.items() if n.endswith("exp_avg"))
     assert total**0.5 == pytest.approx(1e-3, rel=1e-2)
@@ -228,16 +234,16 @@ def test_clipping_bounds_the_step_and_the_log_tells_the_norm(tmp_path):
 @pytest.fixture
 def poisoned(monkeypatch):
     """The loss of step 3 (the fourth) is NaN."""
-    original = Objective.forward
+    original = DiffusionLoss.forward
 
-    def forward(self, batch, step, *more):
-        losses = original(self, batch, step, *more)
+    def forward(self, batch, draws, step, shared):
+        losses = original(self, batch, draws, step, shared)
         return {k: v * float("nan") if step == 3 else v for k, v in losses.items()}
 
-    monkeypatch.setattr(Objective, "forward", forward)
+    monkeypatch.setattr(DiffusionLoss, "forward", forward)
 
 
-def test_a_non_finite_loss_is_fatal_and_never_enters_weights(poisoned, whole, tmp_path, capsys):
+def test_a_non_finite_loss_is_fatal_and_never_enters_weights(poisoned, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         start(tmp_path, "--max-steps", 8, "--ckpt-every", 3)
     assert stop.value.code == 1
@@ -251,7 +257,7 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(poisoned, tmp_path, cap
     before, skipped, after = (state(checkpoint(tmp_path, step)) for step in (3, 4, 5))
     for name, tensor in skipped.items():
         assert tensor.isfinite().all() and after[name].isfinite().all()
-        if not name.startswith("ema/"):
+        if not name.startswith("ema-0.9/"):
             assert torch.equal(tensor, before[name]), name
     assert not torch.equal(after["model/final_layer.linear.weight"], skipped["model/final_layer.linear.weight"])
 
@@ -263,8 +269,10 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(poisoned, tmp_path, cap
 def test_init_from_takes_the_averaged_weights(whole, tmp_path):
     assert start(tmp_path, "--max-steps", 1, "--init-from", checkpoint(whole, 12), "--lr", 1e-12) == 0
     ours, theirs = state(checkpoint(tmp_path, 1)), state(checkpoint(whole, 12))
-    for name in (n for n in theirs if n.startswith("ema/")):
-        assert torch.allclose(ours[name.replace("ema/", "model/")], theirs[name], atol=1e-6)
+    names = [name.removeprefix("ema-0.9/") for name in theirs if name.startswith("ema-0.9/")]
+    assert len(names) > 30
+    for name in names:
+        assert torch.allclose(ours[f"model/{name}"], theirs[f"ema-0.9/{name}"], atol=1e-6)
 
 
 def test_mistakes_are_one_line(whole, tmp_path, capsys):
@@ -280,8 +288,7 @@ def test_mistakes_are_one_line(whole, tmp_path, capsys):
     }
     for argv, words in cases.items():
         assert start(tmp_path, *argv) == 2
-        error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1, error
+        assert words in runs.the_error(capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -301,8 +308,11 @@ def test_meter_averages_over_steps():
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_alike(whole, tmp_path):
-    assert start(tmp_path, "--max-steps", 12, "--compile") == 0
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_train_alike(whole, tmp_path, recompute):
+    torch._dynamo.reset()
+    flags = ["--grad-checkpointing"] if recompute else []
+    assert start(tmp_path, "--max-steps", 12, "--compile", *flags) == 0
     for step, loss in losses(whole).items():
         assert losses(tmp_path)[step] == pytest.approx(loss, rel=1e-4)
     assert state(checkpoint(tmp_path, 12)).keys() == state(checkpoint(whole, 12)).keys(), "the names stay the same"

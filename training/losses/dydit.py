@@ -119,7 +119,7 @@ class DyDiTLoss(DiffusionLoss):
         ratios = []
         for batch, draws in pieces:
             x_t = self.process.q_sample(batch.x_start, draws.t, draws.noise)
-            ratios.append(self.flops_ratio(self.evaluate(x_t, batch, draws, **draws.extra).aux))
+            ratios.append(self.flops_ratio(self.evaluate(x_t, batch, draws, 0, **draws.extra).aux))
         return {RATIO: distributed.mean_over_ranks(torch.cat(ratios).mean())}
 
     def forward(self, batch: Batch, draws: Draws, step: int, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ class DyDiTLoss(DiffusionLoss):
         mean has it. All processes call together.
         """
         x_t = self.process.q_sample(batch.x_start, draws.t, draws.noise)
-        out = self.evaluate(x_t, batch, draws, **draws.extra)
+        out = self.evaluate(x_t, batch, draws, 0, **draws.extra)
         losses = self.losses(out, x_t, batch, draws)
         ratio = self.flops_ratio(out.aux)
         mean = shared[RATIO] if RATIO in shared else distributed.mean_over_ranks(ratio.detach().mean())
@@ -146,7 +146,7 @@ class DyDiTLoss(DiffusionLoss):
     def flops_ratio(self, routing: Routing) -> Tensor:
         """Share of the blocks' MACs that masks leave on: (N,) float32; modulation and routers do not count.
 
-        Linear in the heads, whose products are left out with them, and bilinear in MLP groups and tokens.
+        Linear in the heads, which take their products with them, and bilinear in MLP groups and tokens.
         """
         parts = self.network.cost()
         attention, mlp = parts["attention_linear"] + parts["attention_products"], parts["mlp"]

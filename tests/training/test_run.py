@@ -1,13 +1,17 @@
+"""A run's folder, log, metrics, profile, and the signals that stop it."""
+
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
-from runtime.run_log import RunLog
 
 import train
-from runtime.errors import run
+from runtime.errors import UserError, run
+from training.run import RunLog, create_run_folder, cut_metrics, stop_on_signal
 
 
 def test_metrics_go_to_json_lines_and_to_tensorboard(tmp_path):
@@ -33,14 +37,14 @@ def test_without_a_folder_nothing_is_written(tmp_path, capsys, monkeypatch):
 
 
 def test_the_writer_does_without_tensorflow(tmp_path):
-    """Where TensorFlow is installed, TensorBoard would load it beside Triton, which can abort the process."""
+    """Where TensorFlow is installed, TensorBoard would load it; with Triton it can abort the process."""
     fake = tmp_path / "tensorflow"
     fake.mkdir()
     (fake / "__init__.py").write_text("raise SystemExit('tensorflow was imported')")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "from pathlib import Path\n"
-        "from runtime.run_log import RunLog\n"
+        "from training.run import RunLog\n"
         f"RunLog(Path({str(tmp_path)!r}), tensorboard=True).metrics(step=1, loss=0.5)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -74,3 +78,38 @@ def test_tensorboard_is_an_extra(monkeypatch, capsys, tmp_path):
     argv = ["--dataset", "digits", "--model", "DiT-digits/2", "--tensorboard", "--results-dir", str(tmp_path)]
     assert run(train.main, "train.py", argv) == 2
     assert "--tensorboard: the package is not installed; pip install tensorboard" in capsys.readouterr().err
+
+
+def test_run_folders_are_numbered_above_the_highest(tmp_path):
+    assert create_run_folder(tmp_path / "results", "a").name == "000-a"
+    (tmp_path / "results" / "007-b").mkdir()
+    (tmp_path / "results" / "notes").mkdir()
+    assert create_run_folder(tmp_path / "results", "a").name == "008-a"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--results-dir .*file/results: cannot write there"):
+        create_run_folder(tmp_path / "file" / "results", "a")
+
+
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
+    lines = [json.dumps({"step": step, "loss": 0.5}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))
+    cut_metrics(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
+    cut_metrics(tmp_path / "nowhere", 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_first_signal_is_a_request_and_a_second_one_acts(number):
+    acted = []
+    before = signal.signal(number, lambda *_: acted.append(number))
+    try:
+        with stop_on_signal() as request:
+            assert not request.by_any_rank()
+            os.kill(os.getpid(), number)
+            assert request.by_any_rank() and acted == []
+            os.kill(os.getpid(), number)
+            assert acted == [number]
+        os.kill(os.getpid(), number)
+        assert acted == [number, number], "the old handler is back"
+    finally:
+        signal.signal(number, before)
