@@ -127,7 +127,7 @@ SMOKE = Sizes(
     images=2,
     steps=2,
     spec="ddim5",
-    family_steps=4,
+    family_steps=10,
     evaluator=TINY,
 )
 SAMPLING_ROUNDS, EVALUATOR_ROUNDS = 5, 3
@@ -241,7 +241,8 @@ def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> It
         yield Measurement("forward", partial(alone, make), sizes.rounds)
     for cases in sampling_groups(sizes.model, sizes.images, sizes.steps, device, compiler):
         yield Measurement("sampling", cases, min(SAMPLING_ROUNDS, sizes.rounds))
-    for group, cases in family_groups(sizes.families, sizes.images, sizes.family_steps, device, compiler):
+    groups = family_groups(sizes.families, sizes.images, sizes.family_steps, device, compiler)
+    for group, cases in groups.items():
         yield Measurement(group, cases, min(SAMPLING_ROUNDS, sizes.rounds))
     yield Measurement("optimizer", lambda: optimizer_cases(random_network(sizes.model, device)), sizes.rounds)
     rounds = min(EVALUATOR_ROUNDS, sizes.rounds)
