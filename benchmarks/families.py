@@ -17,15 +17,7 @@ from models import model_config
 def family_groups(
     models: tuple[str, str, str], images: int, steps: int, device: torch.device, compiler: str | None
 ) -> dict[str, Callable[[], list[Case]]]:
-    """Makers of cases by group: routing, caching and sharing in bf16, in the whole sampling loop.
-
-    Args:
-        models: Names of a DyDiT, a Skip-DiT and a DDT.
-        images: Images of a batch.
-        steps: Steps of a sampler.
-        device: Device of all tensors.
-        compiler: Backend for the blocks, or None.
-    """
+    """Makers of cases of a DyDiT, a Skip-DiT and a DDT, by group; all in bf16, in the whole sampling loop."""
     routed, skipping, divided = models
 
     def routing() -> list[Case]:

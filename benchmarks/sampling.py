@@ -252,17 +252,9 @@ def diffusers_case(network: DiT, images: int, steps: int) -> Case:
 def sampling_groups(
     model: str, images: int, steps: int, device: torch.device, compiler: str | None
 ) -> Iterator[Callable[[], list[Case]]]:
-    """Guided sampling in bf16: every sampler, compiled, one image at a time, and as diffusers does it.
+    """Makers of cases of guided sampling in bf16: every sampler, compiled, one image, and as diffusers does it.
 
-    Args:
-        model: Name in the registry.
-        images: Images of a batch; each is two rows.
-        steps: Steps of a timed run.
-        device: Device of all tensors.
-        compiler: Backend for the blocks; None leaves them as they are.
-
-    Yields:
-        Makers of cases that share a network.
+    Each maker's cases share a network; each takes so many steps, of so many images.
     """
 
     def every_sampler(backend: str | None) -> list[Case]:
@@ -386,7 +378,7 @@ def sampling_shares(
         device: Device of all tensors.
         images: Images of a batch.
         steps: Steps of a traced chunk.
-        spec: Step spec of the trajectories whose precision is compared.
+        spec: Step spec of the trajectories in both precisions.
         deadline: Time on the monotonic clock after which nothing is started.
 
     Returns:
