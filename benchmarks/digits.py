@@ -27,14 +27,8 @@ from sampling.pipeline import Pipeline, PreparedRun
 BATCH = 250
 
 
-class Protocol(NamedTuple):
-    """Default sampling of a process: that for which the training scripts were tuned."""
-
-    sampler: str
-    scale: float
-
-
-PROTOCOLS = {"gaussian": Protocol("ddim", 1.1), "flow": Protocol("euler", 1.0)}
+# Default sampler and guidance scale of a process: those for which the training scripts were tuned
+PROTOCOLS = {"gaussian": ("ddim", 1.1), "flow": ("euler", 1.0)}
 
 
 class TrainedModel(NamedTuple):
@@ -114,20 +108,14 @@ def sampling_setups(
     """All setups of a model: with ever fewer steps; and with the first number of them, reusing state.
 
     Under Gaussian diffusion state is reused by Skip-Cache's rule, in a flow where measured similarities say that it
-    costs least.
-
-    Args:
-        model: Model to sample from.
-        steps: Numbers of steps.
-        intervals: Intervals of reuse, each above 1, for models that can.
-        **settings: Settings of sampling; sampler and guidance scale are those of `PROTOCOLS` where they are None.
+    costs least. Settings are those of `Pipeline.prepare`; without sampler and guidance scale those of `PROTOCOLS`.
 
     Raises:
         UserError: For settings that do not fit.
     """
     process = model.pipeline.info.process
-    protocol, given = PROTOCOLS[process], {name: value for name, value in settings.items() if value is not None}
-    fixed: dict[str, Any] = {"sampler": protocol.sampler, "cfg_scale": protocol.scale, **given}
+    fixed: dict[str, Any] = dict(zip(("sampler", "cfg_scale"), PROTOCOLS[process], strict=True))
+    fixed |= {name: value for name, value in settings.items() if value is not None}
     if SAMPLERS[fixed["sampler"]].process != process:
         raise UserError(f"--ckpt {model.path}: --sampler {fixed['sampler']}: the network was trained under {process!r}")
 

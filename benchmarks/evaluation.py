@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.timing import Case, Row
 from evaluator.features import extract_features
-from evaluator.inception.backend import Backend, Features
+from evaluator.inception.backend import Features
 from evaluator.inception.network import InceptionNetwork, load_network
 from evaluator.inception.synthetic import write_synthetic_graph
 from evaluator.metrics import (
@@ -152,7 +152,11 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _finish(name: str, start: float, images: int = 0, **facts: float) -> Stage:
+def _timed(name: str, work: Callable[[], Any], images: int = 0, fact: str | None = None) -> Stage:
+    """Time the work of a stage, which may return a number that is kept under the name `fact`."""
+    start = time.perf_counter()
+    result = work()
+    facts = {} if fact is None else {fact: float(result)}
     return Stage(name, time.perf_counter() - start, peak_memory(), images, facts)
 
 
@@ -184,18 +188,15 @@ def reading(sizes: EvaluatorSizes) -> Stage:
     """Read every image of the samples once."""
     with tempfile.TemporaryDirectory() as folder:
         file = ImageFile(write_black_images(Path(folder) / "a.npz", sizes.samples, sizes.side))
-        start = time.perf_counter()
-        size = sum(batch.nbytes for batch in file.batches(0, file.count, sizes.batch))
-        return _finish("reading", start, sizes.samples, gigabytes=size / 1e9)
+        batches = file.batches(0, file.count, sizes.batch)
+        return _timed("reading", lambda: sum(batch.nbytes for batch in batches) / 1e9, sizes.samples, "gigabytes")
 
 
 def digest(sizes: EvaluatorSizes) -> Stage:
     """Compute the samples' sha256, and the CRC-32 of the pixels in the same pass."""
     with tempfile.TemporaryDirectory() as folder:
         file = ImageFile(write_black_images(Path(folder) / "a.npz", sizes.samples, sizes.side))
-        start = time.perf_counter()
-        file.verified_sha256()
-        return _finish("sha256 and CRC-32 of the file (while the network runs)", start, sizes.samples)
+        return _timed("sha256 and CRC-32 of the file (while the network runs)", file.verified_sha256, sizes.samples)
 
 
 def features(sizes: EvaluatorSizes) -> Stage:
@@ -203,54 +204,52 @@ def features(sizes: EvaluatorSizes) -> Stage:
     network, images = make_network(sizes), random_images(sizes.batch, sizes.side)
     network.features(images)
     batches = sizes.images // sizes.batch
-    start = time.perf_counter()
-    for _ in range(batches):
-        network.features(images)
-    return _finish(f"features, {sizes.side} x {sizes.side}", start, batches * sizes.batch)
+    name = f"features, {sizes.side} x {sizes.side}"
+    return _timed(name, lambda: [network.features(images) for _ in range(batches)][-1], batches * sizes.batch)
 
 
 def statistics(sizes: EvaluatorSizes) -> Stage:
     """Compute mean and covariance of the samples' pool features."""
     rows = random_features(sizes.samples, sizes.pool, 0)
-    start = time.perf_counter()
-    feature_statistics(rows)
-    return _finish(f"statistics of {sizes.samples:,} x {sizes.pool:,}", start)
+    return _timed(f"statistics of {sizes.samples:,} x {sizes.pool:,}", lambda: feature_statistics(rows))
+
+
+def _pair(rows: int, width: int) -> list[Tensor]:
+    return [random_features(rows, width, seed) for seed in (0, 1)]
 
 
 def distance(sizes: EvaluatorSizes, rows: int, name: str) -> Stage:
     """Compute the Frechet distance of given statistics."""
-    a, b = (feature_statistics(random_features(rows, sizes.pool, seed)) for seed in (0, 1))
-    start = time.perf_counter()
-    value = frechet_distance(a, b)
-    return _finish(name, start, distance=value)
+    a, b = map(feature_statistics, _pair(rows, sizes.pool))
+    return _timed(name, lambda: frechet_distance(a, b), fact="distance")
 
 
 def distance_from_features(sizes: EvaluatorSizes) -> Stage:
     """Compute the Frechet distance of few rows, without their covariances."""
-    a, b = (random_features(sizes.few, sizes.pool, seed) for seed in (0, 1))
-    start = time.perf_counter()
-    value = frechet_distance_from_features(a, b)
-    return _finish(f"Frechet distance of {sizes.few:,} rows", start, distance=value)
+    a, b = _pair(sizes.few, sizes.pool)
+    name = f"Frechet distance of {sizes.few:,} rows"
+    return _timed(name, lambda: frechet_distance_from_features(a, b), fact="distance")
 
 
 def general_square_root(sizes: EvaluatorSizes, rows: int) -> Stage:
     """Compute the Frechet distance by a square root of the product of covariances, as ADM does."""
     from scipy.linalg import sqrtm
 
-    a, b = (feature_statistics(random_features(rows, sizes.pool, seed)) for seed in (0, 1))
-    start = time.perf_counter()
-    root = float(np.trace(sqrtm(a.covariance.numpy() @ b.covariance.numpy())).real)
-    shift = a.mean - b.mean
-    value = float(shift @ shift + a.covariance.trace() + b.covariance.trace()) - 2 * root
-    return _finish("the same by a general square root (scipy)", start, distance=value)
+    a, b = map(feature_statistics, _pair(rows, sizes.pool))
+
+    def compute() -> float:
+        root = float(np.trace(sqrtm(a.covariance.numpy() @ b.covariance.numpy())).real)
+        shift = a.mean - b.mean
+        return float(shift @ shift + a.covariance.trace() + b.covariance.trace()) - 2 * root
+
+    return _timed("the same by a general square root (scipy)", compute, fact="distance")
 
 
 def manifolds(sizes: EvaluatorSizes, precision: DistancePrecision) -> Stage:
     """Compute precision and recall of as many samples as references."""
-    a, b = (random_features(sizes.reference, sizes.pool, seed) for seed in (0, 1))
-    start = time.perf_counter()
-    precision_recall(a, b, precision=precision)
-    return _finish(f"precision and recall, {sizes.reference:,} x {sizes.reference:,}, {precision}", start)
+    a, b = _pair(sizes.reference, sizes.pool)
+    name = f"precision and recall, {sizes.reference:,} x {sizes.reference:,}, {precision}"
+    return _timed(name, lambda: precision_recall(a, b, precision=precision))
 
 
 class DryRunBackend:
@@ -274,18 +273,22 @@ class DryRunBackend:
 
 def dry_run(sizes: EvaluatorSizes) -> Stage:
     """Run a whole evaluation at full size, files and metrics included, without the network's time."""
-    world = World(0, 1, torch.device("cpu"))
-    backend: Backend = DryRunBackend(sizes)
-    sets: list[ImageSet] = []
+    world, backend = World(0, 1, torch.device("cpu")), DryRunBackend(sizes)
+
+    def extract(path: Path, count: int) -> ImageSet:
+        options: dict[str, Any] = {"batch_size": sizes.batch, "spatial": True, "world": world, "title": path.name}
+        found = extract_features(ImageFile(path), backend, count, **options)
+        assert found is not None  # the only process is the main one
+        return ImageSet(found.pool, None, found.spatial, backend.probabilities)
+
     with tempfile.TemporaryDirectory() as folder:
-        counts = {"reference": sizes.reference, "samples": sizes.samples}
-        files = {name: write_black_images(Path(folder) / name, count, sizes.side) for name, count in counts.items()}
-        start = time.perf_counter()
-        for name, path in files.items():
-            options: dict[str, Any] = {"batch_size": sizes.batch, "spatial": True, "world": world, "title": name}
-            features = extract_features(ImageFile(path), backend, counts[name], **options)
-            assert features is not None  # the only process is the main one
-            sets.append(ImageSet(features.pool, None, features.spatial, backend.probabilities))
-        scores = compute_scores(ADM_METRICS, sets[0], sets[1], "adm")
-        assert all(map(math.isfinite, scores.values()))
-        return _finish("everything but the network", start)
+        counts = {Path(folder) / "reference": sizes.reference, Path(folder) / "samples": sizes.samples}
+        for path, count in counts.items():
+            write_black_images(path, count, sizes.side)
+
+        def evaluate() -> None:
+            reference, samples = (extract(*item) for item in counts.items())
+            scores = compute_scores(ADM_METRICS, reference, samples, "adm")
+            assert all(map(math.isfinite, scores.values()))
+
+        return _timed("everything but the network", evaluate)

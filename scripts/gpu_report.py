@@ -80,54 +80,31 @@ class GpuReportSettings:
 
 
 class Sizes(NamedTuple):
-    """Sizes and numbers of runs."""
+    """Sizes and numbers of runs; the defaults are those of a GPU."""
 
-    model: str  # name in the registry
-    families: tuple[str, str, str]  # names of a DyDiT, a Skip-DiT and a DDT
-    train: tuple[tuple[int, int, int], ...]  # (images per step, steps per timed run, timed runs) of each training case
-    rows: int  # rows of the forward pass; 64 is 32 guided images
-    rounds: int  # timed runs of everything else
-    gemm_side: int  # side of the square matrix product
-    images: int = 32  # images of a sampling batch; each is two rows
+    model: str = "DiT-XL/2"
+    families: tuple[str, str, str] = ("DyDiT-XL/2", "Skip-DiT-XL/2", "DDT-XL/2")
+    # (images per step, steps per timed run, timed runs) of each training case
+    train: tuple[tuple[int, int, int], ...] = ((256, 4, 5), (32, 20, 5))
+    rows: int = 64  # of the forward pass: 32 guided images
+    rounds: int = 15  # timed runs of everything else
+    gemm_side: int = GEMM_SIDE["cuda"]  # of the square matrix product
+    images: int = 32  # of a sampling batch; each is two rows
     steps: int = 8  # sampling steps of a timed run
     spec: str = "ddim50"  # step spec of the trajectories that compare precisions
     family_steps: int = 20  # sampling steps in which the families leave work out
     evaluator: EvaluatorSizes = PUBLISHED  # sizes of the evaluator's cases
 
 
-FULL = Sizes(
-    "DiT-XL/2",
-    ("DyDiT-XL/2", "Skip-DiT-XL/2", "DDT-XL/2"),
-    ((256, 4, 5), (32, 20, 5)),
-    rows=64,
-    rounds=15,
-    gemm_side=GEMM_SIDE["cuda"],
-)
 SMOKE = Sizes(
-    "DiT-debug/2",
-    ("DyDiT-debug/2", "Skip-DiT-debug/2", "DDT-debug/2"),
-    ((4, 1, 1), (2, 1, 1)),
-    rows=4,
-    rounds=1,
-    gemm_side=64,
-    images=2,
-    steps=2,
-    spec="ddim5",
-    family_steps=10,
-    evaluator=TINY,
-)
+    "DiT-debug/2", ("DyDiT-debug/2", "Skip-DiT-debug/2", "DDT-debug/2"), ((4, 1, 1), (2, 1, 1)), rows=4, rounds=1,
+    gemm_side=64, images=2, steps=2, spec="ddim5", family_steps=10, evaluator=TINY,
+)  # fmt: skip
 SAMPLING_ROUNDS, EVALUATOR_ROUNDS = 5, 3
 
 
 class Training:
-    """The trainer's own step in bf16; the images are random latents on the device.
-
-    Args:
-        model: Name in the registry.
-        rows: Images per step.
-        device: Device of network and images.
-        compiler: Backend for the blocks, or None.
-    """
+    """The trainer's own step in bf16; the images are random latents on the device."""
 
     def __init__(self, model: str, rows: int, device: torch.device, compiler: str | None) -> None:
         setup = open_training(model, rows, device)
@@ -176,12 +153,12 @@ class Measurement(NamedTuple):
     rounds: int
 
 
-def training_case(sizes: Sizes, rows: int, steps: int, device: torch.device, compiler: str | None) -> Case:
-    """Training at one batch size, as it is (None) or compiled."""
+def training_case(sizes: Sizes, rows: int, steps: int, device: torch.device, compiler: str | None) -> list[Case]:
+    """Training at one batch size, as it is (None) or compiled; alone, so that nothing else takes up memory."""
     name = f"bf16, batch {rows}"
     with torch.device("meta"):
         flop = 3 * steps * forward_flop(create_model(sizes.model), rows)
-    return Case(
+    case = Case(
         f"{name}, blocks compiled" if compiler else name,
         lambda: Training(sizes.model, rows, device, compiler),
         lambda training: training.run(steps),
@@ -193,25 +170,16 @@ def training_case(sizes: Sizes, rows: int, steps: int, device: torch.device, com
         precision="bf16",
         predicted_memory=lambda training: predicted_memory(sizes.model, rows, device),
     )
+    return [case]
 
 
-def one_forward_case(sizes: Sizes, device: torch.device, bf16: bool, compiler: str | None) -> Case:
+def one_forward_case(sizes: Sizes, device: torch.device, bf16: bool, compiler: str | None) -> list[Case]:
     """The forward pass: float32 or autocast, compiled or not."""
-    network = random_network(sizes.model, device)
-    name = f"{'bf16 autocast' if bf16 else 'fp32'}, {sizes.rows} rows{', blocks compiled' if compiler else ''}"
-    return forward_case(
-        name,
-        forward_flop(network, sizes.rows),
-        make_inputs(network, sizes.rows, device),
-        lambda: compiled(network, compiler) if compiler else network,
-        f"fp32, {sizes.rows} rows",
-        bf16=bf16,
-    )
-
-
-def alone(make: Callable[[], Case]) -> list[Case]:
-    """A group of one case, so that nothing else takes up memory."""
-    return [make()]
+    network, rows = random_network(sizes.model, device), sizes.rows
+    name = f"{'bf16 autocast' if bf16 else 'fp32'}, {rows} rows{', blocks compiled' if compiler else ''}"
+    flop, inputs = forward_flop(network, rows), make_inputs(network, rows, device)
+    make = partial(compiled, network, compiler) if compiler else lambda: network
+    return [forward_case(name, flop, inputs, make, f"fp32, {rows} rows", bf16=bf16)]
 
 
 def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> Iterator[Measurement]:
@@ -221,10 +189,10 @@ def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> It
     for kind in dict.fromkeys((None, compiler)):
         for rows, steps, rounds in sizes.train:
             make = partial(training_case, sizes, rows, steps, device, kind)
-            yield Measurement("training", partial(alone, make), rounds)
+            yield Measurement("training", make, rounds)
     for bf16, kind in dict.fromkeys(((False, None), (True, None), (True, compiler))):
         make = partial(one_forward_case, sizes, device, bf16, kind)
-        yield Measurement("forward", partial(alone, make), sizes.rounds)
+        yield Measurement("forward", make, sizes.rounds)
     for cases in sampling_groups(sizes.model, sizes.images, sizes.steps, device, compiler):
         yield Measurement("sampling", cases, min(SAMPLING_ROUNDS, sizes.rounds))
     groups = family_groups(sizes.families, sizes.images, sizes.family_steps, device, compiler)
@@ -258,10 +226,9 @@ def measure_all(
             continue
         try:
             rows += measure(group, comparable(cases(), known), rounds, clock, known=known, device=device)
-        except torch.cuda.OutOfMemoryError:
-            skipped.append(f"{group} (measurement {number}): out of memory")
-        except UserError as error:  # one disagreement must not cost the other results
-            skipped.append(f"{group} (measurement {number}): {error}")
+        except (torch.cuda.OutOfMemoryError, UserError) as error:  # must not cost the other results
+            reason = error if isinstance(error, UserError) else "out of memory"
+            skipped.append(f"{group} (measurement {number}): {reason}")
         print(f"{number}: {group} done", file=sys.stderr, flush=True)
         if group == "optimizer":
             known.clear()
@@ -319,7 +286,7 @@ def main(argv: Sequence[str]) -> None:
     check_writable(path, "--output-dir")
     tests = "not run (smoke)" if config.smoke else run_gpu_tests()
     # Tracing alone, without generating code, is enough to show that a block can be compiled
-    sizes, compiler = (SMOKE, "eager") if config.smoke else (FULL, find_compiler(device))
+    sizes, compiler = (SMOKE, "eager") if config.smoke else (Sizes(), find_compiler(device))
     rows, skipped = measure_all(measurements(sizes, device, compiler), device, clock, deadline)
     if compiler is None:
         skipped.append("compiled blocks: Triton is not installed")
