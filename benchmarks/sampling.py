@@ -298,16 +298,12 @@ def idle_share(intervals: Iterable[tuple[float, float]]) -> float:
     Raises:
         ValueError: If there are no intervals.
     """
-    ordered = sorted(intervals)
-    if not ordered:
+    starts, stops = np.array(sorted(intervals)).reshape(-1, 2).T
+    if not len(starts):
         raise ValueError("nothing ran")
-    busy, (begin, end) = 0.0, ordered[0]
-    for start, stop in ordered:
-        if start > end:
-            busy, begin = busy + end - begin, start
-        end = max(end, stop)
-    first, last = ordered[0][0], end
-    return 1 - (busy + end - begin) / (last - first)
+    stops = np.maximum.accumulate(stops)
+    gaps = np.maximum(starts[1:] - stops[:-1], 0)
+    return float(gaps.sum() / (stops[-1] - starts[0]))
 
 
 def idle_while_sampling(run: SamplingRun, chunks: int, decode: Callable[[Tensor], Tensor]) -> float:

@@ -33,7 +33,6 @@ class OutputSettings:
     output: Path | None = setting(None, "JSON file for the results")
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         check_at_least(self, 1, "threads")
 
     def start(self) -> None:
@@ -51,7 +50,6 @@ class TimingSettings(OutputSettings):
     device: Literal["cuda", "cpu"] | None = setting(None, "where to compute", shown="cuda if there is one")
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         super().__post_init__()
         check_at_least(self, 1, "rounds")
 

@@ -20,18 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import versions
-from benchmarks.cases import (
-    find_compiler,
-    forward_cases,
-    loader_cases,
-    make_all,
-    make_inputs,
-    optimizer_cases,
-    peak_cases,
-    random_network,
-    train_cases,
-)
+from benchmarks import cases, versions
 from benchmarks.official import official_network
 from benchmarks.report import document, headline, machine_info, markdown, report, write_json
 from benchmarks.sampling import file_cases, loop_cases
@@ -60,7 +49,6 @@ class BenchmarkSettings(TimingSettings):
     )
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         super().__post_init__()
         check_at_least(self, 1, "batch_size")
         unknown = sorted(set(self.groups) - set(GROUPS))
@@ -77,33 +65,34 @@ class BenchmarkSettings(TimingSettings):
 
 def network_rows(config: BenchmarkSettings, device: torch.device, clock: Clock) -> Rows:
     """The groups that need a network."""
-    makers: dict[str, Callable[[], list[Case]]] = {
-        "forward": lambda: forward_cases(network, inputs, peer, compiler) + peak_cases(network, len(inputs.x), device),
-        "train_step": lambda: train_cases(network, inputs, peer, compiler) + peak_cases(network, len(inputs.x), device),
-        "optimizer": lambda: optimizer_cases(network),
-    }
-    groups = [group for group in config.groups if group in makers]
+    groups = [group for group in config.groups if group in ("forward", "train_step", "optimizer")]
     if not groups:
         return [], []
-    network = random_network(config.model, device)
-    inputs = make_inputs(network, config.batch_size, device)
+    network = cases.random_network(config.model, device)
+    inputs = cases.make_inputs(network, config.batch_size, device)
     peer = official_network(config.against, network, config.model) if config.against else None
-    compiler = find_compiler(device)
+    compiler = cases.find_compiler(device)
     skipped = [] if compiler else ["compiled blocks: no C++ compiler (on a GPU: no Triton)"]
+    peaks = cases.peak_cases(network, config.batch_size, device)
+    makers: dict[str, Callable[[], list[Case]]] = {
+        "forward": lambda: cases.forward_cases(network, inputs, peer, compiler) + peaks,
+        "train_step": lambda: cases.train_cases(network, inputs, peer, compiler) + peaks,
+        "optimizer": lambda: cases.optimizer_cases(network),
+    }
     return [row for group in groups for row in measure(group, makers[group](), config.rounds, clock)], skipped
 
 
 def loader_rows(rounds: int) -> Rows:
     """The loaders, on one CPU thread whatever the device."""
     with tempfile.TemporaryDirectory() as folder:
-        cases, skipped = make_all(loader_cases(Path(folder)))
-        return measure("loader", cases, rounds, process_seconds), skipped
+        loaders, skipped = cases.make_all(cases.loader_cases(Path(folder)))
+        return measure("loader", loaders, rounds, process_seconds), skipped
 
 
 def sampling_rows(config: BenchmarkSettings, device: torch.device, clock: Clock) -> Rows:
     """The loop around the network on the device, and the file at the end on one CPU thread."""
-    cases, skipped = loop_cases(device, LOOP_IMAGES, config.against)
-    rows = measure("sampling", cases, config.rounds, clock)
+    loops, skipped = loop_cases(device, LOOP_IMAGES, config.against)
+    rows = measure("sampling", loops, config.rounds, clock)
     with tempfile.TemporaryDirectory() as folder:
         rows += measure("sampling", file_cases(Path(folder)), config.rounds, process_seconds)
     return rows, skipped

@@ -17,22 +17,8 @@ from functools import partial
 
 import torch
 
-from benchmarks.evaluation import (
-    PUBLISHED,
-    TINY,
-    EvaluatorSizes,
-    Stage,
-    digest,
-    distance,
-    distance_from_features,
-    dry_run,
-    features,
-    general_square_root,
-    manifolds,
-    reading,
-    run_alone,
-    statistics,
-)
+from benchmarks import evaluation
+from benchmarks.evaluation import EvaluatorSizes, Stage
 from benchmarks.report import aligned, document, headline, machine_info, write_json
 from benchmarks.timing import OutputSettings, check_at_least
 from evaluator.settings import BATCH_SIZE
@@ -54,32 +40,32 @@ class EvaluatorBenchmarkSettings(OutputSettings):
     smoke: bool = setting(False, "everything tiny: shows that the benchmark works, measures nothing")
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         super().__post_init__()
         check_at_least(self, BATCH_SIZE["cpu"], "images")
 
     @property
     def sizes(self) -> EvaluatorSizes:
         """Sizes of all stages."""
-        return TINY if self.smoke else dataclasses.replace(PUBLISHED, images=self.images, batch=BATCH_SIZE["cpu"])
+        published = dataclasses.replace(evaluation.PUBLISHED, images=self.images, batch=BATCH_SIZE["cpu"])
+        return evaluation.TINY if self.smoke else published
 
 
 def stages(sizes: EvaluatorSizes, threads: int) -> list[tuple[Callable[[EvaluatorSizes], Stage], float | None]]:
     """The work of all stages, and the goal of each in seconds."""
-    many = max(FULL_RANK_ROWS * sizes.pool // PUBLISHED.pool, sizes.pool + 2)
+    many = max(FULL_RANK_ROWS * sizes.pool // evaluation.PUBLISHED.pool, sizes.pool + 2)
     singular = "Frechet distance, singular covariances"
     return [
-        (reading, None),
-        (digest, None),
-        (features, SECONDS_PER_IMAGE * sizes.images / threads),
-        (statistics, None),
-        (partial(distance, rows=many, name="Frechet distance, full rank"), SECONDS_FULL_RANK),
-        (partial(general_square_root, rows=many), None),
-        (partial(distance, rows=sizes.few, name=singular), SECONDS_SINGULAR),
-        (distance_from_features, SECONDS_SINGULAR),
-        (partial(manifolds, precision="adm"), None),
-        (partial(manifolds, precision="float32"), None),
-        (dry_run, None),
+        (evaluation.reading, None),
+        (evaluation.digest, None),
+        (evaluation.features, SECONDS_PER_IMAGE * sizes.images / threads),
+        (evaluation.statistics, None),
+        (partial(evaluation.distance, rows=many, name="Frechet distance, full rank"), SECONDS_FULL_RANK),
+        (partial(evaluation.general_square_root, rows=many), None),
+        (partial(evaluation.distance, rows=sizes.few, name=singular), SECONDS_SINGULAR),
+        (evaluation.distance_from_features, SECONDS_SINGULAR),
+        (partial(evaluation.manifolds, precision="adm"), None),
+        (partial(evaluation.manifolds, precision="float32"), None),
+        (evaluation.dry_run, None),
     ]
 
 
@@ -87,7 +73,7 @@ def measure(sizes: EvaluatorSizes, threads: int) -> list[Stage]:
     """Run all stages, one after the other."""
     measured = []
     for work, goal in stages(sizes, threads):
-        stage = dataclasses.replace(run_alone(work, threads, sizes), seconds_goal=goal)
+        stage = dataclasses.replace(evaluation.run_alone(work, threads, sizes), seconds_goal=goal)
         measured.append(stage)
         print(f"{stage.name}: {stage.seconds:.2f} s", file=sys.stderr, flush=True)
     return measured

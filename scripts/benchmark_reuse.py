@@ -46,7 +46,6 @@ class ReuseSettings(TimingSettings):
     check: float | None = setting(None, "exit with status 1 if less than this share of a bound is reached")
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         super().__post_init__()
         check_at_least(self, 1, "hidden_size", "num_heads", "input_size", "batch_size")
         for interval in self.intervals:

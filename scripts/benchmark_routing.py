@@ -50,7 +50,6 @@ class RoutingSettings(TimingSettings):
     compile: bool = setting(False, "compile the blocks")
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         super().__post_init__()
         check_at_least(self, 1, "depth", "batch_size", "heads", "groups", "steps")
         if not 0 <= self.tokens <= 1:

@@ -20,16 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.digits import (
-    Result,
-    SamplingSetup,
-    TrainedModel,
-    examine,
-    find_checkpoints,
-    newest,
-    open_model,
-    sampling_setups,
-)
+from benchmarks import digits
+from benchmarks.digits import Result, SamplingSetup, TrainedModel
 from benchmarks.plotting import pyplot, save_figure, style
 from benchmarks.report import aligned
 from benchmarks.timing import check_at_least
@@ -72,7 +64,6 @@ class CompareSettings:
     device: Literal["cuda", "cpu"] | None = setting(None, "where to compute", shown="cuda if there is one")
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         for name in ("ckpt", "steps"):
             if not getattr(self, name):
                 raise ValueError(f"--{name}: give at least one")
@@ -96,14 +87,16 @@ def plan(config: CompareSettings) -> list[tuple[TrainedModel, list[SamplingSetup
         UserError: If a place holds no checkpoint, or a flag does not fit one.
     """
     for place in config.ckpt:
-        if not any(path.exists() for path in find_checkpoints([place])):
+        if not any(path.exists() for path in digits.find_checkpoints([place])):
             made_by = f"; bash scripts/{MADE_BY[place]} makes some" if place in MADE_BY else ""
             raise UserError(f"--ckpt {place}: no checkpoint there{made_by}")
     device = distributed.choose_device(config.device)
-    models = newest([open_model(path, config.cache_depth, device) for path in find_checkpoints(config.ckpt)])
+    paths = digits.find_checkpoints(config.ckpt)
+    models = digits.newest([digits.open_model(path, config.cache_depth, device) for path in paths])
     settings: dict[str, Any] = {"sampler": config.sampler, "cfg_scale": config.cfg_scale}
     settings["sharing_dir"] = config.output_dir / "sharing"
-    return [(model, sampling_setups(model, config.steps, config.chosen_intervals, **settings)) for model in models]
+    steps, intervals = config.steps, config.chosen_intervals
+    return [(model, digits.sampling_setups(model, steps, intervals, **settings)) for model in models]
 
 
 def by_row(results: Sequence[Result]) -> list[list[Result]]:
@@ -219,7 +212,7 @@ def main(argv: Sequence[str]) -> None:
     check_writable(config.output_dir / "families.json", "--output-dir")
     results: list[Result] = []
     for model, setups in planned:
-        for result in examine(model, setups, config.num_samples, config.seed):
+        for result in digits.examine(model, setups, config.num_samples, config.seed):
             results.append(result)
             print(f"{result.name}, seed {result.seed}: {result.setup}", file=sys.stderr, flush=True)
     text = table(results)

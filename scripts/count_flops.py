@@ -53,7 +53,6 @@ class CountSettings:
     json: bool = setting(False, "print JSON instead of a table")
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         if self.num_sampling_steps is not None and not self.cache_interval:
             raise ValueError(f"--num-sampling-steps {self.num_sampling_steps}: has no effect without --cache-interval")
         if self.keep is not None and not all(0 <= share <= 1 for share in self.keep):

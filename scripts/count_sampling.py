@@ -36,7 +36,6 @@ class CountSamplingSettings(SamplingSettings):
     json: bool = setting(False, "print JSON instead of a table")
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         super().__post_init__()
         check_at_least(self, 1, "images")
 

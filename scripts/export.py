@@ -60,7 +60,6 @@ class ExportSettings:
     output: Path | None = setting(None, "file ending in .pt, or for diffusers a new folder", shown="required")
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         for name in ("ckpt", "output"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name}: required")

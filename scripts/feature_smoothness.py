@@ -77,7 +77,6 @@ class SmoothnessSettings:
     output_dir: Path = setting(Path("results/feature_smoothness"), "folder of pictures and numbers")
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         if not self.ckpt:
             raise ValueError("--ckpt: required; scripts/digits_skip_dit.sh trains some")
         check_at_least(self, 2, "points")

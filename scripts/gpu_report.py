@@ -30,18 +30,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from benchmarks.cases import (
-    GEMM_SIDE,
-    compiled,
-    fill_zeros,
-    find_compiler,
-    forward_case,
-    forward_flop,
-    gemm_cases,
-    make_inputs,
-    optimizer_cases,
-    random_network,
-)
+from benchmarks import cases
 from benchmarks.evaluation import GROUP as EVALUATOR
 from benchmarks.evaluation import PUBLISHED, TINY, EvaluatorSizes, evaluator_cases, extrapolated_seconds
 from benchmarks.families import family_groups
@@ -74,7 +63,6 @@ class GpuReportSettings:
     seconds: float = setting(400.0, "start no further measurement after this long")
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
         if not self.seconds > 0:
             raise ValueError(f"--seconds {self.seconds}: must be positive")
 
@@ -88,7 +76,7 @@ class Sizes(NamedTuple):
     train: tuple[tuple[int, int, int], ...] = ((256, 4, 5), (32, 20, 5))
     rows: int = 64  # of the forward pass: 32 guided images
     rounds: int = 15  # timed runs of everything else
-    gemm_side: int = GEMM_SIDE["cuda"]  # of the square matrix product
+    gemm_side: int = cases.GEMM_SIDE["cuda"]  # of the square matrix product
     images: int = 32  # of a sampling batch; each is two rows
     steps: int = 8  # sampling steps of a timed run
     spec: str = "ddim50"  # step spec of the trajectories that compare precisions
@@ -108,10 +96,10 @@ class Training:
 
     def __init__(self, model: str, rows: int, device: torch.device, compiler: str | None) -> None:
         setup = open_training(model, rows, device)
-        self.loss, network = setup.loss, fill_zeros(setup.network)
+        self.loss, network = setup.loss, cases.fill_zeros(setup.network)
         if compiler is not None:
             network.compile_blocks(compiler)
-        inputs = make_inputs(network, rows, device)
+        inputs = cases.make_inputs(network, rows, device)
         self.batch = Batch(inputs.x, {"y": inputs.y}, torch.arange(rows, device=device))
         self.trainer = Trainer(setup, World(0, 1, device), None, None)
 
@@ -149,7 +137,7 @@ class Measurement(NamedTuple):
     """A group of cases that are prepared, timed and freed together."""
 
     group: str
-    cases: Callable[[], list[Case]]
+    make: Callable[[], list[Case]]
     rounds: int
 
 
@@ -157,7 +145,7 @@ def training_case(sizes: Sizes, rows: int, steps: int, device: torch.device, com
     """Training at one batch size, as it is (None) or compiled; alone, so that nothing else takes up memory."""
     name = f"bf16, batch {rows}"
     with torch.device("meta"):
-        flop = 3 * steps * forward_flop(create_model(sizes.model), rows)
+        flop = 3 * steps * cases.forward_flop(create_model(sizes.model), rows)
     case = Case(
         f"{name}, blocks compiled" if compiler else name,
         lambda: Training(sizes.model, rows, device, compiler),
@@ -175,38 +163,37 @@ def training_case(sizes: Sizes, rows: int, steps: int, device: torch.device, com
 
 def one_forward_case(sizes: Sizes, device: torch.device, bf16: bool, compiler: str | None) -> list[Case]:
     """The forward pass: float32 or autocast, compiled or not."""
-    network, rows = random_network(sizes.model, device), sizes.rows
+    network, rows = cases.random_network(sizes.model, device), sizes.rows
     name = f"{'bf16 autocast' if bf16 else 'fp32'}, {rows} rows{', blocks compiled' if compiler else ''}"
-    flop, inputs = forward_flop(network, rows), make_inputs(network, rows, device)
-    make = partial(compiled, network, compiler) if compiler else lambda: network
-    return [forward_case(name, flop, inputs, make, f"fp32, {rows} rows", bf16=bf16)]
+    flop, inputs = cases.forward_flop(network, rows), cases.make_inputs(network, rows, device)
+    make = partial(cases.compiled, network, compiler) if compiler else lambda: network
+    return [cases.forward_case(name, flop, inputs, make, f"fp32, {rows} rows", bf16=bf16)]
 
 
 def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> Iterator[Measurement]:
     """All measurements, the most important first; networks are made when their turn comes."""
     side = sizes.gemm_side
-    yield Measurement("peak", lambda: gemm_cases(device, [(side, side, side)]), sizes.rounds)
+    yield Measurement("peak", lambda: cases.gemm_cases(device, [(side, side, side)]), sizes.rounds)
     for kind in dict.fromkeys((None, compiler)):
         for rows, steps, rounds in sizes.train:
-            make = partial(training_case, sizes, rows, steps, device, kind)
-            yield Measurement("training", make, rounds)
+            yield Measurement("training", partial(training_case, sizes, rows, steps, device, kind), rounds)
     for bf16, kind in dict.fromkeys(((False, None), (True, None), (True, compiler))):
-        make = partial(one_forward_case, sizes, device, bf16, kind)
-        yield Measurement("forward", make, sizes.rounds)
-    for cases in sampling_groups(sizes.model, sizes.images, sizes.steps, device, compiler):
-        yield Measurement("sampling", cases, min(SAMPLING_ROUNDS, sizes.rounds))
+        yield Measurement("forward", partial(one_forward_case, sizes, device, bf16, kind), sizes.rounds)
+    for make in sampling_groups(sizes.model, sizes.images, sizes.steps, device, compiler):
+        yield Measurement("sampling", make, min(SAMPLING_ROUNDS, sizes.rounds))
     groups = family_groups(sizes.families, sizes.images, sizes.family_steps, device, compiler)
-    for group, cases in groups.items():
-        yield Measurement(group, cases, min(SAMPLING_ROUNDS, sizes.rounds))
-    yield Measurement("optimizer", lambda: optimizer_cases(random_network(sizes.model, device)), sizes.rounds)
+    for group, make in groups.items():
+        yield Measurement(group, make, min(SAMPLING_ROUNDS, sizes.rounds))
+    network = partial(cases.random_network, sizes.model, device)
+    yield Measurement("optimizer", lambda: cases.optimizer_cases(network()), sizes.rounds)
     rounds = min(EVALUATOR_ROUNDS, sizes.rounds)
     yield Measurement(EVALUATOR, lambda: evaluator_cases(device, sizes.evaluator), rounds)
 
 
-def comparable(cases: Sequence[Case], known: Mapping[str, Sequence[Tensor]]) -> list[Case]:
+def comparable(group: Sequence[Case], known: Mapping[str, Sequence[Tensor]]) -> list[Case]:
     """The cases; those that lost their reference to memory or time are not compared."""
-    there = {*known, *(case.name for case in cases)}
-    return [case if case.reference in there else replace(case, reference=None) for case in cases]
+    there = {*known, *(case.name for case in group)}
+    return [case if case.reference in there else replace(case, reference=None) for case in group]
 
 
 def measure_all(
@@ -220,12 +207,12 @@ def measure_all(
     rows: list[Row] = []
     skipped: list[str] = []
     known: dict[str, Sequence[Tensor]] = {}
-    for number, (group, cases, rounds) in enumerate(measurements, start=1):
+    for number, (group, make, rounds) in enumerate(measurements, start=1):
         if time.monotonic() > deadline:
             skipped.append(f"{group} (measurement {number}): the time is up")
             continue
         try:
-            rows += measure(group, comparable(cases(), known), rounds, clock, known=known, device=device)
+            rows += measure(group, comparable(make(), known), rounds, clock, known=known, device=device)
         except (torch.cuda.OutOfMemoryError, UserError) as error:  # must not cost the other results
             reason = error if isinstance(error, UserError) else "out of memory"
             skipped.append(f"{group} (measurement {number}): {reason}")
@@ -286,7 +273,7 @@ def main(argv: Sequence[str]) -> None:
     check_writable(path, "--output-dir")
     tests = "not run (smoke)" if config.smoke else run_gpu_tests()
     # Tracing alone, without generating code, is enough to show that a block can be compiled
-    sizes, compiler = (SMOKE, "eager") if config.smoke else (Sizes(), find_compiler(device))
+    sizes, compiler = (SMOKE, "eager") if config.smoke else (Sizes(), cases.find_compiler(device))
     rows, skipped = measure_all(measurements(sizes, device, compiler), device, clock, deadline)
     if compiler is None:
         skipped.append("compiled blocks: Triton is not installed")

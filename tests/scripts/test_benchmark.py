@@ -176,7 +176,7 @@ def checkout(folder: Path, source: str = OFFICIAL) -> Path:
 
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "find_compiler", lambda device: "eager")
+    monkeypatch.setattr(benchmark_cases, "find_compiler", lambda device: "eager")
     monkeypatch.setitem(benchmark_cases.GEMM_SIDE, "cpu", 16)
     monkeypatch.setattr(benchmark_sampling, "NPZ_IMAGES", 40)
     monkeypatch.setattr(benchmark_sampling, "NPZ_SIDE", 8)

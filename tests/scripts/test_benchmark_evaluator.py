@@ -5,15 +5,15 @@ import os
 
 import pytest
 
-from benchmarks.evaluation import Stage, peak_memory, run_alone, write_black_images
+from benchmarks import evaluation
+from benchmarks.evaluation import TINY, Stage, peak_memory, run_alone, write_black_images
 from evaluator.npz import ImageFile
 from runtime.errors import run
-from scripts import benchmark_evaluator
 from scripts.benchmark_evaluator import extrapolate, main, table
 
 
 def test_smoke(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark_evaluator, "run_alone", lambda work, threads, sizes: work(sizes))
+    monkeypatch.setattr(evaluation, "run_alone", lambda work, threads, sizes: work(sizes))
     output = tmp_path / "new" / "result.json"
     assert run(main, "benchmark_evaluator.py", ["--smoke", "--output", str(output)]) == 0
     document, printed = json.loads(output.read_text()), capsys.readouterr().out
@@ -50,7 +50,7 @@ def test_totals_and_goals():
         Stage("everything but the network", 7.0, 10),
         Stage("slow", 3.0, 2_000_000_000, seconds_goal=2.0),
     ]
-    sizes = benchmark_evaluator.TINY
+    sizes = TINY
     assert extrapolate(measured, sizes) == pytest.approx(0.1 * (sizes.reference + sizes.samples) + 7)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(measured).splitlines()]
     assert cells[2] == ["features, 256 x 256", "20.00", "<= 30.0 met", "100.00", "0.00"]
