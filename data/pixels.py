@@ -21,6 +21,11 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.float().div(127.5).sub(1)
 
 
+def to_unit_range(images: Tensor) -> Tensor:
+    """Map uint8, or float32 in [-1, 1], of any shape to float32 in [0, 1]."""
+    return images.float() / 255 if images.dtype == torch.uint8 else (images + 1) / 2
+
+
 def to_uint8(x: Tensor) -> Tensor:
     """Map (..., C, H, W) in [-1, 1] to (..., H, W, C) uint8, rounded as in the official 50,000-image sampler."""
     return (127.5 * x).add_(128.0).clamp_(0, 255).movedim(-3, -1).to(torch.uint8)

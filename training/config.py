@@ -52,10 +52,7 @@ class DataSettings:
         """Validate the fields."""
         _at_least(self, 1, "image_size")
         _at_least(self, 0, "num_workers")
-        digits = self.dataset == "digits"
-        if self.channels not in (None, 1, 3) or (digits and self.channels == 3):
-            raise ValueError(f"--in-channels {self.channels}: 3 for RGB or 1 for grey (the digits are grey)")
-        if self.data_path is not None and digits:
+        if self.data_path is not None and self.dataset == "digits":
             raise ValueError(f"--data-path {self.data_path}: has no effect with --dataset digits")
 
 

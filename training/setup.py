@@ -40,6 +40,7 @@ class Setup:
         config: general settings, with everything resolved that they leave open.
         owners: kind -> name that was chosen, and its settings.
         dataset: training data.
+        source: where they come from, for the log.
         held_out: data of the validation loss; None without one.
         encoder: between the data and the network's latents.
         loss: holds the network and the process.
@@ -51,6 +52,7 @@ class Setup:
     config: TrainSettings
     owners: dict[str, tuple[str, Any]]
     dataset: Dataset
+    source: str
     held_out: Dataset | None
     encoder: Encoder
     loss: DiffusionLoss
@@ -68,6 +70,11 @@ class Setup:
         """Settings of the optimizer, which make it."""
         settings: OptimizerSettings = self.owners["optimizer"][1]
         return settings
+
+    def null_rows(self, count: int, device: torch.device) -> dict[str, Tensor] | None:
+        """Conditioning of unconditional rows where it comes from the data (text); None where the network has it."""
+        row: Mapping[str, Tensor] | None = getattr(self.dataset, "null_conditioning", None)
+        return None if row is None else {k: v.to(device).expand(count, *v.shape) for k, v in row.items()}
 
     def document(self) -> Values:
         """All settings as nested JSON: config.json, and part of every checkpoint."""
@@ -98,7 +105,8 @@ def set_up(
     Args:
         given: settings of the run.
         device: where it computes.
-        dataset: training data; None opens those that the settings name.
+        dataset: training data; None opens those that the settings name. An attribute `null_conditioning`, a dict of
+            tensors without rows, is the conditioning of unconditional rows where the network has none (text).
         held_out: data of the validation loss, of the same classes; None opens those that the settings name.
         fake: mode of tensors without values, which the network then has (for a dry run).
 
@@ -112,9 +120,10 @@ def set_up(
     owners = {kind: (names[kind], given.build(kind, names[kind])) for kind in ("process", "loss", "optimizer")}
     check_loss(given, *owners["loss"])
 
-    dataset = dataset or open_training_data(config)
+    source = str(config.data.data_path or config.data.dataset) if dataset is None else type(dataset).__name__
+    dataset = open_training_data(config) if dataset is None else dataset
     check_classes(config, fields, dataset)
-    held_out = held_out or open_held_out(config, dataset)
+    held_out = open_held_out(config, dataset) if held_out is None else held_out
     vae = config.data.vae or dataset.vae
     with error_prefix(f"--vae {vae}"):
         encoder = encoder_for(dataset, vae, device)
@@ -131,7 +140,7 @@ def set_up(
     owners |= {"model": (config.model, network.config)}
     steps = config.optimization.total_steps(len(dataset))
     scorer = open_scorer(config, dataset.image_shape[-2:], device)
-    return Setup(resolved, owners, dataset, held_out, encoder, loss, steps, notes, scorer)
+    return Setup(resolved, owners, dataset, source, held_out, encoder, loss, steps, notes, scorer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,6 +154,8 @@ def open_training_data(config: TrainSettings) -> Dataset:
         UserError: if it cannot be opened.
     """
     data, digits = config.data, config.data.dataset == "digits"
+    if data.channels not in (None, 1, 3) or (digits and data.channels == 3):
+        raise UserError(f"--in-channels {data.channels}: 3 for RGB or 1 for grey (the digits are grey)")
     with error_prefix("--dataset digits" if digits else "--data-path"):
         return open_dataset(
             data.dataset,

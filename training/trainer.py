@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import GlobalBatches, conditioning
+from data.pixels import to_unit_range
 from diffusion.loss import Batch, Draws
-from models import Network
+from models import Network, family_name
 from runtime import distributed
 from runtime.checkpoint import load_weights, save_checkpoint
 from runtime.distributed import World
@@ -189,9 +190,8 @@ class Trainer:
     def introduce(self) -> None:
         """Log what is trained on what, and the warnings."""
         parameters = sum(p.numel() for p in self.state.network.parameters())
-        self.log.line(f"{self.config.model} Parameters: {parameters:,}")
-        source = self.config.data.data_path or self.config.data.dataset
-        self.log.line(f"Dataset contains {len(self.setup.dataset):,} images ({source})")
+        self.log.line(f"{family_name(self.config.model)} Parameters: {parameters:,}")
+        self.log.line(f"Dataset contains {len(self.setup.dataset):,} images ({self.setup.source})")
         epochs = "" if self.config.optimization.max_steps else f"{self.config.optimization.epochs} epochs, "
         self.log.line(f"Training for {epochs}{self.setup.total_steps:,} steps...")
         for warning in self.setup.warnings():
@@ -311,15 +311,15 @@ def micro_batches(
         cond: their conditioning.
         index: their places in the data set.
     """
-    size, count = setup.config.optimization.global_batch_size, len(images)
+    optimization, first = setup.config.optimization, world.rank * len(images)
+    count = len(images) // optimization.grad_accum
     images = images.to(world.device, non_blocking=True)
     cond = {name: leaf.to(world.device, non_blocking=True) for name, leaf in cond.items()}
-    pieces = []
-    for start in range(0, count, count // setup.config.optimization.grad_accum):
-        own = slice(start, start + count // setup.config.optimization.grad_accum)
-        rows = range(world.rank * count + own.start, world.rank * count + own.stop)  # of the global batch
-        draws = setup.loss.draw(step, size, rows, world.device)
+    null, pieces = setup.null_rows(count, world.device), []
+    for start in range(0, len(images), count):
+        own, rows = slice(start, start + count), range(first + start, first + start + count)  # of rank, of all
+        draws = setup.loss.draw(step, optimization.global_batch_size, rows, world.device)
         latents = encode(setup, images[own], step, rows)
-        raw = None if setup.loss.alignment is None else images[own].float() / 255
-        pieces.append((Batch(latents, {name: leaf[own] for name, leaf in cond.items()}, index[own], raw), draws))
+        raw = None if setup.loss.alignment is None else to_unit_range(images[own])
+        pieces.append((Batch(latents, {name: leaf[own] for name, leaf in cond.items()}, index[own], raw, null), draws))
     return pieces

@@ -7,9 +7,10 @@ the training depends on it.
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from data import Dataset, conditioning
 from data.pixels import enlarge, grid, save_png, to_picture, to_uint8
@@ -45,7 +46,7 @@ class Report:
 
     Attributes:
         values: names and numbers for a line of metrics.
-        pictures: (N, H, W, C) uint8; None without samples, and on all ranks but 0.
+        pictures: (N, H, W, C) uint8, or (N, F, H, W, C); None without samples, and on all ranks but 0.
         seconds: duration.
     """
 
@@ -59,12 +60,13 @@ class Report:
         return ", ".join([*numbers, f"validation took {self.seconds:.1f} s"])
 
     def save_grid(self, path: Path) -> None:
-        """Write the pictures, about as wide as high."""
+        """Write the pictures, about as wide as high; of clips the frames in a row."""
         if self.pictures is None:
             return
-        shown = enlarge(self.pictures, max(1, SMALLEST_PICTURE // self.pictures.shape[1]))
+        count, *frames, height, _, _ = self.pictures.shape
+        shown = enlarge(self.pictures, max(1, SMALLEST_PICTURE // height))
         path.parent.mkdir(exist_ok=True)
-        save_png(grid(shown, columns=int(np.ceil(len(shown) ** 0.5)))[0], path)
+        save_png(grid(shown, columns=frames[0] if frames else math.ceil(count**0.5))[0], path)
 
 
 class Validation:
@@ -100,11 +102,10 @@ class Validation:
         return Report(values, pictures, time.perf_counter() - started)
 
     def sample_and_score(self) -> tuple[npt.NDArray[np.uint8] | None, dict[str, float]]:
-        """Sample images of all classes in turn, keep the first as pictures, score all; results are on rank 0 only."""
-        classes = len(self.setup.dataset.classes)
-        labels = torch.arange(self.settings.eval_samples) % max(classes, 1)
+        """Sample images, keep the first as pictures, score all; results are on rank 0 only."""
+        count, cond = self.settings.eval_samples, self.preview_conditioning()
         scorer, shown, rows = self.setup.scorer, [], []
-        for first, pixels in self.sample(labels):
+        for first, pixels in self.sample(cond):
             shown.append(to_picture(pixels[: max(0, SHOWN - first)]))
             if scorer is not None:
                 rows.append(scorer.features(to_uint8(pixels)))
@@ -112,8 +113,16 @@ class Validation:
         features = distributed.rows_on_main(torch.cat(rows)) if rows else None
         scores: dict[str, float] = {}
         if scorer is not None and features is not None:
-            scores = scorer.scores(features[: len(labels)], labels)
-        return None if pictures is None else pictures[: min(SHOWN, len(labels))].cpu().numpy(), scores
+            scores = scorer.scores(features[:count], cond.get("y", torch.zeros(count)))
+        return None if pictures is None else pictures[: min(SHOWN, count)].cpu().numpy(), scores
+
+    def preview_conditioning(self) -> dict[str, Tensor]:
+        """Conditioning of the samples: all classes in turn or, without classes, that of the first images."""
+        count, classes = self.settings.eval_samples, len(self.setup.dataset.classes)
+        if classes:
+            return {"y": torch.arange(count) % classes}
+        images = self.setup.dataset if self.setup.held_out is None else self.setup.held_out
+        return conditioning(default_collate([images[0, i % len(images)][1] for i in range(count)]))
 
     @torch.no_grad()
     def losses(self, images: Dataset) -> dict[str, float]:
@@ -145,27 +154,30 @@ class Validation:
         return {"val_loss": sum(total) / sum(seen)} | quarters
 
     @torch.no_grad()
-    def sample(self, labels: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Sample this process's share of images of these labels, a few at a time; extra rows repeat the first labels.
+    def sample(self, cond: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Sample this process's share of images, a few at a time; extra rows repeat the first ones.
+
+        Args:
+            cond: conditioning of all images.
 
         Yields:
-            Number of the first of them, and pixels (n, C, H, W) float32.
+            Number of the first of them, and pixels (n, ..., C, H, W) float32.
         """
         device, encoder, network = self.world.device, self.setup.encoder, self.network
-        process, steps = self.loss.process, str(self.settings.eval_steps)
+        process, steps, count = self.loss.process, str(self.settings.eval_steps), self.settings.eval_samples
         sampler = make_sampler(PREVIEW_SAMPLER[process.name], process, steps, pixels=encoder.name == "none")
         times = [convert_time(t, sampler.time_convention, network.time_convention) for t in sampler.times]
         prepared: NetworkLike = network.for_sampling(times)
         if self.loss.autocast is not None:
             prepared = AutocastNetwork(prepared, device, self.loss.autocast)
-        scale = self.settings.eval_cfg_scale if getattr(network.config, "class_dropout_prob", 0) > 0 else 1.0
-        run = evaluations(sampler.times, scale)
-        rows = min(ROWS, len(labels))
-        share = -(-len(labels) // (rows * self.world.size)) * rows  # of each process; all make equally many
+        # A network that never saw unconditional rows cannot be guided.
+        scale = self.settings.eval_cfg_scale if self.setup.loss.dropout_prob > 0 else 1.0
+        run, rows = evaluations(sampler.times, scale), min(ROWS, count)
+        null = None if scale == 1 else self.setup.null_rows(rows, device) or network.null_conditioning(rows)
+        share = -(-count // (rows * self.world.size)) * rows  # of each process; all make equally many
         for start in range(self.world.rank * share, (self.world.rank + 1) * share, rows):
             indices = range(start, start + rows)
-            cond = {"y": labels[[i % len(labels) for i in indices]].to(device)}
-            second = network.null_conditioning(rows) if scale != 1 else None
-            denoise = guided(prepared, cond, second, times=sampler.time_convention)
+            own = {name: leaf[[i % count for i in indices]].to(device) for name, leaf in cond.items()}
+            denoise = guided(prepared, own, null, times=sampler.time_convention)
             noise = ImageNoise(self.seed, indices, network.sample_shape, device)
             yield start, encoder.decode(sample_loop(denoise, sampler, noise.initial(), run, noise_fn=noise))

@@ -32,7 +32,11 @@ def recipe(name: str, folder: Path, *argv: str, **settings: str) -> subprocess.C
     torchrun.parent.mkdir(exist_ok=True)
     torchrun.write_text(RECORD)
     torchrun.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{torchrun.parent}:{os.environ['PATH']}", "RECORDED": str(folder / "recorded")}
+    environment = {
+        **os.environ,
+        "PATH": f"{torchrun.parent}:{os.environ['PATH']}",
+        "RECORDED": str(folder / "recorded"),
+    }
     command = ["bash", str(ROOT / "scripts" / f"{name}.sh"), *argv]
     return subprocess.run(command, cwd=folder, env=environment | settings, capture_output=True, text=True)
 

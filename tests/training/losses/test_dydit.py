@@ -1,5 +1,7 @@
 """DyDiT's loss against the recorded training steps of the official implementation, and its settings."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from models import create_model
 from tests.golden_data import arrays, assert_close, table
 from tests.golden_dydit import assert_masks, golden_dydit, golden_gate_noise
 from tests.networks import debug_network
+from tests.processes import run_ranks
 from training.losses.dydit import DyDiTLoss, DyDiTLossSettings
 
 STEP = 10**6  # after any warm-up
@@ -28,6 +31,12 @@ def recorded_step(name: str) -> tuple[dict[str, Tensor], DyDiTLoss, Batch, Draws
 
 def random_batch(rows: int) -> Batch:
     return Batch(torch.randn(rows, 4, 8, 8), {"y": torch.arange(rows) % 10}, torch.arange(rows))
+
+
+def cut(batch: Batch, draws: Draws, start: int, stop: int) -> tuple[Batch, Draws]:
+    """Rows of a step as a micro-batch."""
+    rows = slice(start, stop)
+    return Batch(batch.x_start[rows], {"y": batch.conditioning["y"][rows]}, batch.index[rows]), draws.rows(start, stop)
 
 
 @pytest.mark.parametrize("name", ["train_complete", "train_plain"])
@@ -66,16 +75,64 @@ def test_micro_batches_add_up_to_the_gradients_of_the_whole(name: str) -> None:
     whole(batch, draws, STEP, {})["loss"].mean().backward()
     _, loss, _, _ = recorded_step(name)
     rows = len(draws.t)
-    pieces = []
-    for start, stop in ((0, 1), (1, rows)):
-        cut = Batch(batch.x_start[start:stop], {"y": batch.conditioning["y"][start:stop]}, batch.index[start:stop])
-        pieces.append((cut, draws.rows(start, stop)))
+    pieces = [cut(batch, draws, start, stop) for start, stop in ((0, 1), (1, rows))]
     shared = loss.shared(pieces, STEP)
     for piece in pieces:
         (loss(*piece, STEP, shared)["loss"].sum() / rows).backward()
     for expected, actual in zip(whole.network.parameters(), loss.network.parameters(), strict=True):
         if expected.grad is not None:
             assert_close(actual.grad, expected.grad, 1e-4)
+
+
+# Run on each of two ranks: the gradients of a recorded step whose rows are spread over both, in two micro-batches each.
+ON_RANKS = """
+import torch, torch.distributed as dist
+from runtime import distributed
+from tests.golden_data import assert_close
+from tests.training.losses.test_dydit import STEP, cut, recorded_step
+
+with distributed.world("cpu") as world:
+    golden, loss, batch, draws = recorded_step("train_complete")
+    own = len(draws.t) // world.size
+    half = range(world.rank * own, (world.rank + 1) * own, own // 2)
+    pieces = [cut(batch, draws, start, start + own // 2) for start in half]
+    shared = loss.shared(pieces, STEP)
+    means = []
+    for piece in pieces:
+        losses = loss(*piece, STEP, shared)
+        (losses["loss"].mean() / len(pieces)).backward()
+        means.append(losses["loss"].mean().detach() / len(pieces))
+        assert torch.equal(losses["flops_ratio_penalty"].detach(), losses["flops_ratio_penalty"][:1].expand(own // 2))
+    torch.testing.assert_close(distributed.mean_over_ranks(sum(means)), golden["out.total_loss"], rtol=1e-5, atol=1e-6)
+    parameters = dict(loss.network.named_parameters())
+    for key in (key for key in golden if key.startswith("grad.")):
+        assert_close(distributed.mean_over_ranks(parameters[key.removeprefix("grad.")].grad), golden[key], 2e-5)
+    print("the same on rank", world.rank)
+"""
+
+
+def test_ranks_and_micro_batches_together_give_the_recorded_gradients(tmp_path: Path) -> None:
+    (tmp_path / "on_ranks.py").write_text(ON_RANKS)
+    done = run_ranks(tmp_path / "on_ranks.py", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the same on rank") == 2
+
+
+def test_a_penalty_is_that_of_the_mean_in_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, rows = torch.tensor(0.02, requires_grad=True), torch.arange(8.0)
+    loss = loss_with(flops_target=0.5, flops_weight=3.0)
+    monkeypatch.setattr(loss, "flops_ratio", lambda routing: weight * rows)
+    losses = loss(random_batch(8), loss.draw(0, 8), STEP, {})
+    distance = 0.02 * 3.5 - 0.5
+    assert losses["flops_ratio_penalty"].tolist() == pytest.approx([3 * distance**2] * 8)
+    losses["flops_ratio_penalty"].mean().backward()
+    assert float(weight.grad) == pytest.approx(2 * 3 * distance * 3.5, rel=1e-6)
+
+
+def test_nothing_is_evaluated_ahead_of_a_whole_batch() -> None:
+    loss, calls = loss_with(), []
+    loss.network.register_forward_hook(lambda *_: calls.append(1))
+    assert loss.shared([(random_batch(4), loss.draw(0, 4))], 0) == {} and calls == []
 
 
 @torch.no_grad()
@@ -158,8 +215,23 @@ def test_gates_are_noisy_as_long_as_asked() -> None:
     loss = loss_with(gate_noise_steps=3)
     assert [bool(loss.draw(step, 2).extra) for step in (0, 2, 3)] == [True, True, False]
     noise = loss_with().draw(10**9, 256).extra["gate_noise"]
-    assert noise.shape == (256, *loss.network.gate_noise_shape)
-    assert noise.mean() == pytest.approx(0, abs=0.05) and noise.var() == pytest.approx(torch.pi**2 / 3, rel=0.05)
+    assert noise.shape == (256, *loss.network.gate_noise_shape) and noise.dtype == torch.float32
+    assert noise.isfinite().all()
+    for p in (0.02, 0.25, 0.5, 0.9):  # the logistic distribution's quantiles are log(p / (1 - p))
+        share = (noise < torch.logit(torch.tensor(p, dtype=torch.float64))).float().mean()
+        assert abs(share - p) < 4 * (p * (1 - p) / noise.numel()) ** 0.5
+
+
+def test_stratified_times_give_every_row_its_quarter() -> None:
+    t = loss_with(stratified_t=True).draw(0, 4000).t
+    assert t.dtype == torch.int64
+    for quarter in range(4):
+        own, first, end = t[quarter::4], 250 * quarter, 250 * (quarter + 1)
+        assert first <= own.min() < first + 5 and end - 5 <= own.max() < end
+        assert abs(float(own.float().mean()) - first - 124.5) < 10
+    assert not torch.equal(t, loss_with(stratified_t=True).draw(1, 4000).t)
+    with pytest.raises(ValueError, match="6 images a process do not cover 4 parts of the schedule evenly; choose"):
+        DyDiTLossSettings(stratified_t=True).check(rows=6, ranks=1, from_weights=False)
 
 
 def test_gate_noise_belongs_to_rows() -> None:
