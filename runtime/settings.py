@@ -1,7 +1,7 @@
 """Settings: dataclass fields that become flags, help and JSON, and that have an owner.
 
-A program's settings are a dataclass with fields made by `setting`, or with dataclasses of such fields (one group of
-flags each). In addition to these general settings, alternatives that are chosen by name (a model's family, a process, a
+A program's settings are a dataclass with fields made by `setting`, or dataclasses of such fields (one group of flags
+each). In addition to these general settings, alternatives that are chosen by name (a model's family, a process, a
 sampler, a loss) own further ones; a `Kind` lists them. One parser takes the flags of all owners. Each owner is built
 from its flags once the choice is known, and a flag of another owner is an error that names that owner.
 """
