@@ -14,9 +14,10 @@ from torch._subclasses import FakeTensorMode
 from data import Dataset, encoder_for, open_dataset, open_digits
 from data.encoders import Encoder
 from data.vision_encoder import VisionEncoder
-from diffusion import PROCESSES
+from diffusion import PREVIEW_SAMPLER, PROCESSES, make_sampler
 from diffusion.alignment import Alignment
 from diffusion.loss import DiffusionLoss, LossSettings, row_noise
+from diffusion.sampling import Sampler
 from models import Network, create_model, family_of, model_config
 from models.transfer import adapt_weights
 from runtime import distributed
@@ -46,7 +47,8 @@ class Setup:
         loss: holds the network and the process.
         total_steps: number of steps of the run.
         notes: what was changed to make the weights of --init-from fit.
-        scorer: of samples made by a validation; None without one.
+        sampler: of samples made by a validation; None without any.
+        scorer: of these samples; None without one.
     """
 
     config: TrainSettings
@@ -58,6 +60,7 @@ class Setup:
     loss: DiffusionLoss
     total_steps: int
     notes: list[str]
+    sampler: Sampler | None
     scorer: Scorer | None
 
     @property
@@ -139,8 +142,8 @@ def set_up(
     )
     owners |= {"model": (config.model, network.config)}
     steps = config.optimization.total_steps(len(dataset))
-    scorer = open_scorer(config, dataset.image_shape[-2:], device)
-    return Setup(resolved, owners, dataset, source, held_out, encoder, loss, steps, notes, scorer)
+    sampler, scorer = open_sampler(config, loss, encoder), open_scorer(config, dataset.image_shape[-2:], device)
+    return Setup(resolved, owners, dataset, source, held_out, encoder, loss, steps, notes, sampler, scorer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,6 +202,19 @@ def open_held_out(config: TrainSettings, dataset: Dataset) -> Dataset | None:
             f"{dataset.vae}"
         )
     return held_out
+
+
+def open_sampler(config: TrainSettings, loss: DiffusionLoss, encoder: Encoder) -> Sampler | None:
+    """The sampler of validations, if they sample.
+
+    Raises:
+        UserError: for a number of steps that it refuses.
+    """
+    process, steps = loss.process, config.validation.eval_steps
+    if config.validation.eval_every is None or not config.validation.eval_samples:
+        return None
+    with error_prefix(f"--eval-steps {steps}"):
+        return make_sampler(PREVIEW_SAMPLER[process.name], process, str(steps), pixels=encoder.name == "none")
 
 
 def encode(setup: Setup, images: Tensor, step: int, rows: range, seed: int | None = None) -> Tensor:

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, default_collate
 
 from data import Dataset, conditioning
 from data.pixels import enlarge, grid, save_png, to_picture, to_uint8
-from diffusion import PREVIEW_SAMPLER, ImageNoise, evaluations, guided, make_sampler, sample_loop
+from diffusion import ImageNoise, evaluations, guided, sample_loop
 from diffusion.loss import Batch, DiffusionLoss
+from diffusion.sampling import Sampler
 from diffusion.schedules import convert_time
 from models import Network
 from models.acceleration import AutocastNetwork
@@ -96,16 +97,16 @@ class Validation:
         started = time.perf_counter()
         values = {} if self.setup.held_out is None else self.losses(self.setup.held_out)
         pictures = None
-        if self.settings.eval_samples:
-            pictures, scores = self.sample_and_score()
+        if self.setup.sampler is not None:
+            pictures, scores = self.sample_and_score(self.setup.sampler)
             values |= scores
         return Report(values, pictures, time.perf_counter() - started)
 
-    def sample_and_score(self) -> tuple[npt.NDArray[np.uint8] | None, dict[str, float]]:
+    def sample_and_score(self, sampler: Sampler) -> tuple[npt.NDArray[np.uint8] | None, dict[str, float]]:
         """Sample images, keep the first as pictures, score all; results are on rank 0 only."""
         count, cond = self.settings.eval_samples, self.preview_conditioning()
         scorer, shown, rows = self.setup.scorer, [], []
-        for first, pixels in self.sample(cond):
+        for first, pixels in self.sample(sampler, cond):
             shown.append(to_picture(pixels[: max(0, SHOWN - first)]))
             if scorer is not None:
                 rows.append(scorer.features(to_uint8(pixels)))
@@ -154,18 +155,18 @@ class Validation:
         return {"val_loss": sum(total) / sum(seen)} | quarters
 
     @torch.no_grad()
-    def sample(self, cond: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def sample(self, sampler: Sampler, cond: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Sample this process's share of images, a few at a time; extra rows repeat the first ones.
 
         Args:
+            sampler: of the process.
             cond: conditioning of all images.
 
         Yields:
             Number of the first of them, and pixels (n, ..., C, H, W) float32.
         """
         device, encoder, network = self.world.device, self.setup.encoder, self.network
-        process, steps, count = self.loss.process, str(self.settings.eval_steps), self.settings.eval_samples
-        sampler = make_sampler(PREVIEW_SAMPLER[process.name], process, steps, pixels=encoder.name == "none")
+        count = self.settings.eval_samples
         times = [convert_time(t, sampler.time_convention, network.time_convention) for t in sampler.times]
         prepared: NetworkLike = network.for_sampling(times)
         if self.loss.autocast is not None:
