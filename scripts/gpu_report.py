@@ -272,9 +272,9 @@ def measure_all(
         print(f"{number}: {group} done", file=sys.stderr, flush=True)
         if group == "optimizer":
             known.clear()
-        gc.collect()  # a network and its compiled blocks refer to each other
         torch._dynamo.reset()
         if device.type == "cuda":
+            gc.collect()  # a network and its compiled blocks refer to each other
             torch.cuda.empty_cache()
     return rows, skipped
 
