@@ -60,10 +60,8 @@ class LatentScaling:
 
 @functools.cache  # numbers per channel are uploaded once, not at every step
 def _coefficients(scaling: LatentScaling, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
-    mean, std = (
-        torch.tensor(values, device=device).view(-1, 1, 1) if values else neutral
-        for values, neutral in ((scaling.latents_mean, 0.0), (scaling.latents_std, 1.0))
-    )
+    mean = torch.tensor(scaling.latents_mean, device=device).view(-1, 1, 1) if scaling.latents_mean else 0.0
+    std = torch.tensor(scaling.latents_std, device=device).view(-1, 1, 1) if scaling.latents_std else 1.0
     return scaling.shift_factor + mean, scaling.scaling_factor / std
 
 
