@@ -175,6 +175,8 @@ class SampleFile:
 def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """Settings that changed, one phrase each."""
     now = json.loads(json.dumps(now))
+    if then.get("format") != now.get("format"):
+        return ["those of another version of this code"]
     return [
         f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
         for name in {**then, **now}
