@@ -108,7 +108,6 @@ class Pipeline:
         labels: Sequence[int] | None = None,
         seed: int = 0,
         *,
-        conditioning: Conditioning | None = None,
         null: Conditioning | None = None,
         batch_size: int | None = None,
         on_step: StepHook | None = None,
@@ -119,12 +118,11 @@ class Pipeline:
         Args:
             labels: Class of each image, for networks with labels.
             seed: Seed of the job; image i has noise (seed, i).
-            conditioning: Conditioning of other networks, N rows in front.
             null: Unconditional rows for guidance; None for the network's own.
             batch_size: Images at a time; None for all at once.
             on_step: Called as on_step(i, x, out) after each step; a tensor that it returns replaces x.
             **settings: Flags of sample.py by name: sampler, steps, guidance, caching, precision. Changed settings
-                prepare a new run; the last few are kept.
+                prepare a new run; the last few are kept. Tensors are conditioning of other networks, N rows in front.
 
         Returns:
             (N, H, W, C) uint8.
@@ -132,19 +130,16 @@ class Pipeline:
         Raises:
             UserError: For settings or conditioning that do not fit the network or each other.
         """
-        for name in [name for name, value in settings.items() if isinstance(value, Tensor)]:
-            raise UserError(
-                f"{name}: no setting is a tensor; conditioning of a network is given by conditioning={{...}}"
-            )
+        tensors = {name: settings.pop(name) for name, value in [*settings.items()] if isinstance(value, Tensor)}
+        rows = self._check_rows(tensors if labels is None else {"y": labels, **tensors})
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size {batch_size}: must be at least 1")
-        rows, run, images = self._rows(labels, conditioning), self.prepare(**settings), []
-        count = len(next(iter(rows.values())))
+        run, images, count = self.prepare(**settings), [], len(next(iter(rows.values())))
         size = batch_size or count
         for start in range(0, count, size):
             indices = batch_indices(start, size, count)
-            parts = [{name: leaf[indices] for name, leaf in each.items()} if each else None for each in (rows, null)]
-            latents = self.denoise(run, seed, indices, parts[0] or {}, null=parts[1], on_step=on_step)
+            second = None if null is None else _take(null, indices)
+            latents = self.denoise(run, seed, indices, _take(rows, indices), null=second, on_step=on_step)
             images.append(to_uint8(self.decode(latents, run)).cpu().numpy())
         return np.concatenate(images)[:count]
 
@@ -233,22 +228,22 @@ class Pipeline:
         with distributed.tf32_inside(config.compute.allows_tf32):
             return torch.cat([self.encoder.decode(part) for part in latents.split(config.encoder.vae_batch_size)])
 
-    def _rows(self, labels: Sequence[int] | None, conditioning: Conditioning | None) -> dict[str, Tensor]:
-        """Conditioning of all images, checked."""
-        rows: dict[str, Any] = {**(conditioning or {}), **({} if labels is None else {"y": labels})}
-        for name in rows.keys() ^ set(self.network.conditioning):
-            takes = ", ".join(self.network.conditioning).replace("y", "labels") or "none"
-            raise UserError(f"{'labels' if name == 'y' else name}: conditioning of this network is {takes}")
+    def _check_rows(self, rows: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Check the conditioning of all images; labels may be any whole numbers."""
+        takes = self.network.conditioning
+        for name in sorted(rows.keys() ^ set(takes)):
+            known, problem = ", ".join(takes).replace("y", "labels"), "missing" if name in takes else "unknown"
+            raise UserError(f"{'labels' if name == 'y' else name}: {problem}; conditioning of this network: {known}")
         if "y" in rows:
             try:
                 numbers = [operator.index(label) for label in rows["y"]]
             except TypeError as error:
-                raise UserError(f"labels {labels}: must be a list of whole numbers, one per image") from error
+                raise UserError(f"labels {rows['y']}: must be whole numbers, one per image") from error
             check_labels(numbers, self.num_classes, "labels")
-            rows["y"] = torch.tensor(numbers)
+            rows = {**rows, "y": torch.tensor(numbers)}
         if len({len(leaf) for leaf in rows.values()} | {0}) != 2:
-            raise UserError("labels and conditioning: need as many rows as there are images, at least one")
-        return rows
+            raise UserError("labels and conditioning: must have one row per image, and at least one")
+        return dict(rows)
 
 
 # Settings that a run cannot change
@@ -259,6 +254,10 @@ OF_PIPELINE |= {flag.field.name for row in FAMILIES.values() for flag in flags_o
 def batch_indices(start: int, size: int, count: int) -> list[int]:
     """Numbers of the images in a batch; the last batch is filled up from the first images, so all have one size."""
     return [i % count for i in range(start, start + size)]
+
+
+def _take(rows: Conditioning, indices: Sequence[int]) -> dict[str, Tensor]:
+    return {name: leaf[indices] for name, leaf in rows.items()}
 
 
 def _replaced(given: Given[SamplingSettings], settings: Mapping[str, object]) -> Given[SamplingSettings]:
