@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+import runtime  # noqa: F401  # first: it reports other packages named models
 from runtime import distributed
 from runtime.errors import run
 from sampling.config import parse_settings

@@ -1,1 +1,3 @@
-"""What sample.py and sample_ddp.py have in common: settings, and a checkpoint made ready to draw images."""
+"""Behind sample.py and sample_ddp.py: settings, and a checkpoint made ready to sample from."""
+
+import runtime  # noqa: F401  # first: it reports other packages named models
