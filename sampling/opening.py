@@ -31,6 +31,9 @@ def open_checkpoint(
         UserError: For anything about the file or the settings that does not fit.
     """
     config, chosen = given.general, given.general.checkpoint
+    if config.model is not None:
+        with error_prefix(f"--model {config.model}"):
+            family_name(config.model)
     if config.sampler is not None:
         given.check_owners(sampler=config.sampler)
         given.build("sampler", config.sampler)

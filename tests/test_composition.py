@@ -65,7 +65,7 @@ def backend() -> Iterator[Backend]:
         pytest.MonkeyPatch.context() as patch,
         torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096),
     ):
-        patch.setattr("sampling.pipeline.COMPILE_BACKEND", made)
+        patch.setattr("sampling.run.COMPILE_BACKEND", made)
         patch.setattr("sampling.config.can_compile", lambda device_type: True)  # this backend needs no compiler
         yield made
     torch._dynamo.reset()
