@@ -43,7 +43,7 @@ class PictureGuidance(GuidanceSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSettings:
-    """What is sampled, and where it goes."""
+    """Labels, seed and output."""
 
     class_labels: tuple[int, ...] | None = setting(
         None, "labels of the images", shown="eight official classes, or one of each"

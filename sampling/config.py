@@ -182,7 +182,7 @@ def parse_settings(cls: type[C], argv: Sequence[str], program: str, doc: str | N
 
 
 def preset_of(info: CheckpointInfo) -> Preset:
-    """How to sample from a checkpoint where nothing else is given.
+    """The preset of a checkpoint: how to sample where nothing else is given.
 
     Raises:
         UserError: If its process is unknown.

@@ -117,7 +117,7 @@ class Pipeline:
 
         Args:
             labels: Class of each image, for networks with labels.
-            seed: Seed of the job; image i has noise (seed, i).
+            seed: Seed of the noise; image i has noise (seed, i).
             null: Unconditional rows for guidance; None for the network's own.
             batch_size: Images at a time; None for all at once.
             on_step: Called as on_step(i, x, out) after each step; a tensor that it returns replaces x.
@@ -179,8 +179,8 @@ class Pipeline:
 
         Args:
             run: From `prepare`.
-            seed: Seed of the job.
-            indices: N image numbers; each has noise of its own.
+            seed: Seed of the noise.
+            indices: N image numbers; each has its own noise.
             conditioning: N rows.
             null: Unconditional rows; None for the network's own.
             on_step: As `sample_loop` takes it.

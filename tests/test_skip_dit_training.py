@@ -26,7 +26,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_plain_network_starts_a_skip_dit_and_the_log_names_what_is_new(plain: Path, tmp_path: Path) -> None:
     path, log = trained("Skip-DiT-digits/2", tmp_path, "--init-from", plain, "--lr", "1e-12")
-    assert "--init-from: drawn anew, because the weights have none: skip_norms.0..3.weight, skip_norms.0..3.bias" in log
+    assert "--init-from: re-initialised, because the weights have none: skip_norms.0..3.weight, skip_norms.0..3.bias" in log
     started, source = read_checkpoint(path, "model").weights, read_checkpoint(plain).weights
     assert {name for name in started if name not in source} == {name for name in started if name.startswith("skip_")}
     for name, value in source.items():
