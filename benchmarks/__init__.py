@@ -1,1 +1,1 @@
-"""What the benchmarks and comparisons in scripts/ are made of, and the results they left."""
+"""Parts of the benchmarks and comparisons in scripts/, and recorded results."""

@@ -35,18 +35,19 @@ class Inputs(NamedTuple):
 
 
 def random_network(name: str, device: torch.device, **overrides: Any) -> Network:
-    """Build a network whose zero-initialised weights are random too: else its output would be 0.
-
-    It is in eval mode, in which the official network drops no labels; nothing else depends on it.
-    """
+    """Build a network with random weights, in eval mode, in which the official network drops no labels."""
     torch.manual_seed(0)
     with device:
-        network = create_model(name, **overrides)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.requires_grad and not parameter.any():
-                parameter.normal_(std=0.02)
-    return network.eval()
+        return fill_zeros(create_model(name, **overrides)).eval()
+
+
+@torch.no_grad()
+def fill_zeros(network: Network) -> Network:
+    """Make zero-initialised weights random too, in place: else the network's output would be 0."""
+    for parameter in network.parameters():
+        if parameter.requires_grad and not parameter.any():
+            parameter.normal_(std=0.02)
+    return network
 
 
 def make_inputs(network: Network, rows: int, device: torch.device) -> Inputs:

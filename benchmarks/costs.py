@@ -67,17 +67,17 @@ def layer_norm_elements(network: Network) -> int:
         nonlocal elements
         elements += output.numel()
 
-    for module in empty.modules():
-        if isinstance(module, NORMS):
-            module.register_forward_hook(count)
+    hooks = [module.register_forward_hook(count) for module in empty.modules() if isinstance(module, NORMS)]
     evaluate(empty, None)
+    for hook in hooks:
+        hook.remove()
     return elements
 
 
 def _on_meta(network: Network) -> tuple[Network, Callable[[Network, Any], Any]]:
     """Build a network of the same config without values, and a function that evaluates it and returns its state."""
     with torch.device("meta"):
-        empty = type(network)(network.config)
+        empty = network if next(network.parameters()).is_meta else type(network)(network.config)
         x = torch.empty(1, *network.sample_shape)
         labels = {"y": torch.zeros(1, dtype=torch.int64)}
     conditioning = labels if network.conditioning == ("y",) else empty.null_conditioning(1)

@@ -178,7 +178,7 @@ def routing_cases(
     prepared = {name: each.for_sampling(times) for name, each in networks.items()}
     settings = (x, t, y, network.null_conditioning(rows), steps, autocast)
     runs = {name: Run(each, *settings) for name, each in [*prepared.items(), (MASKED, network)]}
-    # Over many steps rounding flips tokens whose logit is nearly 0, and results differ
+    # Over many steps rounding flips tokens with a logit near 0, and results differ
     compared = {MASKED: ROUTED, ALL_ON: DENSE} if steps is None else {}
     return [
         Case(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import statistics
 import tempfile
@@ -330,8 +329,6 @@ def half_precision_error(model: str, images: int, spec: str, device: torch.devic
         for precision in ("fp32", "bf16"):
             run = prepare(random_network(model, device), model, images, "DDIM", spec=spec, precision=precision)
             ends.append(run.latents().flatten(1))
-            del run
-            gc.collect()
     exact, half = ends
     return statistics.median(((half - exact).norm(dim=1) / exact.norm(dim=1)).tolist())
 
@@ -422,7 +419,7 @@ def sampling_shares(
         device: Device of all tensors.
         images: Images of a batch.
         steps: Steps of a traced chunk.
-        spec: Step spec of the trajectories whose precision is compared.
+        spec: Step spec of the trajectories that compare precisions.
         deadline: Time on the monotonic clock after which nothing is started.
 
     Returns:
@@ -449,5 +446,4 @@ def sampling_shares(
             shares[name] = measure()
         except (ImportError, torch.cuda.OutOfMemoryError) as error:
             skipped.append(f"{name}: {error}")
-        gc.collect()
     return shares, skipped

@@ -182,7 +182,7 @@ def measure(
         rounds: Number of timed runs of each.
         clock: Seconds of one call.
         known: Outcomes of earlier calls by name, to compare with; added to.
-        device: Device whose peak memory is read, if it is a GPU and there is a single case.
+        device: Device to read the peak memory of, if it is a GPU and there is a single case.
 
     Raises:
         UserError: If a case does not agree with its reference.

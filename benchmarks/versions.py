@@ -21,10 +21,10 @@ from typing import IO, Any
 
 from runtime.errors import UserError
 
-PARTS = ("forward", "training step", "sampling step")
-SAMPLING_STEPS = 20
+SAMPLING_STEPS = 10
+PARTS = {"forward": 1, "training step": 1, "sampling step": SAMPLING_STEPS}  # part -> steps in its work
 ROUNDS, STUDENT_T = 15, 2.145  # 97.5 % quantile for 14 degrees of freedom
-SECONDS = 0.3  # of a timed piece of work, at least
+SECONDS, WARM_UPS = 0.3, 3  # length of a timed piece of work, and its runs before
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -67,14 +67,14 @@ def compare(other: Path, model: str, rows: int, threads: int) -> list[Comparison
 
 def compare_part(part: str, ours: Callable[..., float], theirs: Callable[..., float]) -> Comparison:
     """Time one part of both versions, in turn."""
-    theirs(part, 1)  # warm up
-    repeats = max(1, round(SECONDS / min(ours(part, 1) for _ in range(3))))
+    theirs(part, WARM_UPS)
+    repeats = max(1, round(SECONDS * WARM_UPS / ours(part, WARM_UPS)))
     rounds = []
     for _ in range(ROUNDS):
         a, b, c, d = ours(part, repeats), theirs(part, repeats), theirs(part, repeats), ours(part, repeats)
         rounds.append((a + d, b + c))
-    ours_median, theirs_median = (statistics.median(times) / 2 / repeats for times in zip(*rounds, strict=True))
-    return Comparison(part, ours_median, theirs_median, [before / now for now, before in rounds])
+    now, before = (statistics.median(times) / (2 * repeats * PARTS[part]) for times in zip(*rounds, strict=True))
+    return Comparison(part, now, before, [b / a for a, b in rounds])
 
 
 @contextmanager
@@ -145,8 +145,8 @@ def intercept(owner: object, name: str, main: Callable[[Sequence[str]], None], a
     raise RuntimeError(f"{name} was not called")
 
 
-def parts(model: str, rows: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """The work of all parts, and the number of steps in it, of the version on the path."""
+def parts(model: str, rows: int) -> dict[str, Callable[[], object]]:
+    """The work of all parts, by the version on the path."""
     import torch
 
     import sample
@@ -165,9 +165,9 @@ def parts(model: str, rows: int) -> dict[str, tuple[Callable[[], object], int]]:
     x, y, t = torch.randn(rows, 1, 8, 8), torch.arange(rows) % 10, torch.full((rows,), 0.5)
     forward = torch.no_grad()(lambda: network(x, t, y=y))
     return {
-        "forward": (forward, 1),
-        "training step": (lambda: trainer.train_step(*next(batches)), 1),
-        "sampling step": (lambda: pipeline.sample_loop(*args, **options), SAMPLING_STEPS),
+        "forward": forward,
+        "training step": lambda: trainer.train_step(*next(batches)),
+        "sampling step": lambda: pipeline.sample_loop(*args, **options),
     }
 
 
@@ -177,11 +177,10 @@ def serve(model: str, rows: int) -> None:
     work = parts(model, rows)
     for line in sys.stdin:
         part, repeats = line.rsplit(",", 1)
-        run, steps = work[part]
         start = time.process_time()
         for _ in range(int(repeats)):
-            run()
-        print((time.process_time() - start) / steps, file=answers, flush=True)
+            work[part]()
+        print(time.process_time() - start, file=answers, flush=True)
 
 
 if __name__ == "__main__":

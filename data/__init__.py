@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 import data.autoencoders  # noqa: F401  (registers the encoders of diffusers)
-from data.batches import GlobalBatches
-from data.dataset import Dataset, DatasetSettings, Example, Key, conditioning, sides
+from data.dataset import Dataset, DatasetSettings, Example, GlobalBatches, Key, conditioning, sides
 from data.digits import load_digits, open_digits, open_training_digits
 from data.encoders import Encoder, open_encoder
 from data.image_folder import open_image_folder
@@ -47,16 +46,9 @@ def open_dataset(
     seed: int = 0,
     strict: bool = False,
 ) -> Dataset:
-    """Open a training set by the value of `--dataset`.
+    """Open a training set by the value of `--dataset`, one of `DATASETS`; the rest becomes its `DatasetSettings`.
 
-    Args:
-        name: One of `DATASETS`.
-        path: Root of an image folder, or folder of latents; the embedded digits need none.
-        image_size: Side of square images, or (H, W); None is 256, or the size of the digits (8) or the latents.
-        channels: 3 for RGB, 1 for grey; the digits are grey.
-        flip: Mirror at random; None does so for photographs and not for digits.
-        seed: Seed of the flips.
-        strict: An image that cannot be read is an error, instead of being replaced and named.
+    The image size is a side of squares, or (H, W); None is 256, or the size of the digits (8) or the latents.
 
     Raises:
         ValueError: Naming what is missing or does not fit.
@@ -68,12 +60,7 @@ def open_dataset(
 
 
 def encoder_for(dataset: Dataset, vae: str, device: torch.device | str = "cpu") -> Encoder:
-    """Encoder of the items of a data set.
-
-    Args:
-        dataset: Data set of images, or of latents, which need no encoding.
-        vae: Value of `--vae`; `dataset.vae` if the user gives none.
-        device: Device of the encoder.
+    """Encoder of the items of a data set by a value of `--vae`; latents need no encoding.
 
     Raises:
         ValueError: If the encoder cannot be loaded, or does not fit the data.

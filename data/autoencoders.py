@@ -20,20 +20,16 @@ OFFICIAL_CHANNELS = 4  # of their latents
 
 
 class Autoencoder(Encoder):
-    """Base class of the adapters.
-
-    In bfloat16 convolutions decode about three times as fast.
-
-    Attributes:
-        packages: Packages that it needs besides diffusers.
-        decoder_parts: Prefixes of the weights that do not encode.
+    """Base class of the adapters. In bfloat16 convolutions decode about three times as fast.
 
     Raises:
         ValueError: If the autoencoder cannot be loaded, or its weights do not fill it exactly.
     """
 
-    packages: ClassVar[tuple[str, ...]] = ()
-    decoder_parts: ClassVar[tuple[str, ...]] = ("decoder.",)
+    packages: ClassVar[tuple[str, ...]] = ()  # needed besides diffusers
+    decoder_parts: ClassVar[tuple[str, ...]] = ("decoder.",)  # prefixes of the weights that do not encode
+    latents: ClassVar[str] = "latent"  # field of the module's encoding
+    blocks: ClassVar[str] = "block_out_channels"  # key of the config with a number for each level of resolution
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(name)
@@ -50,8 +46,13 @@ class Autoencoder(Encoder):
     def read_config(self, config: Mapping[str, Any]) -> None:
         """Set channels, factor and scaling."""
         self.image_channels, self.latent_channels = config["in_channels"], config["latent_channels"]
-        self.factor = 2 ** (len(config["block_out_channels"]) - 1)
+        self.factor = 2 ** (len(config[self.blocks]) - 1)
         self.scaling = LatentScaling.from_config(config, self.latent_channels)
+
+    def encode_rows(self, pixels: Tensor) -> Tensor:
+        """Raw latents, float32."""
+        raw: Tensor = getattr(self.module.encode(pixels.to(self.module.dtype)), self.latents)
+        return raw.float()
 
     def decode_rows(self, z: Tensor) -> Tensor:
         """Images of latents that are neither shifted nor scaled."""
@@ -88,21 +89,13 @@ class OfficialAutoencoder(KLAutoencoder, names=tuple(OFFICIAL_VAES)):
 class TinyAutoencoder(Autoencoder, folder_class="AutoencoderTiny"):
     """AutoencoderTiny, which approximates the latents of a larger autoencoder; deterministic."""
 
-    def encode_rows(self, pixels: Tensor) -> Tensor:
-        """Latents as they are."""
-        return self.module.encode(pixels.to(self.module.dtype)).latents.float()
+    latents = "latents"
 
 
 class DCAutoencoder(Autoencoder, folder_class="AutoencoderDC"):
     """AutoencoderDC, of high compression; deterministic."""
 
-    def read_config(self, config: Mapping[str, Any]) -> None:
-        """Set channels, factor and scaling."""
-        super().read_config({**config, "block_out_channels": config["encoder_block_out_channels"]})
-
-    def encode_rows(self, pixels: Tensor) -> Tensor:
-        """Latents as they are."""
-        return self.module.encode(pixels.to(self.module.dtype)).latent.float()
+    blocks = "encoder_block_out_channels"
 
 
 class RepresentationAutoencoder(Autoencoder, folder_class="AutoencoderRAE"):
@@ -120,7 +113,7 @@ class RepresentationAutoencoder(Autoencoder, folder_class="AutoencoderRAE"):
 
     def encode_rows(self, pixels: Tensor) -> Tensor:
         """Normalised features; this autoencoder takes pixels in [0, 1]."""
-        return self.module.encode(((pixels + 1) / 2).to(self.module.dtype)).latent.float()
+        return super().encode_rows((pixels + 1) / 2)
 
     def decode_rows(self, z: Tensor) -> Tensor:
         """Images of normalised features."""
@@ -160,10 +153,7 @@ def _check_report(module: nn.Module, report: Mapping[str, Sequence[Any]]) -> Non
         "unexpected": sorted(report["unexpected_keys"]),
         "of another shape": sorted(key for key, *_ in report["mismatched_keys"]),
     }
-    words = [
-        f"{kind}: {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-        for kind, keys in problems.items()
-        if keys
-    ]
+    more = {kind: f" and {len(keys) - 1} more" if len(keys) > 1 else "" for kind, keys in problems.items()}
+    words = [f"{kind}: {keys[0]}{more[kind]}" for kind, keys in problems.items() if keys]
     if words:
         raise ValueError(f"its weights do not fit {type(module).__name__} ({'; '.join(words)})")

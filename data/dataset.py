@@ -1,35 +1,33 @@
-"""Interface between data sets and the trainer."""
+"""Interface between data sets and the trainer, and the order of images in training.
+
+The images of each step are a function of (seed, step), independent of ranks, workers and restarts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from runtime.seeds import derive_seed
 
 Key = tuple[int, int]  # (epoch, index)
 Example = tuple[Tensor, int | Mapping[str, Tensor], int]  # (image, label or conditioning, index)
 
 
 class Dataset(Protocol):
-    """A training set: any object with these members.
+    """A training set: any object with these members."""
 
-    Attributes:
-        classes: Class names; a class's label is its position. Empty for data without classes.
-        image_shape: (C, H, W), or (F, C, H, W) for clips.
-        vae: Value of `--vae` if the user gives none.
-        worth_workers: Loading takes long enough for processes of its own.
-    """
-
-    classes: list[str]
-    image_shape: tuple[int, ...]
-    vae: str
-    worth_workers: bool
+    classes: list[str]  # names; a class's label is its position. Empty for data without classes
+    image_shape: tuple[int, ...]  # (C, H, W), or (F, C, H, W) for clips
+    vae: str  # value of `--vae` if the user gives none
+    worth_workers: bool  # loading takes long enough for processes of its own
 
     def __len__(self) -> int:
         """Number of images."""
-        ...
 
     def __getitem__(self, key: Key) -> Example:
         """An image as it is in an epoch.
@@ -43,7 +41,6 @@ class Dataset(Protocol):
             one shape for all images. Index: that of the image, which may differ from the key's where a damaged image
             was replaced.
         """
-        ...
 
 
 def conditioning(labels: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -54,12 +51,12 @@ def conditioning(labels: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
 class DatasetSettings(NamedTuple):
     """Settings that a data set is opened with; None leaves the choice to the data set."""
 
-    path: Path | None  # folder of the data
+    path: Path | None  # root of an image folder, or folder of latents; the embedded digits need none
     size: tuple[int, int] | None  # (H, W)
-    channels: int  # 3 for RGB, 1 for grey
-    flip: bool | None = None  # mirror at random
+    channels: int  # 3 for RGB, 1 for grey; the digits are grey
+    flip: bool | None = None  # mirror at random; None does so for photographs and not for digits
     seed: int = 0  # of the flips
-    strict: bool = False  # an image that cannot be read is an error
+    strict: bool = False  # an image that cannot be read is an error, instead of being replaced and named
 
     def require_path(self, content: str) -> Path:
         """The folder; a ValueError if none is given."""
@@ -71,3 +68,40 @@ class DatasetSettings(NamedTuple):
 def sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """(H, W) of one number or two."""
     return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
+class GlobalBatches:
+    """Keys of an endless stream of shuffled epochs, cut into global batches, and each of those into a slice per rank.
+
+    Batches cross the end of an epoch, so no image is ever dropped, and a data set smaller than a batch works. For the
+    `batch_sampler` of a DataLoader.
+
+    Args:
+        length: Images in the data set.
+        global_batch: Images per step over all ranks.
+        rank: Rank of this process.
+        world: Number of processes, a divisor of `global_batch`.
+        seed: Seed of the shuffles.
+        steps: Range of step numbers.
+    """
+
+    def __init__(self, length: int, global_batch: int, *, rank: int, world: int, seed: int, steps: range) -> None:
+        self._length, self._global_batch, self._seed, self._steps = length, global_batch, seed, steps
+        self._local = range(rank * global_batch // world, (rank + 1) * global_batch // world)
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        """For each step, the (epoch, index) keys of this rank's rows, in order."""
+        for step in self._steps:
+            yield [self._key(step * self._global_batch + row) for row in self._local]
+
+    def _key(self, position: int) -> Key:
+        epoch, place = divmod(position, self._length)
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(derive_seed("order", self._seed, epoch))
+            self._order = epoch, torch.randperm(self._length, generator=generator)
+        return epoch, int(self._order[1][place])

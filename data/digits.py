@@ -23,16 +23,10 @@ Split = Literal["train", "test"]
 
 
 def load_digits(split: Split) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Load one split of the digits.
-
-    Args:
-        split: "train" (1,297 images) or "test" (500 images), disjoint and fixed.
+    """Load one split of the digits; a ValueError for another name.
 
     Returns:
         Images (N, 8, 8, 1) uint8 in [0, 255] and labels (N,) int64 in [0, 10).
-
-    Raises:
-        ValueError: For another split name.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
@@ -49,15 +43,11 @@ def load_digits(split: Split) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int
 def open_digits(split: Split, *, flip: bool = False, seed: int = 0) -> ArrayImages:
     """Open a split of the digits as a data set."""
     images, labels = load_digits(split)
-    return ArrayImages(images, labels, [str(k) for k in range(NUM_CLASSES)], flip=flip, seed=seed)
+    return ArrayImages(images, labels, list(map(str, range(NUM_CLASSES))), flip=flip, seed=seed)
 
 
 def open_training_digits(settings: DatasetSettings) -> ArrayImages:
-    """Open the training split of the digits, not mirrored by default.
-
-    Raises:
-        ValueError: For images of another size.
-    """
+    """Open the training split of the digits, not mirrored by default; a ValueError for another size."""
     if settings.size not in (None, (IMAGE_SIZE, IMAGE_SIZE)):
         raise ValueError(f"the digits are {IMAGE_SIZE} pixels wide, not {settings.size[-1]}")
     return open_digits("train", flip=bool(settings.flip), seed=settings.seed)

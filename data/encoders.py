@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,12 +41,11 @@ class LatentScaling:
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            positive = field.name in ("scaling_factor", "latents_std")
+        for name, value in vars(self).items():
+            positive = name in ("scaling_factor", "latents_std")
             for number in value if isinstance(value, tuple) else (value,):
                 if not math.isfinite(number) or (positive and number <= 0):
-                    raise ValueError(f"{field.name} {value}: must be {'positive' if positive else 'finite'}")
+                    raise ValueError(f"{name} {value}: must be {'positive' if positive else 'finite'}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], channels: int) -> LatentScaling:
@@ -58,23 +57,11 @@ class LatentScaling:
                 raise ValueError(f"{name} has {len(values[name])} numbers for {channels} latent channels")
         return cls(**values)
 
-    def apply(self, z: Tensor) -> Tensor:
-        """Shift and scale."""
-        shift, scale = _coefficients(self, z.device)
-        return (z - shift) * scale
-
-    def invert(self, latents: Tensor) -> Tensor:
-        """Undo `apply`."""
-        shift, scale = _coefficients(self, latents.device)
-        return latents / scale + shift
-
 
 @functools.cache  # numbers per channel are uploaded once, not at every step
 def _coefficients(scaling: LatentScaling, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
-    mean, std = (
-        torch.tensor(values, device=device).view(-1, 1, 1) if values else neutral
-        for values, neutral in ((scaling.latents_mean, 0.0), (scaling.latents_std, 1.0))
-    )
+    mean = torch.tensor(scaling.latents_mean, device=device).view(-1, 1, 1) if scaling.latents_mean else 0.0
+    std = torch.tensor(scaling.latents_std, device=device).view(-1, 1, 1) if scaling.latents_std else 1.0
     return scaling.shift_factor + mean, scaling.scaling_factor / std
 
 
@@ -90,28 +77,19 @@ class Encoder:
         name: Value of `--vae`.
         device: Device of the weights.
         dtype: Precision of the weights and computations. Latents and pixels are float32 in any case.
-
-    Attributes:
-        stochastic: Raw latents are posterior parameters, and `to_latents` needs noise.
-        scaling: Shift and scale between raw latents and latents.
-        weight_bytes: Memory of the weights on the device.
-        image_channels: Channels of the images.
-        image_size: (H, W) of the images, if the encoder takes no other.
-        latent_channels: Channels of the latents.
-        factor: Pixels per latent, on each side.
     """
 
     names: ClassVar[dict[str, type[Encoder]]] = {}
     folder_classes: ClassVar[dict[str, type[Encoder]]] = {}
     class_name: ClassVar[str] = ""
 
-    stochastic = False
+    stochastic = False  # raw latents are posterior parameters, and `to_latents` needs noise
     scaling = LatentScaling()
-    weight_bytes = 0
+    weight_bytes = 0  # on the device
     image_channels = 3
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = None  # (H, W), if the encoder takes no other
     latent_channels = 3
-    factor = 1
+    factor = 1  # pixels per latent, on each side
 
     def __init_subclass__(cls, names: Sequence[str] = (), folder_class: str | None = None) -> None:
         """Register the class."""
@@ -147,15 +125,13 @@ class Encoder:
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Raw latents of pixels (N, ..., C, H, W): uint8, or float32 in [-1, 1]."""
-        return _by_rows(self.encode_rows, from_uint8(pixels) if pixels.dtype == torch.uint8 else pixels)
+        images = from_uint8(pixels) if pixels.dtype == torch.uint8 else pixels
+        return self.encode_rows(images.flatten(0, -4)).unflatten(0, images.shape[:-3])
 
     def to_latents(self, raw: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents of raw latents: a sample of the posterior if there is one, shifted and scaled.
+        """Latents of raw latents of any float type: a sample of the posterior if there is one, shifted and scaled.
 
-        Args:
-            raw: Raw latents of any float type.
-            noise: Standard normal in the shape of the latents, needed by stochastic encoders and ignored by others;
-                zeros give the posterior's mean.
+        Stochastic encoders need standard normal noise in the shape of the latents; zeros give the posterior's mean.
         """
         z = raw.float()
         if self.stochastic:
@@ -163,12 +139,15 @@ class Encoder:
                 raise ValueError("posterior parameters need noise to become latents")
             mean, std = z.chunk(2, dim=-3)
             z = mean + std * noise
-        return self.scaling.apply(z)
+        shift, scale = _coefficients(self.scaling, z.device)
+        return (z - shift) * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (N, ..., C, H, W) of latents, not clamped."""
-        return _by_rows(self.decode_rows, self.scaling.invert(latents))
+        shift, scale = _coefficients(self.scaling, latents.device)
+        z = latents / scale + shift
+        return self.decode_rows(z.flatten(0, -4)).unflatten(0, z.shape[:-3])
 
     def describe(self) -> dict[str, object]:
         """JSON values that fix raw latents, and how they become latents."""
@@ -207,13 +186,9 @@ class Pixels(Encoder, names=("none",)):
 def open_encoder(
     name: str, image_shape: Shape, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Encoder:
-    """Open an encoder by the value of `--vae`.
+    """Open an encoder by the value of `--vae`: "ema", "mse", "none", or a local folder of an autoencoder of diffusers.
 
-    Args:
-        name: "ema", "mse", "none", or a local folder of an autoencoder of diffusers.
-        image_shape: Shape of the images; a size that does not fit is an error before the official weights are loaded.
-        device: Device of the weights.
-        dtype: Precision of the weights and computations.
+    A size of images that does not fit is an error before the official weights are loaded.
 
     Raises:
         ValueError: If the encoder cannot be loaded, or is known not to take such images.
@@ -232,11 +207,6 @@ def check_sides(sides: Sequence[int], factor: int) -> None:
             raise ValueError(
                 f"image size {side} is not a multiple of the autoencoder's factor {factor}; nearest: {nearest}"
             )
-
-
-def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a function of (N, C, H, W) to (..., C, H, W)."""
-    return function(x.flatten(0, -4)).unflatten(0, x.shape[:-3])
 
 
 def _class_of_folder(folder: Path) -> type[Encoder]:

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from data.dataset import DatasetSettings, Example, Key, sides
+from data.pixels import Images
 from runtime.seeds import derive_seed
 
 UPRIGHT = {  # EXIF orientation -> its inverse
@@ -32,12 +33,7 @@ UPRIGHT = {  # EXIF orientation -> its inverse
 
 
 class UnreadableImageError(ValueError):
-    """An image file that cannot be decoded.
-
-    Args:
-        message: One line that names the file.
-        reason: The fault, without the file's name.
-    """
+    """An image file that cannot be decoded: a line that names the file, and the reason alone."""
 
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
@@ -48,11 +44,7 @@ def decode_image(data: bytes, channels: int) -> Image.Image:
     """Decode an image file into an upright 8-bit image.
 
     Alpha is dropped, as in the official loader. 16-bit grey is scaled to 8 bits (PIL alone would clip it). The camera's
-    EXIF orientation is applied.
-
-    Args:
-        data: Bytes of any format that PIL reads; of several frames the first counts.
-        channels: 3 for RGB, 1 for grey.
+    EXIF orientation is applied. Of several frames the first counts. Channels are 3 for RGB or 1 for grey.
 
     Raises:
         UnreadableImageError: For bytes that cannot be decoded.
@@ -60,15 +52,14 @@ def decode_image(data: bytes, channels: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as file:
             file.load()
-            image = _upright(_eight_bit(file), _orientation(file))
-            return image.convert("RGB" if channels == 3 else "L")
+            image, turn = _eight_bit(file), UPRIGHT.get(_orientation(file))
+            return (image if turn is None else image.transpose(turn)).convert("RGB" if channels == 3 else "L")
     except MemoryError:
         raise  # not a fault of the file
-    except UnidentifiedImageError as error:
-        reason = "not an image of a known format" if data else "the file is empty"
-        raise UnreadableImageError(f"cannot be read: {reason}", reason) from error
     except Exception as error:  # PIL's decoders raise exceptions of all kinds on damaged bytes
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image of a known format" if data else "the file is empty"
         raise UnreadableImageError(f"cannot be read: {reason}", reason) from error
 
 
@@ -93,16 +84,10 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-
-
 def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
     """Crop as in ADM: halve by boxes while twice too large, resize bicubically to cover the crop, cut out the centre.
 
-    Args:
-        image: Any mode that PIL can resize.
-        size: Side of a square crop, or (H, W); smaller images are enlarged.
+    The size is the side of a square, or (H, W); smaller images are enlarged.
     """
     height, width = sides(size)
     while image.width >= 2 * width and image.height >= 2 * height:
@@ -124,11 +109,7 @@ def random_flip(image: Tensor, key: Key, seed: int) -> Tensor:
 
 
 def open_image_folder(settings: DatasetSettings) -> ImageFolder:
-    """Open an image folder, by default with 256 x 256 pixels and mirrored at random.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Open an image folder, by default with 256 x 256 pixels and mirrored at random; a ValueError without a path."""
     root, size = settings.require_path("an image folder"), settings.size or (256, 256)
     flip = settings.flip is not False
     return ImageFolder(root, size, channels=settings.channels, flip=flip, seed=settings.seed, strict=settings.strict)
@@ -148,12 +129,6 @@ class ImageFolder:
         flip: Mirror at random.
         seed: Seed of the flips.
         strict: An image that cannot be decoded is an error.
-
-    Attributes:
-        classes: Folder names; a class's label is its position.
-        image_shape: (C, H, W).
-        vae: Value of `--vae` if the user gives none.
-        worth_workers: Loading takes long enough for processes of its own.
 
     Raises:
         ValueError: If the folder is missing, or has no class folder with an image.
@@ -220,10 +195,7 @@ class ImageFolder:
         return self._samples[index][1]
 
     def read(self, index: int) -> Tensor:
-        """Decode and crop one image.
-
-        Returns:
-            (C, H, W) uint8, not mirrored.
+        """Decode and crop one image, not mirrored: (C, H, W) uint8.
 
         Raises:
             UnreadableImageError: Naming the file, if it cannot be decoded.
@@ -252,32 +224,13 @@ class ImageFolder:
 
 
 class ArrayImages:
-    """A data set of images that fit in memory.
-
-    Args:
-        images: (N, H, W, C) uint8.
-        labels: (N,) int64.
-        classes: Names of the classes.
-        flip: Mirror at random.
-        seed: Seed of the flips.
-
-    Attributes:
-        image_shape: (C, H, W).
-        vae: Value of `--vae` if the user gives none.
-        worth_workers: Loading takes long enough for processes of its own.
-    """
+    """A data set of images (N, H, W, C) uint8 that fit in memory, with labels (N,) int64; `flip` mirrors at random."""
 
     vae = "none"
     worth_workers = False
 
     def __init__(
-        self,
-        images: npt.NDArray[np.uint8],
-        labels: npt.NDArray[np.int64],
-        classes: list[str],
-        *,
-        flip: bool = False,
-        seed: int = 0,
+        self, images: Images, labels: npt.NDArray[np.int64], classes: list[str], *, flip: bool = False, seed: int = 0
     ) -> None:
         self._images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         self._labels = labels.tolist()

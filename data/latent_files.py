@@ -13,16 +13,17 @@ mean. A log-variance near -17 would be off by 0.4 %.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from data.npz_file import npy_header
+from runtime.download import sha256_of
 from runtime.files import atomic_path
 from runtime.migrate import latent_index
 
@@ -36,19 +37,12 @@ Json = dict[str, Any]
 
 
 class Encoded(NamedTuple):
-    """Some consecutive images of a shard.
+    """Some consecutive images of a shard."""
 
-    Attributes:
-        raw: (n, flips, *raw shape) float16.
-        labels: n class numbers.
-        paths: n paths relative to the image folder.
-        skipped: (path, reason) of the images that could not be read; they have no row.
-    """
-
-    raw: Raw
-    labels: list[int]
-    paths: list[str]
-    skipped: list[tuple[str, str]]
+    raw: Raw  # (n, flips, *raw shape) float16
+    labels: list[int]  # n class numbers
+    paths: list[str]  # n paths relative to the image folder
+    skipped: list[tuple[str, str]]  # (path, reason) of the images that could not be read; they have no row
 
 
 def is_finite(raw: Raw) -> bool:
@@ -67,37 +61,26 @@ def array_path(folder: Path, shard: Json) -> Path:
 
 
 def write_shard(folder: Path, number: int, row_shape: Sequence[int], parts: Iterable[Encoded]) -> None:
-    """Stream a shard to disk: first its array, then the description, which marks it as finished.
+    """Stream the images of a shard to disk: first the array, then the description, which marks it as finished.
 
-    Args:
-        folder: Existing folder.
-        number: Number of the shard.
-        row_shape: Shape of one image's row: flips, then the shape of raw latents.
-        parts: Its images, in order.
+    `row_shape` is that of one image: flips, then the shape of raw latents.
     """
     array, description_path = shard_paths(folder, number)
     description_path.unlink(missing_ok=True)
-    labels: list[int] = []
-    paths: list[str] = []
-    skipped: list[tuple[str, str]] = []
+    lists: dict[str, list[object]] = {"skipped": [], "labels": [], "paths": []}
     with atomic_path(array) as temporary:
         with temporary.open("wb") as file:
-            size = _write_header(file, (0, *row_shape))
+            size = file.write(npy_header((0, *row_shape), np.dtype(np.float16)))
             for part in parts:
                 file.write(np.ascontiguousarray(part.raw).data)
-                labels += part.labels
-                paths += part.paths
-                skipped += part.skipped
+                for name, values in lists.items():
+                    values += getattr(part, name)
+            count = len(lists["labels"])
             file.seek(0)
-            assert _write_header(file, (len(labels), *row_shape)) == size  # NumPy pads for a longer first axis
-        description = {
-            "count": len(labels),
-            "bytes": temporary.stat().st_size,
-            "sha256": sha256_of(temporary),
-            "skipped": skipped,
-            "labels": labels,
-            "paths": paths,
-        }
+            header = npy_header((count, *row_shape), np.dtype(np.float16))
+            assert file.write(header) == size  # NumPy pads for a longer first axis
+        totals = {"count": count, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
+        description = {**totals, **lists}
     write_json(description_path, description, indent=None)
 
 
@@ -112,11 +95,7 @@ def finished_shard(folder: Path, number: int) -> Json | None:
 
 
 def write_index(folder: Path, shard_count: int) -> Json:
-    """Write index.json from the manifest and the descriptions of all shards.
-
-    Raises:
-        ValueError: Naming a shard that is not finished.
-    """
+    """Write index.json from the manifest and the descriptions of all shards; a ValueError if one is not finished."""
     shards = []
     for number in range(shard_count):
         array, path = shard_paths(folder, number)
@@ -196,11 +175,7 @@ def check_size(path: Path, expected: int) -> None:
 
 
 def map_array(path: Path, shape: tuple[int, ...]) -> Raw:
-    """Memory-map the array of a shard.
-
-    Raises:
-        ValueError: Unless it is a float16 array of this shape.
-    """
+    """Memory-map the array of a shard; a ValueError unless it is a float16 array of this shape."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except ValueError as error:
@@ -211,16 +186,3 @@ def map_array(path: Path, shape: tuple[int, ...]) -> Raw:
             f"delete it and {REMEDY}"
         )
     return array
-
-
-def sha256_of(path: Path) -> str:
-    """Checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> int:
-    """Write the header of a float16 .npy file; returns the position after it."""
-    descr = np.lib.format.dtype_to_descr(np.dtype(np.float16))
-    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
-    return file.tell()

@@ -24,18 +24,14 @@ from data.latent_files import (
     is_finite,
     map_array,
     read_index,
-    sha256_of,
 )
+from runtime.download import sha256_of
 
 _ROWS_AT_A_TIME = 256
 
 
 def open_latents(settings: DatasetSettings) -> LatentShards:
-    """Open a latent store.
-
-    Raises:
-        ValueError: If there is none, or it is of images of another shape.
-    """
+    """Open a latent store; a ValueError if there is none, or it is of images of another shape."""
     latents = LatentShards(settings.require_path("a folder of latents"), flip=settings.flip, seed=settings.seed)
     expected = (*latents.image_shape[:-3], settings.channels, *(settings.size or latents.image_shape[-2:]))
     if latents.image_shape != expected:
@@ -52,10 +48,7 @@ class LatentShards:
         seed: Seed of the flips.
 
     Attributes:
-        classes: Class names; a class's label is its position.
-        image_shape: Shape of the images that were encoded.
         raw_shape: Shape of an item.
-        vae: Value of `--vae` at extraction.
         shards: One memory-mapped array (images, flips, *raw_shape) per shard.
 
     Raises:
@@ -66,8 +59,8 @@ class LatentShards:
 
     def __init__(self, folder: Path, *, flip: bool | None = None, seed: int = 0) -> None:
         index = read_index(folder)
-        self._folder, self._seed, self._shards = folder, seed, index["shards"]
-        self._encoder = index["encoder"]
+        self._folder, self._seed = folder, seed
+        self._shards, self._encoder = index["shards"], index["encoder"]
         self.classes: list[str] = index["classes"]
         self.image_shape: tuple[int, ...] = tuple(index["image_shape"])
         self.vae: str = self._encoder["name"]
@@ -95,13 +88,7 @@ class LatentShards:
         return list(zip(raw.unbind(), labels.tolist(), indices.tolist(), strict=True))
 
     def gather(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor, Tensor]:
-        """Read a batch.
-
-        Args:
-            keys: n pairs (epoch, index).
-
-        Returns:
-            Raw latents (n, *raw_shape) float16, labels (n,) int64, indices (n,) int64.
+        """Read a batch: raw latents (n, *raw_shape) float16, labels (n,) int64, indices (n,) int64.
 
         Raises:
             IndexError: If an index is out of range.
@@ -115,7 +102,10 @@ class LatentShards:
         for out, shard, row, key in zip(raw, shards.tolist(), rows.tolist(), keys, strict=True):
             out[...] = self._arrays[shard][row, int(self._flip and is_flipped(key, self._seed))]
         if not is_finite(raw):
-            self._raise_not_finite(next(i for i, row in zip(indices.tolist(), raw, strict=True) if not is_finite(row)))
+            bad = next(i for i, row in enumerate(raw) if not is_finite(row))
+            path = array_path(self._folder, self._shards[shards[bad]])
+            name = self.path(int(indices[bad]))
+            raise ValueError(f"{path}: the latents of {name} are not finite; delete the file and {REMEDY}")
         return torch.from_numpy(raw), torch.from_numpy(self._labels[indices]), torch.from_numpy(indices)
 
     def path(self, index: int) -> str:
@@ -124,11 +114,7 @@ class LatentShards:
         return json.loads(self._description(int(shard)).read_text())["paths"][row]
 
     def verify(self) -> None:
-        """Read everything: checksums of all files, and that all latents are finite.
-
-        Raises:
-            ValueError: Naming the first file that differs, and what to do.
-        """
+        """Check checksums of all files, and that all latents are finite; a ValueError names the first bad file."""
         for shard, array in zip(self._shards, self._arrays, strict=True):
             for name, record in shard["files"].items():
                 if sha256_of(self._folder / name) != record["sha256"]:
@@ -139,11 +125,7 @@ class LatentShards:
                     raise ValueError(f"{path}: holds NaN or infinity; delete it and {REMEDY}")
 
     def encoder(self, vae: str | None = None, device: torch.device | str = "cpu") -> StoredEncoder:
-        """The encoder of these items.
-
-        Args:
-            vae: Autoencoder that decodes, a value of `--vae`; None is that of the extraction. It is loaded at need.
-            device: Device of the autoencoder.
+        """The encoder of these items, which decodes with `vae` (a value of `--vae`; None is that of the extraction).
 
         Raises:
             ValueError: For "none".
@@ -190,21 +172,11 @@ class LatentShards:
         shards = np.searchsorted(self._ends, indices, side="right")
         return shards, indices - np.concatenate([[0], self._ends])[shards]
 
-    def _raise_not_finite(self, index: int) -> None:
-        (shard,), _ = self._locate(np.array([index]))
-        path = array_path(self._folder, self._shards[int(shard)])
-        raise ValueError(f"{path}: the latents of {self.path(index)} are not finite; delete the file and {REMEDY}")
-
 
 class StoredEncoder(Encoder):
     """Encoder of a latent store, which holds raw latents already; the autoencoder is loaded at the first decoding.
 
-    Args:
-        name: Value of `--vae`.
-        device: Device of the autoencoder.
-        recorded: The encoder in the store's index.
-        raw_shape: Shape of an item.
-        image_shape: Shape of the images that were encoded.
+    `recorded` is the encoder in the store's index; the shapes are those of an item and of the images before encoding.
     """
 
     def __init__(
@@ -218,11 +190,7 @@ class StoredEncoder(Encoder):
         self.scaling = LatentScaling.from_config(recorded, self.latent_shape(image_shape)[-3])
 
     def raw_shape(self, image_shape: Shape) -> Shape:
-        """Shape of an item.
-
-        Raises:
-            ValueError: For images of another shape than those that were encoded.
-        """
+        """Shape of an item; a ValueError for images of another shape than those that were encoded."""
         if tuple(image_shape) != self._image_shape:
             raise ValueError(f"the latents are of images {self._image_shape}, not {tuple(image_shape)}")
         return self._raw_shape
@@ -233,11 +201,7 @@ class StoredEncoder(Encoder):
         return *frames, channels // 2 if self.stochastic else channels, height, width
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """The items themselves, which are raw latents.
-
-        Raises:
-            ValueError: For pixels.
-        """
+        """The items themselves, which are raw latents; a ValueError for pixels."""
         if pixels.shape[1:] != self._raw_shape:
             raise ValueError(f"takes stored latents {self._raw_shape}, not {tuple(pixels.shape[1:])}")
         return pixels
@@ -249,13 +213,12 @@ class StoredEncoder(Encoder):
             ValueError: If the autoencoder cannot be loaded, or is not the one that encoded.
         """
         if self._decoder is None:
-            self._decoder = self._load()
+            loaded = open_encoder(self.name, self._image_shape, self._device)
+            if loaded.encoder_sha256() != self._sha256:
+                raise ValueError(f"the autoencoder {self.name!r} is not the one that made these latents")
+            if loaded.scaling != self.scaling:
+                raise ValueError(
+                    f"the autoencoder {self.name!r} has {loaded.scaling}, but these latents {self.scaling}"
+                )
+            self._decoder = loaded
         return self._decoder.decode(latents)
-
-    def _load(self) -> Encoder:
-        loaded = open_encoder(self.name, self._image_shape, self._device)
-        if loaded.encoder_sha256() != self._sha256:
-            raise ValueError(f"the autoencoder {self.name!r} is not the one that made these latents")
-        if loaded.scaling != self.scaling:
-            raise ValueError(f"the autoencoder {self.name!r} has {loaded.scaling}, but these latents {self.scaling}")
-        return loaded

@@ -9,6 +9,7 @@ Source: PKWARE's APPNOTE 6.3 (local header 4.3.7, directory 4.3.12 to 4.3.16, ZI
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import struct
@@ -38,11 +39,9 @@ def crc_of(pieces: Iterable[Piece]) -> int:
 
     Appending n bytes multiplies the polynomial of the bytes before them by x^(8 n), modulo that of the checksum.
     """
-    crc, shifts = 0, dict[int, int]()
+    crc = 0
     for piece in pieces:
-        if piece.size not in shifts:
-            shifts[piece.size] = _power_of_x(8 * piece.size)
-        crc = _times(shifts[piece.size], crc) ^ piece.crc
+        crc = _times(_power_of_x(8 * piece.size), crc) ^ piece.crc
     return crc
 
 
@@ -56,6 +55,7 @@ def _times(a: int, b: int) -> int:
     return product
 
 
+@functools.lru_cache(maxsize=8)  # most pieces have one size
 def _power_of_x(exponent: int) -> int:
     power, square = 1 << 31, 1 << 30  # 1 and x
     while exponent:
@@ -98,7 +98,8 @@ def _directory(entries: list[_Entry], offset: int) -> bytes:
     return listing + record + locator + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, *[_IN_EXTRA] * 2, 0)
 
 
-def _npy_header(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> bytes:
+def npy_header(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> bytes:
+    """Header of a .npy file."""
     buffer = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
@@ -116,7 +117,7 @@ class NpzFile:
     def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
         self.path = path
         self.row_bytes = int(np.prod(shape[1:], dtype=np.int64))
-        self._npy_header = _npy_header(shape, np.dtype(np.uint8))
+        self._npy_header = npy_header(shape, np.dtype(np.uint8))
         self._size = len(self._npy_header) + shape[0] * self.row_bytes
         self._start = len(self._entry(0).header()) + len(self._npy_header)
 
@@ -158,19 +159,14 @@ class NpzFile:
         return Piece(crc, done)
 
     def seal(self, pieces: Iterable[Piece], others: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Complete the archive; may be repeated.
-
-        Args:
-            pieces: Pieces of all rows, in order.
-            others: Further arrays by name, such as "arr_1".
-        """
+        """Complete the archive from the pieces of all rows, in order, and further arrays by name; may be repeated."""
         crc = crc_of([Piece(zlib.crc32(self._npy_header), len(self._npy_header)), *pieces])
         entries = [self._entry(crc)]
         with self.path.open("rb+") as file:
             file.write(entries[0].header())
             file.seek(self.bytes_reserved)
             for name, array in others.items():
-                content = _npy_header(array.shape, array.dtype) + np.ascontiguousarray(array).tobytes()
+                content = npy_header(array.shape, array.dtype) + np.ascontiguousarray(array).tobytes()
                 entries.append(_Entry(f"{name}.npy".encode(), Piece(zlib.crc32(content), len(content)), file.tell()))
                 file.write(entries[-1].header() + content)
             file.write(_directory(entries, file.tell()))

@@ -82,11 +82,7 @@ class VisionEncoder:
         )
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Normalise images, then resize them bicubically without antialiasing, as in REPA.
-
-        Args:
-            images: (N, 3, H, W) float in [0, 1].
-        """
+        """Normalise images (N, 3, H, W) in [0, 1], then resize them bicubically without antialiasing, as in REPA."""
         normalised = (images - self._mean) / self._std
         return functional.interpolate(normalised, size=self._size, mode="bicubic")
 
@@ -105,11 +101,7 @@ def _token_grid(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _from_hub(architecture: str, settings: dict[str, Any]) -> Any:
-    """A transformer with timm's weights, from its cache or the hub.
-
-    Raises:
-        ValueError: In one line, if they are in neither.
-    """
+    """A transformer with timm's weights, from its cache or the hub; a ValueError of one line if they are in neither."""
     import timm
 
     try:

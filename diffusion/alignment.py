@@ -22,7 +22,6 @@ class ImageEncoder(Protocol):
 
     def __call__(self, images: Tensor, /) -> Tensor:
         """Tokens (N, T, width) of images (N, 3, H, W) in [0, 1], without gradients."""
-        ...
 
 
 class Alignment(nn.Module):
@@ -60,14 +59,9 @@ class Alignment(nn.Module):
         )
 
     def forward(self, features: Tensor, images: Tensor) -> Tensor:
-        """1 - cosine between projected features and targets, mean over tokens.
+        """1 - cosine between projected features (N, T, D) of `block` and targets, mean over tokens, (N,) float32.
 
-        Args:
-            features: (N, T, D) of `block`.
-            images: (N, 3, H, W) float in [0, 1].
-
-        Returns:
-            (N,) float32.
+        Images are (N, 3, H, W) floats in [0, 1].
 
         Raises:
             ValueError: If one of the grids is not square.
@@ -78,11 +72,7 @@ class Alignment(nn.Module):
         return 1 - functional.cosine_similarity(projected, targets, dim=-1).mean(dim=1)
 
     def add_to(self, losses: dict[str, Tensor], features: Tensor | None, images: Tensor | None) -> dict[str, Tensor]:
-        """Add "align" to a step's losses, (N,) each, and its share to "loss".
-
-        Raises:
-            ValueError: If features or images are missing.
-        """
+        """Add "align" to a step's losses, (N,) each, and its share to "loss"; a ValueError if an input is missing."""
         if features is None or images is None:
             raise ValueError("alignment needs the network's features and the raw images of the batch")
         align = self(features, images)
@@ -90,11 +80,7 @@ class Alignment(nn.Module):
 
 
 def resample_tokens(tokens: Tensor, count: int) -> Tensor:
-    """Resample a square grid of tokens bilinearly: (N, T, D) -> (N, count, D).
-
-    Raises:
-        ValueError: If one of the numbers is no square.
-    """
+    """Resample a square grid of tokens bilinearly: (N, T, D) -> (N, count, D); a ValueError for other grids."""
     if tokens.shape[1] == count:
         return tokens
     old, new = math.isqrt(tokens.shape[1]), math.isqrt(count)

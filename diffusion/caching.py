@@ -14,20 +14,9 @@ from diffusion.sampling import Sampler
 from diffusion.schedules import convert_time
 from models.contract import Network
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedules without measurements
-
 
 def every_nth(evaluations: int, interval: int) -> tuple[bool, ...]:
-    """Refresh at evaluations 0, n, 2 n, ...: ceil(evaluations / n) of them.
-
-    Args:
-        evaluations: Number of network evaluations.
-        interval: n; 1 refreshes always.
-
-    Raises:
-        ValueError: If the interval is below 1.
-    """
+    """Refresh at evaluations 0, n, 2 n, ... with interval n; a ValueError if it is below 1."""
     _check_interval(interval)
     return tuple(i % interval == 0 for i in range(evaluations))
 
@@ -57,16 +46,7 @@ CLASS_TO_IMAGE = CacheSchedule(t_high=1000.0, t_low=20.0, low_inclusive=True)
 def skip_cache(
     network: Network, sampler: Sampler, interval: int, schedule: CacheSchedule = CLASS_TO_IMAGE
 ) -> tuple[bool, ...]:
-    """Skip-Cache's refresh schedule for a network and a sampler.
-
-    Args:
-        network: Network that keeps state.
-        sampler: Sampler of the run.
-        interval: N; 1 refreshes always.
-        schedule: Bounds of the interval.
-
-    Returns:
-        One flag per evaluation; the first is True.
+    """Skip-Cache's refresh schedule for a network and a sampler, one flag per evaluation; see `skip_cache_flags`.
 
     Raises:
         ValueError: If the network keeps no state, or as for `skip_cache_flags`.
@@ -87,7 +67,7 @@ def skip_cache_flags(
 
     Args:
         times: Timesteps of the evaluations, falling.
-        interval: N.
+        interval: N; 1 refreshes always.
         schedule: Bounds of the interval.
 
     Raises:
@@ -116,10 +96,6 @@ def _check_interval(interval: int) -> None:
         raise ValueError(f"the refresh interval must be at least 1, not {interval}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Networks that keep state
-
-
 def takes_cache_depth(config: object) -> bool:
     """Whether networks of this config's family keep state where a `cache_depth` is set."""
     try:
@@ -130,20 +106,12 @@ def takes_cache_depth(config: object) -> bool:
 
 
 def check_keeps_state(network: Network) -> None:
-    """Check that a network keeps state between evaluations.
-
-    Raises:
-        ValueError: If it does not, with the remedy on the command line.
-    """
+    """Raise a ValueError, with the remedy on the command line, unless a network keeps state between evaluations."""
     if not network.keeps_state:
         remedy = "no setting makes it; leave this flag out"
         if takes_cache_depth(network.config):
             remedy = "give --cache-depth B, the blocks at an end that run when state is reused, or leave this flag out"
         raise ValueError(f"this network keeps nothing to reuse; {remedy}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sharing: a number of refreshes, at the evaluations where measured states differ most
 
 
 def sharing_budget(evaluations: int, interval: int) -> int:

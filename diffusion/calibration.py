@@ -50,14 +50,9 @@ def state_similarity(states: Sequence[Tensor]) -> Tensor:
 def run_similarity(
     denoise: Denoiser, sampler: Sampler, x: Tensor, run: Sequence[Evaluation], noise_fn: NoiseFn = torch.randn_like
 ) -> Tensor:
-    """`state_similarity` along one run.
+    """`state_similarity` along one run of `sample_loop`, to which all arguments belong.
 
-    Args:
-        denoise: As for `sample_loop`.
-        sampler: Sampler of the run.
-        x: (N, ..., C, H, W) starting noise.
-        run: Fresh state, of the same rows, at every evaluation: `evaluations(..., always_both=True)`.
-        noise_fn: As for `sample_loop`.
+    Every evaluation of `run` makes fresh state of the same rows: `evaluations(..., always_both=True)`.
 
     Raises:
         ValueError: If the network's state is not one tensor of tokens.
@@ -107,15 +102,13 @@ class Calibration:
 
     def settings(self) -> dict[str, object]:
         """All that the similarities depend on, as JSON values; weights and conditioning by their checksums."""
-        values = {
-            name: getattr(self, name)
-            for name in ("sampling", "scale", "channels", "interval", "images", "seed", "autocast")
-        }
+        own = ("sampling", "scale", "channels", "interval", "images", "seed", "autocast")
+        values = {"format": 2, **{name: getattr(self, name) for name in own}}
         values |= {"times": self.sampler.times, "shape": self.network.sample_shape}
         values |= {"weights": _checksum(self.network.state_dict())}
         if self.conditioning is not None:
             values |= {"conditioning": _checksum(self.conditioning), "null": _checksum(self.null or {})}
-        plain: dict[str, object] = json.loads(json.dumps({"format": 2, **values}, default=str))
+        plain: dict[str, object] = json.loads(json.dumps(values, default=str))
         return plain
 
     @torch.no_grad()
@@ -183,9 +176,7 @@ class Calibration:
 
 
 def _read(path: Path, settings: Mapping[str, object]) -> Tensor | None:
-    """Similarities in a file of these settings; None if there is none, it is damaged, or it is of others."""
-    if not path.is_file():
-        return None
+    """Similarities in a file of these settings; None if it is damaged, or of others."""
     try:
         groups, stored = read_groups(path, lambda names: [GROUP], "sharing schedule")
     except UserError:

@@ -45,10 +45,7 @@ class FlowMatching:
     shift: float = setting(1.0, "shift of training times, above 1 towards noise", flag="--flow-shift")
     weight: FlowWeight = setting("constant", "weight of the squared error by time", flag="--flow-weight")
     cosine: float = setting(
-        0.0,
-        "weight of 1 - cosine between prediction and target",
-        flag="--flow-cosine",
-        was={"--flow-direction": None},
+        0.0, "weight of 1 - cosine between prediction and target", flag="--flow-cosine", was={"--flow-direction": None}
     )
     prediction: FlowPrediction = setting("velocity", "what the network predicts")
 
@@ -71,17 +68,10 @@ class FlowMatching:
             )
 
     def make(self, learn_sigma: bool) -> FlowMatching:
-        """Return the process, which is these settings.
-
-        Raises:
-            ValueError: If the network predicts a variance: a flow has none.
-        """
+        """Return the process, which is these settings; a ValueError for a network that predicts a variance."""
         if learn_sigma:
             raise ValueError("a flow has no variance to predict, and the network predicts one")
         return self
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # The interface of every process, which training uses
 
     def output_channels(self, in_channels: int) -> int:
         """Channels of the network's output: as many as x has."""
@@ -96,10 +86,7 @@ class FlowMatching:
         return shift_time(t, self.shift)
 
     def stratified_times(self, count: int, strata: int, generator: torch.Generator) -> Tensor:
-        """The same, but row i from part i mod `strata` of the timesteps, cut into equal parts from 0 (clean) up.
-
-        Within its part a time has the distribution of `draw_times`.
-        """
+        """The same, but row i from part i mod `strata` of the timesteps; in it, as `draw_times` distributes them."""
         part = torch.arange(count, device=generator.device) % strata
         uniform = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
         clean, noisy = (shift_time(1 - (part + k).double() / strata, 1 / self.shift) for k in (0, 1))  # unshifted
@@ -114,24 +101,11 @@ class FlowMatching:
         return t
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Add noise to clean samples: t x_start + (1 - t) noise.
-
-        Args:
-            x_start: (N, ..., C, H, W).
-            t: (N,) in [0, 1].
-            noise: Like `x_start`, standard normal.
-        """
+        """Add noise: t x_start + (1 - t) noise, for samples and noise (N, ..., C, H, W) and t (N,) in [0, 1]."""
         return torch.lerp(noise, x_start, append_dims(t, noise))
 
     def losses(self, sample: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Training losses of a network's raw output at x_t = q_sample(x_start, t, noise).
-
-        Args:
-            sample: (N, ..., C, H, W) predictions.
-            x_start: Clean samples, like `sample`.
-            x_t: The same.
-            t: (N,) in [0, 1].
-            noise: The noise in x_t, like `sample`.
+        """Training losses of a raw output at x_t = q_sample(x_start, t, noise), in the shape of x_t.
 
         Returns:
             (N,) float32 each: "loss" and "mse", the unweighted squared error; "cosine" where it has a weight.
@@ -161,9 +135,6 @@ class FlowMatching:
             return ratio.clamp(min=5)
         return ratio.clamp(max=5) if self.weight == "ratio_at_most_5" else ratio
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Predictions at a point of the path
-
     def convert(self, sample: Tensor, x_t: Tensor, t: float | Tensor, target: Prediction) -> Tensor:
         """Compute the clean sample ("x_start"), the noise ("epsilon") or the velocity from a raw output at x_t.
 
@@ -185,10 +156,6 @@ class FlowMatching:
 
 
 def check_prediction(sample: Tensor, x: Tensor) -> None:
-    """Check that a raw output has the shape of x; another one might still broadcast.
-
-    Raises:
-        ValueError: If it has not.
-    """
+    """Raise a ValueError unless a raw output has the shape of x; another one might still broadcast."""
     if sample.shape != x.shape:
         raise ValueError(f"the network's output has shape {tuple(sample.shape)}; a flow's x has {tuple(x.shape)}")

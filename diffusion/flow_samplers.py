@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 import torch
@@ -22,17 +22,21 @@ MAX_ORDER = 4
 
 
 def flow_steps(spec: int | str) -> int:
-    """Number of steps in a flow's step spec.
-
-    Raises:
-        ValueError: If it is not a positive number.
-    """
+    """Number of steps in a flow's step spec; a ValueError if it is not a positive number."""
     if isinstance(spec, str) and not spec.isdecimal() or int(spec) < 1:
         raise ValueError(f"step spec {spec!r}: a flow is sampled in a number of steps, such as 50")
     return int(spec)
 
 
-class _FlowSampler:
+class Grid(TypedDict, total=False):
+    """Arguments of every sampler of flows, as in `FlowSampler`."""
+
+    shift: float
+    last_step: float | None
+    start: int
+
+
+class FlowSampler:
     """Times of a flow's sampler.
 
     Args:
@@ -55,7 +59,12 @@ class _FlowSampler:
     times: tuple[float, ...]
 
     def __init__(
-        self, process: FlowMatching, steps: int | str, shift: float, last_step: float | None, start: int
+        self,
+        process: FlowMatching,
+        steps: int | str,
+        shift: float = 1.0,
+        last_step: float | None = None,
+        start: int = 0,
     ) -> None:
         grid = unit_grid(flow_steps(steps), shift, last_step)
         if not 0 <= start < len(grid) - 1:
@@ -84,7 +93,7 @@ class EulerSettings(FlowSamplerSettings):
     kind: Kind = setting("ode", "the ODE, or a stochastic process instead", flag="--sde")
 
 
-class EulerSampler(_FlowSampler):
+class EulerSampler(FlowSampler):
     """Euler steps of the flow, or of a stochastic process with the same distribution at every time.
 
     The score of the linear path is s = (t v - x) / (1 - t). With noise of strength w = 1 - t a step dt adds to v dt
@@ -98,17 +107,8 @@ class EulerSampler(_FlowSampler):
     Source: Ma et al., 2024 (SiT, arXiv 2401.08740), where the diffusion may have any strength.
     """
 
-    def __init__(
-        self,
-        process: FlowMatching,
-        steps: int | str,
-        *,
-        kind: Kind = "ode",
-        shift: float = 1.0,
-        last_step: float | None = None,
-        start: int = 0,
-    ) -> None:
-        super().__init__(process, steps, shift, last_step, start)
+    def __init__(self, process: FlowMatching, steps: int | str, *, kind: Kind = "ode", **grid: Unpack[Grid]) -> None:
+        super().__init__(process, steps, **grid)
         if kind not in get_args(Kind):
             raise ValueError(f"{kind!r} is not one of {', '.join(get_args(Kind))}")
         # (drift by the score, variance of the noise), in units of w dt
@@ -134,24 +134,15 @@ class HeunSettings(FlowSamplerSettings):
     exact: bool = setting(False, "evaluate twice a step", flag="--heun-exact")
 
 
-class HeunSampler(_FlowSampler):
+class HeunSampler(FlowSampler):
     """Heun's method: an Euler step to predict, then the mean of both velocities; the last step is Euler's.
 
     If exact, each predicted point is evaluated for this step alone: 2 N - 1 evaluations. Otherwise its velocity is also
     the first one of the next step: N evaluations.
     """
 
-    def __init__(
-        self,
-        process: FlowMatching,
-        steps: int | str,
-        *,
-        exact: bool = False,
-        shift: float = 1.0,
-        last_step: float | None = None,
-        start: int = 0,
-    ) -> None:
-        super().__init__(process, steps, shift, last_step, start)
+    def __init__(self, process: FlowMatching, steps: int | str, *, exact: bool = False, **grid: Unpack[Grid]) -> None:
+        super().__init__(process, steps, **grid)
         self.exact = exact
         self.times = (self.grid[0], *(t for t in self.grid[1:-1] for _ in range(2 if exact else 1)))
         self._start: tuple[Tensor, Tensor] | None = None  # x and velocity at the start of the current step
@@ -179,7 +170,7 @@ class AdamsSettings(FlowSamplerSettings):
     order: int = setting(2, "number of velocities that a step uses, 1 to 4", flag="--adams-order")
 
 
-class AdamsSampler(_FlowSampler):
+class AdamsSampler(FlowSampler):
     """Adams-Bashforth: the velocities of the last evaluations, extrapolated over the step by a polynomial in time.
 
     The first steps have fewer earlier velocities, and a lower order. For 5 to 12 evaluations, order 2 with a shift of 2
@@ -194,17 +185,9 @@ class AdamsSampler(_FlowSampler):
     """
 
     def __init__(
-        self,
-        process: FlowMatching,
-        steps: int | str,
-        *,
-        order: int = 2,
-        in_log_snr: bool = False,
-        shift: float = 1.0,
-        last_step: float | None = None,
-        start: int = 0,
+        self, process: FlowMatching, steps: int | str, *, order: int = 2, in_log_snr: bool = False, **grid: Unpack[Grid]
     ) -> None:
-        super().__init__(process, steps, shift, last_step, start)
+        super().__init__(process, steps, **grid)
         if not 1 <= order <= MAX_ORDER:
             raise ValueError(f"the order must be in 1..{MAX_ORDER}, not {order}")
         nodes = [log_snr(t) for t in self.grid] if in_log_snr else list(self.grid)
@@ -226,12 +209,7 @@ class AdamsSampler(_FlowSampler):
 def adams_weights(nodes: Sequence[float], end: float) -> tuple[float, ...]:
     """Weights of values at nodes in the mean, from the last node to `end`, of the polynomial through them.
 
-    Args:
-        nodes: Distinct and ascending.
-        end: Above the last one.
-
-    Returns:
-        One weight per node, exact but for rounding; they sum to 1.
+    Nodes are distinct and ascending, and `end` is above them. The weights are exact but for rounding, and sum to 1.
     """
     # Distances from the last node in units of the step: antiderivatives at absolute times would cancel.
     places = (np.asarray(nodes, dtype=np.float64) - nodes[-1]) / (end - nodes[-1])

@@ -10,8 +10,9 @@ The *timestep* of an index is its number in the original process: the time of sa
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args, overload
 
@@ -91,13 +92,18 @@ class GaussianDiffusion:
             raise ValueError(f"loss weight {loss_weight!r} has no effect on loss {loss!r}, which has no squared error")
         self.prediction, self.variance, self.loss = prediction, variance, loss
         self.loss_weight, self.min_snr_gamma, self._original_betas = loss_weight, min_snr_gamma, betas
-        self.timesteps = tuple(range(len(betas)) if timesteps is None else sorted(set(timesteps)))
+        self._keep(range(len(betas)) if timesteps is None else timesteps)
+
+    def _keep(self, timesteps: Iterable[int]) -> None:
+        """Set up the process on these original timesteps."""
+        betas = self._original_betas
+        self.timesteps = tuple(sorted(set(timesteps)))
         if not self.timesteps or not 0 <= self.timesteps[0] <= self.timesteps[-1] < len(betas):
             raise ValueError(f"timesteps must be some of 0 .. {len(betas) - 1}")
         # Betas that walk the original process in longer strides; the full schedule goes through the same arithmetic.
         kept = np.cumprod(1 - betas)[list(self.timesteps)]
         self.tables = gaussian_tables(1 - kept / np.append(1.0, kept[:-1]))
-        self.tables |= prediction_tables(self.tables["alphas_cumprod"], prediction, min_snr_gamma)
+        self.tables |= prediction_tables(self.tables["alphas_cumprod"], self.prediction, self.min_snr_gamma)
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
 
     @property
@@ -106,27 +112,14 @@ class GaussianDiffusion:
         return len(self.timesteps)
 
     def respaced(self, spec: str | Sequence[int]) -> GaussianDiffusion:
-        """Build the same process on fewer steps.
-
-        Args:
-            spec: Step spec of `space_timesteps`, such as "250" or "ddim50", over the ORIGINAL timesteps.
-        """
+        """Build the same process on the ORIGINAL timesteps of a step spec of `space_timesteps`, such as "ddim50"."""
         return self.restricted(space_timesteps(len(self._original_betas), spec))
 
     def restricted(self, timesteps: Sequence[int]) -> GaussianDiffusion:
         """Build the same process on these original timesteps."""
-        return GaussianDiffusion(
-            self._original_betas,
-            timesteps,
-            prediction=self.prediction,
-            variance=self.variance,
-            loss=self.loss,
-            loss_weight=self.loss_weight,
-            min_snr_gamma=self.min_snr_gamma,
-        )
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # The interface of every process, which training uses
+        process = copy.copy(self)
+        process._keep(timesteps)
+        return process
 
     def output_channels(self, in_channels: int) -> int:
         """Channels of the network's output: C, or 2 C if the variance is learned."""
@@ -148,24 +141,11 @@ class GaussianDiffusion:
         return self.device_tables(t.device)["timesteps"][t]
 
     def q_sample(self, x_start: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
-        """Add noise to clean samples: sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise.
-
-        Args:
-            x_start: (N, ..., C, H, W).
-            t: Index, a number or (N,) int64.
-            noise: Like `x_start`, standard normal.
-        """
+        """Add noise: sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, for x_0 (N, ..., C, H, W) and indices t (N,) or one."""
         return self._mix("sqrt_alphas_cumprod", x_start, "sqrt_one_minus_alphas_cumprod", noise, t)
 
     def losses(self, sample: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Training losses of a network's raw output at x_t = q_sample(x_start, t, noise).
-
-        Args:
-            sample: (N, ..., output_channels, H, W) raw output.
-            x_start: (N, ..., C, H, W) clean samples.
-            x_t: Like `x_start`.
-            t: (N,) int64 indices.
-            noise: The noise in x_t, like `x_start`.
+        """Training losses of a raw output (N, ..., output_channels, H, W) at x_t = q_sample(x_start, t, noise).
 
         Returns:
             (N,) float32 each: "loss"; for "mse" also "mse", the unweighted squared error of the prediction, and, with a
@@ -181,22 +161,17 @@ class GaussianDiffusion:
         if self.loss in ("kl", "rescaled_kl"):
             vb = self.variational_bound(sample.float(), x_start, x_t, t)
             return {"loss": vb * self.num_timesteps if self.loss == "rescaled_kl" else vb}
-
         target = self._mix("target_by_x_start", x_start, "target_by_noise", noise, t)
         mse = _row_mean((target - prediction) ** 2)
         loss = mse if self.loss_weight == "constant" else self._at("min_snr_weight", t, mse) * mse
         if self.variance != "learned_range":
             return {"loss": loss, "mse": mse}
-
         # The variance must not disturb the mean: the bound sees the prediction detached (hybrid loss, section 3.1).
-        hybrid = torch.cat([prediction.detach(), self._value_in(sample.float(), x_t)], dim=-3)
+        hybrid = torch.cat([prediction.detach(), value_in(sample.float(), x_t)], dim=-3)
         vb = self.variational_bound(hybrid, x_start, x_t, t)
         if self.loss == "rescaled_mse":
             vb = vb * (self.num_timesteps / 1000)
         return {"loss": loss + vb, "mse": mse, "vb": vb}
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Forward process
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> Gaussian:
         """q(x_t | x_0) for x_start (N, ..., C, H, W) and indices t (N,)."""
@@ -208,14 +183,11 @@ class GaussianDiffusion:
         mean = self._mix("posterior_mean_coef1", x_start, "posterior_mean_coef2", x_t, t)
         return Gaussian(mean, self._at("posterior_log_variance_clipped", t, x_t))
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Reverse process
-
     def p_mean_variance(self, sample: Tensor, x_t: Tensor, t: int | Tensor, *, clip_denoised: bool = False) -> Gaussian:
-        """p(x_{t-1} | x_t) according to a network's raw output.
+        """p(x_{t-1} | x_t) according to a network's raw output (N, ..., output_channels, H, W).
 
         Args:
-            sample: (N, ..., output_channels, H, W) raw output at x_t.
+            sample: Raw output at x_t.
             x_t: (N, ..., C, H, W).
             t: Index, a number that all rows share (then nothing is copied to the device) or (N,) int64.
             clip_denoised: Clamp the predicted clean sample to [-1, 1]; right for pixels, wrong for latents.
@@ -261,15 +233,7 @@ class GaussianDiffusion:
         if self.variance == "fixed_large":
             return self._at("log_fixed_large", t, x_t)
         # Linear in the value, from small at -1 to large at 1 (not clamped).
-        return (large + small) / 2 + (large - small) / 2 * self._value_in(sample, x_t)
-
-    @staticmethod
-    def _value_in(sample: Tensor, x_t: Tensor) -> Tensor:
-        """Channels of a raw output that interpolate the variance."""
-        return sample.narrow(-3, x_t.shape[-3], x_t.shape[-3])
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Variational bound
+        return (large + small) / 2 + (large - small) / 2 * value_in(sample, x_t)
 
     def variational_bound(
         self, sample: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, *, clip_denoised: bool = False
@@ -323,9 +287,6 @@ class GaussianDiffusion:
         prior = self.prior_bpd(x_start)
         return {**stacked, "prior_bpd": prior, "total_bpd": stacked["vb"].sum(dim=1) + prior}
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Coefficients
-
     @overload
     def _at(self, name: str, t: int, x: Tensor) -> float: ...
     @overload
@@ -347,6 +308,11 @@ class GaussianDiffusion:
             tables = {**self.tables, "timesteps": np.asarray(self.timesteps)}
             self._on_device[device] = {k: torch.from_numpy(v).float().to(device) for k, v in tables.items()}
         return self._on_device[device]
+
+
+def value_in(sample: Tensor, x_t: Tensor) -> Tensor:
+    """Channels of a raw output at x_t that interpolate a learned variance, a view."""
+    return sample.narrow(-3, x_t.shape[-3], x_t.shape[-3])
 
 
 def _row_mean(x: Tensor) -> Tensor:
@@ -403,7 +369,7 @@ def create_diffusion(
         learn_sigma: The network's output has variance values after its prediction.
         rescale_learned_sigmas: Weigh the variational term by steps / 1000 (the same at 1000 steps).
         diffusion_steps: Length of the original process.
-        prediction: Any prediction type, instead of `predict_xstart`.
+        prediction: Prediction type of any kind, instead of `predict_xstart`.
 
     Raises:
         ValueError: Naming the step spec or schedule that is unknown or out of range.

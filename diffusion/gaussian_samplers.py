@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.gaussian import GaussianDiffusion
+from diffusion.gaussian import GaussianDiffusion, value_in
 from diffusion.sampling import NoiseFn
 from diffusion.schedules import Array
 from models.contract import TimeConvention
@@ -22,13 +22,8 @@ Steps = str | Sequence[int] | None
 class _AffineStep:
     """a x_0 + b x with the clean sample x_0 that the network predicts.
 
-    x_0 is affine in x and the prediction, and so is the whole, unless x_0 is clipped: two operations.
-
-    Args:
-        process: Process that x_0 is predicted under.
-        a: (num_timesteps,) float64, by index.
-        b: The same.
-        clip_denoised: Clamp x_0 to [-1, 1].
+    x_0 is affine in x and the prediction, and so is the whole, unless x_0 is clipped: two operations. The coefficients
+    a and b are (num_timesteps,) float64, by index; `clip_denoised` clamps x_0 to [-1, 1].
     """
 
     def __init__(self, process: GaussianDiffusion, a: Array, b: Array, *, clip_denoised: bool) -> None:
@@ -107,8 +102,8 @@ class AncestralSampler(_GaussianSampler):
         if index == 0:
             return mean
         if self.process.variance == "learned_range":
-            value = sample.narrow(-3, x.shape[-3], x.shape[-3])
-            return torch.addcmul(mean, torch.exp(self._half_range[index] * value), noise, value=self._midpoint[index])
+            half_range = torch.exp(self._half_range[index] * value_in(sample, x))
+            return torch.addcmul(mean, half_range, noise, value=self._midpoint[index])
         return torch.add(mean, noise, alpha=self._midpoint[index])
 
 
@@ -136,8 +131,8 @@ class DDIMSampler(_GaussianSampler):
         steps: Steps = None,
         *,
         eta: float = 0.0,
-        clip_denoised: bool = False,
         reverse: bool = False,
+        clip_denoised: bool = False,
         start: int = 0,
     ) -> None:
         super().__init__(process, steps, start)

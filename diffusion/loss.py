@@ -29,58 +29,37 @@ class Process(Protocol):
     Its `t` is an index or a flow time; `to_time` converts it to the process time.
     """
 
-    @property
-    def name(self) -> str:
-        """Name in checkpoints and flags."""
-        ...
-
-    @property
-    def time_convention(self) -> TimeConvention:
-        """Units of process times."""
-        ...
+    name: ClassVar[str]  # in checkpoints and flags
+    time_convention: ClassVar[TimeConvention]  # of process times
 
     def output_channels(self, in_channels: int) -> int:
         """Channels of the network's output."""
-        ...
 
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
         """(count,) random t."""
-        ...
 
     def stratified_times(self, count: int, strata: int, generator: torch.Generator) -> Tensor:
         """The same, but row i from part i mod `strata` of the timesteps, cut into equal parts from 0 (clean) up."""
-        ...
 
     def to_time(self, t: Tensor) -> Tensor:
         """Process times of t."""
-        ...
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Noisy samples at t."""
-        ...
 
     def losses(self, sample: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Losses of rows, (N,) each, "loss" among them."""
-        ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Data of a training step.
+    """Data of a training step."""
 
-    Attributes:
-        x_start: (N, ..., C, H, W) float32 clean latents (or pixels in [-1, 1]).
-        conditioning: Conditioning of the N rows.
-        index: (N,) int64 place in the data set.
-        image: (N, 3, H, W) float32 raw images in [0, 1], for alignment losses.
-        null: Unconditional rows of the same shapes, where they come from data (text); None asks the network.
-    """
-
-    x_start: Tensor
-    conditioning: dict[str, Tensor]
-    index: Tensor
-    image: Tensor | None = None
-    null: dict[str, Tensor] | None = None
+    x_start: Tensor  # (N, ..., C, H, W) float32 clean latents (or pixels in [-1, 1])
+    conditioning: dict[str, Tensor]  # of the N rows
+    index: Tensor  # (N,) int64 place in the data set
+    image: Tensor | None = None  # (N, 3, H, W) float32 raw images in [0, 1], for alignment losses
+    null: dict[str, Tensor] | None = None  # unconditional rows, where they come from data (text), or ask the network
 
 
 class Draws(NamedTuple):
@@ -117,18 +96,9 @@ def row_generators(
 def row_noise(
     purpose: str, seed: int, step: int, rows: range, shape: Sequence[int], device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Standard normal noise of rows of the global batch, the same whichever rows it is made for.
+    """Standard normal noise of rows of the global batch, (len(rows), *shape) float32, by (purpose, seed, step, row).
 
-    Args:
-        purpose: Name of the use; other uses have other noise.
-        seed: Seed of the run.
-        step: Number of the training step.
-        rows: Rows of the global batch.
-        shape: Shape of one row.
-        device: Where it is needed; CPU and CUDA give different numbers.
-
-    Returns:
-        (len(rows), *shape) float32.
+    A row's noise is the same whichever rows it is made with. CPU and CUDA give different numbers.
     """
     noise = torch.empty(len(rows), *shape, device=device)
     for row, generator in zip(noise, row_generators(purpose, seed, step, rows, device), strict=True):
@@ -141,15 +111,12 @@ class LossSettings:
     """Settings of a loss; the plain one has none."""
 
     def check(self, *, rows: int, ranks: int, from_weights: bool) -> None:
-        """Check that the settings fit a run.
+        """Raise a ValueError unless the settings fit a run.
 
         Args:
             rows: Rows of a step on each process.
             ranks: Number of processes.
             from_weights: Training starts from the weights in a file.
-
-        Raises:
-            ValueError: If not.
         """
 
 
@@ -216,18 +183,8 @@ class DiffusionLoss(nn.Module):
         """
         return []
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Randomness
-
     def draw(self, step: int, count: int, rows: range | None = None, device: torch.device | str = "cpu") -> Draws:
-        """Make the randomness of some rows of a step's global batch.
-
-        Args:
-            step: Number of the training step.
-            count: Rows of the GLOBAL batch.
-            rows: The rows to make; None makes all.
-            device: Where it is needed; CPU and CUDA give different numbers.
-        """
+        """Make the randomness of some rows (None: all) of a step's GLOBAL batch of `count`; CPU and CUDA differ."""
         rows = range(count) if rows is None else rows
         own = slice(rows.start, rows.stop)
         dropped = None
@@ -257,26 +214,15 @@ class DiffusionLoss(nn.Module):
     def _generator(self, purpose: str, step: int, device: torch.device | str) -> torch.Generator:
         return torch.Generator(device).manual_seed(derive_seed(purpose, self.seed, step))
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Losses
-
     def shared(self, pieces: Sequence[tuple[Batch, Draws]], step: int) -> dict[str, Tensor]:
         """Compute what the losses need to know over the global batch before the first backward pass: here, nothing.
 
-        Args:
-            pieces: This process's micro-batches. All processes call together.
-            step: Number of the training step.
+        All processes call together, each with its micro-batches.
         """
         return {}
 
     def forward(self, batch: Batch, draws: Draws, step: int, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Add noise to a batch, evaluate the network, and compute the losses.
-
-        Args:
-            batch: N rows.
-            draws: Of the same N rows.
-            step: Number of the training step.
-            shared: From `shared`.
+        """Add noise to N rows, evaluate the network, and compute the losses, given draws of these rows and `shared`'s.
 
         Returns:
             (N,) float32 each; "loss" is the one to minimise.
@@ -285,14 +231,9 @@ class DiffusionLoss(nn.Module):
         return self.losses(self.evaluate(x_t, batch, draws), x_t, batch, draws)
 
     def evaluate(self, x_t: Tensor, batch: Batch, draws: Draws, number: int = 0, **options: object) -> ModelOutput:
-        """Evaluate the network in forward pass `number`, without the conditioning that this pass drops.
+        """Evaluate the network at noisy samples of a batch, without the conditioning that pass `number` drops.
 
-        Args:
-            x_t: Noisy samples.
-            batch: N rows.
-            draws: Of the same rows.
-            number: Of the forward pass, below `passes(step)`.
-            options: More arguments of the network's forward.
+        `options` are more arguments of the network's forward.
         """
         t = convert_time(self.process.to_time(draws.t), self.process.time_convention, self.network.time_convention)
         conditioning = batch.conditioning

@@ -40,15 +40,13 @@ def conversion(
 
         x_start = (b x_t - sigma output) / D,    noise = (alpha output - a x_t) / D.
 
-    Args:
-        source: Type of the output.
-        target: Type to convert to: "x_start" for the clean sample, "epsilon" for the noise, ...
-        alpha: Number, array or tensor.
-        sigma: The same. D must not be 0: "epsilon" says nothing where alpha is 0, nor "x_start" where sigma is 0.
+    Alpha and sigma are numbers, arrays or tensors. D must not be 0: "epsilon" says nothing where alpha is 0, nor
+    "x_start" where sigma is 0.
     """
     if source == target:
         return 0.0, 1.0
-    (a, b), (c, d) = (target_weights(kind, alpha, sigma) for kind in (source, target))
+    a, b = target_weights(source, alpha, sigma)
+    c, d = target_weights(target, alpha, sigma)
     determinant = alpha * b - sigma * a
     return (c * b - d * a) / determinant, (d * alpha - c * sigma) / determinant
 

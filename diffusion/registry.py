@@ -6,23 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple, Protocol
 
+from diffusion import flow_samplers as flow
+from diffusion import gaussian_samplers as gaussian
 from diffusion.flow import FlowMatching
-from diffusion.flow_samplers import (
-    AdamsSampler,
-    AdamsSettings,
-    EulerSampler,
-    EulerSettings,
-    HeunSampler,
-    HeunSettings,
-)
 from diffusion.gaussian import GaussianSettings
-from diffusion.gaussian_samplers import (
-    AncestralSampler,
-    AncestralSettings,
-    DDIMSampler,
-    DDIMSettings,
-    DPMSolverSampler,
-)
 from diffusion.loss import Process
 from diffusion.sampling import Sampler
 
@@ -35,7 +22,6 @@ class ProcessSettings(Protocol):
 
     def make(self, learn_sigma: bool) -> Process:
         """Build the process, for a network that predicts a variance or not."""
-        ...
 
 
 class SamplerRow(NamedTuple):
@@ -57,12 +43,12 @@ class SamplerRow(NamedTuple):
 PROCESSES: dict[str, type[ProcessSettings]] = {"gaussian": GaussianSettings, "flow": FlowMatching}
 
 SAMPLERS: dict[str, SamplerRow] = {
-    "ddpm": SamplerRow("gaussian", "250", AncestralSampler, AncestralSettings),
-    "ddim": SamplerRow("gaussian", "ddim50", DDIMSampler, DDIMSettings),
-    "dpm++": SamplerRow("gaussian", "20", DPMSolverSampler, AncestralSettings),
-    "euler": SamplerRow("flow", "250", EulerSampler, EulerSettings),
-    "heun": SamplerRow("flow", "50", HeunSampler, HeunSettings),
-    "adams": SamplerRow("flow", "50", AdamsSampler, AdamsSettings),
+    "ddpm": SamplerRow("gaussian", "250", gaussian.AncestralSampler, gaussian.AncestralSettings),
+    "ddim": SamplerRow("gaussian", "ddim50", gaussian.DDIMSampler, gaussian.DDIMSettings),
+    "dpm++": SamplerRow("gaussian", "20", gaussian.DPMSolverSampler, gaussian.AncestralSettings),
+    "euler": SamplerRow("flow", "250", flow.EulerSampler, flow.EulerSettings),
+    "heun": SamplerRow("flow", "50", flow.HeunSampler, flow.HeunSettings),
+    "adams": SamplerRow("flow", "50", flow.AdamsSampler, flow.AdamsSettings),
 }
 # Deterministic sampler of equal steps of each process, for previews in training.
 PREVIEW_SAMPLER = {"gaussian": "ddim", "flow": "euler"}

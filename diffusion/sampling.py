@@ -8,17 +8,18 @@ network. All of it is host numbers made before the run, so the loop never waits 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion.schedules import convert_time
-from models.contract import Conditioning, ModelOutput, TimeConvention
+from models.contract import Conditioning, ModelOutput, State, TimeConvention
 from runtime.seeds import image_seed
 
 NoiseFn = Callable[[Tensor], Tensor]
+Model = Callable[..., ModelOutput]  # called as model(x, t, state=state, **conditioning)
 StepHook = Callable[[int, Tensor, ModelOutput], Tensor | None]
 
 
@@ -43,9 +44,8 @@ class Evaluation(NamedTuple):
 class Denoiser(Protocol):
     """A network with its conditioning and guidance bound."""
 
-    def __call__(self, x: Tensor, evaluation: Evaluation, state: Any = None, /) -> ModelOutput:
+    def __call__(self, x: Tensor, evaluation: Evaluation, state: State = None, /) -> ModelOutput:
         """Evaluate at x (N, ..., C, H, W), reusing `state` unless it is None."""
-        ...
 
 
 class Sampler(Protocol):
@@ -57,15 +57,9 @@ class Sampler(Protocol):
     @property
     def time_convention(self) -> TimeConvention:
         """The process's."""
-        ...
 
     def step(self, i: int, x: Tensor, sample: Tensor, noise_fn: NoiseFn) -> Tensor:
         """Move x after evaluation i; returns a new tensor. Stochastic samplers call `noise_fn` once."""
-        ...
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The table of a run
 
 
 def evaluations(
@@ -112,31 +106,23 @@ def _inside(t: float, interval: tuple[float, float]) -> bool:
     return bool(low < np.float32(t) < high)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reuse of state
-
-
 class Reuse:
     """Reuse of the last state, as by Skip-Cache and encoder sharing. A subclass may reuse something else."""
 
     def __init__(self) -> None:
-        self._state: Any = None
+        self._state: State = None
 
     def clear(self) -> None:
         """Forget the state, at the start of a run."""
         self._state = None
 
-    def get(self, evaluation: Evaluation, /) -> Any:
+    def get(self, evaluation: Evaluation, /) -> State:
         """State for an evaluation; None to compute it anew."""
         return None if evaluation.refresh else self._state
 
     def put(self, evaluation: Evaluation, output: ModelOutput, /) -> None:
         """Remember an evaluation's state."""
         self._state = output.state
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop
 
 
 @torch.no_grad()
@@ -192,10 +178,6 @@ def _check_run(denoise: Denoiser, sampler: Sampler, run: Sequence[Evaluation]) -
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Guidance
-
-
 class Guided:
     """A network with its conditioning and guidance bound, from `guided`.
 
@@ -205,23 +187,20 @@ class Guided:
 
     def __init__(
         self,
-        network: Callable[..., ModelOutput],
+        network: Model,
         cond: Conditioning,
-        second: Conditioning | Callable[..., ModelOutput] | None,
+        second: Conditioning | Model | None,
         times: TimeConvention | None,
         channels: int | None,
     ) -> None:
         self._network, self._cond, self._channels = network, dict(cond), channels
-        self._second: Callable[..., ModelOutput] | None = None
-        self._both: dict[str, Tensor] | None = None  # conditioning of [conditional; unconditional] rows
-        if callable(second):
-            self._second = second
-        elif second is not None:
-            self._both = _doubled(cond, second)
+        self._second = second if callable(second) else None
+        # Conditioning of [conditional; unconditional] rows
+        self._both = None if second is None or callable(second) else _doubled(cond, second)
         self._convention: TimeConvention | None = getattr(network, "time_convention", times)
         self.time_convention = self._convention if times is None else times
 
-    def __call__(self, x: Tensor, evaluation: Evaluation, state: Any = None, /) -> ModelOutput:
+    def __call__(self, x: Tensor, evaluation: Evaluation, state: State = None, /) -> ModelOutput:
         """Evaluate at x (N, ..., C, H, W).
 
         Returns:
@@ -230,33 +209,23 @@ class Guided:
         Raises:
             ValueError: If the evaluation is a forecast, or guided without anything to guide by.
         """
+        t, scale = evaluation.t, evaluation.scale
         if not evaluation.call:
-            raise ValueError(f"evaluation at {evaluation.t} does not call the network: it needs a forecast")
+            raise ValueError(f"evaluation at {t} does not call the network: it needs a forecast")
         if not evaluation.guided:
-            return self._network(x, self._time(evaluation.t, self._network), state=state, **self._cond)
-        if self._second is not None:
-            return self._guide_by_second(x, evaluation, state, self._second)
-        if self._both is None:
-            raise ValueError(f"guidance scale {evaluation.scale:g} needs unconditional rows or a second network")
-        return self._guide_by_rows(x, evaluation, state, self._both)
-
-    def _guide_by_rows(self, x: Tensor, evaluation: Evaluation, state: Any, both: dict[str, Tensor]) -> ModelOutput:
-        """One evaluation of [conditional; unconditional] rows."""
-        t = evaluation.t
-        rows = self._time(torch.cat([t, t]) if isinstance(t, Tensor) else t, self._network)
-        out = self._network(torch.cat([x, x]), rows, state=state, **both)
-        first, second = out.sample.chunk(2)
-        return out._replace(sample=self._mix(x, first, second, evaluation.scale))
-
-    def _guide_by_second(
-        self, x: Tensor, evaluation: Evaluation, state: Any, second: Callable[..., ModelOutput]
-    ) -> ModelOutput:
-        """One evaluation of each network."""
+            return self._network(x, self._time(t, self._network), state=state, **self._cond)
+        if self._both is not None:
+            rows = torch.cat([t, t]) if isinstance(t, Tensor) else t
+            out = self._network(torch.cat([x, x]), self._time(rows, self._network), state=state, **self._both)
+            first, second = out.sample.chunk(2)
+            return out._replace(sample=self._mix(x, first, second, scale))
+        if self._second is None:
+            raise ValueError(f"guidance scale {scale:g} needs unconditional rows or a second network")
         of_first, of_second = (None, None) if state is None else state
-        out = self._network(x, self._time(evaluation.t, self._network), state=of_first, **self._cond)
-        other = second(x, self._time(evaluation.t, second), state=of_second)
+        out = self._network(x, self._time(t, self._network), state=of_first, **self._cond)
+        other = self._second(x, self._time(t, self._second), state=of_second)
         kept = None if out.state is None and other.state is None else (out.state, other.state)
-        return out._replace(sample=self._mix(x, out.sample, other.sample, evaluation.scale), state=kept)
+        return out._replace(sample=self._mix(x, out.sample, other.sample, scale), state=kept)
 
     def _mix(self, x: Tensor, first: Tensor, second: Tensor, scale: float) -> Tensor:
         """Second + scale * (first - second) on the guided channels, first's values on all others."""
@@ -278,9 +247,9 @@ class Guided:
 
 
 def guided(
-    network: Callable[..., ModelOutput],
+    network: Model,
     cond: Conditioning,
-    second: Conditioning | Callable[..., ModelOutput] | None = None,
+    second: Conditioning | Model | None = None,
     *,
     times: TimeConvention | None = None,
     channels: int | None = None,
@@ -321,10 +290,6 @@ def _doubled(cond: Conditioning, second: Conditioning) -> dict[str, Tensor]:
                 f"the conditional ones {tuple(value.shape)}"
             )
     return {name: torch.cat([value, second[name]]) for name, value in cond.items()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Noise
 
 
 class ImageNoise:

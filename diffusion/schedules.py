@@ -18,59 +18,24 @@ BETA_SCHEDULES = ("linear", "squaredcos_cap_v2")
 
 
 def named_betas(name: str, num_timesteps: int) -> Array:
-    """Betas of a named schedule that scales with the number of timesteps.
+    """Betas of a named schedule that scales with the number of timesteps, (T,) float64 in (0, 1].
 
     Args:
         name: "linear" (Ho et al., 2020; endpoints 1e-4 and 2e-2 at 1000 steps, scaled by 1000 / T) or
             "squaredcos_cap_v2" (Nichol and Dhariwal, 2021, section 3.2, capped at 0.999).
         num_timesteps: T.
 
-    Returns:
-        (T,) float64 in (0, 1].
-
     Raises:
         ValueError: For an unknown name, or a T at which "linear" leaves (0, 1] (T < 20).
     """
     if name == "linear":
         scale = 1000 / num_timesteps
-        return _checked(np.linspace(scale * 1e-4, scale * 2e-2, num_timesteps, dtype=np.float64))
-    if name == "squaredcos_cap_v2":
+        betas = np.linspace(scale * 1e-4, scale * 2e-2, num_timesteps, dtype=np.float64)
+    elif name == "squaredcos_cap_v2":
         edges = np.cos((np.arange(num_timesteps + 1) / num_timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
-        return _checked(np.minimum(1 - edges[1:] / edges[:-1], 0.999))
-    raise ValueError(f"unknown noise schedule {name!r}; known: {', '.join(BETA_SCHEDULES)}")
-
-
-def endpoint_betas(name: str, start: float, end: float, num_timesteps: int) -> Array:
-    """Betas of the older schedules, which are given by their endpoints.
-
-    Args:
-        name: "quad", "linear", "warmup10", "warmup50", "const" or "jsd".
-        start: First beta, where the schedule has one.
-        end: Last beta.
-        num_timesteps: T.
-
-    Returns:
-        (T,) float64 in (0, 1].
-
-    Raises:
-        ValueError: For an unknown name, or betas outside (0, 1].
-    """
-    betas = np.full(num_timesteps, end, dtype=np.float64)
-    if name == "quad":
-        betas = np.linspace(start**0.5, end**0.5, num_timesteps, dtype=np.float64) ** 2
-    elif name == "linear":
-        betas = np.linspace(start, end, num_timesteps, dtype=np.float64)
-    elif name in ("warmup10", "warmup50"):
-        rising = int(num_timesteps * int(name[-2:]) / 100)
-        betas[:rising] = np.linspace(start, end, rising, dtype=np.float64)
-    elif name == "jsd":
-        betas = 1.0 / np.arange(num_timesteps, 0, -1, dtype=np.float64)
-    elif name != "const":
-        raise ValueError(f"unknown noise schedule {name!r}; known: quad, linear, warmup10, warmup50, const, jsd")
-    return _checked(betas)
-
-
-def _checked(betas: Array) -> Array:
+        betas = np.minimum(1 - edges[1:] / edges[:-1], 0.999)
+    else:
+        raise ValueError(f"unknown noise schedule {name!r}; known: {', '.join(BETA_SCHEDULES)}")
     if not ((betas > 0) & (betas <= 1)).all():
         raise ValueError(f"betas must be in (0, 1], but range over [{betas.min():.4g}, {betas.max():.4g}]")
     return betas
@@ -104,27 +69,21 @@ def gaussian_tables(betas: Array) -> dict[str, Array]:
 
 
 def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> list[int]:
-    """Choose the timesteps of a shorter process.
+    """Choose the timesteps of a shorter process, ascending and distinct.
 
     Args:
         num_timesteps: Length of the original process.
         spec: "ddimN" for N steps at one fixed stride from 0 (Song et al., 2021); or counts per equal section, as
             "250", "10,15,20" or a sequence of numbers (Nichol and Dhariwal, 2021); "" keeps everything.
 
-    Returns:
-        The kept indices, ascending, distinct.
-
     Raises:
         ValueError: If the spec is malformed or asks for more steps than there are.
     """
-    if isinstance(spec, str):
-        if spec == "":
-            return list(range(num_timesteps))
-        if spec.startswith("ddim"):
-            return _fixed_stride(num_timesteps, spec)
-        counts = _integers(spec.split(","), spec)
-    else:
-        counts = _integers(spec, spec)
+    if spec == "":
+        return list(range(num_timesteps))
+    if isinstance(spec, str) and spec.startswith("ddim"):
+        return _fixed_stride(num_timesteps, spec)
+    counts = _integers(spec.split(",") if isinstance(spec, str) else spec, spec)
     if not counts or min(counts) < 0 or sum(counts) == 0:
         raise ValueError(f"step spec {spec!r} keeps no timestep; give a positive count such as '250'")
 
@@ -198,11 +157,7 @@ def unit_grid(num_steps: int, shift: float = 1.0, last_step: float | None = None
 
 
 def check_shift(shift: float) -> None:
-    """Check the shift of flow times.
-
-    Raises:
-        ValueError: If it is not positive and finite.
-    """
+    """Raise a ValueError unless the shift of flow times is positive and finite."""
     if not 0 < shift < float("inf"):
         raise ValueError(f"the time shift must be positive and finite, not {shift}")
 
@@ -210,8 +165,7 @@ def check_shift(shift: float) -> None:
 def convert_time(t: Time, source: TimeConvention, target: TimeConvention) -> Time:
     """Convert a time between conventions: "index" is 0..999 with 0 = clean, "unit" has 0 = noise and 1 = data.
 
-    Returns:
-        The time in the target's units; `t` itself where the conventions agree.
+    `t` itself is returned where the conventions agree.
 
     Raises:
         ValueError: For an unknown convention.

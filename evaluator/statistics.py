@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Array = Tensor | npt.NDArray[Any]
+Array = Tensor | npt.NDArray[np.generic]
 
 ROWS_PER_UPDATE = 4096  # bounds the float64 copy of the features: 64 MiB at D = 2048
 ASYMMETRY = 1e-4  # relative to a covariance's largest entry, which is on the diagonal; sums in float32 reach 1e-5

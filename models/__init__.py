@@ -113,11 +113,7 @@ def family_name(name: str) -> str:
 
 
 def family_of(name: str) -> Family:
-    """Find the registry row of a model.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
+    """Find the registry row of a model; a ValueError if the name is unknown."""
     return FAMILIES[family_name(name)]
 
 
@@ -139,11 +135,7 @@ def _either(words: list[str]) -> str:
 
 
 def model_config(name: str, **overrides: object) -> Any:
-    """Build the config of a named model.
-
-    Args:
-        name: Name in the registry.
-        **overrides: Fields of the family's config.
+    """Build the config of a named model, with these fields overridden.
 
     Raises:
         ValueError: For an unknown name, an unknown field, or values that do not fit together.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from models.contract import ModelOutput, NetworkLike
+from models.contract import ModelOutput, NetworkLike, State
 
 COMPILE_BACKEND = "inductor"
 Capture = Callable[[Callable[[], ModelOutput]], tuple[Callable[[], None], ModelOutput]]
@@ -22,19 +22,13 @@ def can_compile(device_type: str) -> bool:
 
 
 class AutocastNetwork:
-    """A network evaluated in low precision, its conditioning passed through.
-
-    Args:
-        network: Network to evaluate.
-        device: Its device.
-        dtype: Dtype of autocast.
-    """
+    """A network evaluated on its device under autocast to a dtype, its conditioning passed through."""
 
     def __init__(self, network: NetworkLike, device: torch.device, dtype: torch.dtype) -> None:
         self._network, self._device, self._dtype = network, device, dtype
         self.time_convention, self.conditioning = network.time_convention, network.conditioning
 
-    def __call__(self, x: Tensor, t: float | Tensor, *, state: Any = None, **conditioning: Tensor) -> ModelOutput:
+    def __call__(self, x: Tensor, t: float | Tensor, *, state: State = None, **conditioning: Tensor) -> ModelOutput:
         """Evaluate the network under autocast."""
         with torch.autocast(self._device.type, self._dtype):
             return self._network(x, t, state=state, **conditioning)
@@ -44,12 +38,8 @@ class AutocastNetwork:
 def cast_weights_once(network: nn.Module, dtype: torch.dtype, evaluate: Callable[[], object]) -> int:
     """Store the weights that autocast would cast at every evaluation in low precision; results stay the same.
 
-    The network is run once to see which layers autocast reaches; the others stay as they are.
-
-    Args:
-        network: Network with the linear maps and convolutions that are cast in place.
-        dtype: Dtype of autocast.
-        evaluate: Runs the network under autocast, once.
+    Linear maps and convolutions are cast in place. `evaluate` runs the network once under autocast to this dtype, to
+    see which of them autocast reaches; the others stay as they are.
 
     Returns:
         The number of layers that were cast.
@@ -75,7 +65,7 @@ def cast_weights_once(network: nn.Module, dtype: torch.dtype, evaluate: Callable
 class _Recording(NamedTuple):
     replay: Callable[[], None]
     output: ModelOutput  # overwritten by every replay
-    state: Any  # a copy of the output's state that later recordings read, or the state that was given
+    state: State  # a copy of the output's state that later recordings read, or the state that was given
 
 
 class GraphedNetwork:
@@ -102,7 +92,7 @@ class GraphedNetwork:
         """Number of recorded evaluations."""
         return len(self._recordings)
 
-    def __call__(self, x: Tensor, t: float | Tensor, *, state: Any = None, **conditioning: Tensor) -> ModelOutput:
+    def __call__(self, x: Tensor, t: float | Tensor, *, state: State = None, **conditioning: Tensor) -> ModelOutput:
         """Evaluate the network; the returned state is overwritten when the same evaluation is repeated."""
         if isinstance(t, Tensor):
             return self._network(x, t, state=state, **conditioning)
@@ -134,11 +124,11 @@ class GraphedNetwork:
         return self._inputs[shapes]
 
 
-def _copy(leaf: Any) -> Any:
+def _copy(leaf: object) -> object:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _place(leaf: Any) -> Hashable:
+def _place(leaf: object) -> Hashable:
     return (leaf.data_ptr(), leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 

@@ -54,17 +54,13 @@ class TransformerConfig:
 
 
 def check_sample_shape(shape: tuple[int, ...], patch: int) -> None:
-    """Check that patches cover a sample of shape (C, H, W).
-
-    Raises:
-        ValueError: Naming the nearest shapes that fit.
-    """
+    """Raise a ValueError, naming the nearest shapes that fit, unless patches cover a sample of shape (C, H, W)."""
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"sample_shape {shape} must be three numbers of at least 1: channels, height, width")
     channels, *sides = shape
-    below = tuple(max(patch, side // patch * patch) for side in sides)
-    above = tuple(-(-side // patch) * patch for side in sides)
-    if above != tuple(sides):
+    if sides[0] % patch or sides[1] % patch:
+        below = tuple(max(patch, side // patch * patch) for side in sides)
+        above = tuple(-(-side // patch) * patch for side in sides)
         nearest = " or ".join(str((channels, *fitting)) for fitting in dict.fromkeys((below, above)))
         raise ValueError(
             f"sample_shape {shape}: height and width must be multiples of patch_size {patch}; nearest: {nearest}"

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 from torch import Tensor, nn
 
 TimeConvention = Literal["index", "unit"]  # 0..999 with 0 = clean | 0 = noise, 1 = data
+State = Any  # kept between evaluations: opaque to all but the network that made it
 Conditioning = Mapping[str, Tensor]  # rows in front: {"y": (N,) int64}, {"text": (N, L, K), "text_mask": (N, L)}, {}
 
 
@@ -28,7 +29,7 @@ class ModelOutput(NamedTuple):
     """
 
     sample: Tensor
-    state: Any = None
+    state: State = None
     features: Mapping[int, Tensor] = MappingProxyType({})
     aux: Any = None
 
@@ -39,23 +40,28 @@ class NetworkLike(Protocol):
     @property
     def time_convention(self) -> TimeConvention:
         """Units of t."""
-        ...
 
     @property
     def conditioning(self) -> tuple[str, ...]:
         """Names of the conditioning arguments."""
-        ...
 
-    def __call__(self, x: Tensor, t: float | Tensor, *, state: Any = None, **conditioning: Tensor) -> ModelOutput:
+    def __call__(self, x: Tensor, t: float | Tensor, *, state: State = None, **conditioning: Tensor) -> ModelOutput:
         """Evaluate the network."""
-        ...
 
 
 class Network(nn.Module):
     """Base class of every family.
 
-    A family writes `forward(self, x, t, *, <conditioning>, state=None, features_at=()) -> ModelOutput`, with t a number
-    for all rows or an (N,) tensor, and sets the attributes below.
+    A family sets the attributes below and writes `forward(self, x, t, *, <conditioning>, state=None, features_at=())`,
+    which returns a `ModelOutput`. Its arguments are
+
+    - x: (N, ..., C, H, W) noisy samples, float;
+    - t: time in the network's units, a number for all rows or an (N,) tensor; may be fractional;
+    - y: (N,) int64 labels in [0, num_classes], the last being the null class, where labels are the conditioning;
+    - state: state of an earlier evaluation of the same rows, to be reused; ignored by a network that keeps none;
+    - features_at: 1-based numbers of the blocks whose output tokens are returned as `features`.
+
+    It raises a ValueError if x does not fit the network or the state, or one of `features_at` does not run.
 
     Attributes:
         time_convention: Units of t, "index" or "unit".
@@ -86,10 +92,7 @@ class Network(nn.Module):
         raise ValueError(f"{type(self).__name__} has no unconditional rows and cannot be guided")
 
     def for_sampling(self, times: Iterable[float]) -> Self:
-        """Prepare the network for evaluations at `times`, with the weights as they are now.
-
-        Args:
-            times: Host numbers in the network's units, one per evaluation; repeats are allowed.
+        """Prepare for evaluations at `times`, host numbers in the network's units, with the weights as they are now.
 
         Returns:
             A network with the same outputs, or this one if there is nothing to prepare.

@@ -8,17 +8,16 @@ baseline of the paper: IDiT in the registry.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from models.config import TransformerConfig
-from models.contract import ModelOutput, Network
-from models.layers import FREQUENCY_DIM, LabelEmbedder, TimestepEmbedder, TimestepTable, with_timestep_table
+from models.contract import ModelOutput
+from models.layers import FREQUENCY_DIM, ClassConditional, LabelEmbedder, TimestepEmbedder
 from models.llama_layers import RMSNorm, RotaryAttention, SwiGLU, rotary_table
 from runtime.settings import setting
 
@@ -133,7 +132,7 @@ class VelocityHead(nn.Module):
         return out
 
 
-class DDT(Network):
+class DDT(ClassConditional):
     """Decoupled diffusion transformer; undivided if the config's `encoder_depth` is None.
 
     Source: arXiv 2504.05741.
@@ -153,7 +152,7 @@ class DDT(Network):
         width, values = config.hidden_size, self.out_channels * config.patch_size**2
         self.x_embedder = TokenEmbed(values, width)
         self.s_embedder = TokenEmbed(values, width) if self.keeps_state else None  # the encoder's own
-        self.t_embedder: TimestepEmbedder | TimestepTable = TimestepEmbedder(width, SLOWEST_PERIOD)
+        self.t_embedder = TimestepEmbedder(width, SLOWEST_PERIOD)
         self.y_embedder = LabelEmbedder(config.num_classes, width, null_class=config.class_dropout_prob > 0)
         self.final_layer = VelocityHead(width, values)
         self.blocks = nn.ModuleList(DDTBlock(config) for _ in range(config.depth))
@@ -178,21 +177,13 @@ class DDT(Network):
         state: Tensor | None = None,
         features_at: Collection[int] = (),
     ) -> ModelOutput:
-        """Predict the velocity of noisy images.
+        """Predict the velocity of noisy images (N, C, H, W) at times in [0, 1], 0 = noise; see `Network`.
 
-        Args:
-            x: (N, C, H, W) noisy latents, float; H and W any multiples of the patch.
-            t: Time in [0, 1], 0 = noise; a number for all rows or an (N,) tensor.
-            y: (N,) int64 labels in [0, num_classes], the last being the null class.
-            state: State of an earlier evaluation on as many rows and tokens. Only the decoder runs, and neither t nor y
-                has any influence. Ignored by an undivided network.
-            features_at: 1-based numbers of the blocks whose output tokens are returned as `features`.
+        H and W may be any multiples of the patch. With a state, of as many rows and tokens, only the decoder runs, and
+        neither t nor y has any influence; an undivided network ignores it.
 
         Returns:
             `ModelOutput` with sample (N, C, H, W) and, unless undivided, state (N, T, D).
-
-        Raises:
-            ValueError: If x does not fit the patches or the state, or one of `features_at` does not run.
         """
         state = state if self.keeps_state else None
         self._check_inputs(x, state, features_at)
@@ -243,18 +234,6 @@ class DDT(Network):
                 self._tables[key] = rotary_table(rows, columns, width, device)
         return self._tables[key]
 
-    def null_conditioning(self, rows: int) -> dict[str, Tensor]:
-        """Return labels of the null class.
-
-        Raises:
-            ValueError: If the network was built without label dropout.
-        """
-        return {"y": self.y_embedder.null_labels(rows)}
-
-    def for_sampling(self, times: Iterable[float]) -> Self:
-        """Embed all times of a schedule in one call; parameters are shared with this network."""
-        return with_timestep_table(self, times)
-
     def cost(self) -> dict[str, int]:
         """Count the MACs of one forward of one sample by part, those of encoder and decoder apart.
 
@@ -289,14 +268,9 @@ class DDT(Network):
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
-    """Cut images into tokens, row by row; inside a token the channel is slowest, then the row, then the column.
+    """Cut images into tokens, row by row: (N, C, H, W) -> (N, T, C * p * p), contiguous.
 
-    Args:
-        x: (N, C, H, W).
-        patch: p.
-
-    Returns:
-        (N, T, C * p * p), contiguous.
+    Inside a token the channel is slowest, then the row, then the column.
     """
     n, channels, height, width = x.shape
     x = x.reshape(n, channels, height // patch, patch, width // patch, patch).permute(0, 2, 4, 1, 3, 5)
@@ -310,14 +284,9 @@ def unpatchify(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
 
 
 def data_settings(weights: Mapping[str, Tensor], config: DDTConfig) -> dict[str, object] | None:
-    """Infer channels and classes from the weights of a DDT of this size; height and width leave no trace.
+    """Infer sample_shape and num_classes from weights of a DDT of this size; None if they have another size.
 
-    Args:
-        weights: Parameter name -> tensor, of a DDT.
-        config: Named config that they may belong to.
-
-    Returns:
-        The fields sample_shape and num_classes; None if the weights have another size.
+    Height and width leave no trace.
     """
     width, values = weights["x_embedder.proj.weight"].shape
     if width != config.hidden_size or values % config.patch_size**2:

@@ -33,15 +33,7 @@ _OUTSIDE = {
 
 
 def to_diffusers(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Convert parameters: embedders copied into every block, qkv cut in three, positions dropped.
-
-    Args:
-        weights: State dict of a DiT.
-        depth: Number of blocks.
-
-    Returns:
-        The weights under diffusers' names.
-    """
+    """Name the weights of a DiT as diffusers does: embedders copied into every block, qkv in three, no positions."""
     mapped: dict[str, Tensor] = {}
     for kind in ("weight", "bias"):
         mapped |= {f"{theirs}.{kind}": weights[f"{ours}.{kind}"] for ours, theirs in _OUTSIDE.items()}
@@ -58,11 +50,7 @@ def to_diffusers(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]
 
 
 def diffusers_config(network: DiT) -> dict[str, object]:
-    """Return the arguments of DiTTransformer2DModel for a network.
-
-    Raises:
-        ValueError: If diffusers has no such model.
-    """
+    """Return the arguments of DiTTransformer2DModel for a network; a ValueError if diffusers has no such model."""
     config = network.config
     channels, height, width = config.sample_shape
     if height != width:

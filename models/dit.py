@@ -7,30 +7,28 @@ ViT: no class token, fixed 2-D sine-cosine positions, norms without parameters, 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from models.config import TransformerConfig
-from models.contract import ModelOutput, Network
+from models.contract import ModelOutput
 from models.layers import (
     FREQUENCY_DIM,
     AdaLNModulation,
     Attention,
+    ClassConditional,
     FinalLayer,
     LabelEmbedder,
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
-    TimestepTable,
     gated_add,
     modulate,
     sincos_position_table,
     unpatchify,
-    with_timestep_table,
     xavier_linear_,
 )
 from runtime.settings import setting
@@ -76,7 +74,7 @@ class DiTBlock(nn.Module):
         return gated_add(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
 
-class DiT(Network):
+class DiT(ClassConditional):
     """Diffusion transformer with adaLN-Zero blocks.
 
     With `cache_depth` B, the tokens that enter block L - B are returned as state, and an evaluation that is given them
@@ -103,7 +101,7 @@ class DiT(Network):
         # A parameter because checkpoints hold it and fine-tuning at another resolution replaces it; never trained.
         self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, width), requires_grad=False)
         self.x_embedder = PatchEmbed(config.patch_size, channels, width)
-        self.t_embedder: TimestepEmbedder | TimestepTable = TimestepEmbedder(width)
+        self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(config.num_classes, width, null_class=config.class_dropout_prob > 0)
         self.blocks = nn.ModuleList(self.make_block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, config.patch_size, self.out_channels)
@@ -133,21 +131,10 @@ class DiT(Network):
         state: Tensor | None = None,
         features_at: Collection[int] = (),
     ) -> ModelOutput:
-        """Predict noise (and variance values) for noisy images.
-
-        Args:
-            x: (N, C, H, W) noisy latents, float.
-            t: Timestep in 0..999, a number for all rows or an (N,) tensor; may be fractional.
-            y: (N,) int64 labels in [0, num_classes], the last being the null class.
-            state: State of an earlier evaluation of the same rows, to be reused; ignored without `cache_depth`.
-            features_at: 1-based numbers of the blocks whose output tokens are returned as `features`.
+        """Predict noise (and variance values) for noisy images (N, C, H, W) at timesteps 0..999; see `Network`.
 
         Returns:
             `ModelOutput` with sample (N, C_out, H, W), and state (N, T, D) with `cache_depth`.
-
-        Raises:
-            ValueError: If x has another shape than `sample_shape`, the state has another number of rows, or one of
-                `features_at` does not run.
         """
         state = state if self.keeps_state else None
         blocks = self.blocks_to_run(reused=state is not None)
@@ -175,11 +162,7 @@ class DiT(Network):
     def check_inputs(
         self, x: Tensor, state: Tensor | None, features_at: Collection[int], blocks: Sequence[int]
     ) -> None:
-        """Validate the arguments of an evaluation that runs these blocks.
-
-        Raises:
-            ValueError: See `forward`.
-        """
+        """Validate the arguments of an evaluation that runs these blocks; raises the ValueErrors of `forward`."""
         if x.shape[-3:] != self.sample_shape:
             takes = ", ".join(map(str, self.sample_shape))
             raise ValueError(f"x is {tuple(x.shape)}; this network takes (N, {takes})")
@@ -190,18 +173,6 @@ class DiT(Network):
                 raise ValueError(f"features_at must lie in 1..{len(self.blocks)}, not {number}")
             if number - 1 not in blocks:
                 raise ValueError(f"features_at {number}: that block does not run when state is reused")
-
-    def null_conditioning(self, rows: int) -> dict[str, Tensor]:
-        """Return labels of the null class.
-
-        Raises:
-            ValueError: If the network was built without label dropout.
-        """
-        return {"y": self.y_embedder.null_labels(rows)}
-
-    def for_sampling(self, times: Iterable[float]) -> Self:
-        """Embed all timesteps of a schedule in one call; parameters are shared with this network."""
-        return with_timestep_table(self, times)
 
     def cost(self) -> dict[str, int]:
         """Count the MACs of one forward of one sample by part; they sum to the "Gflops" of the paper's table 1.
@@ -226,17 +197,10 @@ class DiT(Network):
 
 
 def data_settings(weights: Mapping[str, Tensor], config: DiTConfig) -> dict[str, object] | None:
-    """Infer from the weights of a DiT of this size what data it was trained on.
+    """Infer sample_shape, num_classes and learn_sigma from weights of this size; None if they have another size.
 
-    Args:
-        weights: Parameter name -> tensor, of a DiT or a family with its embedders.
-        config: Named config that they may belong to.
-
-    Returns:
-        The fields sample_shape, num_classes and learn_sigma; None if the weights have another size.
-
-    Note:
-        A label table without a null class looks like one of a class less.
+    The weights are those of a DiT or a family with its embedders. A label table without a null class looks like one of
+    a class less.
     """
     width, channels, *patch = weights["x_embedder.proj.weight"].shape
     if (width, patch) != (config.hidden_size, [config.patch_size] * 2):
@@ -257,7 +221,13 @@ SIZES: dict[str, dict[str, int]] = {
     "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
 }
-PATCH_SIZES = (2, 4, 8)
+
+
+def published(family: str) -> dict[str, dict[str, object]]:
+    """Configs of all sizes and patch sizes by name, such as "DiT-XL/2"."""
+    sizes = SIZES.items()
+    return {f"{family}-{size}/{p}": {**numbers, "patch_size": p} for size, numbers in sizes for p in (2, 4, 8)}
+
 
 # Small enough for every script to run in seconds on a laptop; class-conditional 8 x 8 latents.
 DEBUG: dict[str, object] = {"depth": 4, "hidden_size": 64, "num_heads": 4, "sample_shape": (4, 8, 8), "num_classes": 10}
@@ -267,7 +237,7 @@ DIGITS: dict[str, object] = {
 }  # fmt: skip
 
 CONFIGS: dict[str, dict[str, object]] = {
-    **{f"DiT-{size}/{patch}": {**SIZES[size], "patch_size": patch} for size in SIZES for patch in PATCH_SIZES},
+    **published("DiT"),
     "DiT-debug/2": DEBUG,
     "DiT-digits/2": DIGITS,
     "DiT-digits-deep/2": {**DIGITS, "depth": 8},  # for comparison with a Skip-DiT of that depth

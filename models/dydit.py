@@ -117,19 +117,10 @@ class DyDiT(DiT):
         complete_model: bool = False,
         gate_noise: Tensor | None = None,
     ) -> ModelOutput:
-        """Predict noise (and variance values) for noisy images; other arguments and exceptions as in `DiT.forward`.
+        """Predict noise (and variance values) for noisy images, as `DiT.forward` does; no state is kept.
 
-        Args:
-            x: (N, C, H, W) noisy latents, float.
-            t: Timestep in 0..999.
-            y: (N,) int64 labels.
-            state: Ignored; nothing is kept between evaluations.
-            features_at: 1-based numbers of blocks.
-            complete_model: Evaluate everything and no router: DiT's function of the same weights.
-            gate_noise: (N, L, G) float32 logistic noise for training; None decides without noise.
-
-        Returns:
-            `ModelOutput` with sample (N, C_out, H, W) and, unless complete, a `Routing` as aux.
+        A complete model evaluates everything and no router: DiT's function of the same weights. Otherwise the output's
+        aux is a `Routing`, by gates with logistic noise (N, L, G) float32 in training; None decides without noise.
         """
         self.check_inputs(x, None, features_at, range(len(self.blocks)))
         plan = None if complete_model or torch.is_grad_enabled() or gate_noise is not None else self.plan
@@ -202,11 +193,7 @@ def settings_from(weights: Mapping[str, Tensor], config: DyDiTConfig) -> dict[st
 
 
 CONFIGS: dict[str, dict[str, object]] = {
-    **{
-        f"DyDiT-{size}/{patch}": {**numbers, "patch_size": patch}
-        for size, numbers in dit.SIZES.items()
-        for patch in dit.PATCH_SIZES
-    },
+    **dit.published("DyDiT"),
     "DyDiT-debug/2": dit.DEBUG,
     "DyDiT-digits/2": dit.DIGITS,
 }

@@ -19,16 +19,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from models.dydit_block import DyDiTBlock, Routing
 from models.layers import attention_heads, gated_add, modulate
 
-Weights = TypeVar("Weights", bound="tuple[Tensor, ...]")
 Active = tuple[int, ...]  # heads or groups that are on, ascending
 
 EPS = 1e-6  # of DiT's layer norms
@@ -44,36 +43,21 @@ class Modulation(NamedTuple):
     gate: Tensor
 
 
-class AttentionWeights(NamedTuple):
-    """Weights of the h heads that are on; d = D / H."""
+class PairWeights(NamedTuple):
+    """Weights of two linear maps, without the k channels between them that are off."""
 
-    qkv: Tensor  # (3 h d, D)
-    qkv_bias: Tensor  # (3 h d,)
-    proj: Tensor  # (D, h d)
-    proj_bias: Tensor  # (D,)
-
-
-class MlpWeights(NamedTuple):
-    """Weights of the k channels that are on."""
-
-    fc1: Tensor  # (k, D)
-    fc1_bias: Tensor  # (k,)
-    fc2: Tensor  # (D, k)
-    fc2_bias: Tensor  # (D,)
+    first: Tensor  # (k, D); (3 k, D) for [q | k | v]
+    first_bias: Tensor  # (k,) or (3 k,)
+    last: Tensor  # (D, k)
+    last_bias: Tensor  # (D,)
 
 
 class Width(NamedTuple):
-    """Heads and channel groups of one evaluation.
+    """Heads and channel groups of one evaluation."""
 
-    Attributes:
-        heads: (1, L, H) float32 mask.
-        groups: (1, L, H) float32 mask.
-        active: Heads and groups that are on in each block.
-    """
-
-    heads: Tensor
-    groups: Tensor
-    active: tuple[tuple[Active, Active], ...]
+    heads: Tensor  # (1, L, H) float32 mask
+    groups: Tensor  # the same
+    active: tuple[tuple[Active, Active], ...]  # heads and groups that are on in each block
 
 
 class BoundedCache:
@@ -81,13 +65,13 @@ class BoundedCache:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
-        self._kept: OrderedDict[Hashable, tuple[tuple[Tensor, ...], int]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, tuple[PairWeights, int]] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], Weights]) -> Weights:
+    def get(self, key: Hashable, make: Callable[[], PairWeights]) -> PairWeights:
         """Return the tensors of a key, and make them if necessary; those larger than the limit are not kept."""
         if key in self._kept:
             self._kept.move_to_end(key)
-            return self._kept[key][0]  # type: ignore[return-value]  # a key is used for one kind only
+            return self._kept[key][0]
         made = make()
         size = sum(tensor.nbytes for tensor in made)
         if size <= self.limit:
@@ -167,13 +151,14 @@ class RoutingPlan:
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        attention = self.attention_weights(i, heads, dtype)
+        attention = self._weights((i, "attn"), block.attn.qkv, block.attn.proj, heads, dtype)
         x = self._attend(x, Modulation(*modulations[:3]), attention, block.attn.qkv.in_features // self.num_heads)
         tokens = block.token_selection(x)  # (N, T)
-        x = self.run_mlp(x, tokens, Modulation(*modulations[3:]), self.mlp_weights(i, groups, dtype))
+        mlp = self._weights((i, "mlp"), block.mlp.fc1, block.mlp.fc2, groups, dtype)
+        x = self._run_mlp(x, tokens, Modulation(*modulations[3:]), mlp)
         return x, Routing(width.heads[:, i], width.groups[:, i], tokens)
 
-    def run_mlp(self, x: Tensor, tokens: Tensor, modulation: Modulation, weights: MlpWeights) -> Tensor:
+    def _run_mlp(self, x: Tensor, tokens: Tensor, modulation: Modulation, weights: PairWeights) -> Tensor:
         """Apply the residual MLP to the tokens (N, T) that are on; may overwrite x (N, T, D)."""
         if tokens.numel() < self.pack_from:
             return self._mlp(x, tokens, modulation, weights)
@@ -182,42 +167,24 @@ class RoutingPlan:
             return self._mlp(x, None, modulation, weights)
         return self._packed_mlp(x, rows, modulation, weights) if len(rows) else x
 
-    def attention_weights(self, i: int, heads: Active, dtype: torch.dtype) -> AttentionWeights:
-        """Return block i's weights of these heads, uncopied if all are on."""
-        attention = self.blocks[i].attn
-        qkv, proj = attention.qkv, attention.proj
-        own = AttentionWeights(*(w.detach() for w in (qkv.weight, qkv.bias, proj.weight, proj.bias)))
-        if len(heads) == self.num_heads and own.qkv.dtype == dtype:
+    def _weights(
+        self, key: tuple[int, str], first: nn.Linear, last: nn.Linear, active: Active, dtype: torch.dtype
+    ) -> PairWeights:
+        """Return the weights for these heads or channel groups, uncopied if all are on."""
+        own = PairWeights(*(w.detach() for w in (first.weight, first.bias, last.weight, last.bias)))
+        if len(active) == self.num_heads and own.first.dtype == dtype:
             return own
 
-        def make() -> AttentionWeights:
-            index = self._indices[heads]
-            return AttentionWeights(
-                own.qkv.unflatten(0, (3, self.num_heads, -1)).index_select(1, index).flatten(0, 2).to(dtype),
-                own.qkv_bias.unflatten(0, (3, self.num_heads, -1)).index_select(1, index).flatten().to(dtype),
-                own.proj.unflatten(1, (self.num_heads, -1)).index_select(1, index).flatten(1).to(dtype),
-                own.proj_bias.to(dtype),
+        def make() -> PairWeights:
+            index, rows = self._indices[active], (first.out_features // last.in_features, self.num_heads, -1)
+            return PairWeights(
+                own.first.unflatten(0, rows).index_select(1, index).flatten(0, 2).to(dtype),
+                own.first_bias.unflatten(0, rows).index_select(1, index).flatten().to(dtype),
+                own.last.unflatten(1, (self.num_heads, -1)).index_select(1, index).flatten(1).to(dtype),
+                own.last_bias.to(dtype),
             )
 
-        return self.cache.get((i, "attn", heads, dtype), make)
-
-    def mlp_weights(self, i: int, groups: Active, dtype: torch.dtype) -> MlpWeights:
-        """Return block i's weights of these channel groups, uncopied if all are on."""
-        fc1, fc2 = self.blocks[i].mlp.fc1, self.blocks[i].mlp.fc2
-        own = MlpWeights(*(w.detach() for w in (fc1.weight, fc1.bias, fc2.weight, fc2.bias)))
-        if len(groups) == self.num_heads and own.fc1.dtype == dtype:
-            return own
-
-        def make() -> MlpWeights:
-            index = self._indices[groups]
-            return MlpWeights(
-                own.fc1.unflatten(0, (self.num_heads, -1)).index_select(0, index).flatten(0, 1).to(dtype),
-                own.fc1_bias.unflatten(0, (self.num_heads, -1)).index_select(0, index).flatten().to(dtype),
-                own.fc2.unflatten(1, (self.num_heads, -1)).index_select(1, index).flatten(1).to(dtype),
-                own.fc2_bias.to(dtype),
-            )
-
-        return self.cache.get((i, "mlp", groups, dtype), make)
+        return self.cache.get((*key, active, dtype), make)
 
 
 def _compiled(function: Callable[..., Tensor], backend: str | None) -> Callable[..., Tensor]:
@@ -229,24 +196,23 @@ def _active(mask: list[float]) -> Active:
     return tuple(place for place, on in enumerate(mask) if on)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Parts of a block as functions of tensors only, so that all blocks share the compiled code
 
 
-def attend(x: Tensor, modulation: Modulation, weights: AttentionWeights, head_dim: int) -> Tensor:
+def attend(x: Tensor, modulation: Modulation, weights: PairWeights, head_dim: int) -> Tensor:
     """Add the gated attention of the heads that are on: (N, T, D) -> (N, T, D), a new tensor.
 
     With no head on, the output map's bias remains.
     """
-    num_heads = weights.proj.shape[1] // head_dim
+    num_heads = weights.last.shape[1] // head_dim
     if num_heads == 0:
-        return gated_add(x, modulation.gate, weights.proj_bias)
+        return gated_add(x, modulation.gate, weights.last_bias)
     h = modulate(_normed(x), modulation.shift, modulation.scale)
-    heads = attention_heads(functional.linear(h, weights.qkv, weights.qkv_bias), num_heads)
-    return gated_add(x, modulation.gate, functional.linear(heads.flatten(2), weights.proj, weights.proj_bias))
+    heads = attention_heads(functional.linear(h, weights.first, weights.first_bias), num_heads)
+    return gated_add(x, modulation.gate, functional.linear(heads.flatten(2), weights.last, weights.last_bias))
 
 
-def masked_mlp(x: Tensor, tokens: Tensor | None, modulation: Modulation, weights: MlpWeights) -> Tensor:
+def masked_mlp(x: Tensor, tokens: Tensor | None, modulation: Modulation, weights: PairWeights) -> Tensor:
     """Add the gated MLP to the tokens that are on (None: to all): (N, T, D) -> (N, T, D)."""
     update = _mlp(modulate(_normed(x), modulation.shift, modulation.scale), weights)
     if tokens is not None:
@@ -254,7 +220,7 @@ def masked_mlp(x: Tensor, tokens: Tensor | None, modulation: Modulation, weights
     return gated_add(x, modulation.gate, update)
 
 
-def packed_mlp(x: Tensor, rows: Tensor, modulation: Modulation, weights: MlpWeights) -> Tensor:
+def packed_mlp(x: Tensor, rows: Tensor, modulation: Modulation, weights: PairWeights) -> Tensor:
     """Add the gated MLP to the rows (M,) of the flattened batch; overwrites and returns x (N, T, D)."""
     flat = x.view(-1, x.shape[-1])  # (N T, D)
     image = rows // x.shape[1]
@@ -269,6 +235,6 @@ def _normed(x: Tensor) -> Tensor:
     return functional.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
-def _mlp(x: Tensor, weights: MlpWeights) -> Tensor:
-    inner = functional.gelu(functional.linear(x, weights.fc1, weights.fc1_bias), approximate="tanh")
-    return functional.linear(inner, weights.fc2, weights.fc2_bias)
+def _mlp(x: Tensor, weights: PairWeights) -> Tensor:
+    inner = functional.gelu(functional.linear(x, weights.first, weights.first_bias), approximate="tanh")
+    return functional.linear(inner, weights.last, weights.last_bias)

@@ -9,30 +9,20 @@ import copy
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.contract import Network
+
 FREQUENCY_DIM = 256
-
-M = TypeVar("M", bound=nn.Module)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Functions
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Apply adaLN's affine map, the same for every token: x * (1 + scale) + shift.
-
-    Args:
-        x: (N, T, D) normalised tokens.
-        shift: (N, D) or (1, D).
-        scale: Shaped like `shift`.
-    """
+    """Apply adaLN's affine map, x * (1 + scale) + shift, to tokens (N, T, D); shift and scale are (N, D) or (1, D)."""
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
@@ -77,21 +67,13 @@ def attention_heads(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
-    """Compute fixed 2-D positions: the first half of the width encodes the column index, the second half the row index.
+    """Compute fixed 2-D positions (rows * columns, D) float64; token index = row * columns + column.
 
-    Args:
-        width: D, a multiple of 4.
-        rows: Tokens down.
-        columns: Tokens across; token index = row * columns + column.
-
-    Returns:
-        (rows * columns, D) float64.
+    The first half of the width D encodes the column index, the second half the row index. The official comments call
+    the first half "h"; the values are the column's, and checkpoints hold values.
 
     Raises:
         ValueError: If D is not a multiple of 4.
-
-    Note:
-        The official comments call the first half "h"; the values are the column's, and checkpoints hold values.
     """
     if width % 4:
         raise ValueError(f"hidden_size must be a multiple of 4 for 2-D positions, not {width}")
@@ -102,16 +84,9 @@ def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int, channels: int) -> Tensor:
-    """Arrange tokens as an image; the order inside a token is row, column, channel (channel fastest).
+    """Arrange tokens as images: (N, rows * columns, p * p * C) -> (N, C, rows * p, columns * p).
 
-    Args:
-        tokens: (N, rows * columns, p * p * C).
-        grid: Rows and columns of tokens.
-        patch: p.
-        channels: C.
-
-    Returns:
-        (N, C, rows * p, columns * p).
+    The order inside a token is row, column, channel (channel fastest).
     """
     rows, columns = grid
     x = tokens.view(len(tokens), rows, columns, patch, patch, channels)
@@ -195,16 +170,6 @@ class TimestepTable(nn.Module):
         return out
 
 
-def with_timestep_table(network: M, times: Iterable[float]) -> M:
-    """Copy a network, sharing its parameters, and replace its `t_embedder` by a table of these times."""
-    prepared = copy.copy(network)
-    prepared._modules = dict(network._modules)  # copy.copy shares the dict, and the original must keep its embedder
-    embedder = network._modules["t_embedder"]
-    assert isinstance(embedder, TimestepEmbedder | TimestepTable)
-    prepared._modules["t_embedder"] = TimestepTable(embedder, times)
-    return prepared
-
-
 class LabelEmbedder(nn.Module):
     """Table with a row per class, and one more for the null class: (N,) int64 -> (N, D)."""
 
@@ -231,6 +196,24 @@ class LabelEmbedder(nn.Module):
         if not self.null_class:
             raise ValueError("class_dropout_prob is 0: this network has no null class and cannot be guided")
         return torch.full((rows,), self.num_classes, dtype=torch.int64, device=self.embedding_table.weight.device)
+
+
+class ClassConditional(Network):
+    """Base class of networks that embed a time and a label."""
+
+    t_embedder: TimestepEmbedder | TimestepTable
+    y_embedder: LabelEmbedder
+
+    def null_conditioning(self, rows: int) -> dict[str, Tensor]:
+        """Return labels of the null class; a ValueError if the network was built without label dropout."""
+        return {"y": self.y_embedder.null_labels(rows)}
+
+    def for_sampling(self, times: Iterable[float]) -> Self:
+        """Embed all times of a schedule in one call; parameters are shared with this network."""
+        prepared = copy.copy(self)
+        prepared._modules = dict(self._modules)  # copy.copy shares the dict, and this network must keep its embedder
+        prepared._modules["t_embedder"] = TimestepTable(self.t_embedder, times)
+        return prepared
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -57,16 +57,10 @@ def rotary_table(rows: int, columns: int, head_width: int, device: torch.device 
     """Compute the angles of rotary positions on a grid, as cosines and sines.
 
     Both axes run from 0 to `SPAN`, end points included; an axis of one token stays at 0. Angle 2 k is the column's
-    position times 10000^(-4 k / d), angle 2 k + 1 the row's.
-
-    Args:
-        rows: Tokens down.
-        columns: Tokens across; token index = row * columns + column.
-        head_width: d, a multiple of 4.
-        device: Device of the table.
+    position times 10000^(-4 k / d), angle 2 k + 1 the row's. The width d of a head is a multiple of 4.
 
     Returns:
-        (T, d / 2, 2) float32, cosine before sine.
+        (T, d / 2, 2) float32, cosine before sine; token index = row * columns + column.
     """
     frequencies = 10_000.0 ** (-4 / head_width * torch.arange(head_width // 4, dtype=torch.float32, device=device))
     down, across = (
@@ -85,12 +79,7 @@ def rotary_table(rows: int, columns: int, head_width: int, device: torch.device 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotate pairs of neighbouring channels by the angles of their token: (a, b) -> (a cos - b sin, a sin + b cos).
 
-    Args:
-        x: (N, T, H, d) float32.
-        table: (T, d / 2, 2) from `rotary_table`.
-
-    Returns:
-        (N, T, H, d) float32.
+    x and the result are (N, T, H, d) float32; the table is that of `rotary_table`.
     """
     pairs, turns = x.unflatten(-1, (-1, 2)), table[:, None]
     # Complex products are one pass over memory, but torch.compile generates no code for them; compiled, the written-out

@@ -106,7 +106,9 @@ def resolve_checkpoint(
             family_of(model)
     path, release = _locate(source, Path(download_dir), flag)
     checkpoint = read_checkpoint(path, weights, flag)
-    actual = _model_of(checkpoint, release)
+    actual = None if release is None else release.model
+    if checkpoint.meta is not None:
+        actual = str(checkpoint.meta["model"]["name"])
     if model is not None and actual not in (None, model):
         raise UserError(f"--model {model}: {flag} {source} was trained with {actual}")
     if checkpoint.meta is not None:
@@ -154,22 +156,11 @@ def _locate(source: str | Path, folder: Path, flag: str) -> tuple[Path, Release 
     if release.family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UserError(f"{flag} {name}: is of the family {release.family}, which is not here yet; here: {known}")
-    return _download(release, folder), release
-
-
-def _download(release: Release, folder: Path) -> Path:
     path = distributed.on_rank0(lambda: obtain(release, folder))
     if os.environ.get("LOCAL_RANK", "0") == "0":
         obtain(release, folder)  # on a node that does not share the first one's disk
     distributed.barrier()
-    return path
-
-
-def _model_of(checkpoint: Checkpoint, release: Release | None) -> str | None:
-    """Return the name of the model that a file is known to hold."""
-    if checkpoint.meta is not None:
-        return str(checkpoint.meta["model"]["name"])
-    return None if release is None else release.model
+    return path, release
 
 
 def _own_info(path: Path, group: str, meta: Mapping[str, Any]) -> CheckpointInfo:

@@ -16,30 +16,18 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Recognised(NamedTuple):
-    """A model that takes the weights as they are.
+    """A model that takes the weights as they are."""
 
-    Attributes:
-        name: Name in the registry.
-        fields: Fields of its config that the weights determine.
-    """
-
-    name: str
-    fields: dict[str, object]
+    name: str  # in the registry
+    fields: dict[str, object]  # fields of its config that the weights determine
 
 
 def recognise(weights: Mapping[str, Tensor], only: str | None = None) -> Recognised | None:
-    """Find the first model of the registry with exactly these parameter names and shapes.
+    """Find the first model of the registry, or the `only` one, with exactly these parameter names and shapes.
 
     The data may differ from the named config's: number of classes, channels, size and variance follow from the shapes.
     Fields that leave no trace there, such as the number of heads, are the named config's. Of several models, as where
     the patch size cannot be told from the channels (DDT), the one with the fewest changed fields is meant.
-
-    Args:
-        weights: Parameter name -> tensor.
-        only: The one model to consider.
-
-    Returns:
-        The model, or None if there is none.
 
     Raises:
         ValueError: If the weights have a named model's names and size, but its family refuses them.
@@ -54,23 +42,17 @@ def recognise(weights: Mapping[str, Tensor], only: str | None = None) -> Recogni
             except ValueError as error:
                 refusal = f"weights of {name}, but {error}"
                 continue
-            if fields is None:
-                continue
-            named = model_config(name)
-            fitting.append(
-                (sum(getattr(named, key) != value for key, value in fields.items()), Recognised(name, fields))
-            )
+            if fields is not None:
+                named = model_config(name)
+                changes = sum(getattr(named, key) != value for key, value in fields.items())
+                fitting.append((changes, Recognised(name, fields)))
     if not fitting and refusal is not None:
         raise ValueError(refusal)
     return min(fitting, key=lambda each: each[0])[1] if fitting else None
 
 
 def _fields(family: str, name: str, weights: Mapping[str, Tensor], shapes: Shapes) -> dict[str, object] | None:
-    """Find the config fields with which a named model takes the weights; None if there are none.
-
-    Raises:
-        ValueError: If the family refuses weights of these names and this size.
-    """
+    """Find the config fields with which a named model takes the weights; None, or a ValueError of the family."""
     row = FAMILIES[family]
     if row.data_settings is None:
         return None
@@ -93,19 +75,8 @@ def _shapes(family: str, config: Hashable) -> Shapes:
     return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Families
-
-
 def family_of_weights(names: Iterable[str]) -> str | None:
-    """Find the family with parameters of these names, whatever their depth.
-
-    Args:
-        names: Names of all parameters in a checkpoint.
-
-    Returns:
-        A family of the registry; None if no family has exactly these names.
-    """
+    """Find the family that has exactly parameters of these names, whatever their depth; None if there is none."""
     plain = _without_numbers(names)
     return next((family for family in FAMILIES if plain in _layouts(family)), None)
 
@@ -122,10 +93,6 @@ def check_family(model: str, weights: Mapping[str, Tensor]) -> None:
     """Check that weights are not those of another family than the model's.
 
     Weights of no known family pass; loading them strictly says what is wrong.
-
-    Args:
-        model: Name in the registry.
-        weights: Parameter name -> tensor.
 
     Raises:
         ValueError: Naming what the weights lack or have in addition, and the model to choose.

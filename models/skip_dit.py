@@ -97,7 +97,7 @@ class SkipDiT(DiT):
         state: Tensor | None = None,
         features_at: Collection[int] = (),
     ) -> ModelOutput:
-        """Predict noise (and variance values) for noisy images; arguments and exceptions as in `DiT.forward`.
+        """Predict noise (and variance values) for noisy images, as `DiT.forward` does.
 
         The state (N, T, D) is the tokens that enter block L - `cache_depth`, before its skip unit. An evaluation that
         is given it runs the first and last `cache_depth` blocks only.
@@ -144,11 +144,7 @@ class SkipDiT(DiT):
 DEPTH = {"depth": 8}  # enough blocks for some to be left out
 
 CONFIGS: dict[str, dict[str, object]] = {
-    **{
-        f"Skip-DiT-{size}/{patch}": {**numbers, "patch_size": patch}
-        for size, numbers in dit.SIZES.items()
-        for patch in dit.PATCH_SIZES
-    },
+    **dit.published("Skip-DiT"),
     "Skip-DiT-debug/2": {**dit.DEBUG, **DEPTH},
     "Skip-DiT-digits/2": {**dit.DIGITS, **DEPTH},
 }

@@ -91,23 +91,12 @@ def _relabelled(
     return torch.as_tensor(rows), f"label rows: {kept} kept by name, {fresh} initialised afresh{null}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Ranking: where groups of heads or channels can be switched off and one of them cannot, it should be the most important
-
-
 def rank_by_magnitude(weights: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:
-    """Sort the heads and the MLP channels of every block, largest first.
+    """Sort the heads and the MLP channels of every block, largest first: the first one may be always on.
 
     The magnitude of a head is the norm of its rows of q, k and v and its columns of the output's map; that of a channel
     is the norm of its row of the first map and its column of the second. Groups of neighbouring channels then hold
-    channels of similar magnitude.
-
-    Args:
-        weights: Parameter name -> tensor, of a DiT or a family with its blocks.
-        num_heads: H.
-
-    Returns:
-        The weights, permuted; without routing the function is the same, up to rounding.
+    channels of similar magnitude. Without routing the function of the permuted weights is the same, up to rounding.
 
     Source: arXiv 2410.03456, section 3, which ranks before training; the criterion is ours, the paper leaves it open.
     """

@@ -51,7 +51,7 @@ class Checkpoint(NamedTuple):
     group: str
 
 
-def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
+def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, object]) -> None:
     """Write a checkpoint, whole or not at all.
 
     Args:

@@ -1,4 +1,4 @@
-"""The command line: one parser for the settings of a program and of all owners, its help, and `--config` files."""
+"""Command line: one parser for the settings of a program and of all owners, its help, and `--config` files."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ def parse(
     aliases: Aliases = types.MappingProxyType({}),
     migrate: Callable[[Values], Values] = dict,
 ) -> Given[T]:
-    """Read settings from the command line, on top of `--config FILE` where given.
+    """Read settings from a `--config` file, if one is given, and from the command line, which overrides it.
 
     Args:
-        cls: dataclass of the general settings; it validates itself in `__post_init__` by ValueError.
-        argv: arguments after the program's name.
-        program: its name in help, messages and files.
-        doc: docstring of the script: one line, then examples, which are indented.
-        kinds: owners of further settings; the flag "--KIND" (a general setting) chooses one of each.
-        aliases: values of --model that stand for other flags.
-        migrate: brings the JSON of an earlier version into today's form.
+        cls: Dataclass of the general settings; it validates itself in `__post_init__` by ValueError.
+        argv: Arguments after the program's name.
+        program: Name of the program in help, messages and files.
+        doc: Docstring of the script: one line, then indented examples.
+        kinds: Owners of further settings; the flag "--KIND" (a general setting) chooses one of each.
+        aliases: Values of --model that mean several flags.
+        migrate: Function that converts JSON of earlier versions.
 
     Raises:
-        UserError: for anything wrong with flags, file or values.
+        UserError: For anything wrong with flags, file or values.
     """
     general = flags_of(cls)
     of_owners = [flag for kind in kinds for owner in kind.owners for flag in kind.flags(owner).values()]
@@ -97,7 +97,7 @@ def parse(
 
 
 def _current(parsed: Values, flags: Sequence[Flag], program: str) -> Values:
-    """Flags by their present name; a former one is warned of."""
+    """Replace former flags by present ones, with a warning."""
     former = {old: (flag.name, value) for flag in flags for old, value in flag.field.metadata.get("was", {}).items()}
     given: Values = {}
     for name, value in parsed.items():
@@ -116,10 +116,10 @@ def _current(parsed: Values, flags: Sequence[Flag], program: str) -> Values:
 
 
 def _expand(values: Values, general: Mapping[str, Flag], owners: Mapping[str, Values], aliases: Aliases) -> None:
-    """Replace a model name that stands for several flags, on the command line or in a config file.
+    """Replace a model name that means several flags, on the command line or in a config file.
 
     Raises:
-        UserError: if it stands for a flag that is unknown here, or contradicts one that is given.
+        UserError: If it means a flag that the program does not have, or contradicts one that is given.
     """
     name = values.get("model")
     for flag, value in aliases.get(name, {}).items() if isinstance(name, str) else ():
@@ -141,7 +141,7 @@ def _section(values: Values, path: tuple[str, ...]) -> Values:
     return values
 
 
-def _put(values: Values, path: tuple[str, ...], value: Any) -> None:
+def _put(values: Values, path: tuple[str, ...], value: object) -> None:
     _section(values, path)[path[-1]] = value
 
 
@@ -188,7 +188,7 @@ def _add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
 
 
 def _default(flag: Flag) -> str:
-    """The default in one style for all flags."""
+    """Describe the default, in one style for all flags."""
     value, shown = flag.field.default, flag.field.metadata["shown"]
     if shown is None and isinstance(value, bool):
         shown = "yes" if value else "no"
@@ -198,7 +198,7 @@ def _default(flag: Flag) -> str:
 
 
 def _or_auto(kind: type[int]) -> Callable[[str], int | None]:
-    """A number, or the word "auto" for none."""
+    """Make a parser of a number, or of the word "auto" for None."""
 
     def parse_number(text: str) -> int | None:
         return None if text == "auto" else kind(text)
@@ -219,7 +219,7 @@ class _TupleAction(argparse.Action):
 def _print_help(
     cls: type, argv: Sequence[str], program: str, doc: str, kinds: Sequence[Kind], aliases: Aliases
 ) -> None:
-    """Print the general settings by group, those of the owners on the command line, and the names of all others."""
+    """Print general settings by group, those of owners on the command line, and the names of other owners."""
     names = _names_on_command_line(kinds, argv, aliases)
     owners, general = choose_owners(kinds, names), flags_of(cls).values()
     groups: dict[str, list[Flag]] = {"general": []}
@@ -262,8 +262,8 @@ def _print_help(
     print(parser.format_help(), end="")
 
 
-def _names_on_command_line(kinds: Sequence[Kind], argv: Sequence[str], aliases: Aliases) -> dict[str, Any]:
-    """Values of the flags that choose owners; all other arguments may be wrong."""
+def _names_on_command_line(kinds: Sequence[Kind], argv: Sequence[str], aliases: Aliases) -> Values:
+    """Parse the flags that choose owners only, so that other arguments may be wrong."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     for kind in kinds:
         parser.add_argument(flag_name(kind.name), dest=kind.name)
@@ -271,8 +271,8 @@ def _names_on_command_line(kinds: Sequence[Kind], argv: Sequence[str], aliases: 
     return {kind: aliases.get(name, {}).get("--model", name) for kind, name in names.items()}
 
 
-def _with_default(flag: Flag, named: Mapping[str, Any]) -> Flag:
-    """A flag with another default, if there is one for its field."""
+def _with_default(flag: Flag, named: Mapping[str, object]) -> Flag:
+    """Replace the default of a flag, if there is another one for its field."""
     field = copy.copy(flag.field)
     field.default = named.get(field.name, field.default)
     return flag._replace(field=field)
@@ -285,7 +285,7 @@ def _with_default(flag: Flag, named: Mapping[str, Any]) -> Flag:
 def _read(
     path: str, program: str, migrate: Callable[[Values], Values], kinds: Collection[str]
 ) -> tuple[Values, dict[str, Values]]:
-    """Read a config file: sections of general settings, and those of owners by kind."""
+    """Read a config file: the sections of general settings, and those of owners by kind."""
     try:
         values = json.loads(Path(path).read_text())
     except OSError as error:
@@ -316,7 +316,7 @@ def _read(
 
 
 def _general_values(cls: type, sections: Values, owners: Mapping[str, Values], where: str) -> Values:
-    """General settings out of a config file; the names of owners count as settings of the same name."""
+    """Convert general settings of a config file; the name of an owner is the setting of that kind."""
     flags = {flag.path: flag for flag in flags_of(cls).values()}
     groups = {path[0] for path in flags if len(path) > 1}
     values: Values = {

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -169,9 +169,13 @@ def on_rank0(work: Callable[[], T]) -> T:
 
 
 @cache
-def _host_group() -> Any:
+def _host_group() -> dist.ProcessGroup | None:
     """Process group over the CPU, so that its operations do not wait for a GPU."""
-    return dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+    if dist.get_backend() == "gloo":
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    return group
 
 
 def any_rank(flag: bool) -> bool:
@@ -204,7 +208,7 @@ def objects_from_all_ranks(value: T) -> list[T]:
     """Return every rank's value in the order of ranks, on every rank; small picklable objects."""
     if not dist.is_initialized():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
+    values = [value] * dist.get_world_size()  # replaced by each rank's
     dist.all_gather_object(values, value)
     return values
 

@@ -1,4 +1,4 @@
-"""Memory of tensors that are alive, followed operation by operation on any device."""
+"""Memory of live tensors, tracked operation by operation on any device."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of tensors on a device while it is active; they may have values or not.
+    """Context that counts the bytes of live tensors on a device, with values or without (fake tensors).
 
     Args:
-        known: tensors that are there already; they count from the start.
-        device: tensors elsewhere do not count.
+        known: Tensors that exist already; they count from the start.
+        device: Device of the counted tensors.
 
     Attributes:
-        live: bytes that are alive now.
-        peak: the most there were.
+        live: Bytes of live tensors.
+        peak: Largest value of `live`.
     """
 
     def __init__(self, known: Iterable[Tensor] = (), device: torch.device | str = "cpu") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._device, self._seen = torch.device(device).type, set[int]()
         for tensor in known:
@@ -34,7 +34,7 @@ class LiveMemory(TorchDispatchMode):
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        place, size = storage._cdata, storage.nbytes()  # tensors without values have no address
+        place, size = storage._cdata, storage.nbytes()  # fake tensors have no address
         if tensor.device.type != self._device or place in self._seen:
             return
         self._seen.add(place)
@@ -49,10 +49,10 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operation, and note its results."""
+        """Run an operation and count its results."""
         options = dict(kwargs or {})
         if args and isinstance(args[0], FakeTensor):
-            options.pop("generator", None)  # some operations refuse one on tensors without values
+            options.pop("generator", None)  # some operations do not take one on fake tensors
         out = func(*args, **options)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):

@@ -42,18 +42,18 @@ def checkpoint(meta: Json) -> tuple[Json, dict[str, str]]:
     }, {"ema/": f"{average}/", "alignment/": "projector/", "optimizer/alignment.": "optimizer/projector."}
 
 
-def model_fields(model: Mapping[str, Any]) -> Json:
+def model_fields(model: Mapping[str, object]) -> Json:
     """Migrate a model's name and config: one shape in place of channels and side."""
-    fields = dict(model)
+    fields: Json = dict(model)
     if "input_size" in fields:
         side = fields.pop("input_size")
         fields["sample_shape"] = [fields.pop("in_channels"), side, side]
     return fields
 
 
-def process_fields(process: Mapping[str, Any]) -> Json:
+def process_fields(process: Mapping[str, object]) -> Json:
     """Migrate a process's name and settings."""
-    fields = {_PROCESS.get(name, name): value for name, value in process.items() if name != "learn_sigma"}
+    fields: Json = {_PROCESS.get(name, name): value for name, value in process.items() if name != "learn_sigma"}
     if "predict_xstart" in fields:
         fields["prediction"] = "x_start" if fields.pop("predict_xstart") else "epsilon"
     return fields
@@ -122,7 +122,7 @@ def calibration(old: Json, like: Mapping[str, Any]) -> Json:
     return {**old, "format": 2, "sampling": {**own, "sampler": sampling["sampler"], "process": process}}
 
 
-def latent_index(old: Mapping[str, Any]) -> dict[str, Any]:
+def latent_index(old: Mapping[str, Any]) -> Json:
     """Migrate the index or manifest of a latent store.
 
     Format 1 knew one kind of encoder, AutoencoderKL, and recorded its scaling factor alone. A document of another

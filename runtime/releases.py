@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from runtime.errors import UserError
 
@@ -74,7 +74,7 @@ class Release(NamedTuple):
     gigabytes: float | None
     fid: float | None
     preset: Preset
-    config: Mapping[str, Any] = MappingProxyType({})
+    config: Mapping[str, object] = MappingProxyType({})
     remote_name: str | None = None
     sha256: str | None = None
 

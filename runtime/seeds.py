@@ -8,7 +8,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Derive a 63-bit seed from numbers and words, whose order matters; similar parts give unrelated seeds."""
+    """Derive a 63-bit seed from numbers and words in their order; similar parts give unrelated seeds."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 

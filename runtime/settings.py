@@ -1,9 +1,9 @@
-"""Settings: dataclass fields that become flags, help and JSON, and belong to owners.
+"""Settings: dataclass fields that become flags, help and JSON, and that have an owner.
 
-A program's settings are a dataclass whose fields are made by `setting`, or are dataclasses of such fields (a group of
-flags each). Beside these general settings, alternatives that are chosen by name (a model's family, a process, a
-sampler, a loss) own settings of their own: a `Kind` lists them. One parser takes the flags of all owners; each owner
-is built from its own once it is known which one is used, and a flag of another owner is an error that names it.
+A program's settings are a dataclass with fields made by `setting`, or dataclasses of such fields (one group of flags
+each). In addition to these general settings, alternatives that are chosen by name (a model's family, a process, a
+sampler, a loss) own further ones; a `Kind` lists them. One parser takes the flags of all owners. Each owner is built
+from its flags once the choice is known, and a flag of another owner is an error that names that owner.
 """
 
 from __future__ import annotations
@@ -29,53 +29,53 @@ def setting(
     *,
     flag: str | None = None,
     shown: str | None = None,
-    was: Mapping[str, Any] | None = None,
+    was: Mapping[str, object] | None = None,
     free: bool = False,
     sampling: bool = False,
 ) -> Any:
-    """A dataclass field that is a setting.
+    """Make a dataclass field that is a setting.
 
     Args:
-        default: the field's default.
-        help: one sentence for `--help`; the default is added to it.
-        choices: allowed values; those of a `Literal` type need not be repeated.
-        flag: official name of the flag where it differs from the field's.
-        shown: the default in words, where the value does not say it.
-        was: former flags, each with the value that it stands for, or None if it takes one. Accepted with a warning.
-        free: the result does not depend on it: it may change when a run is resumed or a job continued.
-        sampling: an owner's setting that does not change its weights, and that sampling offers too.
+        default: Default of the field.
+        help: Phrase for `--help`; the default is added to it.
+        choices: Allowed values; not needed for a `Literal` type.
+        flag: Official name of the flag, if it differs from the field's.
+        shown: Text for the default in `--help`, if the value does not explain itself.
+        was: Former flags, accepted with a warning: flag -> value that it means, or None if it takes a value.
+        free: True if results do not depend on it: it may change when a run is resumed or a job continued.
+        sampling: True for an owner's setting that does not change its weights, and that sampling offers, too.
     """
     metadata = {"help": help, "choices": choices, "flag": flag, "shown": shown, "was": was or {}, "free": free}
     return dataclasses.field(default=default, metadata={**metadata, "sampling": sampling})
 
 
 def positional(help: str) -> Any:
-    """A dataclass field without a default that is given by its place, not by a flag."""
+    """Make a dataclass field without a default that is given by its position, not by a flag."""
     return dataclasses.field(metadata={"help": help})
 
 
 def flag_name(field: str) -> str:
-    """The flag of a field's name: `global_batch_size` -> "--global-batch-size"."""
+    """Flag of a field's name: `global_batch_size` -> "--global-batch-size"."""
     return "--" + field.replace("_", "-")
 
 
 class Kind(NamedTuple):
-    """Owners of settings, of which a name chooses one.
+    """Owners of settings, one of which is chosen by a name.
 
     Attributes:
-        name: what they are, such as "process"; their section in JSON.
-        owners: name -> dataclass of its settings.
-        owner_of: from the value that chooses (a model's name) to the owner's name (its family).
-        follows: another kind, and from its owner to the owner where no value chooses one.
-        named: from the value that chooses to the settings that it stands for (a model's size).
-        sampling: only settings that are offered when sampling.
+        name: Name of the kind, such as "process"; also the flag that chooses, and the section in JSON.
+        owners: Owner -> dataclass of its settings.
+        owner_of: Map from the value that chooses (a model's name) to the owner (its family).
+        follows: Another kind, and the map from its owner to this kind's owner if no value chooses one.
+        named: Map from the value that chooses to the settings that it implies (a model's size).
+        sampling: True to offer only settings for sampling.
     """
 
     name: str
     owners: Mapping[str, type]
     owner_of: Callable[[str], str] = str
     follows: tuple[str, Callable[[str], str]] | None = None
-    named: Callable[[str], Mapping[str, Any]] | None = None
+    named: Callable[[str], Mapping[str, object]] | None = None
     sampling: bool = False
 
     def flags(self, owner: str) -> dict[str, Flag]:
@@ -85,14 +85,14 @@ class Kind(NamedTuple):
 
 
 def choose_owners(kinds: Sequence[Kind], names: Mapping[str, Any]) -> dict[str, str]:
-    """Owner of each kind: the one that its name chooses, or the one that follows from another kind's.
+    """Resolve the owner of each kind: chosen by its name, or following from another kind's owner.
 
     Args:
-        kinds: a kind that follows comes after the one that it follows.
-        names: kind -> value that chooses; absent or None where there is none. Other entries have no effect.
+        kinds: Kinds; one that follows comes after the one that it follows.
+        names: Kind -> value that chooses, absent or None without one. Other entries have no effect.
 
     Raises:
-        UserError: for a name without an owner.
+        UserError: For a name without an owner.
     """
     owners: dict[str, str] = {}
     for kind in kinds:
@@ -109,32 +109,38 @@ def choose_owners(kinds: Sequence[Kind], names: Mapping[str, Any]) -> dict[str, 
 
 
 class Flag(NamedTuple):
-    """A setting as a flag; `path` leads from the program's settings to the field, `hint` is its type."""
+    """A setting as a flag.
+
+    Attributes:
+        path: Names of the groups, then of the field.
+        field: The dataclass field.
+        hint: Type of the field.
+    """
 
     path: tuple[str, ...]
     field: dataclasses.Field[Any]
-    hint: Any
+    hint: object
 
     @property
     def is_positional(self) -> bool:
-        """True for an argument that is given by its place."""
+        """True for an argument that is given by its position."""
         return self.field.default is dataclasses.MISSING
 
     @property
     def name(self) -> str:
-        """With its dashes; a positional argument's has none."""
+        """Name with dashes; a positional argument has none."""
         if self.is_positional:
             return self.field.name
         return self.field.metadata["flag"] or flag_name(self.field.name)
 
 
 class Place(NamedTuple):
-    """Where a flag's value is kept in JSON.
+    """Place of a flag's value in JSON.
 
     Attributes:
-        path: sections, then the field.
-        kind: whose owners have the setting; None for general ones.
-        stands_for: what a former flag without a value means; None if it takes one.
+        path: Names of the sections, then of the field.
+        kind: Kind of the owners; None for general settings.
+        stands_for: Value of a former flag that takes none; None otherwise.
     """
 
     path: tuple[str, ...]
@@ -144,34 +150,34 @@ class Place(NamedTuple):
 
 def places(cls: type, kinds: Sequence[Kind]) -> dict[str, Place]:
     """Places of all flags of a program in JSON, former names included: flag -> place."""
-    found: dict[str, Place] = {}
+    by_flag: dict[str, Place] = {}
     owned = ((kind.name, flag) for kind in kinds for owner in kind.owners for flag in kind.flags(owner).values())
     for kind_name, flag in [*((None, flag) for flag in flags_of(cls).values()), *owned]:
         path = flag.path if kind_name is None else (kind_name, *flag.path)
         for name, value in {flag.name: None, **flag.field.metadata.get("was", {})}.items():
-            found.setdefault(name, Place(path, kind_name, value))
-    return found
+            by_flag.setdefault(name, Place(path, kind_name, value))
+    return by_flag
 
 
 def flags_of(cls: type, path: tuple[str, ...] = ()) -> dict[str, Flag]:
     """All settings of a dataclass and of the groups in it, by flag."""
-    found: dict[str, Flag] = {}
+    flags: dict[str, Flag] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            found |= flags_of(hint, (*path, field.name))
+            flags |= flags_of(hint, (*path, field.name))
         elif "help" in field.metadata:
             flag = Flag((*path, field.name), field, hint)
-            found[flag.name] = flag
-    return found
+            flags[flag.name] = flag
+    return flags
 
 
 class Given(Generic[T]):
-    """What was given for the owners of settings, until it is known which of them are used.
+    """Settings from the command line and a config file; owners are built when it is known which ones are used.
 
     Attributes:
-        general: the program's own settings.
+        general: General settings of the program.
     """
 
     def __init__(self, general: T, kinds: Sequence[Kind], flags: Values, sections: Mapping[str, Values]) -> None:
@@ -179,28 +185,38 @@ class Given(Generic[T]):
         self._kinds, self._flags, self._sections = {kind.name: kind for kind in kinds}, flags, sections
 
     def name_in_file(self, kind: str) -> str | None:
-        """The name that a config file chooses, for a kind that no flag chooses."""
+        """Name in the config file that chooses an owner."""
         return self._sections.get(kind, {}).get("name")
 
     def fields(self, kind: str, owner: str) -> Values:
-        """Settings given for an owner, by field: those of a config file about it, and above them flags."""
-        row = self._kinds[kind]
-        flags = row.flags(owner)
-        section = dict(self._sections.get(kind, {}))
+        """Settings given for an owner, by field: those of the config file, overridden by flags."""
+        flags = self._kinds[kind].flags(owner)
+        typed_values = {flags[name].field.name: value for name, value in self._flags.items() if name in flags}
+        return self._fields_in_file(self._kinds[kind], owner) | typed_values
+
+    def _fields_in_file(self, kind: Kind, owner: str) -> Values:
+        section = dict(self._sections.get(kind.name, {}))
         name = section.pop("name", None)
-        by_field = {flag.field.name: flag for flag in flags.values()}
+        with error_prefix(f"--config: {kind.name}.name"):
+            if name is not None and kind.owner_of(name) != owner:
+                return {}
+        own = {field.name: field.default for field in dataclasses.fields(kind.owners[owner])}
+        implied: Mapping[str, object] = {}
+        if kind.named is not None and name is not None and getattr(self.general, kind.name) not in (None, name):
+            implied = own | dict(kind.named(name))  # the size of another model than the one that a flag chooses
+        flags = {flag.field.name: flag for flag in kind.flags(owner).values()}
         values: Values = {}
-        for field, value in section.items() if name is None or row.owner_of(name) == owner else ():
-            if field in by_field:
-                values[field] = from_json(value, by_field[field], f"--config: {kind}.{field}")
-            elif not row.sampling and field in {each.name for each in dataclasses.fields(row.owners[owner])}:
-                continue  # decided by the data, such as a shape
-            else:
-                raise UserError(f"--config: unknown setting '{kind}.{field}' of {owner}")
-        return values | {flags[f].field.name: value for f, value in self._flags.items() if f in flags}
+        for field, content in section.items():
+            if field in flags:
+                value = from_json(content, flags[field], f"--config: {kind.name}.{field}")
+                if field not in implied or implied[field] != value:
+                    values[field] = value
+            elif kind.sampling or field not in own:  # others are given by the data, such as a shape
+                raise UserError(f"--config: unknown setting '{kind.name}.{field}' of {owner}")
+        return values
 
     def prefix(self, kind: str, owner: str) -> str:
-        """The flags given for an owner, as they were typed: the start of a message about them."""
+        """Flags given for an owner, as they were typed, to start a message about them."""
         flags = self._kinds[kind].flags(owner)
         return " ".join(typed_flag(name, value) for name, value in self._flags.items() if name in flags)
 
@@ -208,7 +224,7 @@ class Given(Generic[T]):
         """Build an owner's settings from what was given for it.
 
         Raises:
-            UserError: naming the flags, for values that it refuses.
+            UserError: For invalid values, naming the flags.
         """
         with error_prefix(self.prefix(kind, owner)):
             return self._kinds[kind].owners[owner](**{**defaults, **self.fields(kind, owner)})
@@ -217,10 +233,10 @@ class Given(Generic[T]):
         """Check that flags given for these kinds belong to the owners that are used.
 
         Args:
-            **used: kind -> owner.
+            **used: Kind -> owner.
 
         Raises:
-            UserError: naming the flag and its owners.
+            UserError: Naming the flag and its owners.
         """
         for name, value in self._flags.items():
             for kind, owner in used.items():
@@ -237,17 +253,17 @@ class Given(Generic[T]):
 
 
 def to_dict(config: Any) -> Values:
-    """The settings as JSON values."""
+    """Convert settings to JSON values."""
     values: Values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return values
 
 
-def document(config: Any, **owners: tuple[str, Any]) -> Values:
-    """General settings and those of owners as nested JSON, as `--config` reads it back.
+def document(config: object, **owners: tuple[str, object]) -> Values:
+    """General settings and those of owners as nested JSON, which `--config` reads.
 
     Args:
-        config: the general settings.
-        **owners: kind -> name that was chosen, and the settings (None where it has none).
+        config: General settings.
+        **owners: Kind -> name that was chosen, and the settings (None without any).
     """
     sections = {
         kind: {"name": name, **({} if settings is None else to_dict(settings))}
@@ -262,15 +278,15 @@ def free_settings(cls: type) -> set[str]:
 
 
 def flag_of(cls: type, kinds: Sequence[Kind], path: str) -> str:
-    """The flag of a setting that is given as "section.field" or, of an owner, "section.name"; the path if none."""
+    """Flag of a setting that is given as "section.field" or, for an owner, "section.name"; the path without one."""
     known = places(cls, kinds).items()
     return next((flag for flag, place in known if ".".join(place.path) == path.removesuffix(".name")), path)
 
 
-def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(values: Mapping[str, object]) -> dict[str, object]:
     """Nested JSON as "section.field" -> value."""
 
-    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    def walk(node: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
         for name, value in node.items():
             if isinstance(value, Mapping):
                 yield from walk(value, f"{prefix}{name}.")
@@ -281,15 +297,15 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(
-    then: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = (), name: Callable[[str], str] = str
+    then: Mapping[str, object], now: Mapping[str, object], free: Collection[str] = (), name: Callable[[str], str] = str
 ) -> list[str]:
-    """Settings that changed, a phrase each.
+    """Describe the settings that changed, one phrase each.
 
     Args:
-        then: nested JSON values.
-        now: the same of today; settings that are only in `then` are ignored.
-        free: those that may change, as in `free_settings`.
-        name: what a setting is called in messages, from "section.field".
+        then: Former settings as nested JSON.
+        now: Present settings as nested JSON; those that are only in `then` are ignored.
+        free: Settings that may change, as in `free_settings`.
+        name: Map from "section.field" to the name in the phrase.
     """
     before, after = flatten(then), flatten(now)
     return [
@@ -299,8 +315,8 @@ def differences(
     ]
 
 
-def from_json(value: Any, flag: Flag, where: str) -> Any:
-    """Value of a setting from JSON; a UserError that starts with `where` if it is none."""
+def from_json(value: object, flag: Flag, where: str) -> object:
+    """Convert a JSON value to the setting's type; a UserError that starts with `where` if it does not fit."""
     kind, optional = split_optional(flag.hint)
     if value is None and optional:
         return None
@@ -318,15 +334,15 @@ def from_json(value: Any, flag: Flag, where: str) -> Any:
     return _scalar(value, kind, where)
 
 
-def _scalar(value: Any, kind: Any, where: str) -> Any:
+def _scalar(value: object, kind: Any, where: str) -> object:
     accepted = {float: (float, int), Path: (str,)}.get(kind, (kind,))
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{where} = {value!r}: expected {getattr(kind, '__name__', kind)}")
     return kind(value)
 
 
-def split_optional(hint: Any) -> tuple[Any, bool]:
-    """(int | None) -> (int, True); anything else -> (itself, False)."""
+def split_optional(hint: object) -> tuple[Any, bool]:
+    """Split None from a type: (int | None) -> (int, True), int -> (int, False)."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         inner = [part for part in typing.get_args(hint) if part is not type(None)]
         return inner[0], True
@@ -334,18 +350,18 @@ def split_optional(hint: Any) -> tuple[Any, bool]:
 
 
 def choices_of(flag: Flag) -> tuple[str, ...] | None:
-    """Allowed values of a setting; None if there is no list of them."""
+    """Allowed values of a setting; None if any is allowed."""
     kind, _ = split_optional(flag.hint)
     return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else flag.field.metadata.get("choices")
 
 
 def typed(value: object) -> str:
-    """A value as a user types it."""
+    """Format a value as a user types it."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def typed_flag(name: str, value: Any) -> str:
-    """A flag with its value, as a user types it."""
+def typed_flag(name: str, value: object) -> str:
+    """Format a flag with its value as a user types it."""
     if isinstance(value, bool):
         return name if value else f"--no-{name.removeprefix('--')}"
     return f"{name} {typed(value)}"

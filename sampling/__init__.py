@@ -1,1 +1,1 @@
-"""What sample.py and sample_ddp.py have in common: settings, and a checkpoint made ready to draw images."""
+"""Parts of sample.py and sample_ddp.py: settings, and a checkpoint ready to sample from."""

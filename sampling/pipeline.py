@@ -362,17 +362,25 @@ def open_pipeline(
     if config.sampler is not None:  # before anything is downloaded or read
         given.check_owners(sampler=config.sampler)
         given.build("sampler", config.sampler)
+    if config.model is not None:
+        with error_prefix(f"--model {config.model}"):
+            family_of(config.model)
     source = chosen.ckpt
     if source is None:
         source = Path(release_of_model(config.model or "DiT-XL/2", chosen.image_size, FAMILIES).name)
     info, weights = resolve_checkpoint(
         source, weights=chosen.weights, model=config.model, download_dir=chosen.pretrained_dir
     )
+    if info.process not in PROCESSES:
+        raise UserError(f"--ckpt {info.path}: trained under {info.process!r}, a process unknown here")
     family, sampler = family_name(info.model), config.sampler or preset_of(info).sampler
     given.check_owners(model=family, sampler=sampler)
     if info.meta is None and info.release is None and default_vae is not None:
         info = dataclasses.replace(info, encoder=default_vae)
     fields = given.fields("model", family)
+    if fields and config.caching.cache_interval is None and config.caching.sharing_interval is None:
+        flags = given.prefix("model", family)
+        raise UserError(f"{flags}: has no effect without --cache-interval or --sharing-interval")
     fields |= fields_of_images(info, chosen)
     with error_prefix(given.prefix("model", family) or f"--ckpt {info.path}"):
         model_config(info.model, **{**info.config, **fields})

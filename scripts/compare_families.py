@@ -203,7 +203,7 @@ def plot_costs(results: Sequence[Result], path: Path) -> None:
 
 
 def off_target(results: Sequence[Result]) -> list[str]:
-    """A line for each routed network whose work, at the first setup, is not its target."""
+    """A line for each routed network that misses its target of work at the first setup."""
     firsts = {(result.name, result.seed): result for result in reversed(results) if result.target is not None}
     return [
         f"{result.name}: sampling ran {result.block_ratio:.3f} of the blocks' work, not within {CLOSE} of its target"

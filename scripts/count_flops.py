@@ -5,7 +5,7 @@
     python scripts/count_flops.py --model Skip-DiT-XL/2 --cache-interval 2 3 4 --num-sampling-steps 250
     python scripts/count_flops.py --model DyDiT-XL/2 --keep 0.625 0.625 0.75
 
-The "Gflops" of the papers are MACs (multiply-adds). Some counts add the layer norms, by 1 or by 4 operations an
+The "Gflops" of the papers are MACs. Some counts add the layer norms, by 1 or by 4 operations an
 element: that is the difference between 118.62, 118.64 and 118.69 for DiT-XL/2.
 """
 

@@ -22,8 +22,9 @@ from benchmarks.timing import check_at_least
 from runtime import distributed
 from runtime.command_line import parse
 from runtime.errors import run
+from runtime.releases import ALIASES
 from runtime.settings import Given, setting
-from sampling.config import ALIASES, KINDS, SamplingSettings
+from sampling.config import KINDS, SamplingSettings
 from sampling.pipeline import open_pipeline
 
 

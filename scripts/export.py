@@ -70,7 +70,7 @@ class ExportSettings:
 
 
 def notes_on(classes: int, format: str) -> list[str]:
-    """What other code does not learn from the file, as phrases."""
+    """Facts that the file does not carry to other code, as phrases."""
     notes = [
         "the autoencoder, the names of the classes and the preset of guidance: pass them on with the file",
         "optimizer state and the other set of weights (average or network): this is for sampling, not for training",

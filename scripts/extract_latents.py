@@ -195,7 +195,7 @@ def check_finished(job: Job) -> list[int]:
 
 
 def fail(world: World, message: str) -> NoReturn:
-    """End this process by an error of its own; `run` prints errors of rank 0 only."""
+    """End this process by its own error; `run` prints errors of rank 0 only."""
     if not world.is_main:
         print(f"{PROGRAM}: error: {message}", file=sys.stderr, flush=True)
     raise UserError(message)

@@ -108,7 +108,7 @@ class TrainedModel(NamedTuple):
         network: Keeps state.
         sampler: Ancestral.
         y: (N,) int64 labels.
-        depth: 1-based number of the block whose tokens are kept.
+        depth: 1-based number of the block with the tokens that are kept.
     """
 
     name: str

@@ -21,17 +21,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from benchmarks.cases import (
     GEMM_SIDE,
     compiled,
+    fill_zeros,
     find_compiler,
     forward_case,
     forward_flop,
@@ -46,20 +48,17 @@ from benchmarks.families import family_groups
 from benchmarks.report import headline, machine_info, markdown, report, write_json
 from benchmarks.sampling import sampling_groups, sampling_shares
 from benchmarks.timing import BF16, Case, Clock, Row, choose_clock, measure
-from data.encoders import Pixels
 from data.image_folder import ArrayImages
-from diffusion import Batch, DiffusionLoss
-from diffusion.gaussian import GaussianSettings
-from models import Network
-from runtime.command_line import parse_config
+from diffusion import Batch
+from models import create_model, model_config
+from runtime.command_line import parse, parse_config
 from runtime.distributed import World
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
 from runtime.settings import setting
-from training.config import ComputeSettings, DataSettings, OptimizationSettings, TrainSettings
+from training.config import KINDS, TrainSettings
 from training.dry_run import predict_memory
-from training.optimization import AdamW
-from training.setup import Owners, Setup
+from training.setup import Setup, set_up
 from training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +91,7 @@ class Sizes(NamedTuple):
         gemm_side: Side of the square matrix product.
         images: Images of a sampling batch; each is two rows.
         steps: Sampling steps of a timed run.
-        spec: Step spec of the trajectories whose precision is compared.
+        spec: Step spec of the trajectories that compare precisions.
         family_steps: Sampling steps in which the families leave work out.
         evaluator: Sizes of the evaluator's cases.
     """
@@ -138,32 +137,20 @@ class Training:
     """The trainer's own step in bf16; the images are random latents on the device.
 
     Args:
-        network: Network to train; not copied.
-        name: Its name in the registry.
+        model: Name in the registry.
         rows: Images per step.
         device: Device of network and images.
         compiler: Backend for the blocks, or None.
     """
 
-    def __init__(self, network: Network, name: str, rows: int, device: torch.device, compiler: str | None) -> None:
-        process = GaussianSettings()
-        made = process.make(network.out_channels != network.sample_shape[-3])
-        self.loss = DiffusionLoss(network, made, autocast=torch.bfloat16)
-        config = TrainSettings(
-            model=name,
-            data=DataSettings(vae="none"),
-            optimization=OptimizationSettings(global_batch_size=rows),
-            compute=ComputeSettings(precision="bf16"),
-        )
-        nothing = ArrayImages(np.zeros((1, 1, 1, 1), np.uint8), np.zeros(1, np.int64), ["none"], flip=False, seed=0)
-        owners = Owners(name, made.name, "diffusion", "adamw")
-        setup = Setup(config, owners, nothing, None, Pixels(), self.loss, process, AdamW(), total_steps=1)
-        inputs, self.world = make_inputs(network, rows, device), World(0, 1, device)
-        self.batch = Batch(inputs.x, {"y": inputs.y}, torch.arange(rows, device=device))
+    def __init__(self, model: str, rows: int, device: torch.device, compiler: str | None) -> None:
+        setup = open_training(model, rows, device)
+        self.loss, network = setup.loss, fill_zeros(setup.network)
         if compiler is not None:
             network.compile_blocks(compiler)
-        self.predicted_memory = predict_memory(setup, self.world)["peak"]
-        self.trainer = Trainer(setup, self.world, None, None)
+        inputs = make_inputs(network, rows, device)
+        self.batch = Batch(inputs.x, {"y": inputs.y}, torch.arange(rows, device=device))
+        self.trainer = Trainer(setup, World(0, 1, device), None, None)
 
     def run(self, steps: int) -> Tensor:
         """Train several steps without waiting in between, as in training; returns the first one's gradient norm."""
@@ -172,9 +159,27 @@ class Training:
     def step(self) -> Tensor:
         """Train one step; returns the norm of its gradient, on the device."""
         step, rows = self.trainer.state.step, len(self.batch.index)
-        draws = self.loss.draw(step, rows, device=self.world.device)
+        draws = self.loss.draw(step, rows, device=self.batch.index.device)
         self.trainer.state.step += 1
         return self.trainer.train_step(step, [(self.batch, draws)])
+
+
+def open_training(model: str, rows: int, device: torch.device, fake: FakeTensorMode | None = None) -> Setup:
+    """Set a run up as train.py does, on latents that are all zero."""
+    argv = ["--model", model, "--global-batch-size", str(rows), "--precision", "bf16", "--max-steps", "1"]
+    given = parse(TrainSettings, argv, program="gpu_report.py", doc=None, kinds=KINDS)
+    config = model_config(model)
+    channels, height, width = config.sample_shape
+    classes = [str(k) for k in range(config.num_classes)]
+    data = ArrayImages(np.zeros((1, height, width, channels), np.uint8), np.zeros(1, np.int64), classes)
+    return set_up(given, device, dataset=data, fake=fake)
+
+
+@cache
+def predicted_memory(model: str, rows: int, device: torch.device) -> int:
+    """Peak of a training step's memory, as --dry-run predicts it."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    return predict_memory(open_training(model, rows, device, fake), World(0, 1, device), fake)["peak"]
 
 
 class Measurement(NamedTuple):
@@ -187,19 +192,20 @@ class Measurement(NamedTuple):
 
 def training_case(sizes: Sizes, rows: int, steps: int, device: torch.device, compiler: str | None) -> Case:
     """Training at one batch size, as it is (None) or compiled."""
-    network = random_network(sizes.model, device)
     name = f"bf16, batch {rows}"
+    with torch.device("meta"):
+        flop = 3 * steps * forward_flop(create_model(sizes.model), rows)
     return Case(
         f"{name}, blocks compiled" if compiler else name,
-        lambda: Training(network, sizes.model, rows, device, compiler),
+        lambda: Training(sizes.model, rows, device, compiler),
         lambda training: training.run(steps),
         outcome=lambda training, norm: [norm],
         reference=name if compiler else None,
         tolerance=BF16,
-        flop=3 * steps * forward_flop(network, rows),
+        flop=flop,
         images=steps * rows,
         precision="bf16",
-        predicted_memory=lambda training: training.predicted_memory,
+        predicted_memory=lambda training: predicted_memory(sizes.model, rows, device),
     )
 
 
@@ -243,7 +249,7 @@ def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> It
 
 
 def comparable(cases: Sequence[Case], known: Mapping[str, Sequence[Tensor]]) -> list[Case]:
-    """The cases; those whose reference was lost to memory or time are not compared."""
+    """The cases; those that lost their reference to memory or time are not compared."""
     there = {*known, *(case.name for case in cases)}
     return [case if case.reference in there else replace(case, reference=None) for case in cases]
 
@@ -272,9 +278,9 @@ def measure_all(
         print(f"{number}: {group} done", file=sys.stderr, flush=True)
         if group == "optimizer":
             known.clear()
-        gc.collect()  # a network and its compiled blocks refer to each other
         torch._dynamo.reset()
         if device.type == "cuda":
+            gc.collect()  # a network and its compiled blocks refer to each other
             torch.cuda.empty_cache()
     return rows, skipped
 

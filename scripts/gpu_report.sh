@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=.
-if ! "${PYTHON:-python3}" -c 'import torch' 2>/dev/null; then
+if ! "${PYTHON:-python3}" -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
     echo "gpu_report: ${PYTHON:-python3} has no PyTorch; name one that has: PYTHON=.venv/bin/python bash scripts/gpu_report.sh" >&2
     exit 2
 fi

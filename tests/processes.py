@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 TIMEOUT = 240
 GRACE = 15  # seconds that ranks have to leave after one has failed
 # Imported once by the process that ranks are forked from.
-PRELOADED = ["tests.processes", "train", "sample_ddp", "evaluator.__main__", "torch._dynamo", "sklearn.datasets", "timm"]
+PRELOADED = "tests.processes train sample_ddp evaluator.__main__ torch._dynamo sklearn.datasets timm".split()
 
 
 def _environment() -> dict[str, str]:

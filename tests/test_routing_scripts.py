@@ -14,7 +14,7 @@ from models import create_model
 from runtime.checkpoint import read_checkpoint, read_groups
 from runtime.errors import run
 from tests.networks import randomise
-from tests.processes import run_script
+from tests.processes import run_ranks
 from training.config import NETWORK_SETTINGS, RECIPE_SETTINGS, TrainConfig
 
 BASE = (
@@ -84,7 +84,7 @@ def test_two_processes_are_one_but_for_rounding(at_once: None, tmp_path: Path, m
         "models.dydit.HOLD_STEPS = 0\nsys.exit(run(train.main, 'train.py'))\n"
     )
     options = [*BASE, *map(str, argv), "--grad-accum", str(micro_batches), "--results-dir", str(tmp_path / "2")]
-    done = run_script(program, *options, ranks=2, folder=tmp_path)
+    done = run_ranks(program, *options, ranks=2, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     one, two = (metrics(tmp_path / str(ranks)) for ranks in (1, 2))
     for name in ("loss", "flops_ratio", "flops_ratio_penalty", "mse", "complete_mse", "grad_norm"):

@@ -20,7 +20,8 @@ from models import create_model
 from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.errors import run
 from sampling import pipeline
-from sampling.config import SAMPLERS, SamplingConfig
+from sampling.config import SAMPLERS, CachingSettings
+from sampling.pipeline import Pipeline
 from tests.golden_data import assert_close
 from tests.networks import debug_name, randomise
 from tests.processes import run_script
@@ -31,13 +32,15 @@ def write_checkpoint(path, **overrides):
     """A checkpoint as train.py writes it, of a small random digits model."""
     network = randomise(create_model("DiT-digits/2", depth=1, hidden_size=32, **overrides))
     meta = {
+        "format": 2,
         "model": {"name": "DiT-digits/2", **dataclasses.asdict(network.config)},
-        "process": {"name": "gaussian", "noise_schedule": "linear", "predict_xstart": False, "learn_sigma": False},
-        "data": {"vae": "none", "image_shape": [1, 8, 8]},
+        "process": {"name": "gaussian", "noise_schedule": "linear", "prediction": "epsilon"},
+        "encoder": {"name": "none"},
+        "data": {"image_shape": [1, 8, 8]},
         "step": 7,
     }
     other = {name: 1.1 * tensor for name, tensor in network.state_dict().items()}
-    save_checkpoint(path, {"ema": network.state_dict(), "model": other}, meta)
+    save_checkpoint(path, {"ema-0.999": network.state_dict(), "model": other}, meta)
     return path
 
 
@@ -64,7 +67,8 @@ def test_npz_holds_exactly_the_images_and_their_labels(ckpt, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.npz"]
     settings = json.loads((tmp_path / "a.json").read_text())
     config, checkpoint = settings["config"], settings["checkpoint"]
-    assert (config["cfg_scale"], config["model"], config["sampler"]) == (1.5, "DiT-digits/2", "ddpm")
+    names = (config["model"]["name"], config["sampler"]["name"], config["guidance"]["cfg_scale"])
+    assert names == ("DiT-digits/2", "ddpm", 1.5)
     assert checkpoint["sha256"] == hashlib.sha256(ckpt.read_bytes()).hexdigest() and checkpoint["step"] == 7
     assert settings["versions"]["torch"] == torch.__version__
     assert settings["run"]["world_size"] == 1 and settings["run"]["images"] == 23
@@ -139,7 +143,7 @@ def test_a_killed_job_goes_on_by_the_same_command(ckpt, tmp_path, ranks, before_
     monkeypatch.setattr(
         pipeline.Pipeline,
         "denoise",
-        lambda self, seed, indices, labels: made.append(indices[0] // 5) or denoise(self, seed, indices, labels),
+        lambda self, run, seed, indices, cond: made.append(indices[0] // 5) or denoise(self, run, seed, indices, cond),
     )
     assert run(sample_ddp.main, "sample_ddp.py", argv) == 0
     assert made == sorted(set(range(5)) - finished)
@@ -153,11 +157,11 @@ def interrupted(ckpt, path, monkeypatch, chunks=2):
     """A job that fails after some chunks, in this process."""
     denoise, calls = pipeline.Pipeline.denoise, []
 
-    def failing(self, *args):
+    def failing(self, *args, **options):
         if len(calls) == chunks:
             raise MemoryError
         calls.append(1)
-        return denoise(self, *args)
+        return denoise(self, *args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(pipeline.Pipeline, "denoise", failing)
@@ -187,7 +191,7 @@ def test_other_settings_do_not_go_on_with_a_job(ckpt, tmp_path, monkeypatch, cap
     options += [word.format(other=other) for word in argv]
     assert run(sample_ddp.main, "sample_ddp.py", options) == 2
     error = capsys.readouterr().err
-    assert words in error and "--overwrite throws it away" in error and error.count("\n") == 1
+    assert words in error and "--overwrite" in error and error.count("\n") == 1
     assert run(sample_ddp.main, "sample_ddp.py", [*options, "--overwrite"]) == 0
 
 
@@ -201,15 +205,15 @@ def test_images_can_be_written_as_png_too(ckpt, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("multiply_adds", "size"), [(118_621_000_000, 64), (524_500_000_000, 8), (10**15, 1), (10, 256)]
+    ("macs", "size"), [(118_621_000_000, 64), (524_500_000_000, 8), (10**15, 1), (10, 256)]
 )
-def test_the_automatic_batch_size_follows_from_the_network_alone(multiply_adds, size):
-    assert sample_ddp.auto_batch_size(multiply_adds) == size
+def test_the_automatic_batch_size_follows_from_the_network_alone(macs, size):
+    assert sample_ddp.auto_batch_size(macs) == size
 
 
 def test_the_automatic_batch_size_is_noted_as_a_number(ckpt, tmp_path):
     draw(ckpt, tmp_path / "a.npz", "--per-proc-batch-size", "auto")
-    assert json.loads((tmp_path / "a.json").read_text())["config"]["per_proc_batch_size"] == 256
+    assert json.loads((tmp_path / "a.json").read_text())["config"]["job"]["per_proc_batch_size"] == 256
 
 
 def test_batch_size_moves_images_by_rounding_only(ckpt, tmp_path):
@@ -221,11 +225,13 @@ def test_batch_size_moves_images_by_rounding_only(ckpt, tmp_path):
 
 
 def test_latents_do_not_depend_on_the_batch_beyond_rounding(ckpt):
-    made = pipeline.Pipeline(SamplingConfig(ckpt=ckpt, num_sampling_steps="6"), torch.device("cpu"))
-    labels = torch.arange(23) % 10
-    whole = made.denoise(0, range(23), labels)
+    made = Pipeline.from_pretrained(ckpt, device="cpu")
+    prepared, labels = made.prepare(num_sampling_steps=6), torch.arange(23) % 10
+    whole = made.denoise(prepared, 0, range(23), {"y": labels})
     for size in (1, 7, 32):
-        parts = [made.denoise(0, range(i, min(i + size, 23)), labels[i : i + size]) for i in range(0, 23, size)]
+        starts = range(0, 23, size)
+        rows = [range(i, min(i + size, 23)) for i in starts]
+        parts = [made.denoise(prepared, 0, own, {"y": labels[own.start : own.stop]}) for own in rows]
         assert_close(torch.cat(parts), whole)
 
 
@@ -307,14 +313,16 @@ def test_every_family_goes_from_training_to_samples_with_every_sampler(family, s
 
 
 def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_path, monkeypatch):
-    network = randomise(create_model("DiT-debug/2", in_channels=3))
+    network = randomise(create_model("DiT-debug/2", sample_shape=(3, 8, 8)))
     torch.save({"ema": network.state_dict()}, tmp_path / "official.pt")
-    scales = []
-    monkeypatch.setattr(pipeline, "guided", lambda *args: scales.append(args[3:5]) or guided(*args))
+    channels = []
+    monkeypatch.setattr(
+        pipeline, "guided", lambda *args, **options: channels.append(options["channels"]) or guided(*args, **options)
+    )
     argv = ["--ckpt", str(tmp_path / "official.pt"), "--output", str(tmp_path / "a.png"), "--device", "cpu"]
     argv += "--model DiT-debug/2 --vae none --image-size 8 --num-classes 10 --num-sampling-steps 2".split()
     assert run(sample.main, "sample.py", argv) == 0
-    assert scales == [(4.0, 3)]
+    assert channels == [3]
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.mode == "RGB"
 
@@ -337,47 +345,47 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
             "--ckpt {ckpt} --sampler euler",
             "--sampler euler: --ckpt was trained under 'gaussian'; choose from ddpm, ddim",
         ),
-        ("--ckpt {ckpt} --time-shift 2", "--time-shift 2.0: has an effect with --sampler euler or heun or adams only"),
+        ("--ckpt {ckpt} --time-shift 2", "--time-shift 2.0: is a setting of the sampler euler or heun or adams; this"),
         ("--ckpt {ckpt} --cache-interval 2", "--cache-interval 2: this network keeps nothing to reuse"),
-        ("--ckpt {ckpt} --refresh-rate 2", "--refresh-rate 2: DiT-digits/2 keeps no state between evaluations"),
+        ("--ckpt {ckpt} --sharing-interval 2", "--sharing-interval 2: this network keeps nothing to reuse"),
         (
             "--ckpt {grey} --vae none --cache-interval 2",
             "--cache-interval 2: this network keeps nothing to reuse; give --cache-depth B",
         ),
         (
-            "--ckpt {grey} --vae none --refresh-rate 2",
-            "--refresh-rate 2: DiT-digits/2 keeps no state between evaluations; give --cache-depth B",
+            "--ckpt {grey} --vae none --sharing-interval 2",
+            "--sharing-interval 2: this network keeps nothing to reuse; give --cache-depth B",
         ),
         (
             "--ckpt {routed} --vae none --cache-interval 2",
             "--cache-interval 2: this network keeps nothing to reuse; no setting makes it; leave this flag out",
         ),
         (
-            "--ckpt {routed} --vae none --refresh-rate 2",
-            "--refresh-rate 2: DyDiT-digits/2 keeps no state between evaluations; no setting makes it; leave this flag",
+            "--ckpt {routed} --vae none --sharing-interval 2",
+            "--sharing-interval 2: this network keeps nothing to reuse; no setting makes it; leave this flag",
         ),
-        ("--ckpt {ckpt} --cache-depth 1", "--cache-depth 1: has no effect without --cache-interval or --refresh-rate"),
+        ("--ckpt {ckpt} --cache-depth 1", "--cache-depth 1: has no effect without --cache-interval or --sharing"),
         (
             "--ckpt {ckpt} --cache-depth 9 --cache-interval 2",
-            "--cache-depth 9: has no effect on DiT-digits/2; leave it out",  # of a single block
+            "--cache-depth 9: cache_depth 9 must lie in 1..0, half the depth",
         ),
         (
             "--ckpt {grey} --vae none --cache-depth 9 --cache-interval 2",
             "error: --cache-depth 9: cache_depth 9 must lie in 1..2, half the depth",
         ),
         (
-            "--ckpt {grey} --model DiT-digits/2 --vae none --cache-depth 9 --refresh-rate 2",
+            "--ckpt {grey} --model DiT-digits/2 --vae none --cache-depth 9 --sharing-interval 2",
             "error: --cache-depth 9: cache_depth 9 must lie in 1..2, half the depth",
         ),
         (
             "--ckpt {routed} --vae none --cache-depth 1 --cache-interval 2",
-            "error: --cache-depth 1: has no effect on DyDiT-digits/2; leave it out",
+            "error: --cache-depth 1: cache_depth 1: a DyDiT keeps no state between evaluations",
         ),
         (
             "--ckpt {flow} --model IDiT-digits/2 --vae none --cache-depth 1 --cache-interval 2",
-            "error: --cache-depth 1: has no effect on IDiT-digits/2; leave it out",
+            "error: --cache-depth 1: is a setting of the model DiT or DyDiT or Skip-DiT; this run uses DDT",
         ),
-        ("--ckpt {ckpt} --sharing cheapest", "--sharing cheapest: has no effect without --refresh-rate"),
+        ("--ckpt {ckpt} --sharing cheapest", "--sharing cheapest: has no effect without --sharing-interval"),
         ("--ckpt {ckpt} --guidance-interval 700 300", "--guidance-interval 700.0 300.0: must be two timesteps"),
         ("--ckpt {ckpt} --guidance-interval 0 700 --cfg-scale 1", "has no effect with --cfg-scale 1"),
         ("--ckpt {ckpt} --cuda-graphs", "--cuda-graphs: needs a CUDA device"),
@@ -391,12 +399,12 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
         ("--model Latte-skip", "--model Latte-skip: unknown model 'Latte-skip'; known: DiT-{{S,B,L,XL}}/{{2,4,8}}, "),
         ("--ckpt {ckpt} --cfg-scale 0.5", "--cfg-scale 0.5: must be at least 1"),
         ("--ckpt {ckpt} --num-sampling-steps ddim0", "--num-sampling-steps ddim0: step spec 'ddim0'"),
-        ("--ckpt {ckpt} --num-sampling-steps 1001", "--num-sampling-steps 1001: at most 1000"),
-        ("--ckpt {ckpt} --sampler ddim --num-sampling-steps 5000", "--num-sampling-steps 5000: at most 1000"),
+        ("--ckpt {ckpt} --num-sampling-steps 1001", "--num-sampling-steps 1001: step spec '1001' asks for 1001 of"),
+        ("--ckpt {ckpt} --sampler ddim --num-sampling-steps 5000", "asks for 5000 of the 1000 timesteps"),
         ("--ckpt {ckpt} --num-sampling-steps 600,600", "--num-sampling-steps 600,600: step spec '600,600' asks for"),
         (
             "--ckpt {flow} --model IDiT-digits/2 --vae none --sampler heun --heun-exact --cache-interval 2",
-            "--cache-interval 2: this needs one evaluation a step; leave out --heun-exact",
+            "--cache-interval 2: this network keeps nothing to reuse; no setting makes it",
         ),
         ("--ckpt {ckpt} --num-sampling-steps 0", "--num-sampling-steps 0"),
         ("--ckpt {ckpt} --num-sampling-steps ten", "--num-sampling-steps ten"),
@@ -425,10 +433,10 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
             "--ckpt {ckpt} --vae ema",
             "--vae ema: the network's channels are 1, those of stabilityai/sd-vae-ft-ema 4",
         ),
-        ("--ckpt {grey} --vae none --image-size 9", "--ckpt {grey}: input_size 9 is not a multiple"),
+        ("--ckpt {grey} --vae none --image-size 9", "sample_shape (1, 9, 9): height and width must be multiples"),
         ("--ckpt {evil}", "--ckpt {evil}: refused, because it is no PyTorch file of plain tensors"),
         ("--ckpt {flat} --vae none --model DiT-nano/2", "--model DiT-nano/2: unknown model"),
-        ("--ckpt {flat} --vae none --model DiT-debug/2 --image-size 9", "input_size 9 is not a multiple"),
+        ("--ckpt {flat} --vae none --model DiT-debug/2 --image-size 9", "sample_shape (4, 9, 9): height and width"),
         ("--ckpt {ckpt} --output {flat}/a.png", "cannot write there"),
     ],
 )
@@ -460,8 +468,8 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, script, ckpt, tmp_path,
 def test_help_says_where_similarities_are_kept_and_git_leaves_them_alone(capsys):
     with pytest.raises(SystemExit):
         run(sample.main, "sample.py", ["--help"])
-    assert "measured once, kept in --sharing-dir" in " ".join(capsys.readouterr().out.split())
-    kept = SamplingConfig(ckpt=Path("x")).sharing_dir / "a.json"
+    assert "--sharing-dir PATH folder of measured similarities" in " ".join(capsys.readouterr().out.split())
+    kept = CachingSettings().sharing_dir / "a.json"
     root = Path(sample.__file__).parent
     assert subprocess.run(["git", "check-ignore", "-q", str(kept)], cwd=root).returncode == 0
 
@@ -490,7 +498,7 @@ def test_labels_out_of_range_are_refused_before_sampling(ckpt, tmp_path, capsys)
 def test_a_checkpoint_of_an_unknown_process_is_refused(ckpt, tmp_path, capsys):
     read = read_checkpoint(ckpt)
     path = tmp_path / "0000001.safetensors"
-    save_checkpoint(path, {"ema": read.weights}, {**read.meta, "process": {"name": "brownian"}})
+    save_checkpoint(path, {"ema-0.999": read.weights}, {**read.meta, "process": {"name": "brownian"}})
     assert run(sample.main, "sample.py", ["--ckpt", str(path), "--device", "cpu"]) == 2
     assert "trained under 'brownian'" in capsys.readouterr().err
 
@@ -514,8 +522,8 @@ def test_a_number_of_images_is_not_ignored_for_seeds(argv, classes, ckpt, tmp_pa
 
 
 def test_the_number_of_images_is_50_000_where_nobody_says(ckpt):
-    config = sample_ddp.SampleDDPConfig(ckpt=ckpt)
-    assert len(sample_ddp.plan(config, 10).labels) == len(sample_ddp.plan(config, 10).noise) == 50_000
+    job = sample_ddp.plan(sample_ddp.JobSettings(), 10)
+    assert len(job.labels) == len(job.noise) == 50_000
 
 
 def test_a_finished_job_s_settings_make_it_again(ckpt, tmp_path):
@@ -537,4 +545,4 @@ def test_selected_classes_and_seeds_of_each(ckpt, tmp_path):
     assert labels.tolist() == [3, 3, 3, 7, 7, 7]
     reseeded, _ = draw(ckpt, tmp_path / "d.npz", "--class-labels", "7", "--class-seeds", "1", "5")
     assert np.abs(reseeded.astype(int) - images[[4, 3]]).max() <= 1, "a number gives a class the same image in any job"
-    assert json.loads((tmp_path / "c.json").read_text())["config"]["num_fid_samples"] == 6
+    assert json.loads((tmp_path / "c.json").read_text())["config"]["job"]["num_fid_samples"] == 6

@@ -1,1 +1,1 @@
-"""What train.py is made of: settings, what they set up, the loop over steps, and what it says about itself."""
+"""Parts of train.py: settings, set-up, the loop over steps, and measurements."""

@@ -28,7 +28,7 @@ PROGRAM = "train.py"
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """What is trained on."""
+    """Training data."""
 
     data_path: Path | None = setting(None, "root of an image folder, one folder a class; or a latent store", free=True)
     dataset: str = setting(
@@ -58,7 +58,7 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationSettings:
-    """How the weights move."""
+    """Steps, learning rate and average."""
 
     epochs: int = setting(1400, "epochs to train", free=True)
     max_steps: int | None = setting(None, "end after this many steps, if that is earlier", free=True)
@@ -71,7 +71,7 @@ class OptimizationSettings:
     grad_clip: float | None = setting(None, "largest norm of the gradient")
     grad_norm_mode: Literal["clip", "skip"] = setting("clip", "for a larger norm: clip it, or skip the update")
     non_finite: Literal["fatal", "skip"] = setting(
-        "fatal", "after a step whose gradient is not finite (it is never applied)", free=True
+        "fatal", "after a step with a gradient that is not finite (it is never applied)", free=True
     )
     ema_decay: float = setting(0.9999, "decay of the averaged weights (EMA)")
     ema_ramp: bool = setting(False, "average over few steps at first: decay min(ema_decay, (1 + n) / (10 + n))")
@@ -158,7 +158,7 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSettings:
-    """What a run measures while it trains."""
+    """Measurements during training."""
 
     eval_every: int | None = setting(None, "steps between validations, and one at the end", shown="never", free=True)
     eval_data_path: Path | None = setting(None, "held-out data, as --data-path; the digits have their own", free=True)

@@ -84,7 +84,7 @@ class RunLog:
             file.write(f"[{now}] {message}\n")
 
     def metrics(self, step: int, **values: float) -> None:
-        """Write one JSON object on a line of its own."""
+        """Write one JSON object as a line."""
         if self.folder is None:
             return
         with (self.folder / "metrics.jsonl").open("a") as file:

@@ -93,7 +93,7 @@ class TrainingState:
 
 
 class LossMeter:
-    """Averages losses between two log lines, on the device: reading them waits for it, so that happens only then."""
+    """Averages losses between two log lines, on the device: reading them synchronises, so that happens only then."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

@@ -33,7 +33,7 @@ class Subtract(nn.Module):
         self.constant = constant
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape."""
+        """(...) -> (...)."""
         return x - self.constant
 
 
@@ -45,7 +45,7 @@ class Multiply(nn.Module):
         self.constant = constant
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape."""
+        """(...) -> (...)."""
         return x * self.constant
 
 

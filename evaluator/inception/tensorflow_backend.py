@@ -7,6 +7,7 @@ timm, diffusers and compiled PyTorch load that library.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class TensorFlowBackend:
         parts = pool.cpu().split(PROBABILITY_ROWS)
         return torch.cat([self._rows(self._run(self._probabilities, {self._pool: part.numpy()})) for part in parts])
 
-    def _run(self, fetched: Any, fed: dict[Any, Any]) -> Any:
+    def _run(self, fetched: object, fed: Mapping[object, object]) -> Any:
         try:
             return self._session.run(fetched, fed)
         except self._tf.errors.InvalidArgumentError as error:

@@ -1,6 +1,6 @@
 import pytest
 
-from data.batches import GlobalBatches
+from data.dataset import GlobalBatches
 
 
 def batches(world: int, rank: int, steps: range = range(10), length: int = 23, size: int = 12):

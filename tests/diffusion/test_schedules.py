@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.schedules import append_dims, convert_time, endpoint_betas, named_betas, shift_time, space_timesteps
+from diffusion.schedules import append_dims, convert_time, named_betas, shift_time, space_timesteps
 from tests.golden_data import arrays, table
+from tests.official_schedules import endpoint_betas
 
 CASES = table("dit/diffusion/space_timesteps")
 BETAS = arrays("dit/diffusion/named_betas")

@@ -1,4 +1,7 @@
+"""Checkpoints of both formats and official files: what is read, and what is refused."""
+
 import argparse
+import json
 import pickle
 from pathlib import Path
 
@@ -6,8 +9,9 @@ import pytest
 import torch
 
 from models import create_model
-from runtime.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from runtime.checkpoint import is_average, load_weights, read_checkpoint, read_groups, save_checkpoint
 from runtime.errors import UserError
+from tests import format1
 
 
 @pytest.fixture
@@ -22,12 +26,113 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_ours_comes_back_as_it_was(tmp_path, weights):
     path = tmp_path / "0000001.safetensors"
     doubled = {name: 2 * tensor for name, tensor in weights.items()}
-    meta = {"model": {"name": "DiT-debug/2"}, "step": 1}
-    save_checkpoint(path, {"model": weights, "ema": doubled}, meta)
+    meta = {"format": 2, "model": {"name": "DiT-debug/2"}, "step": 1, "averages": {"ema-0.9999": {"decay": 0.9999}}}
+    save_checkpoint(path, {"model": weights, "ema-0.9999": doubled}, meta)
     ema = read_checkpoint(path)
-    assert same(ema.weights, doubled) and ema.meta == meta
-    assert same(read_checkpoint(path, "model").weights, weights)
+    assert same(ema.weights, doubled) and ema.meta == meta and ema.group == "ema-0.9999"
+    assert same(read_checkpoint(path, "ema-0.9999").weights, doubled)
+    model = read_checkpoint(path, "model")
+    assert same(model.weights, weights) and model.group == "model"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_one_of_several_averages_is_chosen_by_name(tmp_path, weights):
+    path = tmp_path / "0000001.safetensors"
+    averages = {f"ema-{decay}": {name: decay * tensor for name, tensor in weights.items()} for decay in (0.999, 0.9999)}
+    save_checkpoint(path, {"model": weights, **averages}, {"format": 2})
+    for name, average in averages.items():
+        found = read_checkpoint(path, name)
+        assert same(found.weights, average) and found.group == name
+    with pytest.raises(
+        UserError, match=r"--ckpt .*: holds several averages; choose by --weights: ema-0.999, ema-0.9999$"
+    ):
+        read_checkpoint(path)
+    with pytest.raises(UserError, match="holds no weights under 'ema-0.99'; it has: ema-0.999, ema-0.9999, model"):
+        read_checkpoint(path, "ema-0.99")
+
+
+def test_averages_are_known_by_their_names():
+    assert [name for name in ("ema", "ema-0.9", "model", "emanation", "optimizer") if is_average(name)] == [
+        "ema",
+        "ema-0.9",
+    ]
+
+
+def test_groups_are_chosen_among_those_in_the_file(tmp_path, weights):
+    path = tmp_path / "0000001.safetensors"
+    groups = {
+        "model": weights,
+        "optimizer": {"a.weight/step": torch.tensor(3.0)},
+        "projector": {"0.weight": torch.ones(2)},
+    }
+    save_checkpoint(path, groups, {"format": 2, "step": 3})
+    seen = []
+    read, meta = read_groups(path, lambda present: seen.extend(present) or ["optimizer", "projector"])
+    assert sorted(seen) == ["model", "optimizer", "projector"] and meta == {"format": 2, "step": 3}
+    assert read.keys() == {"optimizer", "projector"}
+    assert all(same(read[name], groups[name]) for name in read)
+
+
+@pytest.mark.parametrize("run", ["dit", "dit-cosine", "ddt"])
+def test_files_of_format_1(tmp_path, run):
+    path = format1.write_checkpoint(run, tmp_path / "0000002.safetensors")
+    average = "ema-0.99" if run == "dit-cosine" else "ema-0.9999"
+    ema, model = read_checkpoint(path), read_checkpoint(path, "model")
+    assert ema.group == average and model.group == "model" and ema.meta["format"] == 2
+    assert same(ema.weights, read_checkpoint(path, average).weights)
+    shapes = {name: shape for name, _, shape in format1.layout(run).tensors}
+    for group, found in (("ema", ema), ("model", model)):
+        names = [name for name in shapes if name.startswith(f"{group}/")]
+        assert found.weights.keys() == {name.removeprefix(f"{group}/") for name in names}
+        for name in names:
+            expected = torch.from_numpy(format1.numbers(name, shapes[name]))
+            assert torch.equal(found.weights[name.removeprefix(f"{group}/")], expected)
+    network = create_model(ema.meta["model"]["name"], sample_shape=(1, 8, 8), num_classes=10, **output_of(ema.meta))
+    load_weights(network, ema.weights, "x")
+
+
+def output_of(meta):
+    return {"learn_sigma": meta["model"]["learn_sigma"]} if "learn_sigma" in meta["model"] else {}
+
+
+def test_parameters_of_a_projector_are_renamed_in_format_1(tmp_path):
+    """In the projector's group, and in the optimizer's state of its parameters."""
+    names = ("model/a", "alignment/0.weight", "optimizer/a/step", "optimizer/alignment.0.weight/step")
+    metadata = {
+        "format": 1,
+        "step": 1,
+        "model": {},
+        "process": {},
+        "train": {},
+        "data": {"vae": "ema", "image_shape": None},
+    }
+    tensors = {name: format1.numbers(name, []) for name in names}
+    path = format1.write_safetensors(tmp_path / "a.safetensors", {"dit_family": json.dumps(metadata)}, tensors)
+    groups, _ = read_groups(path, lambda present: present)
+    assert {(group, name) for group, tensors in groups.items() for name in tensors} == {
+        ("model", "a"), ("projector", "0.weight"), ("optimizer", "a/step"), ("optimizer", "projector.0.weight/step")
+    }  # fmt: skip
+
+
+def test_a_file_of_a_later_format_is_refused(tmp_path, weights):
+    path = tmp_path / "0000001.safetensors"
+    save_checkpoint(path, {"model": weights}, {"format": 3})
+    with pytest.raises(UserError, match="of format 3, this version reads up to 2; update it"):
+        read_checkpoint(path, "model")
+
+
+@pytest.mark.parametrize("damage", ["tensor", "document"])
+def test_flipped_bits_are_found(tmp_path, weights, damage):
+    path = tmp_path / "0000001.safetensors"
+    save_checkpoint(path, {"model": weights}, {"format": 2, "step": 1})
+    content = bytearray(path.read_bytes())
+    if damage == "tensor":
+        content[-1] ^= 1
+    else:
+        content[content.index(b"format") - 2] = ord("x")  # a quotation mark of the JSON document
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        read_checkpoint(path, "model")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, weights):
@@ -70,7 +175,7 @@ def test_a_state_dict_that_holds_average_and_network_by_prefix(tmp_path, weights
 
 @pytest.mark.parametrize("mappable", [True, False])
 def test_files_are_mapped_where_their_format_allows(tmp_path, weights, mappable, monkeypatch):
-    """Of a training checkpoint of 11 GB, a quarter is read."""
+    """A quarter of a training checkpoint of 11 GB is read."""
     path, load, mapped = tmp_path / "0050000.pt", torch.load, []
     torch.save({"model": weights, "ema": weights, "opt": {}}, path, _use_new_zipfile_serialization=mappable)
     monkeypatch.setattr(

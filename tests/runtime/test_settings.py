@@ -352,7 +352,18 @@ def test_a_section_of_another_owner_is_not_used(tmp_path):
     assert given.build("figure", "square") == Square()
 
 
-def test_a_section_of_the_data_s_settings_is_let_be(tmp_path):
+def test_the_size_of_another_model_is_not_taken_from_the_file(tmp_path):
+    """A resolved file states all settings; those that its own model's name implies do not move to another model."""
+    written = document(Picture(), figure=("square of 4", Square(side=4.0, turned=True)))
+    for figure, side in (("square of 4", 4.0), ("square of 3", 3.0)):
+        given = picture(*config_file(tmp_path, written), "--figure", figure)
+        assert given.build("figure", "square", **FIGURES[figure]) == Square(side=side, turned=True)
+    changed = document(Picture(), figure=("square of 4", Square(side=5.0)))
+    given = picture(*config_file(tmp_path, changed), "--figure", "square of 3")
+    assert given.build("figure", "square", side=3.0) == Square(side=5.0), "the file says so"
+
+
+def test_a_section_of_the_data_s_settings_is_ignored(tmp_path):
     given = picture(*config_file(tmp_path, {"figure": {"name": "square of 3", "side": 2, "shape": [5, 5]}}))
     assert given.build("figure", "square") == Square(side=2.0)
 
@@ -386,6 +397,7 @@ def test_a_mistake_in_a_nested_file_names_section_and_field(tmp_path, content, w
 @pytest.mark.parametrize(
     ("section", "words"),
     [
+        ({"name": "cube"}, "--config: figure.name: no figure 'cube'"),
         ({"radio": 3}, "--config: unknown setting 'figure.radio' of circle"),
         ({"radius": "3"}, "--config: figure.radius = '3': expected float"),
         ({"fill": "green"}, "--config: figure.fill = 'green': choose from none, red"),
@@ -565,6 +577,14 @@ def test_nested_json_of_training_given_back_is_the_same(tmp_path):
     assert second == first
     changed = prepare(*config_file(tmp_path, first), "--flow-shift", "3").document()
     assert differences(first, changed) == ["process.shift was 2.0, now 3.0"]
+
+
+def test_another_model_than_that_of_the_file_has_its_own_size(tmp_path):
+    file = config_file(
+        tmp_path, prepare("--dataset", "digits", "--model", "DiT-debug/2", "--patch-size", "4").document()
+    )
+    model = prepare(*file, "--model", "DiT-digits/2").document()["model"]
+    assert (model["hidden_size"], model["learn_sigma"], model["patch_size"]) == (96, False, 4)
 
 
 @pytest.mark.parametrize("name", [name for name in format1.manifest()["runs"] if name != "dit-latents"])

@@ -140,8 +140,8 @@ def test_a_wrong_formula_with_state_is_found_out(
         (["--model", "DiT-XL/3"], "--model DiT-XL/3: unknown model 'DiT-XL/3'; close to it: DiT-XL/"),
         (
             ["--model", "DiT-XL/2", "--input-size", "33"],
-            "--model DiT-XL/2 --input-size 33: sample_shape (4, 33, 33): height and width must be multiples of patch_size 2; "
-            "nearest: (4, 32, 32) or (4, 34, 34)",
+            "--model DiT-XL/2 --input-size 33: sample_shape (4, 33, 33): height and width must be multiples of "
+            "patch_size 2; nearest: (4, 32, 32) or (4, 34, 34)",
         ),
         (["--input-size", "64"], "--input-size 64: needs --model; the published rows have their own sizes"),
         (["--input-size", "large", "--model", "DiT-S/2"], "argument --input-size: invalid int value: 'large'"),

@@ -41,7 +41,9 @@ def test_measures_of_known_vectors() -> None:
     assert cosine(a, 3 * a) == pytest.approx(1) and relative_change(a, a) == 0
 
 
-def test_a_direction_has_rows_as_long_as_the_weights_and_leaves_vectors_and_positions_alone(model: TrainedModel) -> None:
+def test_a_direction_has_rows_as_long_as_the_weights_and_leaves_vectors_and_positions_alone(
+    model: TrainedModel,
+) -> None:
     weights = dict(model.network.named_parameters())
     generator = torch.Generator().manual_seed(0)
     first, second = (random_direction(model.network, generator) for _ in range(2))

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from evaluator.settings import EvaluatorConfig
-from models import family_name, family_of
-from runtime.settings import Given, parse, parse_config
+from models import model_config
+from runtime.command_line import parse, parse_config
+from runtime.settings import Given, choose_owners
 from sample_ddp import SampleDDPSettings
 from sampling.config import KINDS as SAMPLING_KINDS
 from tests.processes import ROOT
 from training.config import KINDS, TrainSettings
-from training.losses import loss_of
 
 PATHS = {
     "train_dit_xl2_256": 1,
@@ -32,7 +32,11 @@ def recipe(name: str, folder: Path, *argv: str, **settings: str) -> subprocess.C
     torchrun.parent.mkdir(exist_ok=True)
     torchrun.write_text(RECORD)
     torchrun.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{torchrun.parent}:{os.environ['PATH']}", "RECORDED": str(folder / "recorded")}
+    environment = {
+        **os.environ,
+        "PATH": f"{torchrun.parent}:{os.environ['PATH']}",
+        "RECORDED": str(folder / "recorded"),
+    }
     command = ["bash", str(ROOT / "scripts" / f"{name}.sh"), *argv]
     return subprocess.run(command, cwd=folder, env=environment | settings, capture_output=True, text=True)
 
@@ -47,12 +51,11 @@ def recorded(folder: Path, script: str) -> list[list[str]]:
 
 def check_owners(given: Given[TrainSettings]) -> None:
     """Check that every flag has an effect in this run, and that its owner takes the value."""
-    family = family_name(given.general.model)
-    process = given.general.process or family_of(given.general.model).process
-    owners = {"model": family, "process": process, "loss": loss_of(family), "optimizer": given.general.optimizer}
+    owners = choose_owners(KINDS, vars(given.general))
     given.check_owners(**owners)
     for kind in ("process", "loss", "optimizer"):
         given.build(kind, owners[kind])
+    model_config(given.general.model, **given.fields("model", owners["model"]))
 
 
 @pytest.mark.parametrize("name", PATHS)

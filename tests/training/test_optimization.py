@@ -1,17 +1,20 @@
-"""The average of the weights, and the guard against steps that are not finite."""
+"""Averages of weights, the guard against non-finite steps, optimizers and learning rates."""
+
+import math
 
 import pytest
 import torch
 
 from models import create_model
-from training.optimization import EMA, FiniteGuard
+from training.config import OptimizationSettings
+from training.optimization import EMA, OPTIMIZERS, AdamW, FiniteGuard
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Average
 
 
 def walk(model, steps):
-    """Move the weights about and yield after each move."""
+    """Moves the weights about and yields after each move."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         with torch.no_grad():
@@ -43,7 +46,7 @@ def test_frozen_positions_do_not_drift_and_the_average_has_no_gradients():
     assert ema.network.state_dict().keys() == model.state_dict().keys()
 
 
-def test_an_average_starts_as_a_copy_and_shares_nothing():
+def test_starts_as_a_copy_and_shares_nothing():
     model = create_model("DiT-debug/2", depth=1)
     ema = EMA(model, 0.5)
     before = ema.network.blocks[0].mlp.fc1.weight.clone()
@@ -107,3 +110,41 @@ def test_gradients_of_the_limit_or_more_are_skipped_and_counted_by_themselves():
     assert moved == [True, False, True, False, False]
     assert guard.count_too_large() == 2 and guard.count_too_large() == 0
     assert guard.report() == "non-finite gradient of a finite loss; 1 optimizer step skipped"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizers and learning rates
+
+
+def test_optimizers_are_made_from_their_settings():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = OPTIMIZERS["adamw"](adam_betas=(0.8, 0.99), weight_decay=0.1).make([weight], lr=1e-3)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"], group["fused"]) == (1e-3, (0.8, 0.99), 0.1, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"adam_betas": (0.9, 1.0)}, "--adam-betas 0.9 1.0: "),
+        ({"adam_betas": (-0.1, 0.9)}, "--adam-betas -0.1 0.9: "),
+        ({"weight_decay": -1.0}, "--weight-decay -1.0: "),
+        ({"weight_decay": math.inf}, "--weight-decay inf: "),
+    ],
+)
+def test_settings_that_no_optimizer_takes(settings, words):
+    with pytest.raises(ValueError, match=words):
+        AdamW(**settings)
+
+
+def rates(total, **settings):
+    schedule = OptimizationSettings(lr=2.0, **settings)
+    return [schedule.learning_rate(step, total) for step in range(total)]
+
+
+def test_learning_rates():
+    assert rates(3) == [2, 2, 2]
+    assert rates(5, lr_warmup_steps=4) == [0.5, 1, 1.5, 2, 2]
+    assert rates(4, lr_schedule="cosine") == pytest.approx([2, 1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5)])
+    warm = rates(6, lr_schedule="cosine", lr_warmup_steps=2, lr_final_ratio=0.5)
+    assert warm[:3] == [1, 2, 2] and warm[4] == pytest.approx(1.5)

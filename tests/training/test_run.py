@@ -1,4 +1,4 @@
-"""A run's log and metrics, its profile, and the signals that stop it."""
+"""A run's folder, log, metrics, profile, and the signals that stop it."""
 
 import importlib.util
 import json
@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
+from runtime.errors import UserError
 from tests import runs
 from tests.runs import DIGITS, losses, run_folder, start
-from training.run import RunLog, stop_on_signal
+from training.run import RunLog, create_run_folder, cut_metrics, stop_on_signal
 
 SHORT = [*DIGITS, *"--model DiT-digits/2 --global-batch-size 4 --max-steps 16".split()]
 
@@ -47,7 +48,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, capsys, monkeypatch):
 
 
 def test_the_writer_does_without_tensorflow(tmp_path):
-    """Where TensorFlow is installed, TensorBoard would load it next to Triton, which can abort the process."""
+    """Where TensorFlow is installed, TensorBoard would load it; with Triton it can abort the process."""
     fake = tmp_path / "tensorflow"
     fake.mkdir()
     (fake / "__init__.py").write_text("raise SystemExit('tensorflow was imported')")
@@ -80,8 +81,26 @@ def test_tensorboard_is_an_extra(monkeypatch, capsys, tmp_path):
     assert "--tensorboard: the package is not installed; pip install tensorboard" in runs.the_error(capsys)
 
 
+def test_run_folders_are_numbered_above_the_highest(tmp_path):
+    assert create_run_folder(tmp_path / "results", "a").name == "000-a"
+    (tmp_path / "results" / "007-b").mkdir()
+    (tmp_path / "results" / "notes").mkdir()
+    assert create_run_folder(tmp_path / "results", "a").name == "008-a"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--results-dir .*file/results: cannot write there"):
+        create_run_folder(tmp_path / "file" / "results", "a")
+
+
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
+    lines = [json.dumps({"step": step, "loss": 0.5}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))
+    cut_metrics(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
+    cut_metrics(tmp_path / "nowhere", 2)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_first_signal_asks_to_stop_and_a_second_one_acts(number):
+def test_a_first_signal_is_a_request_and_a_second_one_acts(number):
     acted = []
     before = signal.signal(number, lambda *_: acted.append(number))
     try:

@@ -1,4 +1,4 @@
-"""Losses by name: a family with a loss of its own has a file here, a row in `LOSSES`, and one in `FAMILY_LOSS`."""
+"""Losses by name: a family with its own loss has a file here, a row in `LOSSES`, and one in `FAMILY_LOSS`."""
 
 from __future__ import annotations
 

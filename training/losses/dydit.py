@@ -146,7 +146,7 @@ class DyDiTLoss(DiffusionLoss):
     def flops_ratio(self, routing: Routing) -> Tensor:
         """Share of the blocks' MACs that masks leave on: (N,) float32; modulation and routers do not count.
 
-        Linear in the heads, whose products are left out with them, and bilinear in MLP groups and tokens.
+        Linear in the heads, which take their products with them, and bilinear in MLP groups and tokens.
         """
         parts = self.network.cost()
         attention, mlp = parts["attention_linear"] + parts["attention_products"], parts["mlp"]

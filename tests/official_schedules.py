@@ -1,6 +1,6 @@
-"""Which timesteps a batch is trained on: uniformly, or more often where the loss is large.
+"""Parts of the official code that no run of ours uses, kept with their recorded values: a place to start from.
 
-Library pieces for people who train with importance sampling; DiT itself draws timesteps uniformly.
+Older noise schedules, and training on timesteps with large losses more often.
 """
 
 from __future__ import annotations
@@ -13,6 +13,36 @@ import numpy.typing as npt
 from diffusion.schedules import Array
 
 Chooser = np.random.RandomState | np.random.Generator
+
+
+def endpoint_betas(name: str, start: float, end: float, num_timesteps: int) -> Array:
+    """Betas of the older schedules, which are given by their endpoints.
+
+    Args:
+        name: "quad", "linear", "warmup10", "warmup50", "const" or "jsd".
+        start: First beta, where the schedule has one.
+        end: Last beta.
+        num_timesteps: T.
+
+    Returns:
+        (T,) float64 in (0, 1].
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    betas = np.full(num_timesteps, end, dtype=np.float64)
+    if name == "quad":
+        betas = np.linspace(start**0.5, end**0.5, num_timesteps, dtype=np.float64) ** 2
+    elif name == "linear":
+        betas = np.linspace(start, end, num_timesteps, dtype=np.float64)
+    elif name in ("warmup10", "warmup50"):
+        rising = int(num_timesteps * int(name[-2:]) / 100)
+        betas[:rising] = np.linspace(start, end, rising, dtype=np.float64)
+    elif name == "jsd":
+        betas = 1.0 / np.arange(num_timesteps, 0, -1, dtype=np.float64)
+    elif name != "const":
+        raise ValueError(f"unknown noise schedule {name!r}; known: quad, linear, warmup10, warmup50, const, jsd")
+    return betas
 
 
 class UniformSampler:
