@@ -47,11 +47,11 @@ def _reuse(model: str, label: str, intervals: Sequence[int], images: int, steps:
            compiler: str | None) -> list[Case]:  # fmt: skip
     """State computed at every step, and less and less often."""
     network = random_network(model, device)
-    if compiler is not None:
-        network.compile_blocks(compiler)
     pipeline, cases = random_pipeline(network, model), []
     for interval in intervals:
         run = reusing_run(pipeline, steps, min(interval, steps), images, "bf16")
+        if compiler is not None:
+            run.prepared.network.compile_blocks(compiler)
         macs = run_cost(network, [evaluation.refresh for evaluation in run.prepared.table])
         name = f"{model}, {label} = {interval}"
         prepare = partial(SamplingRun, *run)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.costs import run_cost
 from benchmarks.report import aligned
-from benchmarks.sampling import SamplingRun, tf32_restored
+from benchmarks.sampling import SamplingRun
 from benchmarks.timing import Clock, interleave
 from diffusion.caching import check_keeps_state
 from models import Network, family_of
@@ -30,11 +30,8 @@ def reusing_run(pipeline: Pipeline, steps: int, interval: int, images: int, prec
     check_keeps_state(pipeline.network)
     flow = family_of(pipeline.info.model).process == "flow"
     reuse = {"sharing_interval" if flow else "cache_interval": interval}
-    sampler = "euler" if flow else "ddpm"
-    with tf32_restored():
-        prepared = pipeline.prepare(
-            sampler=sampler, num_sampling_steps=steps, cfg_scale=1.0, precision=precision, **reuse
-        )
+    settings = {"sampler": "euler" if flow else "ddpm", "num_sampling_steps": steps, "precision": precision}
+    prepared = pipeline.prepare(**settings, **reuse, cfg_scale=1.0, tf32=False)
     return SamplingRun(pipeline, prepared, images)
 
 
@@ -106,7 +103,7 @@ def make_runs(
         run = reusing_run(pipeline, steps, interval, images, precision)
         refresh = tuple(evaluation.refresh for evaluation in run.prepared.table)
         name = "every step" if interval == 1 else f"N = {interval}"
-        blocks = count_blocks(pipeline.network, run.latents)
+        blocks = count_blocks(run.prepared.network, run.latents)
         runs.append(Run(name, refresh, blocks, run_cost(pipeline.network, refresh), run.latents))
     return runs
 

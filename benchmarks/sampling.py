@@ -7,7 +7,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +28,10 @@ from models import DiT, ModelOutput, Network, family_of
 from models.acceleration import Capture, CudaCapture, GraphedNetwork
 from models.loading import CheckpointInfo
 from runtime.background import Background
-from sampling.config import SamplingSettings
-from sampling.pipeline import Pipeline, PreparedRun
+from runtime.settings import Given
+from sampling.config import KINDS, SamplingSettings
+from sampling.pipeline import Pipeline
+from sampling.run import PreparedRun
 
 NPZ_IMAGES, NPZ_SIDE, NPZ_CHUNK = 1000, 256, 32
 LATENT = (4, 32, 32)
@@ -154,17 +155,7 @@ def random_pipeline(network: Network, model: str) -> Pipeline:
     """Build the pipeline of a network without a checkpoint, for latents only."""
     process = family_of(model).process
     info = CheckpointInfo(Path(model), "random", model, {}, process, process_settings={}, encoder="ema", meta={})
-    return Pipeline(network.requires_grad_(False), info, Pixels(), network.sample_shape, SamplingSettings(model=model))
-
-
-@contextmanager
-def tf32_restored() -> Iterator[None]:
-    """Restore at the end of the block whether TF32 is allowed: preparing a run decides it for the whole process."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    return Pipeline(network.requires_grad_(False), info, Pixels(), Given(SamplingSettings(model=model), KINDS))
 
 
 class Beginning:
@@ -191,7 +182,7 @@ def prepare(
     network: Network, model: str, images: int, name: str, steps: int | None = None, *, spec: str | None = None,
     precision: str = "bf16", compiler: str | None = None, capture: Capture | None = None,
 ) -> SamplingRun:  # fmt: skip
-    """Prepare a guided run as sample.py does it.
+    """Prepare a guided run as sample.py does it, without TF32.
 
     Args:
         network: Network to sample from, changed in place.
@@ -205,14 +196,13 @@ def prepare(
         capture: Recorder of evaluations; None does not record.
     """
     kind, usual = SAMPLERS[name]
-    if compiler is not None:
-        network.compile_blocks(compiler)
     pipeline = random_pipeline(network, model)
     settings = {"sampler": kind, "num_sampling_steps": spec or usual, "cfg_scale": GUIDANCE, "precision": precision}
-    with tf32_restored():
-        run = pipeline.prepare(**settings)
+    run = pipeline.prepare(**settings, tf32=False)
+    if compiler is not None:
+        run.network.compile_blocks(compiler)
     if capture is not None:
-        run = run._replace(network=GraphedNetwork(run.network, capture))
+        run = run._replace(evaluate=GraphedNetwork(run.evaluate, capture))
     sampler = Beginning(run.sampler, len(run.table) if steps is None else steps)
     return SamplingRun(pipeline, run._replace(sampler=sampler, table=run.table[:steps]), images)
 
@@ -324,11 +314,11 @@ def sampling_groups(
 def half_precision_error(model: str, images: int, spec: str, device: torch.device) -> float:
     """Median over images of |bf16 - float32| / |float32| of the latents after a guided DDIM run, without TF32."""
     ends = []
-    with tf32_restored():
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        for precision in ("fp32", "bf16"):
-            run = prepare(random_network(model, device), model, images, "DDIM", spec=spec, precision=precision)
-            ends.append(run.latents().flatten(1))
+    for precision in ("fp32", "bf16"):
+        run = prepare(random_network(model, device), model, images, "DDIM", spec=spec, precision=precision)
+        ends.append(run.latents().flatten(1))
+        del run
+        gc.collect()
     exact, half = ends
     return statistics.median(((half - exact).norm(dim=1) / exact.norm(dim=1)).tolist())
 

@@ -117,6 +117,11 @@ class Encoder:
         check_sides((height, width), self.factor)
         return *frames, self.latent_channels, height // self.factor, width // self.factor
 
+    def image_shape(self, latent_shape: Shape) -> Shape:
+        """Shape of the image or clip of such latents."""
+        *frames, _, height, width = latent_shape
+        return *frames, self.image_channels, height * self.factor, width * self.factor
+
     def raw_shape(self, image_shape: Shape) -> Shape:
         """Shape of the raw latents of an image or clip."""
         *frames, channels, height, width = self.latent_shape(image_shape)
@@ -173,6 +178,10 @@ class Pixels(Encoder, names=("none",)):
     def latent_shape(self, image_shape: Shape) -> Shape:
         """Shape of the image or clip itself."""
         return tuple(image_shape)
+
+    def image_shape(self, latent_shape: Shape) -> Shape:
+        """Shape of the latents themselves."""
+        return tuple(latent_shape)
 
     def encode_rows(self, pixels: Tensor) -> Tensor:
         """Pixels, unchanged."""
