@@ -84,6 +84,15 @@ def test_two_processes_align_as_one(material: Path, uncut: Path, tmp_path: Path)
         assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-4)
 
 
+def test_a_dry_run_predicts_projector_and_encoder(material: Path) -> None:
+    from tests.training.test_dry_run import measured_peak, prediction
+
+    argv = aligned(material, "--global-batch-size", 16)
+    vit = sum(p.nbytes for p in timm.create_model("test_vit", num_classes=0, img_size=32).parameters())
+    predicted = prediction(*argv)["peak"]  # the encoder's weights are among what operations see
+    assert predicted == pytest.approx(measured_peak(*argv) + vit, rel=0.1)
+
+
 def test_weights_of_one_resolution_start_another_as_they_are(material: Path, tmp_path: Path) -> None:
     assert start(tmp_path / "small", *aligned(material, "--max-steps", 2, "--image-size", 16)) == 0
     small = last_checkpoint(tmp_path / "small")
