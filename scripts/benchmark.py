@@ -113,7 +113,7 @@ def compare_versions(config: BenchmarkSettings, other: Path) -> None:
     rows = versions.compare(other, config.model, config.batch_size, config.threads)
     print(versions.table(rows))
     machine = machine_info(torch.device("cpu"), "process CPU time")
-    write_json(document(config, machine, rows), config.output)
+    write_json(document(config, machine, [row._asdict() for row in rows]), config.output)
 
 
 def main(argv: Sequence[str]) -> None:

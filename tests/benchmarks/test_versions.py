@@ -6,34 +6,34 @@ from pathlib import Path
 import pytest
 
 from benchmarks import versions
-from benchmarks.versions import PARTS, Comparison, compare_part, parts, table
+from benchmarks.versions import PARTS, parts, summarise, table, time_part
 from runtime.errors import run
 from scripts import benchmark
 
 
 def recorded(name: str, seconds: float, calls: list[str]) -> Callable[[str, int], float]:
-    def work(part: str, repeats: int) -> float:
-        calls.append(f"{name}{repeats}")
-        return seconds * repeats
+    def work(part: str, runs: int) -> float:
+        calls.append(f"{name}{runs}")
+        return seconds * runs
 
     return work
 
 
 def test_rounds_are_a_b_b_a_and_ratios_are_those_of_a_round() -> None:
     calls: list[str] = []
-    found = compare_part("sampling step", recorded("a", 0.1, calls), recorded("b", 0.2, calls))
+    rounds = time_part("sampling step", recorded("a", 0.1, calls), recorded("b", 0.2, calls))
     assert calls == ["b3", "a3"] + ["a3", "b3", "b3", "a3"] * versions.ROUNDS  # 0.3 s a piece
-    assert found.speedups == pytest.approx([2.0] * versions.ROUNDS)
     steps = PARTS["sampling step"]
-    assert (found.seconds, found.seconds_before) == pytest.approx((0.1 / steps, 0.2 / steps))
+    assert rounds == [pytest.approx((0.1 / steps, 0.2 / steps))] * versions.ROUNDS
+    assert summarise("sampling step", rounds).speedups == pytest.approx([2.0] * versions.ROUNDS)
 
 
 def test_the_interval_is_student_s() -> None:
-    found = Comparison("forward", 1.0, 1.0, [0.9, 1.1] * 7 + [1.0])
-    mean, low, high = found.interval
+    found = summarise("forward", [(1.0, 0.9), (1.0, 1.1)] * 7 + [(2.0, 2.0)])
     half = 2.145 * (0.14 / 14) ** 0.5 / 15**0.5
-    assert mean == pytest.approx(1) and (low, high) == pytest.approx((1 - half, 1 + half))
-    assert "1.000 x" in table([found]) and f"{low:.3f} to {high:.3f}" in table([found])
+    assert found.speedup == pytest.approx(1) and found.interval == pytest.approx((1 - half, 1 + half))
+    assert (found.seconds, found.seconds_before) == (1.0, 1.1)
+    assert "1.000 x" in table([found]) and f"{1 - half:.3f} to {1 + half:.3f}" in table([found])
 
 
 def test_every_part_runs_in_this_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +69,7 @@ def test_a_version_that_cannot_be_run_is_one_line(
 @pytest.mark.slow
 def test_this_version_is_as_fast_as_itself(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "SECONDS", 0.05)
+    monkeypatch.setattr(versions, "PAIRS", 1)
     argv = ["--model", "DiT-digits/2", "--batch-size", "2", "--against-version", str(versions.ROOT)]
     assert run(benchmark.main, "benchmark.py", argv) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
