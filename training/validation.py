@@ -33,7 +33,7 @@ from models.contract import NetworkLike
 from runtime import distributed
 from runtime.distributed import World
 from runtime.seeds import derive_seed
-from training.setup import Setup, encode
+from training.setup import Setup, ValidationData, encode
 
 ROWS = 32  # of one evaluation; fixed, because draws belong to a chunk of images
 QUARTERS = 4
@@ -74,38 +74,38 @@ class Validation:
     """Measures a network as it is now.
 
     Args:
-        setup: of the run; its `held_out` images are those of the loss.
+        setup: of the run.
+        data: what to measure with.
         network: the averaged one, in eval mode.
         world: this process and its place among all.
     """
 
-    def __init__(self, setup: Setup, network: Network, world: World) -> None:
-        self.setup, self.settings, self.network, self.world = setup, setup.config.validation, network, world
+    def __init__(self, setup: Setup, data: ValidationData, network: Network, world: World) -> None:
+        self.setup, self.data, self.network, self.world = setup, data, network, world
+        self.settings = setup.config.validation
         self.seed = derive_seed("validation", setup.config.optimization.global_seed)
         self.loss = DiffusionLoss(
             network, setup.loss.process, seed=self.seed, dropout_prob=0.0, autocast=setup.loss.autocast
         )
 
-    @property
-    def every(self) -> int:
-        """Steps from one validation to the next."""
-        assert self.settings.eval_every is not None  # else there is none
-        return self.settings.eval_every
+    def is_due(self, step: int) -> bool:
+        """True after the steps that a validation follows: every so many, and the last."""
+        return step % self.data.every == 0 or step == self.setup.total_steps
 
     def run(self) -> Report:
         """Loss, samples and scores; a collective operation."""
         started = time.perf_counter()
-        values = {} if self.setup.held_out is None else self.losses(self.setup.held_out)
+        values = {} if self.data.held_out is None else self.losses(self.data.held_out)
         pictures = None
-        if self.setup.sampler is not None:
-            pictures, scores = self.sample_and_score(self.setup.sampler)
+        if self.data.sampler is not None:
+            pictures, scores = self.sample_and_score(self.data.sampler)
             values |= scores
         return Report(values, pictures, time.perf_counter() - started)
 
     def sample_and_score(self, sampler: Sampler) -> tuple[npt.NDArray[np.uint8] | None, dict[str, float]]:
         """Sample images, keep the first as pictures, score all; results are on rank 0 only."""
         count, cond = self.settings.eval_samples, self.preview_conditioning()
-        scorer, shown, rows = self.setup.scorer, [], []
+        scorer, shown, rows = self.data.scorer, [], []
         for first, pixels in self.sample(sampler, cond):
             shown.append(to_picture(pixels[: max(0, SHOWN - first)]))
             if scorer is not None:
@@ -122,7 +122,7 @@ class Validation:
         count, classes = self.settings.eval_samples, len(self.setup.dataset.classes)
         if classes:
             return {"y": torch.arange(count) % classes}
-        images = self.setup.dataset if self.setup.held_out is None else self.setup.held_out
+        images = self.setup.dataset if self.data.held_out is None else self.data.held_out
         return conditioning(default_collate([images[0, i % len(images)][1] for i in range(count)]))
 
     @torch.no_grad()

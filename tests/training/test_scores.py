@@ -55,9 +55,9 @@ def flags(place, monkeypatch):
 def test_scores_are_those_of_the_samples(flags, place):
     setup = open_setup(*flags, "--eval-reference", "ref.npz")
     randomise(setup.network)
-    validation = Validation(setup, EMA(setup.network, 0.9).network, CPU)
-    pictures, scores = validation.sample_and_score(setup.sampler)
-    samples = validation.sample(setup.sampler, {"y": torch.arange(36) % 2})
+    validation = Validation(setup, setup.validation, EMA(setup.network, 0.9).network, CPU)
+    pictures, scores = validation.sample_and_score(setup.validation.sampler)
+    samples = validation.sample(setup.validation.sampler, {"y": torch.arange(36) % 2})
     images = torch.cat([to_uint8(pixels) for _, pixels in samples])[:36]
     network = load_network(place / "graph.pb")
     pool = network.features(images.numpy()).pool
@@ -79,7 +79,7 @@ def test_a_run_logs_them_and_two_processes_say_the_same(flags, place, tmp_path):
 
 
 def test_nothing_is_scored_without_a_reference(flags):
-    assert open_setup(*flags).scorer is None
+    assert open_setup(*flags).validation.scorer is None
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,13 @@ def validate(*argv):
     """A validation of a network with random weights."""
     setup = open_setup(*BASE, *EVAL, *argv)
     randomise(setup.network)
-    return Validation(setup, EMA(setup.network, 0.9).network, CPU)
+    return Validation(setup, setup.validation, EMA(setup.network, 0.9).network, CPU)
 
 
 def pixels(validation, count):
     """Images of the first classes, of a single process."""
     validation.settings = replace(validation.settings, eval_samples=count)
-    return torch.cat([images for _, images in validation.sample(validation.setup.sampler, {"y": torch.arange(count)})])[
+    return torch.cat([images for _, images in validation.sample(validation.data.sampler, {"y": torch.arange(count)})])[
         :count
     ]
 
@@ -96,7 +96,7 @@ def test_the_loss_is_that_of_the_held_out_images_by_quarter():
         return losses
 
     found.loss.forward = record
-    values = found.losses(found.setup.held_out)
+    values = found.losses(found.data.held_out)
     x, t, loss = (torch.cat(column) for column in zip(*seen, strict=True))
     images, _ = load_digits("test")
     assert torch.equal(x, torch.from_numpy(images[:100]).permute(0, 3, 1, 2).float() / 127.5 - 1)
