@@ -170,32 +170,16 @@ class ParameterwiseEMA:
 
 
 class TrainLoop:
-    """A training step: mean squared error, AdamW, average.
+    """A training step on one batch: mean squared error, AdamW, average.
 
-    Args:
-        network: Network to train; not copied.
-        inputs: The same batch for every step.
-        plain: AdamW as it is by default and `ParameterwiseEMA`, as in the official train.py; else fused and foreach.
-        autocast: Precision of the forward pass; None is float32.
-        compiler: Backend for the blocks; None leaves them as they are.
+    `plain` is AdamW as it is by default and `ParameterwiseEMA`, as in the official train.py; else fused and foreach.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        inputs: Inputs,
-        *,
-        plain: bool,
-        autocast: torch.dtype | None = None,
-        compiler: str | None = None,
-    ) -> None:
+    def __init__(self, network: nn.Module, inputs: Inputs, *, plain: bool, autocast: torch.dtype | None = None) -> None:
         self.network, self.inputs, self.autocast = network, inputs, autocast
         self.trained = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.trained, plain=plain)
         self.ema = ParameterwiseEMA(network, EMA_DECAY) if plain else EMA(network, EMA_DECAY)
-        if compiler is not None:
-            assert isinstance(network, Network)
-            network.compile_blocks(compiler)
 
     def step(self) -> Tensor:
         """Train one step; returns its loss."""
@@ -219,27 +203,28 @@ def make_optimizer(parameters: Iterable[Tensor], *, plain: bool) -> torch.optim.
 def train_cases(network: Network, inputs: Inputs, peer: nn.Module | None, compiler: str | None) -> list[Case]:
     """Training steps from the same weights on the same batch; compared by loss and gradients of the first one."""
     first = "official, fp32" if peer is not None else "fp32, plain AdamW and EMA"
-    bf16 = torch.bfloat16
 
-    def case(name: str, source: nn.Module, *, plain: bool = False, **options: Any) -> Case:
+    def case(name: str, make: Callable[[], nn.Module], *, plain: bool = False, bf16: bool = False) -> Case:
+        autocast = torch.bfloat16 if bf16 else None
         return Case(
             name,
-            lambda: TrainLoop(copy.deepcopy(source), inputs, plain=plain, **options),
+            lambda: TrainLoop(make(), inputs, plain=plain, autocast=autocast),
             lambda loop: loop.step(),
             outcome=lambda loop, loss: [loss, *loop.gradients()],
             reference=None if name == first else first,
-            tolerance=BF16 if "autocast" in options else SAME_GRADIENT,
+            tolerance=BF16 if bf16 else SAME_GRADIENT,
             flop=3 * forward_flop(network, len(inputs.x)),
             images=len(inputs.x),
-            precision="bf16" if "autocast" in options else "fp32",
+            precision="bf16" if bf16 else "fp32",
         )
 
-    cases = [case(first, peer, plain=True)] if peer is not None else []
-    cases.append(case("fp32, plain AdamW and EMA", network, plain=True))
-    cases.append(case("fp32, fused AdamW, foreach EMA", network))
-    cases.append(case("bf16 autocast, fused AdamW, foreach EMA", network, autocast=bf16))
+    own = partial(copy.deepcopy, network)
+    cases = [] if peer is None else [case(first, partial(copy.deepcopy, peer), plain=True)]
+    cases.append(case("fp32, plain AdamW and EMA", own, plain=True))
+    cases.append(case("fp32, fused AdamW, foreach EMA", own))
+    cases.append(case("bf16 autocast, fused AdamW, foreach EMA", own, bf16=True))
     if compiler is not None:
-        cases.append(case("the same, blocks compiled", network, autocast=bf16, compiler=compiler))
+        cases.append(case("the same, blocks compiled", partial(_compiled_copy, network, compiler), bf16=True))
     return cases
 
 

@@ -41,21 +41,13 @@ PROTOCOLS = {"gaussian": Protocol("ddim", 1.1), "flow": Protocol("euler", 1.0)}
 
 
 class TrainedModel(NamedTuple):
-    """A network trained on the digits.
+    """A network trained on the digits."""
 
-    Attributes:
-        path: Checkpoint of train.py.
-        name: Model, and what else distinguishes its training; models of one name are seeds of it.
-        seed: Seed of its training.
-        target: Share of the blocks' work that its routers were trained for; None without routers.
-        pipeline: Its network, so built that it keeps state if anything makes it.
-    """
-
-    path: Path
-    name: str
-    seed: int
-    target: float | None
-    pipeline: Pipeline
+    path: Path  # checkpoint of train.py
+    name: str  # model, and what else distinguishes its training; models of one name are seeds of it
+    seed: int  # of its training
+    target: float | None  # share of the blocks' work that its routers were trained for; None without routers
+    pipeline: Pipeline  # its network, so built that it keeps state if anything makes it
 
 
 def open_model(path: Path, cache_depth: int | None = None, device: torch.device | str = "cpu") -> TrainedModel:
@@ -104,17 +96,11 @@ def newest(models: Sequence[TrainedModel]) -> list[TrainedModel]:
 
 
 class SamplingSetup(NamedTuple):
-    """One way to sample from a model.
+    """One way to sample from a model."""
 
-    Attributes:
-        steps: Number of steps of the sampler.
-        interval: Evaluations from one that computes the kept state to the next; 1 if all do.
-        settings: Settings of `Pipeline.prepare`.
-    """
-
-    steps: int
-    interval: int
-    settings: Mapping[str, Any]
+    steps: int  # of the sampler
+    interval: int  # evaluations from one that computes the kept state to the next; 1 if all do
+    settings: Mapping[str, Any]  # as `Pipeline.prepare` takes them
 
     @property
     def label(self) -> str:
@@ -163,37 +149,21 @@ def sampling_setups(
 
 @dataclass(frozen=True)
 class Result:
-    """Result of one setup of one model.
+    """Result of one setup of one model."""
 
-    Attributes:
-        name: Name of the model.
-        seed: Seed of its training.
-        target: Target of its routers; None without.
-        setup: Label of the setup.
-        steps: Number of steps of the sampler.
-        interval: Interval of reuse; 1 without.
-        evaluations: Number of network evaluations (NFE), as the sampler counts them.
-        full: Those of them that reused nothing.
-        macs: Executed MACs of one image, all its evaluations and both rows of guidance.
-        dense: The same if nothing had been left out.
-        block_ratio: Executed share of the blocks' attention and MLP.
-        scores: Scores of the digits.
-        psnr: Peak signal-to-noise ratio to the digits of the model's first setup, in dB; None for these.
-    """
-
-    name: str
-    seed: int
-    target: float | None
-    setup: str
-    steps: int
-    interval: int
-    evaluations: int
-    full: int
-    macs: float
-    dense: float
-    block_ratio: float
+    name: str  # of the model
+    seed: int  # of its training
+    target: float | None  # of its routers; None without
+    setup: str  # its label
+    steps: int  # of the sampler
+    interval: int  # of reuse; 1 without
+    evaluations: int  # of the network (NFE), as the sampler counts them
+    full: int  # evaluations that reused nothing
+    macs: float  # executed MACs of one image, all its evaluations and both rows of guidance
+    dense: float  # the same if nothing had been left out
+    block_ratio: float  # executed share of the blocks' attention and MLP
     scores: DigitsScores
-    psnr: float | None
+    psnr: float | None  # peak signal-to-noise ratio to the digits of the model's first setup, in dB; None for these
 
 
 def sample_digits(pipeline: Pipeline, run: PreparedRun, count: int, seed: int) -> tuple[Images, SamplingCost]:

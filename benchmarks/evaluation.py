@@ -48,29 +48,17 @@ REAL_BATCHES = 2  # of a dry run, which the network really evaluates, so that it
 
 @dataclass(frozen=True)
 class EvaluatorSizes:
-    """Sizes of everything; the defaults are the published protocol.
+    """Sizes of everything; the defaults are the published protocol."""
 
-    Attributes:
-        divisor: Divisor of the network's number of channels.
-        side: Side of the images.
-        pool: Number of pool features.
-        spatial: Number of spatial features.
-        reference: Images of the reference.
-        samples: Images that are evaluated.
-        images: Images of a timed run of the network.
-        batch: Images at a time.
-        few: Rows of a set with a singular covariance.
-    """
-
-    divisor: int = 1
-    side: int = 256
-    pool: int = 2048
-    spatial: int = 2023
-    reference: int = 10_000
-    samples: int = 50_000
-    images: int = 256
-    batch: int = 64
-    few: int = 1000
+    divisor: int = 1  # of the network's number of channels
+    side: int = 256  # of the images, in pixels
+    pool: int = 2048  # number of features
+    spatial: int = 2023  # number of features
+    reference: int = 10_000  # images of the reference
+    samples: int = 50_000  # images that are evaluated
+    images: int = 256  # images of a timed run of the network
+    batch: int = 64  # images at a time
+    few: int = 1000  # rows of a set with a singular covariance
 
 
 PUBLISHED = EvaluatorSizes()
@@ -141,23 +129,14 @@ def extrapolated_seconds(rows: Sequence[Row], sizes: EvaluatorSizes) -> float | 
 
 @dataclass(frozen=True)
 class Stage:
-    """Result of one stage.
+    """Result of one stage."""
 
-    Attributes:
-        name: Name in tables.
-        seconds: Time of the work, without preparation.
-        memory: Peak of the whole process in bytes, libraries and preparation included.
-        images: Number of images; 0 where that means nothing.
-        facts: Other numbers.
-        seconds_goal: Largest time that is good; None without a goal.
-    """
-
-    name: str
-    seconds: float
-    memory: int
-    images: int = 0
-    facts: Mapping[str, float] = field(default_factory=dict)
-    seconds_goal: float | None = None
+    name: str  # in tables
+    seconds: float  # time of the work, without preparation
+    memory: int  # peak of the whole process in bytes, libraries and preparation included
+    images: int = 0  # number of images; 0 where that means nothing
+    facts: Mapping[str, float] = field(default_factory=dict)  # other numbers
+    seconds_goal: float | None = None  # largest time that is good; None without a goal
 
 
 def run_alone(work: Callable[..., Stage], threads: int, *arguments: Any) -> Stage:

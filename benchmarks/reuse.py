@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import Any
 
 from benchmarks.costs import run_cost
 from benchmarks.report import aligned
-from benchmarks.sampling import SamplingRun
-from benchmarks.timing import Clock, interleave
+from benchmarks.sampling import SamplingRun, prepare
+from benchmarks.timing import Case, Row
 from diffusion.caching import check_keeps_state
 from models import Network, family_of
 from sampling.pipeline import Pipeline
 
-WARM_UPS = 1
 
-
-def reusing_run(pipeline: Pipeline, steps: int, interval: int, images: int, precision: str = "fp32") -> SamplingRun:
-    """Prepare an unguided run that computes state every so often: by Skip-Cache's rule, or in a flow by sharing.
+def reuse_runs(
+    pipeline: Pipeline, steps: int, intervals: Sequence[int], images: int, precision: str
+) -> dict[str, SamplingRun]:
+    """Prepare unguided runs that compute state every so often: by Skip-Cache's rule (N), or in a flow by sharing (R).
 
     Raises:
         ValueError: If the network keeps no state.
@@ -29,48 +26,21 @@ def reusing_run(pipeline: Pipeline, steps: int, interval: int, images: int, prec
     """
     check_keeps_state(pipeline.network)
     flow = family_of(pipeline.info.model).process == "flow"
-    reuse = {"sharing_interval" if flow else "cache_interval": interval}
-    settings = {"sampler": "euler" if flow else "ddpm", "num_sampling_steps": steps, "precision": precision}
-    prepared = pipeline.prepare(**settings, **reuse, cfg_scale=1.0, tf32=False)
-    return SamplingRun(pipeline, prepared, images)
+    label, rule, sampler = ("R", "sharing_interval", "euler") if flow else ("N", "cache_interval", "ddpm")
+    fixed: dict[str, Any] = {"sampler": sampler, "num_sampling_steps": steps, "cfg_scale": 1.0, "precision": precision}
+    return {f"{label} = {n}": prepare(pipeline, images, **fixed, **{rule: n}) for n in intervals}
 
 
-class Run(NamedTuple):
-    """One way through all steps of a sampler.
-
-    Attributes:
-        name: Name in tables.
-        refresh: One flag per step, whether state is computed.
-        blocks: Number of blocks that ran, counted.
-        macs: Executed MACs, of one image.
-        sample: Does it.
-    """
-
-    name: str
-    refresh: tuple[bool, ...]
-    blocks: int
-    macs: int
-    sample: Callable[[], Tensor]
+def refresh_of(run: SamplingRun) -> list[bool]:
+    """One flag per step of a run, whether it computes state."""
+    return [evaluation.refresh for evaluation in run.prepared.table]
 
 
-@dataclass(frozen=True)
-class ReuseRow:
-    """Result of one run; `speedup` and `bound` are against the one that computes state at every step."""
-
-    name: str
-    full_steps: int
-    cached_steps: int
-    blocks: int
-    macs: int
-    rounds: list[float]
-    seconds: float
-    bound: float
-    speedup: float
-
-    @property
-    def share(self) -> float:
-        """Reached share of the bound."""
-        return self.speedup / self.bound
+def reuse_case(name: str, run: SamplingRun) -> Case:
+    """A run, with the operations that it executes."""
+    flop = 2.0 * run.images * run_cost(run.pipeline.network, refresh_of(run))
+    precision = "bf16" if run.prepared.config.compute.precision == "bf16" else "fp32"
+    return Case(name, lambda: run, SamplingRun.latents, flop=flop, images=run.images, precision=precision)
 
 
 def count_blocks(network: Network, work: Callable[[], object]) -> int:
@@ -90,57 +60,36 @@ def count_blocks(network: Network, work: Callable[[], object]) -> int:
     return count
 
 
-def make_runs(
-    pipeline: Pipeline, steps: int, intervals: Sequence[int], images: int, precision: str = "fp32"
-) -> list[Run]:
-    """Prepare a run without reuse, and one for each interval; every one is done once, to count its blocks.
+def results(rows: Sequence[Row], runs: Sequence[SamplingRun]) -> list[dict[str, Any]]:
+    """Results of timed runs against the first one, which computes state at every step.
 
-    Raises:
-        ValueError: As for `reusing_run`.
+    A speed-up is the median over rounds of the first run's time over a run's own; the bound is the ratio of their MACs.
+    Blocks are counted while the run is done once more.
     """
-    runs = []
-    for interval in dict.fromkeys((1, *intervals)):
-        run = reusing_run(pipeline, steps, interval, images, precision)
-        refresh = tuple(evaluation.refresh for evaluation in run.prepared.table)
-        name = "every step" if interval == 1 else f"N = {interval}"
-        blocks = count_blocks(run.prepared.network, run.latents)
-        runs.append(Run(name, refresh, blocks, run_cost(pipeline.network, refresh), run.latents))
-    return runs
+    first, found = rows[0], []
+    for row, run in zip(rows, runs, strict=True):
+        speedup = statistics.median(a / b for a, b in zip(first.rounds, row.rounds, strict=True))
+        bound, full = first.flop / row.flop, sum(refresh_of(run))
+        steps = {"full_steps": full, "cached_steps": len(run.prepared.table) - full}
+        work = {"blocks": count_blocks(run.pipeline.network, run.latents), "macs": round(row.flop / 2 / run.images)}
+        times = {"rounds": row.rounds, "seconds": row.seconds}
+        shares = {"bound": bound, "speedup": speedup, "share_of_bound": speedup / bound}
+        found.append({"name": row.name, **steps, **work, **times, **shares})
+    return found
 
 
-def measure_runs(runs: Sequence[Run], rounds: int, clock: Clock) -> list[ReuseRow]:
-    """Time the runs in turn; a speed-up is the median over rounds of the first run's time over a run's own."""
-    work = {run.name: run.sample for run in runs}
-    interleave(work, WARM_UPS, clock)
-    times = interleave(work, rounds, clock)
-    first = runs[0]
-    return [
-        ReuseRow(
-            name=run.name,
-            full_steps=sum(run.refresh),
-            cached_steps=len(run.refresh) - sum(run.refresh),
-            blocks=run.blocks,
-            macs=run.macs,
-            rounds=times[run.name],
-            seconds=statistics.median(times[run.name]),
-            bound=first.macs / run.macs,
-            speedup=statistics.median(a / b for a, b in zip(times[first.name], times[run.name], strict=True)),
-        )
-        for run in runs
-    ]
-
-
-def table(rows: Sequence[ReuseRow]) -> str:
-    """The rows as a Markdown table."""
-    columns: dict[str, Callable[[ReuseRow], str]] = {
-        "state computed": lambda row: row.name,
-        "full": lambda row: f"{row.full_steps}",
-        "reused": lambda row: f"{row.cached_steps}",
-        "blocks run": lambda row: f"{row.blocks:,}",
-        "G MACs": lambda row: f"{row.macs / 1e9:,.1f}",
-        "s": lambda row: f"{row.seconds:.2f}",
-        "bound": lambda row: f"{row.bound:.3f} x",
-        "speed-up": lambda row: f"{row.speedup:.3f} x",
-        "of bound": lambda row: f"{row.share:.1%}",
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """The results as a Markdown table."""
+    columns = {
+        "state computed": "{name}",
+        "full": "{full_steps}",
+        "reused": "{cached_steps}",
+        "blocks run": "{blocks:,}",
+        "G MACs": "{giga:,.1f}",
+        "s": "{seconds:.2f}",
+        "bound": "{bound:.3f} x",
+        "speed-up": "{speedup:.3f} x",
+        "of bound": "{share_of_bound:.1%}",
     }
-    return aligned(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+    rows = [[form.format(**row, giga=row["macs"] / 1e9) for form in columns.values()] for row in found]
+    return aligned(list(columns), rows)

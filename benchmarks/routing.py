@@ -24,23 +24,14 @@ ALL = 1e6  # bias of a token router that nothing outweighs
 
 
 class Workload(NamedTuple):
-    """A network, and how much of it is on.
+    """A network, and how much of it is on."""
 
-    Attributes:
-        model: Name in the registry.
-        depth: Number of blocks; None is the model's own.
-        rows: Rows of an evaluation (or images of a sampling loop).
-        heads: Heads that are on in every block.
-        groups: Groups of MLP channels that are on in every block.
-        tokens: Share of the tokens that goes through the MLP.
-    """
-
-    model: str
-    depth: int | None
-    rows: int
-    heads: int
-    groups: int
-    tokens: float
+    model: str  # in the registry
+    depth: int | None  # blocks; None is the model's own
+    rows: int  # of an evaluation (or images of a sampling loop)
+    heads: int  # that are on in every block
+    groups: int  # of MLP channels that are on in every block
+    tokens: float  # share that goes through the MLP
 
     @property
     def title(self) -> str:
@@ -51,15 +42,10 @@ class Workload(NamedTuple):
 
 
 class Speedup(NamedTuple):
-    """Result of a case.
+    """Result of a case."""
 
-    Attributes:
-        speedup: Time of the plain DiT over ours.
-        reduction: Its MACs over ours, routers included.
-    """
-
-    speedup: float
-    reduction: float
+    speedup: float  # time of the plain DiT over ours
+    reduction: float  # its MACs over ours, routers included
 
     @property
     def quotient(self) -> float:
@@ -159,12 +145,7 @@ def routing_cases(
 ) -> list[Case]:
     """A plain DiT, and a DyDiT with everything on, with a share on, and with that share by masks.
 
-    Args:
-        workload: How much is on.
-        device: Device of all tensors.
-        steps: Time a guided sampling loop of this many steps; None times one evaluation.
-        autocast: Precision of the network; None is float32.
-        compiler: Backend for the blocks; None leaves them as they are.
+    With `steps` a guided sampling loop of so many is timed, else one evaluation.
     """
     overrides = {} if workload.depth is None else {"depth": workload.depth}
     network = random_network(workload.model, device, **overrides)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,19 +19,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import forward_flop, random_network
 from benchmarks.official import load_official_diffusion
-from benchmarks.timing import BF16, Case, Row
+from benchmarks.timing import BF16, Case
 from data.encoders import Pixels
 from data.pixels import to_uint8
+from data.sample_file import SampleFile
 from diffusion import Evaluation, ImageNoise, create_diffusion, evaluations, make_sampler, sample_loop
 from diffusion.sampling import NoiseFn, Sampler
 from models import DiT, ModelOutput, Network, family_of
 from models.acceleration import Capture, CudaCapture, GraphedNetwork
 from models.loading import CheckpointInfo
 from runtime.background import Background
-from runtime.settings import Given
-from sampling.config import KINDS, SamplingSettings
-from sampling.pipeline import Pipeline
-from sampling.run import PreparedRun
+from sampling.config import SamplingSettings
+from sampling.pipeline import Pipeline, PreparedRun
 
 NPZ_IMAGES, NPZ_SIDE, NPZ_CHUNK = 1000, 256, 32
 LATENT = (4, 32, 32)
@@ -106,23 +104,16 @@ def _official_loop(title: str, folder: Path, name: str, x: Tensor, out: Tensor) 
 
 
 def file_cases(folder: Path) -> list[Case]:
-    """Images into one .npz, as sample_ddp.py writes them, after NumPy's own writer of an array in memory.
-
-    Raises:
-        ImportError: If a package is missing that `data` needs.
-    """
-    from data.sample_file import SampleFile
-
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (NPZ_IMAGES, NPZ_SIDE, NPZ_SIDE, 3), dtype=np.uint8)
-    labels = np.arange(NPZ_IMAGES)
+    """Images into one .npz, as sample_ddp.py writes them, after NumPy's own writer of an array in memory."""
+    shape = (NPZ_IMAGES, NPZ_SIDE, NPZ_SIDE, 3)
+    images, labels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), np.arange(NPZ_IMAGES)
 
     def plain(path: Path) -> Path:
         np.savez(path, images, labels)
         return path
 
     def ours(path: Path) -> Path:
-        file = SampleFile(path, images.shape, NPZ_CHUNK)
+        file = SampleFile(path, shape, NPZ_CHUNK)
         for chunk in file.open({}, overwrite=True):
             file.write(chunk, images[chunk * NPZ_CHUNK : (chunk + 1) * NPZ_CHUNK])
         file.finish(labels)
@@ -132,31 +123,35 @@ def file_cases(folder: Path) -> list[Case]:
         with np.load(path) as file:
             return [torch.from_numpy(file["arr_0"][::100]), torch.from_numpy(file["arr_1"])]
 
-    title, first = f"{NPZ_IMAGES:,} images of {NPZ_SIDE} pixels", "numpy.savez of them all"
+    title = f"{NPZ_IMAGES:,} images of {NPZ_SIDE} pixels"
+    first = f"{title}, numpy.savez of them all"
     return [
-        Case(f"{title}, {first}", lambda: folder / "a.npz", plain, content, images=NPZ_IMAGES),
-        Case(f"{title}, in chunks", lambda: folder / "b.npz", ours, content, f"{title}, {first}", images=NPZ_IMAGES),
+        Case(first, lambda: folder / "a.npz", plain, content, images=NPZ_IMAGES),
+        Case(f"{title}, in chunks", lambda: folder / "b.npz", ours, content, first, images=NPZ_IMAGES),
     ]
-
-
-def file_rows(measure: Callable[[Sequence[Case]], list[Row]]) -> tuple[list[Row], list[str]]:
-    """Rows of `file_cases` in a scratch folder, and the reason if they cannot be made."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return measure(file_cases(Path(folder))), []
-        except ImportError as error:
-            return [], [f"images to .npz: {error}"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole, on a GPU
 
 
-def random_pipeline(network: Network, model: str) -> Pipeline:
-    """Build the pipeline of a network without a checkpoint, for latents only."""
-    process = family_of(model).process
+def random_pipeline(model: str, device: torch.device, compiler: str | None = None, **overrides: Any) -> Pipeline:
+    """Build the pipeline of a network with random weights, for latents only; blocks compiled if there is a backend."""
+    network, process = random_network(model, device, **overrides).requires_grad_(False), family_of(model).process
+    if compiler is not None:
+        network.compile_blocks(compiler)
     info = CheckpointInfo(Path(model), "random", model, {}, process, process_settings={}, encoder="ema", meta={})
-    return Pipeline(network.requires_grad_(False), info, Pixels(), Given(SamplingSettings(model=model), KINDS))
+    return Pipeline(network, info, Pixels(), network.sample_shape, SamplingSettings(model=model))
+
+
+@contextmanager
+def tf32_restored() -> Iterator[None]:
+    """Restore at the end of the block whether TF32 is allowed: preparing a run decides it for the whole process."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 class Beginning:
@@ -179,49 +174,34 @@ class SamplingRun(NamedTuple):
         return self.pipeline.denoise(self.prepared, 0, range(self.images), {"y": labels})
 
 
-def prepare(
-    network: Network, model: str, images: int, name: str, steps: int | None = None, *, spec: str | None = None,
-    precision: str = "bf16", compiler: str | None = None, capture: Capture | None = None,
-) -> SamplingRun:  # fmt: skip
-    """Prepare a guided run as sample.py does it, without TF32.
+def prepare(pipeline: Pipeline, images: int, steps: int | None = None, **settings: Any) -> SamplingRun:
+    """Prepare a run with the settings of sample.py; with `steps`, only so many of its first steps."""
+    with tf32_restored():
+        run = pipeline.prepare(**settings)
+    if steps is not None:
+        run = run._replace(sampler=Beginning(run.sampler, steps), table=run.table[:steps])
+    return SamplingRun(pipeline, run, images)
 
-    Args:
-        network: Network to sample from, changed in place.
-        model: Its name in the registry.
-        images: Number of images, guided, so twice as many rows.
-        name: One of `SAMPLERS`.
-        steps: Number of its first steps that are taken; None takes all.
-        spec: Step spec, instead of the sampler's.
-        precision: Precision of the network.
-        compiler: Backend for the blocks; None leaves them as they are.
-        capture: Recorder of evaluations; None does not record.
-    """
-    kind, usual = SAMPLERS[name]
-    pipeline = random_pipeline(network, model)
-    settings = {"sampler": kind, "num_sampling_steps": spec or usual, "cfg_scale": GUIDANCE, "precision": precision}
-    run = pipeline.prepare(**settings, tf32=False)
-    if compiler is not None:
-        run.network.compile_blocks(compiler)
-    if capture is not None:
-        run = run._replace(evaluate=GraphedNetwork(run.evaluate, capture))
-    sampler = Beginning(run.sampler, len(run.table) if steps is None else steps)
-    return SamplingRun(pipeline, run._replace(sampler=sampler, table=run.table[:steps]), images)
+
+def guided(name: str) -> dict[str, Any]:
+    """Settings of guided sampling in bf16 by one of `SAMPLERS`."""
+    sampler, steps = SAMPLERS[name]
+    return {"sampler": sampler, "num_sampling_steps": steps, "cfg_scale": GUIDANCE, "precision": "bf16"}
 
 
 def guided_case(
-    network: Network, model: str, images: int, name: str, steps: int,
-    *, compiler: str | None = None, capture: Capture | None = None,
-) -> Case:  # fmt: skip
+    pipeline: Pipeline, images: int, name: str, steps: int, kind: str = "", capture: Capture | None = None
+) -> Case:
     """Some guided steps in bf16; images per second are those of a whole trajectory of such steps."""
-    title = _title(name, images)
-    kind = ", blocks compiled" if compiler else ", CUDA graphs" if capture else ""
-    return Case(
-        title + kind,
-        lambda: prepare(network, model, images, name, steps, compiler=compiler, capture=capture),
-        SamplingRun.latents,
-        reference=title if kind else None,
-        **_of_guided_steps(network, images, name, steps),
-    )
+
+    def make() -> SamplingRun:
+        run = prepare(pipeline, images, steps, **guided(name))
+        if capture is None:
+            return run
+        return run._replace(prepared=run.prepared._replace(network=GraphedNetwork(run.prepared.network, capture)))
+
+    title, fields = _title(name, images), _of_guided_steps(pipeline.network, images, name, steps)
+    return Case(title + kind, make, SamplingRun.latents, reference=title if kind else None, **fields)
 
 
 def _title(name: str, images: int) -> str:
@@ -229,14 +209,8 @@ def _title(name: str, images: int) -> str:
 
 
 def _of_guided_steps(network: Network, images: int, name: str, steps: int) -> dict[str, Any]:
-    return {
-        "outcome": _result,
-        "tolerance": BF16,
-        "flop": steps * forward_flop(network, 2 * images),
-        "images": images * steps / LENGTHS[name],
-        "precision": "bf16",
-        "steps": steps,
-    }
+    flop, share = steps * forward_flop(network, 2 * images), images * steps / LENGTHS[name]
+    return {"outcome": _result, "tolerance": BF16, "flop": flop, "images": share, "precision": "bf16", "steps": steps}
 
 
 def diffusers_case(network: DiT, images: int, steps: int) -> Case:
@@ -278,35 +252,29 @@ def diffusers_case(network: DiT, images: int, steps: int) -> Case:
 def sampling_groups(
     model: str, images: int, steps: int, device: torch.device, compiler: str | None
 ) -> Iterator[Callable[[], list[Case]]]:
-    """Guided sampling in bf16: every sampler, compiled, one image at a time, and as diffusers does it.
+    """Makers of cases of guided sampling in bf16: every sampler, compiled, one image, and as diffusers does it.
 
-    Args:
-        model: Name in the registry.
-        images: Images of a batch; each is two rows.
-        steps: Steps of a timed run.
-        device: Device of all tensors.
-        compiler: Backend for the blocks; None leaves them as they are.
-
-    Yields:
-        Makers of cases that share a network.
+    Each maker's cases share a network; each takes so many steps, of so many images.
     """
 
-    def every_sampler(kind: str | None) -> list[Case]:
-        network = random_network(model, device)
-        return [guided_case(network, model, images, name, steps, compiler=kind) for name in SAMPLERS]
+    def every_sampler(backend: str | None) -> list[Case]:
+        pipeline, kind = random_pipeline(model, device, backend), ", blocks compiled" if backend else ""
+        return [guided_case(pipeline, images, name, steps, kind) for name in SAMPLERS]
 
     def one_image() -> list[Case]:
-        network = random_network(model, device)
-        graphs = [CudaCapture()] if device.type == "cuda" else []
-        return [guided_case(network, model, 1, "DDIM", steps, capture=capture) for capture in (None, *graphs)]
+        pipeline = random_pipeline(model, device)
+        cases = [guided_case(pipeline, 1, "DDIM", steps)]
+        if device.type == "cuda":
+            cases.append(guided_case(pipeline, 1, "DDIM", steps, ", CUDA graphs", CudaCapture()))
+        return cases
 
     def diffusers() -> list[Case]:
         network = random_network(model, device)
         assert isinstance(network, DiT)
         return [diffusers_case(network, images, steps)]
 
-    for kind in dict.fromkeys((None, compiler)):
-        yield partial(every_sampler, kind)
+    for backend in dict.fromkeys((None, compiler)):
+        yield partial(every_sampler, backend)
     yield one_image
     if importlib.util.find_spec("diffusers") is not None and family_of(model).network is DiT:
         yield diffusers
@@ -315,11 +283,11 @@ def sampling_groups(
 def half_precision_error(model: str, images: int, spec: str, device: torch.device) -> float:
     """Median over images of |bf16 - float32| / |float32| of the latents after a guided DDIM run, without TF32."""
     ends = []
-    for precision in ("fp32", "bf16"):
-        run = prepare(random_network(model, device), model, images, "DDIM", spec=spec, precision=precision)
-        ends.append(run.latents().flatten(1))
-        del run
-        gc.collect()
+    with tf32_restored():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        for precision in ("fp32", "bf16"):
+            settings = {**guided("DDIM"), "num_sampling_steps": spec, "precision": precision}
+            ends.append(prepare(random_pipeline(model, device), images, **settings).latents().flatten(1))
     exact, half = ends
     return statistics.median(((half - exact).norm(dim=1) / exact.norm(dim=1)).tolist())
 
@@ -410,7 +378,7 @@ def sampling_shares(
         device: Device of all tensors.
         images: Images of a batch.
         steps: Steps of a traced chunk.
-        spec: Step spec of the trajectories that compare precisions.
+        spec: Step spec of the trajectories in both precisions.
         deadline: Time on the monotonic clock after which nothing is started.
 
     Returns:
@@ -418,13 +386,13 @@ def sampling_shares(
     """
 
     def idle() -> float:
-        run = prepare(random_network(model, device), model, images, "DDIM", steps)
+        run = prepare(random_pipeline(model, device), images, steps, **guided("DDIM"))
         return idle_while_sampling(run, 2, random_decoder(device, LATENT[0], images // 2))
 
     measurements: dict[str, Callable[[], float]] = {
         f"device idle while chunks of {images} images are sampled, decoded and fetched": idle,
-        f"bf16 latents against float32, {spec}, median over images": lambda: half_precision_error(
-            model, max(2, images // 4), spec, device
+        f"bf16 latents against float32, {spec}, median over images": partial(
+            half_precision_error, model, max(2, images // 4), spec, device
         ),
     }
     shares: dict[str, float] = {}

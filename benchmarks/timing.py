@@ -70,35 +70,21 @@ def check_at_least(settings: object, least: int, *names: str) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to be timed.
+    """One thing to be timed."""
 
-    Attributes:
-        name: Name in tables, unique within a group.
-        prepare: Makes the state, once.
-        run: The work, given the state.
-        outcome: (state, result of the first run) -> tensors that must agree with the reference's; None: not compared.
-        reference: Name of the case that it is compared with, which comes before it.
-        tolerance: Largest relative error of `outcome`.
-        flop: Operations of one run; 0 if they are not counted.
-        images: Images of one run, a fraction where a run is part of a trajectory; 0 if that means nothing.
-        steps: Steps of one run; 0 if a step is not what counts.
-        precision: Precision of the GEMM peak that is the limit, "fp32" or "bf16".
-        is_peak: A bare matrix product, which sets that peak.
-        predicted_memory: Function of the state that predicts its peak memory in bytes.
-    """
-
-    name: str
-    prepare: Callable[[], Any]
-    run: Callable[[Any], Any]
+    name: str  # in tables, unique within a group
+    prepare: Callable[[], Any]  # makes the state, once
+    run: Callable[[Any], Any]  # the work, given the state
+    # (state, result of the first run) -> tensors that must agree with the reference's; None: not compared
     outcome: Callable[[Any, Any], Sequence[Tensor]] | None = None
-    reference: str | None = None
-    tolerance: float = SAME
-    flop: float = 0.0
-    images: float = 0
-    steps: int = 0
-    precision: str = "fp32"
-    is_peak: bool = False
-    predicted_memory: Callable[[Any], int] | None = None
+    reference: str | None = None  # name of the earlier case that it is compared with
+    tolerance: float = SAME  # largest relative error of `outcome`
+    flop: float = 0.0  # of one run; 0 if they are not counted
+    images: float = 0  # of one run, a fraction where a run is part of a trajectory; 0 if that means nothing
+    steps: int = 0  # of one run; 0 if a step is not what counts
+    precision: str = "fp32"  # of the GEMM peak that is the limit, "fp32" or "bf16"
+    is_peak: bool = False  # a bare matrix product, which sets that peak
+    predicted_memory: Callable[[Any], int] | None = None  # function of the state that predicts its peak memory in bytes
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from benchmarks.cases import (
 )
 from benchmarks.official import official_network
 from benchmarks.report import document, headline, machine_info, markdown, report, write_json
-from benchmarks.sampling import file_rows, loop_cases
+from benchmarks.sampling import file_cases, loop_cases
 from benchmarks.timing import Case, Clock, Row, TimingSettings, check_at_least, choose_clock, measure, process_seconds
 from models import model_config
 from runtime import distributed
@@ -104,8 +104,9 @@ def sampling_rows(config: BenchmarkSettings, device: torch.device, clock: Clock)
     """The loop around the network on the device, and the file at the end on one CPU thread."""
     cases, skipped = loop_cases(device, LOOP_IMAGES, config.against)
     rows = measure("sampling", cases, config.rounds, clock)
-    more, lacking = file_rows(lambda cases: measure("sampling", cases, config.rounds, process_seconds))
-    return rows + more, skipped + lacking
+    with tempfile.TemporaryDirectory() as folder:
+        rows += measure("sampling", file_cases(Path(folder)), config.rounds, process_seconds)
+    return rows, skipped
 
 
 def compare_versions(config: BenchmarkSettings, other: Path) -> None:

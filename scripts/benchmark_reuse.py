@@ -11,7 +11,6 @@ block.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.cases import random_network
 from benchmarks.report import document, headline, machine_info, write_json
-from benchmarks.reuse import ReuseRow, make_runs, measure_runs, table
+from benchmarks.reuse import results, reuse_case, reuse_runs, table
 from benchmarks.sampling import random_pipeline
-from benchmarks.timing import TimingSettings, check_at_least, cuda_seconds, wall_seconds
+from benchmarks.timing import TimingSettings, check_at_least, cuda_seconds, measure, wall_seconds
 from models import model_config
 from runtime import distributed
 from runtime.command_line import parse_config
@@ -58,16 +56,18 @@ class ReuseSettings(TimingSettings):
                 )
 
 
-def measure(config: ReuseSettings, device: torch.device) -> list[ReuseRow]:
+def measure_runs(config: ReuseSettings, device: torch.device) -> list[dict[str, Any]]:
     """Build the network, and time its runs."""
     with error_prefix(f"--model {config.model}"):
         side, channels = config.input_size, model_config(config.model).sample_shape[0]
         fields: dict[str, Any] = {"sample_shape": (channels, side, side)}
         names = ("hidden_size", "num_heads", "cache_depth")
         fields |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-        pipeline = random_pipeline(random_network(config.model, device, **fields), config.model)
-        runs = make_runs(pipeline, config.num_sampling_steps, config.intervals, config.batch_size, config.precision)
-    return measure_runs(runs, config.rounds, cuda_seconds if device.type == "cuda" else wall_seconds)
+        pipeline, intervals = random_pipeline(config.model, device, **fields), dict.fromkeys((1, *config.intervals))
+        runs = reuse_runs(pipeline, config.num_sampling_steps, list(intervals), config.batch_size, config.precision)
+    clock = cuda_seconds if device.type == "cuda" else wall_seconds
+    rows = measure("reuse", [reuse_case(name, run) for name, run in runs.items()], config.rounds, clock)
+    return results(rows, list(runs.values()))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -75,14 +75,14 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(ReuseSettings, argv, program="benchmark_reuse.py", doc=__doc__)
     config.start()
     device = distributed.choose_device(config.device)
-    rows = measure(config, device)
-    machine = machine_info(device, "CUDA events" if device.type == "cuda" else "wall time")
-    result = document(config, machine, [{**dataclasses.asdict(row), "share_of_bound": row.share} for row in rows])
-    print(f"{headline(result)}\n\n{table(rows)}")
+    found = measure_runs(config, device)
+    clock = "CUDA events" if device.type == "cuda" else "wall time"
+    result = document(config, machine_info(device, clock), found)
+    print(f"{headline(result)}\n\n{table(found)}")
     write_json(result, config.output)
-    short = [] if config.check is None else [row for row in rows if row.share < config.check]
+    short = [row for row in found if config.check is not None and row["share_of_bound"] < config.check]
     for row in short:
-        print(f"{row.name}: {row.share:.1%} of the bound, below {config.check:.0%}", file=sys.stderr)
+        print(f"{row['name']}: {row['share_of_bound']:.1%} of the bound, below {config.check:.0%}", file=sys.stderr)
     if short:
         sys.exit(1)
 

@@ -65,51 +65,29 @@ class CountSettings:
 
 
 class Run(NamedTuple):
-    """A sampling run with Skip-Cache, of one image without guidance.
+    """A sampling run with Skip-Cache, of one image without guidance."""
 
-    Attributes:
-        interval: N.
-        full: Number of steps that compute everything.
-        cached: Number of steps that reuse state.
-        macs: MACs executed in all steps.
-        speedup: MACs of as many full steps over those.
-    """
-
-    interval: int
-    full: int
-    cached: int
-    macs: int
-    speedup: float
+    interval: int  # N
+    full: int  # steps that compute everything
+    cached: int  # steps that reuse state
+    macs: int  # executed in all steps
+    speedup: float  # MACs of as many full steps over those
 
 
 class Count(NamedTuple):
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        model: Name in the registry.
-        input_size: Side of the (latent) image.
-        parameters: All of them, frozen positions included.
-        trainable: Those that training changes.
-        macs: MACs of linear maps and attention products.
-        layer_norm_elements: Elements that pass through layer norms.
-        parts: `macs` by part; with --keep at those shares, rounded.
-        macs_with_state: MACs of a step that reuses state, if the network keeps any.
-        runs: Runs with Skip-Cache, if asked for.
-        torch_macs: `macs` as PyTorch counts them, if asked for.
-        torch_macs_with_state: Likewise.
-    """
-
-    model: str
-    input_size: int
-    parameters: int
-    trainable: int
-    macs: int
-    layer_norm_elements: int
-    parts: dict[str, int]
-    macs_with_state: int | None
-    runs: list[Run]
-    torch_macs: int | None
-    torch_macs_with_state: int | None
+    model: str  # in the registry
+    input_size: int  # of the (latent) image
+    parameters: int  # all of them, frozen positions included
+    trainable: int  # those that training changes
+    macs: int  # of linear maps and attention products
+    layer_norm_elements: int  # that pass through layer norms
+    parts: dict[str, int]  # `macs` by part; with --keep at those shares, rounded
+    macs_with_state: int | None  # of a step that reuses state, if the network keeps any
+    runs: list[Run]  # with Skip-Cache, if asked for
+    torch_macs: int | None  # `macs` as PyTorch counts them, if asked for
+    torch_macs_with_state: int | None  # likewise
 
 
 def count(name: str, config: CountSettings, **overrides: Any) -> Count:

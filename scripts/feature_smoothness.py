@@ -101,36 +101,22 @@ class SmoothnessSettings:
 
 
 class TrainedModel(NamedTuple):
-    """A network that is examined, with its sampler and labels.
+    """A network that is examined, with its sampler and labels."""
 
-    Attributes:
-        name: Name in tables and pictures.
-        network: Keeps state.
-        sampler: Ancestral.
-        y: (N,) int64 labels.
-        depth: 1-based number of the block with the tokens that are kept.
-    """
-
-    name: str
-    network: Network
-    sampler: Sampler
-    y: Tensor
-    depth: int
+    name: str  # in tables and pictures
+    network: Network  # keeps state
+    sampler: Sampler  # ancestral
+    y: Tensor  # (N,) int64 labels
+    depth: int  # 1-based number of the block with the tokens that are kept
 
 
 class Findings(NamedTuple):
-    """Results for one model.
+    """Results for one model."""
 
-    Attributes:
-        surfaces: step -> (points, points), similarity by alpha (rows) and beta.
-        between_steps: (blocks, steps - 1) cosine similarity of a block's tokens with those of the step before.
-        change: Like `between_steps`, norm of the difference over the norm of the tokens.
-        reused: interval -> (steps,) norm of the output's error over its norm; NaN at steps that compute state.
-    """
-
-    surfaces: dict[int, Array]
-    between_steps: Array
-    change: Array
+    surfaces: dict[int, Array]  # step -> (points, points), similarity by alpha (rows) and beta
+    between_steps: Array  # (blocks, steps - 1) cosine similarity of a block's tokens with those of the step before
+    change: Array  # like `between_steps`, norm of the difference over the norm of the tokens
+    # interval -> (steps,) norm of the output's error over its norm; NaN at steps that compute state
     reused: dict[int, Array]
 
 

@@ -80,33 +80,19 @@ class GpuReportSettings:
 
 
 class Sizes(NamedTuple):
-    """Sizes and numbers of runs.
+    """Sizes and numbers of runs."""
 
-    Attributes:
-        model: Name in the registry.
-        families: Names of a DyDiT, a Skip-DiT and a DDT.
-        train: (images per step, steps per timed run, timed runs) of each training case.
-        rows: Rows of the forward pass; 64 is 32 guided images.
-        rounds: Timed runs of everything else.
-        gemm_side: Side of the square matrix product.
-        images: Images of a sampling batch; each is two rows.
-        steps: Sampling steps of a timed run.
-        spec: Step spec of the trajectories that compare precisions.
-        family_steps: Sampling steps in which the families leave work out.
-        evaluator: Sizes of the evaluator's cases.
-    """
-
-    model: str
-    families: tuple[str, str, str]
-    train: tuple[tuple[int, int, int], ...]
-    rows: int
-    rounds: int
-    gemm_side: int
-    images: int = 32
-    steps: int = 8
-    spec: str = "ddim50"
-    family_steps: int = 20
-    evaluator: EvaluatorSizes = PUBLISHED
+    model: str  # name in the registry
+    families: tuple[str, str, str]  # names of a DyDiT, a Skip-DiT and a DDT
+    train: tuple[tuple[int, int, int], ...]  # (images per step, steps per timed run, timed runs) of each training case
+    rows: int  # rows of the forward pass; 64 is 32 guided images
+    rounds: int  # timed runs of everything else
+    gemm_side: int  # side of the square matrix product
+    images: int = 32  # images of a sampling batch; each is two rows
+    steps: int = 8  # sampling steps of a timed run
+    spec: str = "ddim50"  # step spec of the trajectories that compare precisions
+    family_steps: int = 20  # sampling steps in which the families leave work out
+    evaluator: EvaluatorSizes = PUBLISHED  # sizes of the evaluator's cases
 
 
 FULL = Sizes(
@@ -127,7 +113,7 @@ SMOKE = Sizes(
     images=2,
     steps=2,
     spec="ddim5",
-    family_steps=4,
+    family_steps=10,
     evaluator=TINY,
 )
 SAMPLING_ROUNDS, EVALUATOR_ROUNDS = 5, 3
@@ -241,7 +227,8 @@ def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> It
         yield Measurement("forward", partial(alone, make), sizes.rounds)
     for cases in sampling_groups(sizes.model, sizes.images, sizes.steps, device, compiler):
         yield Measurement("sampling", cases, min(SAMPLING_ROUNDS, sizes.rounds))
-    for group, cases in family_groups(sizes.families, sizes.images, sizes.family_steps, device, compiler):
+    groups = family_groups(sizes.families, sizes.images, sizes.family_steps, device, compiler)
+    for group, cases in groups.items():
         yield Measurement(group, cases, min(SAMPLING_ROUNDS, sizes.rounds))
     yield Measurement("optimizer", lambda: optimizer_cases(random_network(sizes.model, device)), sizes.rounds)
     rounds = min(EVALUATOR_ROUNDS, sizes.rounds)

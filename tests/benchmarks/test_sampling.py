@@ -10,11 +10,23 @@ import torch
 from benchmarks import sampling
 from benchmarks.cases import random_network
 from benchmarks.official import load_official_diffusion
-from benchmarks.sampling import Beginning, diffusers_case, file_cases, guided_case, idle_share, loop_cases, prepare
+from benchmarks.sampling import (
+    Beginning,
+    diffusers_case,
+    file_cases,
+    guided,
+    guided_case,
+    idle_share,
+    loop_cases,
+    prepare,
+    random_pipeline,
+)
 from benchmarks.timing import check, relative_error
 from diffusion import DPMSolverSampler, create_diffusion
-from models import DiT, Network
+from models import DiT
+from models.acceleration import Capture
 from runtime.errors import UserError
+from sampling.pipeline import Pipeline
 from tests.models.test_acceleration import rerun
 
 CPU, MODEL = torch.device("cpu"), "DiT-debug/2"
@@ -52,8 +64,8 @@ def checkout(folder: Path, factor: float = 1.0) -> Path:
     return folder
 
 
-def network() -> Network:
-    return random_network(MODEL, CPU)
+def pipeline(compiler: str | None = None) -> Pipeline:
+    return random_pipeline(MODEL, CPU, compiler)
 
 
 def outcomes(cases: list[sampling.Case]) -> dict[str, list[torch.Tensor]]:
@@ -107,23 +119,23 @@ def test_both_writers_leave_the_same_images(tmp_path: Path, monkeypatch: pytest.
 def test_a_beginning_is_the_first_steps_and_the_rest_is_extrapolated() -> None:
     whole = DPMSolverSampler(create_diffusion(), "20")
     assert Beginning(whole, 3).times == whole.times[:3]
-    case = guided_case(network(), MODEL, 2, "DPM-Solver++", 5)
+    case = guided_case(pipeline(), 2, "DPM-Solver++", 5)
     assert case.images == 2 * 5 / 20 and case.steps == 5 and case.reference is None
     assert case.run(case.prepare()).shape == (2, 4, 8, 8)
 
 
-@pytest.mark.parametrize("options", [{"compiler": "eager"}, {"capture": rerun}])
-def test_variants_are_compared_with_the_plain_run(options: dict[str, object]) -> None:
-    plain = guided_case(network(), MODEL, 2, "DDIM", 3)
-    other = guided_case(network(), MODEL, 2, "DDIM", 3, **options)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("compiler", "capture"), [("eager", None), (None, rerun)])
+def test_variants_are_compared_with_the_plain_run(compiler: str | None, capture: Capture | None) -> None:
+    plain = guided_case(pipeline(), 2, "DDIM", 3)
+    other = guided_case(pipeline(compiler), 2, "DDIM", 3, ", another way", capture)
     assert other.reference == plain.name != other.name
     assert check(other, outcomes([plain, other])) == pytest.approx(0, abs=1e-3)
 
 
 def test_diffusers_takes_the_same_steps() -> None:
-    made = network()
-    assert isinstance(made, DiT)
-    plain, theirs = guided_case(network(), MODEL, 2, "DDIM", 3), diffusers_case(made, 2, 3)
+    network = random_network(MODEL, CPU)
+    assert isinstance(network, DiT)
+    plain, theirs = guided_case(pipeline(), 2, "DDIM", 3), diffusers_case(network, 2, 3)
     assert theirs.reference == plain.name
     error = check(theirs, outcomes([plain, theirs]))
     assert error is not None and 0 < error < 0.02
@@ -132,7 +144,8 @@ def test_diffusers_takes_the_same_steps() -> None:
 def test_half_precision_is_compared_on_the_same_noise() -> None:
     error = sampling.half_precision_error(MODEL, 2, "ddim5", CPU)
     assert 0 < error < 0.1
-    ready = [prepare(network(), MODEL, 2, "DDIM", spec="ddim5", precision="fp32") for _ in range(2)]
+    settings = {**guided("DDIM"), "num_sampling_steps": "ddim5", "precision": "fp32"}
+    ready = [prepare(pipeline(), 2, **settings) for _ in range(2)]
     assert relative_error([ready[0].latents()], [ready[1].latents()]) == 0
 
 
@@ -156,6 +169,6 @@ def test_a_trace_without_events_is_no_idle_device() -> None:
 
 
 def test_decoding_happens_while_the_next_chunk_is_drawn() -> None:
-    ready, decoded = prepare(network(), MODEL, 2, "DDIM", 2), []
+    ready, decoded = prepare(pipeline(), 2, 2, **guided("DDIM")), []
     share = sampling.idle_while_sampling(ready, 3, lambda latents: decoded.append(len(latents)) or latents)  # type: ignore[func-returns-value]
     assert 0 <= share < 1 and decoded == [2] * 4

@@ -1,13 +1,15 @@
 """The benchmark of reused state: what runs, in which order, and what follows from the times, which decide no test."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from benchmarks.costs import run_cost
-from benchmarks.reuse import count_blocks, make_runs, measure_runs
-from benchmarks.sampling import random_pipeline
+from benchmarks.reuse import count_blocks, refresh_of, results, reuse_case, reuse_runs, table
+from benchmarks.sampling import SamplingRun, random_pipeline
+from benchmarks.timing import measure
 from models import create_model
 from runtime.errors import run
 from scripts import benchmark_reuse
@@ -20,9 +22,9 @@ def main(*argv: str) -> int:
     return run(benchmark_reuse.main, "benchmark_reuse.py", argv)
 
 
-def made(intervals: tuple[int, ...], family: str = "Skip-DiT") -> tuple:
-    network = debug_network(family)
-    return network, make_runs(random_pipeline(network, debug_name(family)), 12, intervals, images=2)
+def made(intervals: tuple[int, ...], family: str = "Skip-DiT") -> dict[str, SamplingRun]:
+    pipeline = random_pipeline(debug_name(family), torch.device("cpu"))
+    return reuse_runs(pipeline, 12, (1, *intervals), images=2, precision="fp32")
 
 
 def test_blocks_are_counted_while_they_run_and_not_after() -> None:
@@ -32,20 +34,23 @@ def test_blocks_are_counted_while_they_run_and_not_after() -> None:
 
 
 def test_a_cached_step_runs_twice_the_cache_depth() -> None:
-    network, runs = made((2, 3))
-    assert [r.name for r in runs] == ["every step", "N = 2", "N = 3"]
-    for one in runs:
-        full = sum(one.refresh)
-        assert one.blocks == 8 * full + 2 * network.config.cache_depth * (12 - full)
-        assert one.macs == run_cost(network, one.refresh)
-    assert [sum(one.refresh) for one in runs] == [12, 6, 4]
+    runs = made((2, 3))
+    assert list(runs) == ["N = 1", "N = 2", "N = 3"]
+    for name, one in runs.items():
+        network, refresh = one.pipeline.network, refresh_of(one)
+        cached = 2 * network.config.cache_depth * (12 - sum(refresh))
+        assert count_blocks(network, one.latents) == 8 * sum(refresh) + cached
+        assert reuse_case(name, one).flop == 2 * 2 * run_cost(network, refresh)
+    assert [sum(refresh_of(one)) for one in runs.values()] == [12, 6, 4]
 
 
 def test_of_a_divided_network_the_encoder_runs_every_so_often() -> None:
-    network, runs = made((4, 6), "DDT")
-    decoder = network.config.depth - network.config.encoder_depth
-    assert [sum(one.refresh) for one in runs] == [12, 3, 2]
-    assert [one.blocks for one in runs] == [n * network.config.encoder_depth + 12 * decoder for n in (12, 3, 2)]
+    runs = made((4, 6), "DDT")
+    config = runs["R = 1"].pipeline.network.config
+    decoder = 12 * (config.depth - config.encoder_depth)
+    assert [sum(refresh_of(one)) for one in runs.values()] == [12, 3, 2]
+    blocks = [count_blocks(one.pipeline.network, one.latents) for one in runs.values()]
+    assert blocks == [n * config.encoder_depth + decoder for n in (12, 3, 2)]
 
 
 def test_the_bounds_of_ddt_xl_at_width_192_are_the_stated_ones() -> None:
@@ -58,7 +63,7 @@ def test_the_bounds_of_ddt_xl_at_width_192_are_the_stated_ones() -> None:
 
 
 def test_runs_take_turns_and_ratios_are_those_of_neighbours() -> None:
-    _, runs = made((2,))
+    runs = made((2,))
     order: list[int] = []
     readings = iter([100.0, 100.0, 2.0, 1.0, 30.0, 10.0, 8.0, 2.0])  # the first two are the warm-up's
 
@@ -66,15 +71,17 @@ def test_runs_take_turns_and_ratios_are_those_of_neighbours() -> None:
         work()
         return next(readings)
 
-    noted = [run._replace(sample=lambda run=run: order.append(sum(run.refresh))) for run in runs]
-    every, second = measure_runs(noted, 3, clock)
-    assert order == [12, 6] * 4
-    assert (every.rounds, second.rounds) == ([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])
-    assert (every.seconds, every.speedup, every.bound) == (8.0, 1.0, 1.0)
-    assert (second.seconds, second.speedup) == (2.0, 3.0)  # of 2, 3 and 4
-    assert second.bound == runs[0].macs / runs[1].macs
-    assert second.share == 3.0 / second.bound
-    assert (second.full_steps, second.cached_steps) == (6, 6)
+    cases = [reuse_case(*item) for item in runs.items()]
+    noted = [dataclasses.replace(case, run=lambda run: order.append(sum(refresh_of(run)))) for case in cases]
+    every, second = results(measure("reuse", noted, 3, clock), list(runs.values()))
+    assert order == [12, 6] * 5
+    assert (every["rounds"], second["rounds"]) == ([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])
+    assert (every["seconds"], every["speedup"], every["bound"]) == (8.0, 1.0, 1.0)
+    assert (second["seconds"], second["speedup"]) == (2.0, 3.0)  # of 2, 3 and 4
+    assert second["bound"] == every["macs"] / second["macs"] == cases[0].flop / cases[1].flop
+    assert second["share_of_bound"] == 3.0 / second["bound"]
+    assert (second["full_steps"], second["cached_steps"]) == (6, 6)
+    assert "3.000 x" in table([every, second])
 
 
 def test_smoke(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,11 +101,12 @@ def test_smoke(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("share", "status"), [(0.96, 0), (0.94, 1)])
 def test_check_fails_below_the_goal(share: float, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(*_) -> list:
-        _, runs = made((2,))
-        seconds = iter([1.0, 1.0, 1.0, runs[1].macs / runs[0].macs / share])
-        return measure_runs(runs, 1, lambda work: next(seconds))
+        runs = made((2,))
+        cases = [reuse_case(*item) for item in runs.items()]
+        seconds = iter([1.0, 1.0, 1.0, cases[1].flop / cases[0].flop / share])
+        return results(measure("reuse", cases, 1, lambda work: next(seconds)), list(runs.values()))
 
-    monkeypatch.setattr(benchmark_reuse, "measure", measured)
+    monkeypatch.setattr(benchmark_reuse, "measure_runs", measured)
     if status:
         with pytest.raises(SystemExit) as leaving:
             main(*ARGV, "--check", "0.95")
