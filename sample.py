@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +18,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import runtime  # noqa: F401  # first: it reports other packages named models
 from data.pixels import Images, enlarge, grid, save_gif, save_png, to_picture
 from models import ModelOutput
-from runtime import distributed, migrate
-from runtime.command_line import parse
+from runtime import distributed
 from runtime.errors import run
 from runtime.files import check_writable
-from runtime.releases import ALIASES
 from runtime.settings import setting
-from sampling.config import KINDS, GuidanceSettings, SamplingSettings, check_labels
-from sampling.pipeline import Pipeline, PreparedRun, open_pipeline
+from sampling.config import GuidanceSettings, SamplingSettings, check_labels, parse_settings
+from sampling.pipeline import Pipeline
+from sampling.run import PreparedRun
 
+PROGRAM = "sample.py"
 OFFICIAL_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 SMALLEST = 64  # pixels; digits are too small to see and are enlarged to about this size
 
@@ -43,7 +43,7 @@ class PictureGuidance(GuidanceSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSettings:
-    """What is sampled, and where it goes."""
+    """Labels, seed and output."""
 
     class_labels: tuple[int, ...] | None = setting(
         None, "labels of the images", shown="eight official classes, or one of each"
@@ -72,10 +72,6 @@ class SampleSettings(SamplingSettings):
 
     guidance: PictureGuidance = field(default_factory=PictureGuidance)
     picture: PictureSettings = field(default_factory=PictureSettings)
-
-
-PROGRAM = "sample.py"
-upgrade = partial(migrate.run_config, cls=SampleSettings, kinds=KINDS, program=PROGRAM)
 
 
 def sample(pipeline: Pipeline, prepared: PreparedRun, settings: PictureSettings, labels: Sequence[int]) -> list[Tensor]:
@@ -112,20 +108,21 @@ def save_trajectory(moments: Sequence[Images], columns: int, path: Path) -> None
 
 def main(argv: Sequence[str]) -> None:
     """Parse flags, sample, write the picture."""
-    given = parse(SampleSettings, argv, program=PROGRAM, doc=__doc__, kinds=KINDS, aliases=ALIASES, migrate=upgrade)
-    config, settings = given.general, given.general.picture
+    given = parse_settings(SampleSettings, argv, PROGRAM, __doc__)
+    settings = given.general.picture
     check_writable(settings.output, "--output")
     if settings.trajectory is not None:
         check_writable(settings.trajectory, "--trajectory")
-    with distributed.world(config.compute.device) as world:
-        pipeline, prepared = open_pipeline(given, world.device, default_vae="mse")
+    with distributed.world(given.general.compute.device) as world:
+        pipeline = Pipeline.open(given, world.device, default_vae="mse")
+        prepared = pipeline.prepare()
         official = OFFICIAL_LABELS if pipeline.num_classes == 1000 else range(pipeline.num_classes)
         labels = settings.class_labels or tuple(official)
         check_labels(labels, pipeline.num_classes)
         columns = settings.columns or (4 if len(labels) == len(OFFICIAL_LABELS) else min(len(labels), 10))
         factor = max(1, SMALLEST // pipeline.image_shape[-2])
         moments = [
-            enlarge(to_picture(pipeline.decode(latents)).cpu().numpy(), factor)
+            enlarge(to_picture(pipeline.decode(latents, prepared)).cpu().numpy(), factor)
             for latents in sample(pipeline, prepared, settings, labels)
         ]
         save_png(grid(moments[-1], columns)[0], settings.output)

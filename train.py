@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import runtime  # noqa: F401  # first: it reports other packages named models
 from runtime import distributed
 from runtime.errors import run
 from runtime.files import check_folder

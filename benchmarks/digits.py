@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.counting import SamplingCost
 from data.digits import NUM_CLASSES, load_digits
+from data.encoders import Pixels
 from data.pixels import Images, to_uint8
 from diffusion import SAMPLERS
 from diffusion.caching import takes_cache_depth
@@ -21,8 +22,10 @@ from models import family_of, model_config
 from models.loading import build_network, resolve_checkpoint
 from models.skip_dit import default_cache_depth
 from runtime.errors import UserError
-from sampling.config import SamplingSettings
-from sampling.pipeline import Pipeline, PreparedRun
+from runtime.settings import Given
+from sampling.config import KINDS, SamplingSettings
+from sampling.pipeline import Pipeline
+from sampling.run import PreparedRun
 
 BATCH = 250
 
@@ -59,7 +62,7 @@ def open_model(path: Path, cache_depth: int | None = None, device: torch.device 
     if takes_cache_depth(config):
         fields["cache_depth"] = cache_depth or default_cache_depth(config.depth)
     network = build_network(info, weights, device=device, **fields)
-    pipeline = Pipeline.open(network, info, SamplingSettings(model=info.model), torch.device(device), None)
+    pipeline = Pipeline(network, info, Pixels(), Given(SamplingSettings(model=info.model), KINDS))
     # Earlier versions kept the settings of training without sections
     train = info.meta.get("train", {})
     target = info.meta.get("loss", train).get("flops_target")

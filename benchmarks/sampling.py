@@ -29,7 +29,8 @@ from models import DiT, ModelOutput, Network, family_of
 from models.acceleration import Capture, CudaCapture, GraphedNetwork
 from models.loading import CheckpointInfo
 from runtime.background import Background
-from sampling.config import SamplingSettings
+from runtime.settings import Given
+from sampling.config import KINDS, SamplingSettings
 from sampling.pipeline import Pipeline, PreparedRun
 
 NPZ_IMAGES, NPZ_SIDE, NPZ_CHUNK = 1000, 256, 32
@@ -141,7 +142,7 @@ def random_pipeline(model: str, device: torch.device, compiler: str | None = Non
     if compiler is not None:
         network.compile_blocks(compiler)
     info = CheckpointInfo(Path(model), "random", model, {}, process, process_settings={}, encoder="ema", meta={})
-    return Pipeline(network, info, Pixels(), network.sample_shape, SamplingSettings(model=model))
+    return Pipeline(network, info, Pixels(), Given(SamplingSettings(model=model), KINDS))
 
 
 @contextmanager
@@ -198,7 +199,7 @@ def guided_case(
         run = prepare(pipeline, images, steps, **guided(name))
         if capture is None:
             return run
-        return run._replace(prepared=run.prepared._replace(network=GraphedNetwork(run.prepared.network, capture)))
+        return run._replace(prepared=run.prepared._replace(evaluate=GraphedNetwork(run.prepared.evaluate, capture)))
 
     title, fields = _title(name, images), _of_guided_steps(pipeline.network, images, name, steps)
     return Case(title + kind, make, SamplingRun.latents, reference=title if kind else None, **fields)

@@ -24,7 +24,7 @@ class Dataset(Protocol):
     classes: list[str]  # names; a class's label is its position. Empty for data without classes
     image_shape: tuple[int, ...]  # (C, H, W), or (F, C, H, W) for clips
     vae: str  # value of `--vae` if the user gives none
-    worth_workers: bool  # loading takes long enough for processes of its own
+    worth_workers: bool  # loading takes long enough for separate processes
 
     def __len__(self) -> int:
         """Number of images."""

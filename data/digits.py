@@ -43,7 +43,7 @@ def load_digits(split: Split) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int
 def open_digits(split: Split, *, flip: bool = False, seed: int = 0) -> ArrayImages:
     """Open a split of the digits as a data set."""
     images, labels = load_digits(split)
-    return ArrayImages(images, labels, [str(k) for k in range(NUM_CLASSES)], flip=flip, seed=seed)
+    return ArrayImages(images, labels, list(map(str, range(NUM_CLASSES))), flip=flip, seed=seed)
 
 
 def open_training_digits(settings: DatasetSettings) -> ArrayImages:

@@ -60,10 +60,8 @@ class LatentScaling:
 
 @functools.cache  # numbers per channel are uploaded once, not at every step
 def _coefficients(scaling: LatentScaling, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
-    mean, std = (
-        torch.tensor(values, device=device).view(-1, 1, 1) if values else neutral
-        for values, neutral in ((scaling.latents_mean, 0.0), (scaling.latents_std, 1.0))
-    )
+    mean = torch.tensor(scaling.latents_mean, device=device).view(-1, 1, 1) if scaling.latents_mean else 0.0
+    std = torch.tensor(scaling.latents_std, device=device).view(-1, 1, 1) if scaling.latents_std else 1.0
     return scaling.shift_factor + mean, scaling.scaling_factor / std
 
 
@@ -118,6 +116,11 @@ class Encoder:
             raise ValueError(f"the autoencoder takes images of {self.image_size} pixels, not {(height, width)}")
         check_sides((height, width), self.factor)
         return *frames, self.latent_channels, height // self.factor, width // self.factor
+
+    def image_shape(self, latent_shape: Shape) -> Shape:
+        """Shape of the image or clip of such latents."""
+        *frames, _, height, width = latent_shape
+        return *frames, self.image_channels, height * self.factor, width * self.factor
 
     def raw_shape(self, image_shape: Shape) -> Shape:
         """Shape of the raw latents of an image or clip."""
@@ -175,6 +178,10 @@ class Pixels(Encoder, names=("none",)):
     def latent_shape(self, image_shape: Shape) -> Shape:
         """Shape of the image or clip itself."""
         return tuple(image_shape)
+
+    def image_shape(self, latent_shape: Shape) -> Shape:
+        """Shape of the latents themselves."""
+        return tuple(latent_shape)
 
     def encode_rows(self, pixels: Tensor) -> Tensor:
         """Pixels, unchanged."""

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from data.dataset import DatasetSettings, Example, Key, sides
+from data.pixels import Images
 from runtime.seeds import derive_seed
 
 UPRIGHT = {  # EXIF orientation -> its inverse
@@ -229,13 +230,7 @@ class ArrayImages:
     worth_workers = False
 
     def __init__(
-        self,
-        images: npt.NDArray[np.uint8],
-        labels: npt.NDArray[np.int64],
-        classes: list[str],
-        *,
-        flip: bool = False,
-        seed: int = 0,
+        self, images: Images, labels: npt.NDArray[np.int64], classes: list[str], *, flip: bool = False, seed: int = 0
     ) -> None:
         self._images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         self._labels = labels.tolist()

@@ -7,7 +7,7 @@ A folder holds `manifest.json` (the settings), shards, and `index.json`, which i
 - `00007.json`: labels, relative paths, images that could not be read, size and sha256 of the array.
 
 Posterior parameters are means and standard deviations. Standard deviations and not log-variances: a sample is then one
-multiply-add, and float16 keeps them to 2^-11 relative or, below 6e-5, to 3e-8 absolute, far below the rounding of a
+fused operation, and float16 keeps them to 2^-11 relative or, below 6e-5, to 3e-8 absolute, far below the rounding of a
 mean. A log-variance near -17 would be off by 0.4 %.
 """
 

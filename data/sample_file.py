@@ -52,11 +52,14 @@ class SampleFile:
         self._lock: IO[bytes] | None = None
 
     def open(self, settings: Mapping[str, object], *, overwrite: bool = False) -> list[int]:
-        """Start or resume the job, and return the chunks still to be made; on one process, before others write.
+        """Start or resume the job; on one process, before the others write.
 
         Args:
             settings: All settings that fix the images, as JSON values by flag or name.
             overwrite: Delete images made with other settings, and replace a finished file.
+
+        Returns:
+            Numbers of the chunks that are still to be made.
 
         Raises:
             UserError: If the file exists, was started with other settings, is being written, or exceeds the disk.
@@ -75,8 +78,7 @@ class SampleFile:
             )
         if started is None or changed:
             self._start(settings)
-        pieces = self._pieces()  # a disk may lose bytes, and a copy may be cut short
-        return [k for k in range(self.chunks) if k not in pieces or pieces[k] != self._npz.read_piece(*self._rows(k))]
+        return self._missing()
 
     def _acquire_lock(self) -> None:
         """Lock the folder against other jobs until this process ends."""
@@ -85,8 +87,9 @@ class SampleFile:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            message = f"{self.partial}: another process is writing it; wait for it, or give another name"
-            raise UserError(message) from None
+            raise UserError(
+                f"{self.partial}: another process is writing it; wait for it, or give another name"
+            ) from None
         except OSError:
             pass  # a file system without locks
 
@@ -111,9 +114,15 @@ class SampleFile:
         with atomic_path(self._settings) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
+    def _missing(self) -> list[int]:
+        """Chunks that are not finished, or have another checksum: a disk may lose bytes, a copy may be cut short."""
+        pieces = self._pieces()
+        return [k for k in range(self.chunks) if k not in pieces or pieces[k] != self._npz.read_piece(*self._rows(k))]
+
     def rows_in(self, chunk: int) -> int:
         """Number of images in a chunk."""
-        return len(range(*self._rows(chunk)))
+        start, stop = self._rows(chunk)
+        return stop - start
 
     def _rows(self, chunk: int) -> tuple[int, int]:
         return chunk * self.chunk, min((chunk + 1) * self.chunk, self.images)
@@ -125,8 +134,8 @@ class SampleFile:
             for line in path.read_text().splitlines():
                 words = line.split()
                 if len(words) == 2 and all(word.isdigit() for word in words) and int(words[0]) < self.chunks:
-                    chunk, crc = map(int, words)
-                    pieces[chunk] = Piece(crc, self.rows_in(chunk) * self._npz.row_bytes)
+                    start, stop = self._rows(int(words[0]))
+                    pieces[int(words[0])] = Piece(int(words[1]), (stop - start) * self._npz.row_bytes)
         return pieces
 
     def write(self, chunk: int, images: npt.NDArray[np.uint8]) -> None:
@@ -166,5 +175,10 @@ class SampleFile:
 def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """Settings that changed, one phrase each."""
     now = json.loads(json.dumps(now))
-    values = {name: (then.get(name), now.get(name)) for name in {**then, **now}}
-    return [f"{name} was {before!r}, now {after!r}" for name, (before, after) in values.items() if before != after]
+    if then.get("format") != now.get("format"):
+        return ["those of another version of this code"]
+    return [
+        f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
+        for name in {**then, **now}
+        if then.get(name) != now.get(name)
+    ]

@@ -35,7 +35,7 @@ class CacheSchedule(NamedTuple):
     low_inclusive: bool
 
     def is_low(self, t: float) -> bool:
-        """Whether a timestep is one of the low times."""
+        """True for the low times."""
         return t < self.t_low or (self.low_inclusive and t == self.t_low)
 
 
@@ -97,7 +97,7 @@ def _check_interval(interval: int) -> None:
 
 
 def takes_cache_depth(config: object) -> bool:
-    """Whether networks of this config's family keep state where a `cache_depth` is set."""
+    """True if networks of this config's family keep state where a `cache_depth` is set."""
     try:
         dataclasses.replace(config, cache_depth=1)  # type: ignore[type-var]
     except (TypeError, ValueError):  # no such field, or one that stays empty

@@ -184,10 +184,7 @@ class DiffusionLoss(nn.Module):
         return []
 
     def draw(self, step: int, count: int, rows: range | None = None, device: torch.device | str = "cpu") -> Draws:
-        """Make the randomness of some rows (None: all) of a step's GLOBAL batch of `count`, on a device.
-
-        CPU and CUDA give different numbers.
-        """
+        """Make the randomness of some rows (None: all) of a step's GLOBAL batch of `count`; CPU and CUDA differ."""
         rows = range(count) if rows is None else rows
         own = slice(rows.start, rows.stop)
         dropped = None

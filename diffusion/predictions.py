@@ -45,7 +45,8 @@ def conversion(
     """
     if source == target:
         return 0.0, 1.0
-    (a, b), (c, d) = (target_weights(kind, alpha, sigma) for kind in (source, target))
+    a, b = target_weights(source, alpha, sigma)
+    c, d = target_weights(target, alpha, sigma)
     determinant = alpha * b - sigma * a
     return (c * b - d * a) / determinant, (d * alpha - c * sigma) / determinant
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import runtime  # noqa: F401  # first: it reports other packages named models
 from evaluator.evaluation import evaluate
 from evaluator.settings import EvaluatorConfig
 from runtime import distributed

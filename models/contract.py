@@ -59,7 +59,7 @@ class Network(nn.Module):
     - t: time in the network's units, a number for all rows or an (N,) tensor; may be fractional;
     - y: (N,) int64 labels in [0, num_classes], the last being the null class, where labels are the conditioning;
     - state: state of an earlier evaluation of the same rows, to be reused; ignored by a network that keeps none;
-    - features_at: 1-based numbers of the blocks whose output tokens are returned as `features`.
+    - features_at: 1-based numbers of blocks; their output tokens are returned as `features`.
 
     It raises a ValueError if x does not fit the network or the state, or one of `features_at` does not run.
 

@@ -1,6 +1,6 @@
 """DiT: the plain diffusion transformer (Peebles and Xie, 2023, arXiv 2212.09748).
 
-A ViT over latent patches whose layer norms are modulated by timestep and label (adaLN-Zero). Differences from a plain
+A ViT over latent patches with layer norms modulated by timestep and label (adaLN-Zero). Differences from a plain
 ViT: no class token, fixed 2-D sine-cosine positions, norms without parameters, gates that start at zero.
 """
 
@@ -81,7 +81,7 @@ class DiT(ClassConditional):
     runs the last B blocks on them and ignores x. This is the baseline that Skip-DiT is compared with.
 
     Attributes:
-        cache_at: L - B, the index of the block whose input is the state; None without `cache_depth`.
+        cache_at: L - B, the index of the block that takes the state as input; None without `cache_depth`.
 
     Source: arXiv 2212.09748, section 3; sizes from table 1.
     """

@@ -27,7 +27,7 @@ def recognise(weights: Mapping[str, Tensor], only: str | None = None) -> Recogni
 
     The data may differ from the named config's: number of classes, channels, size and variance follow from the shapes.
     Fields that leave no trace there, such as the number of heads, are the named config's. Of several models, as where
-    the patch size cannot be told from the channels (DDT), the one with the fewest changed fields is meant.
+    the patch size does not follow from the channels (DDT), the one with the fewest changed fields is meant.
 
     Raises:
         ValueError: If the weights have a named model's names and size, but its family refuses them.

@@ -1,4 +1,4 @@
-"""Skip-DiT: a DiT whose second half also sees the first half's tokens (Chen et al., 2024, arXiv 2411.17616).
+"""Skip-DiT: a DiT with a second half that also sees the first half's tokens (Chen et al., 2024, arXiv 2411.17616).
 
 Every block of the second half follows a skip unit: the tokens are concatenated with the output of the mirror-image
 block in the first half, normalised, and mapped back to the width. Deep features then change little from one sampling

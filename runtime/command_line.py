@@ -25,6 +25,8 @@ from runtime.settings import (
     flag_name,
     flags_of,
     from_json,
+    put,
+    section_of,
     split_optional,
     typed,
 )
@@ -87,7 +89,7 @@ def parse(
     values = _general_values(cls, sections, of_file, f"--config {path}")
     for name, flag in general.items():
         if name in given:
-            _put(values, flag.path, given[name])
+            put(values, flag.path, given[name])
     _expand(values, general, of_file, aliases)
     try:
         made = _build(cls, values)
@@ -126,23 +128,13 @@ def _expand(values: Values, general: Mapping[str, Flag], owners: Mapping[str, Va
         if flag not in general:
             raise UserError(f"--model {name}: means {flag} {value}, which has no effect here; use DiT-skip")
         path = general[flag].path
-        given = _section(values, path).get(path[-1])
+        given = section_of(values, path).get(path[-1])
         if flag != "--model" and given not in (None, value):
             raise UserError(f"{flag} {given}: contradicts --model {name}, which means {value}")
-        _put(values, path, value)
+        put(values, path, value)
     in_file = owners.get("model", {})
     if in_file.get("name") in aliases:
         in_file["name"] = aliases[in_file["name"]]["--model"]
-
-
-def _section(values: Values, path: tuple[str, ...]) -> Values:
-    for name in path[:-1]:
-        values = values.setdefault(name, {})
-    return values
-
-
-def _put(values: Values, path: tuple[str, ...], value: object) -> None:
-    _section(values, path)[path[-1]] = value
 
 
 def _build(cls: type[T], values: Values) -> T:
@@ -329,7 +321,7 @@ def _general_values(cls: type, sections: Values, owners: Mapping[str, Values], w
             for name, value in content.items():
                 if (section, name) not in flags:
                     raise UserError(f"{where}: unknown setting '{section}.{name}'")
-                _put(values, (section, name), from_json(value, flags[section, name], f"{where}: {section}.{name}"))
+                put(values, (section, name), from_json(value, flags[section, name], f"{where}: {section}.{name}"))
         elif (section,) in flags:
             values[section] = from_json(content, flags[section,], f"{where}: {section}")
         else:

@@ -119,6 +119,17 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
+@contextmanager
+def tf32_inside(allowed: bool) -> Iterator[None]:
+    """Allow TF32 inside the block, or not."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    allow_tf32(allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
 def _leave_together() -> None:
     """Wait for all ranks, after freeing all references to the group (DDP is part of reference cycles)."""
     # A process that leaves first, or frees the group after it was destroyed, sometimes aborts in gloo's threads.

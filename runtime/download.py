@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO, TypedDict
 
@@ -173,7 +174,7 @@ def _fetch_whole(url: str, file: BinaryIO, part: Path, name: str, gigabytes: flo
             elif error.code < 500:
                 raise DownloadError(f"the server says {error.code} {error.reason}") from error
             reason = f"the server says {error.code} {error.reason}"
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, HTTPException) as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         have = file.seek(0, os.SEEK_END)
         failures = 0 if have > before else failures + 1

@@ -26,7 +26,7 @@ class LiveMemory(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor] = (), device: torch.device | str = "cpu") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)
         self.live = self.peak = 0
         self._device, self._seen = torch.device(device).type, set[int]()
         for tensor in known:

@@ -1,7 +1,7 @@
 """Settings: dataclass fields that become flags, help and JSON, and that have an owner.
 
-A program's settings are a dataclass with fields made by `setting`, or with dataclasses of such fields (one group of
-flags each). In addition to these general settings, alternatives that are chosen by name (a model's family, a process, a
+A program's settings are a dataclass with fields made by `setting`, or dataclasses of such fields (one group of flags
+each). In addition to these general settings, alternatives that are chosen by name (a model's family, a process, a
 sampler, a loss) own further ones; a `Kind` lists them. One parser takes the flags of all owners. Each owner is built
 from its flags once the choice is known, and a flag of another owner is an error that names that owner.
 """
@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from runtime.errors import UserError, error_prefix
 
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 Values = dict[str, Any]  # JSON values, or what flags were parsed to
 
 
@@ -173,16 +173,47 @@ def flags_of(cls: type, path: tuple[str, ...] = ()) -> dict[str, Flag]:
     return flags
 
 
-class Given(Generic[T]):
+class Given(Generic[T_co]):
     """Settings from the command line and a config file; owners are built when it is known which ones are used.
 
     Attributes:
         general: General settings of the program.
     """
 
-    def __init__(self, general: T, kinds: Sequence[Kind], flags: Values, sections: Mapping[str, Values]) -> None:
+    def __init__(
+        self,
+        general: T_co,
+        kinds: Sequence[Kind],
+        flags: Mapping[str, object] = types.MappingProxyType({}),
+        sections: Mapping[str, Values] = types.MappingProxyType({}),
+    ) -> None:
         self.general = general
         self._kinds, self._flags, self._sections = {kind.name: kind for kind in kinds}, flags, sections
+
+    def replace(self, **values: object) -> Given[T_co]:
+        """Settings with others from Python, by the names of their flags: `replace(cfg_scale=4.0, eta=0.5)`.
+
+        Raises:
+            UserError: For an unknown name, or a value of another type or out of range.
+        """
+        general, flags, nested = flags_of(type(self.general)), dict(self._flags), Values()
+        owned = {
+            name: flag
+            for kind in self._kinds.values()
+            for owner in kind.owners
+            for name, flag in kind.flags(owner).items()
+        }
+        for name, value in values.items():
+            flag = {**owned, **general}.get(flag_name(name))
+            if flag is None:
+                raise UserError(f"{name}: unknown setting")
+            value = from_json(json.loads(json.dumps(value, default=str)), flag, name)
+            if flag.name in general:
+                put(nested, flag.path, value)
+            else:
+                flags[flag.name] = value
+        with error_prefix(""):
+            return Given(_replace(self.general, nested), [*self._kinds.values()], flags, self._sections)
 
     def name_in_file(self, kind: str) -> str | None:
         """Name in the config file that chooses an owner."""
@@ -248,8 +279,26 @@ class Given(Generic[T]):
                     raise UserError(f"{flag}: is a setting of the {kind} {names}; this run uses {owner}")
 
 
+def _replace(config: Any, values: Values) -> Any:
+    """Replace settings in nested groups, each group at once."""
+    parts = {name: _replace(getattr(config, name), v) if isinstance(v, dict) else v for name, v in values.items()}
+    return dataclasses.replace(config, **parts)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # JSON
+
+
+def section_of(values: Values, path: tuple[str, ...]) -> Values:
+    """Find the section of a setting in nested ones; it is added if it is missing."""
+    for name in path[:-1]:
+        values = values.setdefault(name, {})
+    return values
+
+
+def put(values: Values, path: tuple[str, ...], value: object) -> None:
+    """Store a setting in nested sections."""
+    section_of(values, path)[path[-1]] = value
 
 
 def to_dict(config: Any) -> Values:

@@ -7,28 +7,24 @@ have a preset in runtime/releases.py); where it does not know, the official defa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
-from data.autoencoders import OFFICIAL_CHANNELS, OFFICIAL_VAES
-from diffusion import SAMPLERS
+from diffusion import PROCESSES, SAMPLERS
 from models import FAMILIES, family_name
 from models.acceleration import can_compile
 from models.loading import CheckpointInfo
+from runtime import migrate
+from runtime.command_line import parse
 from runtime.distributed import PRECISIONS
-from runtime.errors import UserError
-from runtime.releases import Preset
-from runtime.settings import Kind, flag_name, setting
-
-# How the official code samples from files without a preset of their own: DiT's guides the first 3 of 4 latent channels.
-FOREIGN = {
-    "gaussian": Preset("ddpm", "250", 1.5, channels=3),
-    "flow": Preset("euler", "250", 1.5, channels=None),
-}
+from runtime.errors import UserError, error_prefix
+from runtime.releases import ALIASES, Preset
+from runtime.settings import Given, Kind, flag_name, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +35,28 @@ class CheckpointSettings:
     weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
     image_size: int | None = setting(None, "side of the images in pixels", shown="the weights'; 256 without --ckpt")
     num_classes: int | None = setting(None, "number of classes", shown="the weights'")
-    vae: str | None = setting(
-        None, "autoencoder: ema, mse, a local folder, or none for pixels", shown="the checkpoint's"
-    )
     pretrained_dir: Path = setting(Path("pretrained_models"), "folder of downloaded releases", free=True)
 
     def __post_init__(self) -> None:
         """Validate the fields."""
         _at_least_1(self, "image_size", "num_classes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """From latents to images."""
+
+    vae: str | None = setting(
+        None, "autoencoder: ema, mse, a local folder, or none for pixels", shown="the checkpoint's"
+    )
+    vae_precision: Literal["fp32", "bf16"] = setting(
+        "fp32", "of the autoencoder; bf16 decodes about three times as fast"
+    )
+    vae_batch_size: int = setting(16, "images decoded at a time")
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        _at_least_1(self, "vae_batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,20 +116,20 @@ class ComputeSettings:
     tf32: bool = setting(True, "TF32 for what is in float32, with --precision tf32 or bf16 (CUDA)")
     compile: bool = setting(False, "compile every block (on a CPU this needs a C++ compiler)")
     cuda_graphs: bool = setting(False, "record evaluations as CUDA graphs: faster small batches, slower first one")
-    vae_precision: Literal["fp32", "bf16"] = setting(
-        "fp32", "of the autoencoder; bf16 decodes about three times as fast"
-    )
-    vae_batch_size: int = setting(16, "images decoded at a time")
     device: Literal["cuda", "cpu"] | None = setting(None, "where to compute", shown="cuda if there is one", free=True)
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        _at_least_1(self, "vae_batch_size")
         on_gpu = self.device != "cpu" and torch.cuda.is_available()
         if self.cuda_graphs and not on_gpu:
             raise ValueError("--cuda-graphs: needs a CUDA device")
         if self.compile and not can_compile("cuda" if on_gpu else "cpu"):
             raise ValueError("--compile: on a CPU it needs a C++ compiler (g++ or clang++), and none is found")
+
+    @property
+    def allows_tf32(self) -> bool:
+        """True if products in float32 may be rounded to TF32."""
+        return self.tf32 and self.precision != "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +144,7 @@ class SamplingSettings:
         None, "number of steps, or step spec such as 10,15,20 or ddim50", shown="the sampler's, or a release's own"
     )
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     caching: CachingSettings = field(default_factory=CachingSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
@@ -155,85 +166,81 @@ KINDS = (
 C = TypeVar("C", bound=SamplingSettings)
 
 
-class SamplerChoice(NamedTuple):
-    """A sampler, its steps, and its settings."""
+def parse_settings(cls: type[C], argv: Sequence[str], program: str, doc: str | None) -> Given[C]:
+    """Read the settings of a script that samples.
 
-    name: str
-    steps: str
-    settings: object
+    Raises:
+        UserError: For anything wrong with flags, file or values.
+    """
+    upgrade = partial(migrate.run_config, cls=cls, kinds=KINDS, program=program)
+    given = parse(cls, argv, program=program, doc=doc, kinds=KINDS, aliases=ALIASES, migrate=upgrade)
+    caching = given.general.caching
+    if caching.cache_interval is None and caching.sharing_interval is None:
+        for flags in {given.prefix("model", family) for family in FAMILIES} - {""}:
+            raise UserError(f"{flags}: has no effect without --cache-interval or --sharing-interval")
+    return given
 
 
 def preset_of(info: CheckpointInfo) -> Preset:
-    """How to sample from a checkpoint where nothing else is given."""
-    preset = info.preset or FOREIGN[info.process]
-    return preset if info.meta is None else preset._replace(channels=None)
+    """The preset of a checkpoint: how to sample where nothing else is given.
+
+    Raises:
+        UserError: If its process is unknown.
+    """
+    if info.preset is not None:
+        return info.preset
+    samplers = [(name, row.steps) for name, row in SAMPLERS.items() if row.process == info.process]
+    if not samplers:
+        known = ", ".join(PROCESSES)
+        raise UserError(f"--ckpt {info.path}: trained under {info.process!r}, which is unknown here; known: {known}")
+    # The official code guides the first 3 of 4 latent channels.
+    channels = 3 if info.process == "gaussian" and info.meta is None else None
+    return Preset(*samplers[0], cfg_scale=1.5, channels=channels)
 
 
-def resolve(config: C, given: Mapping[str, Any], info: CheckpointInfo) -> tuple[C, SamplerChoice]:
-    """Settings with nothing left to the checkpoint.
+def resolve(given: Given[C], info: CheckpointInfo) -> tuple[C, object]:
+    """Settings with nothing left to the checkpoint, and those of the sampler.
 
     A preset's interval belongs to its scale: with another scale it is not used.
 
-    Args:
-        config: the general settings.
-        given: settings of the sampler by field, as far as they are given.
-        info: about the checkpoint.
-
     Raises:
-        UserError: if the sampler is not one of the checkpoint's process, or does not go with other settings.
+        UserError: If the sampler is not one of the checkpoint's process, or settings do not go with each other.
     """
-    preset = preset_of(info)
-    name = config.sampler or preset.sampler
-    row = SAMPLERS[name]
+    config, preset = given.general, preset_of(info)
+    name, guidance = config.sampler or preset.sampler, config.guidance
+    row, published, default_scale = SAMPLERS[name], name == preset.sampler, guidance.cfg_scale is None
     if row.process != info.process:
         fitting = ", ".join(sampler for sampler, other in SAMPLERS.items() if other.process == info.process)
         raise UserError(f"--sampler {name}: --ckpt was trained under {info.process!r}; choose from {fitting}")
-    defaults: dict[str, Any] = dict(preset.options) if name == preset.sampler else {}
-    try:
-        settings = row.settings(**{**defaults, **given})
-        guidance, scale_of_preset = config.guidance, config.guidance.cfg_scale is None
-        resolved = replace(
-            config,
-            model=info.model,
-            sampler=name,
-            num_sampling_steps=config.num_sampling_steps or (preset.steps if name == preset.sampler else row.steps),
-            checkpoint=replace(config.checkpoint, vae=info.encoder),
-            guidance=replace(
-                guidance,
-                cfg_scale=preset.cfg_scale if scale_of_preset else guidance.cfg_scale,
-                guidance_channels=guidance.guidance_channels or preset.channels,
-                guidance_interval=guidance.guidance_interval or (preset.interval if scale_of_preset else None),
-            ),
+    given.check_owners(sampler=name)
+    settings = given.build("sampler", name, **(preset.options if published else {}))
+    with error_prefix(""):  # a flag may not go with what the checkpoint decides
+        guidance = replace(
+            guidance,
+            cfg_scale=preset.cfg_scale if default_scale else guidance.cfg_scale,
+            guidance_channels=guidance.guidance_channels or preset.channels,
+            guidance_interval=guidance.guidance_interval or (preset.interval if default_scale else None),
         )
-    except ValueError as error:  # settings that do not go with what the checkpoint decides
-        raise UserError(str(error)) from error
-    assert resolved.num_sampling_steps is not None
-    return resolved, SamplerChoice(name, resolved.num_sampling_steps, settings)
+    resolved = replace(
+        config,
+        model=info.model,
+        sampler=name,
+        num_sampling_steps=config.num_sampling_steps or (preset.steps if published else row.steps),
+        encoder=replace(config.encoder, vae=info.encoder),
+        guidance=guidance,
+    )
+    return resolved, settings
 
 
-def check_channels(vae: str, given: str | None, ckpt: object, channels: int) -> None:
-    """Check that a released autoencoder has the network's channels, before anything is downloaded for it.
-
-    Raises:
-        UserError: if not, with what to give.
-    """
-    if vae in OFFICIAL_VAES and channels != OFFICIAL_CHANNELS:
-        source = f"--vae {given}" if given else f"--ckpt {ckpt}"
-        raise UserError(
-            f"{source}: the network's channels are {channels}, those of {OFFICIAL_VAES[vae]} {OFFICIAL_CHANNELS}; "
-            "for a network on pixels give --vae none, else the folder of its autoencoder"
-        )
-
-
-def check_labels(labels: Sequence[int], num_classes: int) -> None:
+def check_labels(labels: Sequence[int], num_classes: int, flag: str = "--class-labels") -> None:
     """Check that the network has a row for each label.
 
     Raises:
-        UserError: naming the first.
+        UserError: Naming the first that it has not.
     """
     for label in labels:
         if not 0 <= label < num_classes:
-            raise UserError(f"--class-labels {label}: the model has classes 0 to {num_classes - 1}")
+            raise UserError(f"{flag} {label}: the model has classes 0 to {num_classes - 1}")
 
 
 def _at_least_1(settings: object, *names: str) -> None:

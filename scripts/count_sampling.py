@@ -20,12 +20,10 @@ from benchmarks.counting import SamplingCost
 from benchmarks.report import aligned
 from benchmarks.timing import check_at_least
 from runtime import distributed
-from runtime.command_line import parse
 from runtime.errors import run
-from runtime.releases import ALIASES
 from runtime.settings import Given, setting
-from sampling.config import KINDS, SamplingSettings
-from sampling.pipeline import open_pipeline
+from sampling.config import SamplingSettings, parse_settings
+from sampling.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +59,8 @@ def count_sampling(given: Given[CountSamplingSettings]) -> dict[str, Any]:
     """
     images = given.general.images
     with distributed.world(given.general.compute.device) as world:
-        pipeline, prepared = open_pipeline(given, world.device)
+        pipeline = Pipeline.open(given, world.device)
+        prepared = pipeline.prepare()
         with SamplingCost().listening() as cost:
             pipeline.denoise(prepared, 0, range(images), {"y": torch.arange(images) % pipeline.num_classes})
     return {"model": pipeline.info.model, "images": images, **summary(cost, images)}
@@ -93,7 +92,7 @@ def summary_table(counted: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Parse flags, sample, count, print."""
-    given = parse(CountSamplingSettings, argv, program="count_sampling.py", doc=__doc__, kinds=KINDS, aliases=ALIASES)
+    given = parse_settings(CountSamplingSettings, argv, "count_sampling.py", __doc__)
     counted = count_sampling(given)
     print(json.dumps(counted, indent=2) if given.general.json else summary_table(counted))
 

@@ -1,30 +1,24 @@
 """Checkpoints of networks for the digits, as train.py leaves them, without training."""
 
-import dataclasses
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
 
-from models import create_model
 from runtime.checkpoint import save_checkpoint
+from runtime.settings import flag_name
 from tests.networks import randomise
-
-PROCESSES: dict[str, dict[str, Any]] = {
-    "gaussian": {"noise_schedule": "squaredcos_cap_v2", "predict_xstart": False, "learn_sigma": False},
-    "flow": {},
-}
+from tests.runs import DIGITS, open_setup
+from training.trainer import checkpoint_meta
 
 
-def save_digits_checkpoint(path: Path, model: str, process: str = "gaussian", seed: int = 0, **train: Any) -> Path:
-    """Writes a random network; `train` are settings of its training that readers look at."""
-    network = randomise(create_model(model), seed)
-    meta = {
-        "format": 1,
-        "step": 1,
-        "model": {"name": model, **dataclasses.asdict(network.config)},
-        "process": {"name": process, **PROCESSES[process]},
-        "data": {"vae": "none", "image_shape": [1, 8, 8], "classes": [str(k) for k in range(10)]},
-        "train": {"global_seed": seed, **train},
-    }
+def save_digits_checkpoint(
+    path: Path, model: str, process: str = "gaussian", seed: int = 0, **settings: object
+) -> Path:
+    """Write the average of a run with these settings, of random weights."""
+    flags = [word for name, value in settings.items() for word in (flag_name(name), value)]
+    schedule = ["--noise-schedule", "squaredcos_cap_v2"] if process == "gaussian" else []
+    setup = open_setup(*DIGITS, "--model", model, "--process", process, "--global-seed", seed, *schedule, *flags)
+    meta, weights = checkpoint_meta(setup, 1), randomise(setup.network, seed).state_dict()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, {"ema": network.state_dict()}, meta)
+    save_checkpoint(path, dict.fromkeys(meta["averages"], weights), meta)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,17 @@ def randomise(network: Network, seed: int = 0) -> Network:
 
 
 def debug_name(family: str) -> str:
-    """The debug-size model of a family, or its only one."""
-    names = list(models.FAMILIES[family].configs)
-    return next((name for name in names if "debug" in name), names[0])
+    """The model of a family with the smallest numbers in its config; of about equal ones the first."""
+
+    def size(name: str) -> int:
+        numbers = dataclasses.asdict(models.model_config(name)).values()
+        return sum(number for number in numbers if isinstance(number, int)).bit_length()
+
+    return min(models.FAMILIES[family].configs, key=size)
 
 
 def debug_network(family: str, **overrides: Any) -> Network:
-    """A family's debug-size network with random weights."""
+    """A family's smallest network with random weights."""
     return randomise(models.create_model(debug_name(family), **overrides))
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 TIMEOUT = 240
 GRACE = 15  # seconds that ranks have to leave after one has failed
 # Imported once by the process that ranks are forked from.
-PRELOADED = ["tests.processes", "train", "sample_ddp", "evaluator.__main__", "torch._dynamo", "sklearn.datasets"]
+PRELOADED = "tests.processes train sample_ddp evaluator.__main__ torch._dynamo sklearn.datasets timm".split()
 
 
 def _environment() -> dict[str, str]:
@@ -102,7 +102,7 @@ def fork_script(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    arguments = (str(ROOT / script), argv, str(folder), str(output), dict(environment), fault)
+    arguments = (str(ROOT / script), argv, str(folder), str(output), {**_environment(), **environment}, fault)
     process = context.Process(target=_run_forked, args=arguments)
     before = dict(os.environ)
     try:
@@ -123,7 +123,8 @@ def _run_forked(
         os.dup2(os.open(f"{output}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     torch.set_num_threads(1)
     gc.freeze()  # a collection at the end would go through all modules
-    os.environ.update({**_environment(), **environment})
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(folder)
     sys.argv = [script, *argv]
     exec(fault, {"__name__": "fault"})

@@ -152,7 +152,7 @@ def test_a_recorded_config_starts_the_run_again(name, workplace):
 @pytest.mark.parametrize("name", RUNS)
 def test_latents_are_those_of_the_old_code(name, written, workplace, monkeypatch):
     sampled, decode = [], Pipeline.decode
-    monkeypatch.setattr(Pipeline, "decode", lambda self, latents: sampled.append(latents) or decode(self, latents))
+    monkeypatch.setattr(Pipeline, "decode", lambda self, x, *run: sampled.append(x) or decode(self, x, *run))
     recorded = load_file(format1.FOLDER / name / "latents.safetensors")
     for case, flags in MANIFEST["runs"][name]["cases"].items():
         argv = ["--ckpt", str(written[name]), *MANIFEST["sample_argv"].split(), *flags.split()]

@@ -1,20 +1,18 @@
 """Loss curves of every family at debug size, as text: a refactor may not move them.
 
-A change that must move them says so in CHANGELOG.md with the reason, and writes them anew:
+A change that must move them says so in CHANGELOG.md with the reason, and records them again:
 
     python -m tests.test_golden_losses
 """
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 
 import models
-import train
-from runtime.errors import run
 from tests.networks import debug_name
+from tests.runs import DIGITS, losses, start
 
 CURVES = Path(__file__).parent / "assets" / "losses"
 # Another processor rounds differently, and twenty steps of Adam spread that a little; a changed computation shows.
@@ -23,11 +21,9 @@ TOLERANCE = 2e-4
 
 def loss_curve(family: str, results: Path) -> list[float]:
     """Twenty losses on the digits: seed 0, float32, the official recipe's settings at a batch of 16."""
-    argv = ["--dataset", "digits", "--model", debug_name(family), "--results-dir", str(results), "--device", "cpu"]
-    argv += "--max-steps 20 --global-batch-size 16 --log-every 1 --num-workers 0 --precision fp32 --lr 1e-3".split()
-    assert run(train.main, "train.py", argv) == 0
-    (metrics,) = results.glob("*/metrics.jsonl")
-    return [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    argv = "--max-steps 20 --global-batch-size 16 --precision fp32 --lr 1e-3".split()
+    assert start(results, *DIGITS, "--model", debug_name(family), *argv) == 0
+    return [*losses(results).values()]
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

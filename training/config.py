@@ -265,8 +265,9 @@ def _at_least(settings: object, least: int, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if value is not None and not value >= least:
-            bound = f"at least {least}" if least else "not negative"
-            raise ValueError(f"{flag_name(name)} {value}: must be {bound}")
+            raise ValueError(
+                f"{flag_name(name)} {value}: must {f'be at least {least}' if least else 'not be negative'}"
+            )
 
 
 def _positive(settings: object, *names: str) -> None:

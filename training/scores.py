@@ -45,8 +45,6 @@ def open_scorer(config: TrainSettings, image_size: tuple[int, ...], device: torc
         UserError: if the reference or the network's weights cannot be used.
     """
     settings = config.validation
-    if settings.eval_every is None or not settings.eval_samples:
-        return None
     if config.data.dataset == "digits":
         return Scorer(lambda images: images, digits_scores)
     return None if settings.eval_reference is None else open_inception(settings.eval_reference, image_size, device)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from data import Dataset, encoder_for, open_dataset, open_digits
 from data.encoders import Encoder
 from data.vision_encoder import VisionEncoder
-from diffusion import PROCESSES
+from diffusion import PREVIEW_SAMPLER, PROCESSES, make_sampler
 from diffusion.alignment import Alignment
 from diffusion.loss import DiffusionLoss, LossSettings, row_noise
+from diffusion.sampling import Sampler
 from models import Network, create_model, family_of, model_config
 from models.transfer import adapt_weights
 from runtime import distributed
@@ -29,7 +30,21 @@ from training.losses import LOSSES
 from training.optimization import OptimizerSettings
 from training.scores import Scorer, open_scorer
 
-M = TypeVar("M", bound=nn.Module)
+
+class ValidationData(NamedTuple):
+    """What validations measure with.
+
+    Attributes:
+        every: steps from one to the next.
+        held_out: data of the loss; None without one.
+        sampler: of samples; None without any.
+        scorer: of samples; None without one.
+    """
+
+    every: int
+    held_out: Dataset | None
+    sampler: Sampler | None
+    scorer: Scorer | None
 
 
 @dataclass
@@ -41,24 +56,22 @@ class Setup:
         owners: kind -> name that was chosen, and its settings.
         dataset: training data.
         source: where they come from, for the log.
-        held_out: data of the validation loss; None without one.
         encoder: between the data and the network's latents.
         loss: holds the network and the process.
         total_steps: number of steps of the run.
         notes: what was changed to make the weights of --init-from fit.
-        scorer: of samples made by a validation; None without one.
+        validation: None without validations.
     """
 
     config: TrainSettings
     owners: dict[str, tuple[str, Any]]
     dataset: Dataset
     source: str
-    held_out: Dataset | None
     encoder: Encoder
     loss: DiffusionLoss
     total_steps: int
     notes: list[str]
-    scorer: Scorer | None
+    validation: ValidationData | None
 
     @property
     def network(self) -> Network:
@@ -123,24 +136,28 @@ def set_up(
     source = str(config.data.data_path or config.data.dataset) if dataset is None else type(dataset).__name__
     dataset = open_training_data(config) if dataset is None else dataset
     check_classes(config, fields, dataset)
-    held_out = open_held_out(config, dataset) if held_out is None else held_out
     vae = config.data.vae or dataset.vae
     with error_prefix(f"--vae {vae}"):
         encoder = encoder_for(dataset, vae, device)
-        sample_shape = encoder.latent_shape(dataset.image_shape)
-    network = build_network(config, fields, sample_shape, device, fake)
-    alignment = open_alignment(config, dataset, network, device, fake)
-    loss = build_loss(config, owners, network, alignment)
+        shape = encoder.latent_shape(dataset.image_shape)
+    vision = open_vision_encoder(config, dataset, device)
+    make = partial(build_loss, config, owners, fields, shape, vision)
+    if fake is None:
+        loss = make().to(device)  # made on the CPU, so that fresh weights are the same on every device
+    else:
+        with fake, device:
+            loss = make()
     notes = [] if start is None or fake is not None else load_start(config, loss, start, dataset)
 
-    *_, channels, _, width = dataset.image_shape
-    resolved = replace(
-        config, process=names["process"], data=replace(config.data, vae=vae, image_size=width, channels=channels)
-    )
-    owners |= {"model": (config.model, network.config)}
+    owners |= {"model": (config.model, loss.network.config)}
+    channels, width = dataset.image_shape[-3], dataset.image_shape[-1]
+    data = replace(config.data, vae=vae, image_size=width, channels=channels)
+    resolved = replace(config, process=names["process"], data=data)
     steps = config.optimization.total_steps(len(dataset))
-    scorer = open_scorer(config, dataset.image_shape[-2:], device)
-    return Setup(resolved, owners, dataset, source, held_out, encoder, loss, steps, notes, scorer)
+    setup = Setup(resolved, owners, dataset, source, encoder, loss, steps, notes, None)
+    if config.validation.eval_every is not None:
+        setup.validation = open_validation(setup, config.validation.eval_every, held_out, device)
+    return setup
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -166,39 +183,6 @@ def open_training_data(config: TrainSettings) -> Dataset:
             seed=config.optimization.global_seed,
             strict=data.strict,
         )
-
-
-def open_held_out(config: TrainSettings, dataset: Dataset) -> Dataset | None:
-    """The images of the validation loss, which are never mirrored; None without such a loss.
-
-    Raises:
-        UserError: if they cannot be opened or are of other classes than the training data, or if a validation has
-            nothing to do.
-    """
-    path, data, validation = config.validation.eval_data_path, config.data, config.validation
-    if validation.eval_every is None:
-        return None
-    if data.dataset == "digits":
-        return open_digits("test", seed=config.optimization.global_seed)
-    if path is None:
-        if not validation.eval_samples:
-            every = f"--eval-every {validation.eval_every}"
-            raise UserError(f"{every}: nothing to do; give --eval-data-path or --eval-samples")
-        return None
-    channels, *size = dataset.image_shape[-3:]
-    with error_prefix("--eval-data-path"):
-        held_out = open_dataset(data.dataset, path, (size[0], size[1]), channels, flip=False, strict=data.strict)
-    if list(held_out.classes) != list(dataset.classes):
-        raise UserError(
-            f"--eval-data-path {path}: its {len(held_out.classes)} classes are not the {len(dataset.classes)} of "
-            "--data-path, by name"
-        )
-    if held_out.vae != dataset.vae:
-        raise UserError(
-            f"--eval-data-path {path}: latents of the autoencoder {held_out.vae}, but --data-path has those of "
-            f"{dataset.vae}"
-        )
-    return held_out
 
 
 def encode(setup: Setup, images: Tensor, step: int, rows: range, seed: int | None = None) -> Tensor:
@@ -257,27 +241,6 @@ def check_classes(config: TrainSettings, fields: Values, dataset: Dataset) -> No
     )
 
 
-def build_network(
-    config: TrainSettings, fields: Values, shape: tuple[int, ...], device: torch.device, fake: FakeTensorMode | None
-) -> Network:
-    """The network with fresh weights, the same on every rank.
-
-    Raises:
-        UserError: if it does not take such latents.
-    """
-    torch.manual_seed(derive_seed("weights", config.optimization.global_seed))
-    with error_prefix(f"--image-size {config.data.image_size or 'of the data'}"):
-        return build(lambda: create_model(config.model, **fields, sample_shape=shape), device, fake)
-
-
-def build(make: Callable[[], M], device: torch.device, fake: FakeTensorMode | None) -> M:
-    """Build a module on a device, with values or without."""
-    if fake is None:
-        return make().to(device)  # made on the CPU, so that fresh weights are the same on every device
-    with fake, device:
-        return make()
-
-
 def load_start(config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, dataset: Dataset) -> list[str]:
     """Fill the network with the weights of --init-from; returns what had to be changed to fit.
 
@@ -316,28 +279,11 @@ def check_loss(given: Given[TrainSettings], name: str, settings: LossSettings) -
         )
 
 
-def build_loss(
-    config: TrainSettings, owners: Mapping[str, tuple[str, Any]], network: Network, alignment: Alignment | None
-) -> DiffusionLoss:
-    """The loss that trains a network, with its process."""
-    (_, process), (name, settings) = owners["process"], owners["loss"]
-    return LOSSES[name].loss(
-        network,
-        process.make(network.out_channels != network.sample_shape[-3]),
-        seed=config.optimization.global_seed,
-        autocast=torch.bfloat16 if config.compute.precision == "bf16" else None,
-        alignment=alignment,
-        settings=settings,
-    )
-
-
-def open_alignment(
-    config: TrainSettings, dataset: Dataset, network: Network, device: torch.device, fake: FakeTensorMode | None
-) -> Alignment | None:
-    """The vision encoder and a fresh projector, if features are to be aligned.
+def open_vision_encoder(config: TrainSettings, dataset: Dataset, device: torch.device) -> VisionEncoder | None:
+    """The encoder whose tokens features are aligned with; None without alignment.
 
     Raises:
-        UserError: if there are no raw RGB images to align with, or for anything about the flags that does not fit.
+        UserError: if there are no raw RGB images to align with, or if the encoder cannot be had.
     """
     settings = config.alignment
     if settings.align is None:
@@ -348,16 +294,107 @@ def open_alignment(
         )
     if dataset.image_shape[-3] != 3:
         raise UserError(f"--align {settings.align}: needs RGB images, and these are grey")
+    with error_prefix(f"--align {settings.align}"):
+        return VisionEncoder(settings.align, dataset.image_shape[-1], settings.align_ckpt, device)
+
+
+def build_loss(
+    config: TrainSettings,
+    owners: Mapping[str, tuple[str, Any]],
+    fields: Values,
+    shape: tuple[int, ...],
+    vision: VisionEncoder | None,
+) -> DiffusionLoss:
+    """The loss with its network, process and alignment; fresh weights are the same on every rank.
+
+    Raises:
+        UserError: if the network does not take such latents or such an alignment.
+    """
+    (_, process), (name, settings) = owners["process"], owners["loss"]
+    torch.manual_seed(derive_seed("weights", config.optimization.global_seed))
+    with error_prefix(f"--image-size {config.data.image_size or 'of the data'}"):
+        network = create_model(config.model, **fields, sample_shape=shape)
+    return LOSSES[name].loss(
+        network,
+        process.make(network.out_channels != shape[-3]),
+        seed=config.optimization.global_seed,
+        autocast=torch.bfloat16 if config.compute.precision == "bf16" else None,
+        alignment=None if vision is None else build_alignment(config, network, vision),
+        settings=settings,
+    )
+
+
+def build_alignment(config: TrainSettings, network: Network, vision: VisionEncoder) -> Alignment:
+    """The alignment of a network's features, with a fresh projector.
+
+    Raises:
+        UserError: for a block that the network lacks, or a value that has no meaning.
+    """
+    settings = config.alignment
     if not 1 <= settings.align_block <= len(network.blocks):
         raise UserError(f"--align-block {settings.align_block}: {config.model} has blocks 1 to {len(network.blocks)}")
     with error_prefix(f"--align {settings.align}"):
-        encoder = VisionEncoder(settings.align, dataset.image_shape[-1], settings.align_ckpt, device)
-        make = partial(
-            Alignment,
-            encoder,
+        return Alignment(
+            vision,
             network.config.hidden_size,
             block=settings.align_block,
             weight=settings.align_weight,
             hidden=settings.align_width,
         )
-        return build(make, device, fake)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Validation
+
+
+def open_validation(setup: Setup, every: int, held_out: Dataset | None, device: torch.device) -> ValidationData:
+    """What the validations of a run measure with.
+
+    Args:
+        setup: of the run.
+        every: steps from one validation to the next.
+        held_out: data of the loss; None opens those that the settings name.
+        device: of the scores.
+
+    Raises:
+        UserError: for data of other classes, a number of steps that the sampler refuses, an unusable reference, or if
+            a validation has nothing to do.
+    """
+    settings, process = setup.config.validation, setup.loss.process
+    held_out = open_held_out(setup.config, setup.dataset) if held_out is None else held_out
+    if not settings.eval_samples:
+        if held_out is None:
+            raise UserError(f"--eval-every {every}: nothing to do; give --eval-data-path or --eval-samples")
+        return ValidationData(every, held_out, None, None)
+    with error_prefix(f"--eval-steps {settings.eval_steps}"):
+        pixels, steps = setup.encoder.name == "none", str(settings.eval_steps)
+        sampler = make_sampler(PREVIEW_SAMPLER[process.name], process, steps, pixels=pixels)
+    scorer = open_scorer(setup.config, setup.dataset.image_shape[-2:], device)
+    return ValidationData(every, held_out, sampler, scorer)
+
+
+def open_held_out(config: TrainSettings, dataset: Dataset) -> Dataset | None:
+    """The images of the validation loss, which are never mirrored; None if there are none.
+
+    Raises:
+        UserError: if they cannot be opened or are of other classes than the training data.
+    """
+    path, data = config.validation.eval_data_path, config.data
+    if data.dataset == "digits":
+        return open_digits("test", seed=config.optimization.global_seed)
+    if path is None:
+        return None
+    channels, height, width = dataset.image_shape[-3:]
+    with error_prefix("--eval-data-path"):
+        held_out = open_dataset(data.dataset, path, (height, width), channels, flip=False, strict=data.strict)
+    if list(held_out.classes) != list(dataset.classes):
+        raise UserError(
+            f"--eval-data-path {path}: its {len(held_out.classes)} classes are not the {len(dataset.classes)} of "
+            "--data-path, by name"
+        )
+    if held_out.vae != dataset.vae:
+        raise UserError(
+            f"--eval-data-path {path}: latents of the autoencoder {held_out.vae}, but --data-path has those of "
+            f"{dataset.vae}"
+        )
+    return held_out

@@ -149,9 +149,8 @@ class Trainer:
             self.loss = DistributedDataParallel(setup.loss, device_ids=devices, gradient_as_bucket_view=True)
         self.guard = FiniteGuard(self.state.optimizer, world.device)
         self.meter = LossMeter()
-        self.validation = (
-            Validation(setup, self.state.ema.network, world) if self.config.validation.eval_every else None
-        )
+        data = setup.validation
+        self.validation = None if data is None else Validation(setup, data, self.state.ema.network, world)
 
     def run(self) -> None:
         """Train to the last step, or until a signal asks to stop.
@@ -175,7 +174,7 @@ class Trainer:
                 end_of_step()
                 if state.step % run.log_every == 0:
                     self.report(grad_norm)
-                if self.validation is not None and (state.step % self.validation.every == 0 or state.step == total):
+                if self.validation is not None and self.validation.is_due(state.step):
                     self.validate(self.validation)
                 stopping = stop.by_any_rank()
                 if state.step % run.ckpt_every == 0 or state.step == total or stopping:

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, default_collate
 
 from data import Dataset, conditioning
 from data.pixels import enlarge, grid, save_png, to_picture, to_uint8
-from diffusion import PREVIEW_SAMPLER, ImageNoise, evaluations, guided, make_sampler, sample_loop
+from diffusion import ImageNoise, evaluations, guided, sample_loop
 from diffusion.loss import Batch, DiffusionLoss
+from diffusion.sampling import Sampler
 from diffusion.schedules import convert_time
 from models import Network
 from models.acceleration import AutocastNetwork
@@ -32,7 +33,7 @@ from models.contract import NetworkLike
 from runtime import distributed
 from runtime.distributed import World
 from runtime.seeds import derive_seed
-from training.setup import Setup, encode
+from training.setup import Setup, ValidationData, encode
 
 ROWS = 32  # of one evaluation; fixed, because draws belong to a chunk of images
 QUARTERS = 4
@@ -73,39 +74,39 @@ class Validation:
     """Measures a network as it is now.
 
     Args:
-        setup: of the run; its `held_out` images are those of the loss.
+        setup: of the run.
+        data: what to measure with.
         network: the averaged one, in eval mode.
         world: this process and its place among all.
     """
 
-    def __init__(self, setup: Setup, network: Network, world: World) -> None:
-        self.setup, self.settings, self.network, self.world = setup, setup.config.validation, network, world
+    def __init__(self, setup: Setup, data: ValidationData, network: Network, world: World) -> None:
+        self.setup, self.data, self.network, self.world = setup, data, network, world
+        self.settings = setup.config.validation
         self.seed = derive_seed("validation", setup.config.optimization.global_seed)
         self.loss = DiffusionLoss(
             network, setup.loss.process, seed=self.seed, dropout_prob=0.0, autocast=setup.loss.autocast
         )
 
-    @property
-    def every(self) -> int:
-        """Steps from one validation to the next."""
-        assert self.settings.eval_every is not None  # else there is none
-        return self.settings.eval_every
+    def is_due(self, step: int) -> bool:
+        """True after the steps that a validation follows: every so many, and the last."""
+        return step % self.data.every == 0 or step == self.setup.total_steps
 
     def run(self) -> Report:
         """Loss, samples and scores; a collective operation."""
         started = time.perf_counter()
-        values = {} if self.setup.held_out is None else self.losses(self.setup.held_out)
+        values = {} if self.data.held_out is None else self.losses(self.data.held_out)
         pictures = None
-        if self.settings.eval_samples:
-            pictures, scores = self.sample_and_score()
+        if self.data.sampler is not None:
+            pictures, scores = self.sample_and_score(self.data.sampler)
             values |= scores
         return Report(values, pictures, time.perf_counter() - started)
 
-    def sample_and_score(self) -> tuple[npt.NDArray[np.uint8] | None, dict[str, float]]:
+    def sample_and_score(self, sampler: Sampler) -> tuple[npt.NDArray[np.uint8] | None, dict[str, float]]:
         """Sample images, keep the first as pictures, score all; results are on rank 0 only."""
         count, cond = self.settings.eval_samples, self.preview_conditioning()
-        scorer, shown, rows = self.setup.scorer, [], []
-        for first, pixels in self.sample(cond):
+        scorer, shown, rows = self.data.scorer, [], []
+        for first, pixels in self.sample(sampler, cond):
             shown.append(to_picture(pixels[: max(0, SHOWN - first)]))
             if scorer is not None:
                 rows.append(scorer.features(to_uint8(pixels)))
@@ -121,7 +122,7 @@ class Validation:
         count, classes = self.settings.eval_samples, len(self.setup.dataset.classes)
         if classes:
             return {"y": torch.arange(count) % classes}
-        images = self.setup.dataset if self.setup.held_out is None else self.setup.held_out
+        images = self.setup.dataset if self.data.held_out is None else self.data.held_out
         return conditioning(default_collate([images[0, i % len(images)][1] for i in range(count)]))
 
     @torch.no_grad()
@@ -154,18 +155,18 @@ class Validation:
         return {"val_loss": sum(total) / sum(seen)} | quarters
 
     @torch.no_grad()
-    def sample(self, cond: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def sample(self, sampler: Sampler, cond: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Sample this process's share of images, a few at a time; extra rows repeat the first ones.
 
         Args:
+            sampler: of the process.
             cond: conditioning of all images.
 
         Yields:
             Number of the first of them, and pixels (n, ..., C, H, W) float32.
         """
         device, encoder, network = self.world.device, self.setup.encoder, self.network
-        process, steps, count = self.loss.process, str(self.settings.eval_steps), self.settings.eval_samples
-        sampler = make_sampler(PREVIEW_SAMPLER[process.name], process, steps, pixels=encoder.name == "none")
+        count = self.settings.eval_samples
         times = [convert_time(t, sampler.time_convention, network.time_convention) for t in sampler.times]
         prepared: NetworkLike = network.for_sampling(times)
         if self.loss.autocast is not None:

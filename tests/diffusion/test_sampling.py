@@ -518,5 +518,5 @@ def test_jobs_of_different_seeds_share_no_image() -> None:
 
 @pytest.mark.parametrize("index", [-1, 2**32])
 def test_image_numbers_outside_32_bits_are_refused(index: int) -> None:
-    with pytest.raises(ValueError, match=rf"image index must lie in \[0, 2\^32\), not {index}"):
+    with pytest.raises(ValueError, match=rf"image index must be in \[0, 2\^32\), not {index}"):
         ImageNoise(0, [index], SHAPE)

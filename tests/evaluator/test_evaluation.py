@@ -28,7 +28,7 @@ from evaluator.settings import EvaluatorConfig
 from evaluator.statistics import feature_statistics
 from runtime.errors import run
 from tests.inception_files import NARROW, make_images, write_graph, write_npz
-from tests.processes import ROOT, run_script
+from tests.processes import ROOT, run_ranks
 
 LABELS = ["Inception Score", "FID", "sFID", "Precision", "Recall"]  # ADM's, in ADM's order
 QUICK = ("--metrics", "is,fid,pr")  # sFID's 2,023 eigenvalues take a second
@@ -332,7 +332,7 @@ def test_two_processes_give_the_scores_of_one(files, graph, capsys):
     flags = ("--batch-size", "3", *QUICK)
     assert evaluate(graph, *flags, "--json", "one.json") == 0
     argv = ("ref.npz", "samples.npz", "--weights", str(graph), "--cache-dir", "other", *flags, "--json", "two.json")
-    done = run_script("evaluator/evaluator.py", *argv, ranks=2, folder=files)
+    done = run_ranks("evaluator/evaluator.py", *argv, ranks=2, folder=files)
     assert done.returncode == 0, done.stderr
     found = [line.split(":")[0] for line in done.stdout.splitlines()]
     assert found == [label for label in LABELS if label != "sFID"]
@@ -343,7 +343,7 @@ def test_two_processes_give_the_scores_of_one(files, graph, capsys):
 @pytest.mark.slow
 def test_an_error_under_torchrun_is_one_line_and_status_2(files, graph):
     argv = ("ref.npz", "gone.npz", "--weights", str(graph))
-    done = run_script("evaluator/evaluator.py", *argv, ranks=2, folder=files)
+    done = run_ranks("evaluator/evaluator.py", *argv, ranks=2, folder=files)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "gone.npz" in line]
     assert lines == ["evaluator: error: gone.npz: there is no such file"]
@@ -517,7 +517,7 @@ def test_damaged_stored_pixels_leave_no_result(files, graph, capsys, name):
 def test_damage_that_main_finds_ends_all_processes(files, graph, name):
     damage_stored_pixels(name)
     argv = ("ref.npz", "samples.npz", "--weights", str(graph), "--cache-dir", "cache", *QUICK)
-    done = run_script("evaluator/evaluator.py", *argv, ranks=2, folder=files)
+    done = run_ranks("evaluator/evaluator.py", *argv, ranks=2, folder=files)
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("evaluator:"))
     assert f"error: {name}: its images are damaged" in line and done.stdout == ""
     assert re.search(r"exitcode\s*: 2", done.stderr) and not (files / "samples.scores.json").exists()

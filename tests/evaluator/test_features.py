@@ -15,7 +15,7 @@ from evaluator.npz import BadImageFile, ImageFile
 from evaluator.statistics import feature_statistics
 from runtime.distributed import World
 from tests.inception_files import make_images, write_npz
-from tests.processes import run_script
+from tests.processes import run_ranks
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -169,7 +169,7 @@ def on_cpu(path, spatial=True, count=9):
 def test_the_number_of_processes_does_not_matter(tmp_path, graph, ranks):
     path = write_npz(tmp_path / "images.npz", make_images(9))
     (tmp_path / "script.py").write_text(SCRIPT)
-    done = run_script(tmp_path / "script.py", str(graph), str(path), str(tmp_path), ranks=ranks, folder=tmp_path)
+    done = run_ranks(tmp_path / "script.py", str(graph), str(path), str(tmp_path), ranks=ranks, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     backend = load_network(graph)
     for batch_size in (2, 5):  # with 5, a third process has nothing to do

@@ -123,6 +123,16 @@ def test_reset_gives_the_distribution_of_a_fresh_network_from_any_values(family:
             assert parameter.isfinite().all(), key
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["DiT", "DyDiT", "DDT", "Skip-DiT"])
+def test_a_fresh_network_predicts_exactly_zero_and_so_does_a_reset_one(family: str) -> None:
+    fresh, reset = create_model(debug_name(family)), randomise(create_model(debug_name(family)))
+    reset.reset_parameters()
+    for network in (fresh, reset):
+        x, t, conditioning = inputs(network)
+        assert not network(x, t, **conditioning).sample.any()
+
+
 def test_recomputed_blocks_give_the_same_gradients_under_the_same_names(network: Network) -> None:
     (x, t, conditioning), names, gradients = inputs(network), list(network.state_dict()), []
     for recompute in (False, True):

@@ -444,8 +444,7 @@ def test_differences_name_what_changed():
 
 
 def sampling_settings(*argv):
-    options = {"kinds": sampling.config.KINDS, "aliases": ALIASES, "migrate": sample.upgrade}
-    return parse(sample.SampleSettings, argv, program=sample.PROGRAM, doc="y", **options)
+    return sampling.config.parse_settings(sample.SampleSettings, argv, sample.PROGRAM, "y")
 
 
 def model_and_interval(*argv):

@@ -1,249 +1,240 @@
-"""What decides when no flag does, what is computed once, and what precision and speed change."""
+"""The pipeline that people use: sampling, encoding and decoding, settings from call to call, and their mistakes."""
 
-import argparse
-import copy
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from diffusion import guided
+import models
+import sample_ddp
 from models import Network, create_model
-from models.acceleration import GraphedNetwork
-from models.layers import TimestepEmbedder
-from runtime import releases
-from runtime.checkpoint import save_checkpoint
-from runtime.errors import UserError
-from runtime.releases import Preset, Release
-from sampling import config as sampling_config
-from sampling import pipeline
-from sampling.config import SamplingConfig
-from sampling.pipeline import Pipeline
-from tests.file_server import serving
+from runtime.errors import UserError, run
+from sampling import pipeline as pipeline_module
+from sampling.pipeline import KEPT_RUNS, Pipeline
+from tests import format1
+from tests.checkpoints import write_network
 from tests.golden_data import relative_error
 from tests.networks import randomise, small_autoencoder
-from tests.test_sampling_scripts import write_checkpoint
-
-CPU = torch.device("cpu")
+from tests.toys import TextToy
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("run") / "0000001.safetensors")
-
-
-def make(ckpt: Path, **settings: object) -> Pipeline[SamplingConfig]:
-    defaults = {"num_sampling_steps": "4", "cfg_scale": 2.0}
-    return Pipeline(SamplingConfig(ckpt=ckpt, **{**defaults, **settings}), CPU)  # type: ignore[arg-type]
-
-
-def draw(made: Pipeline[SamplingConfig], rows: int = 2) -> torch.Tensor:
-    return made.denoise(0, range(rows), torch.arange(rows))
+def pipeline(ckpt: Path) -> Pipeline:
+    return Pipeline.from_pretrained(str(ckpt), device="cpu", num_sampling_steps=4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What decides
+# Images
 
 
-def test_our_checkpoint_and_the_defaults_decide_everything(ckpt: Path) -> None:
-    config = Pipeline(SamplingConfig(ckpt=ckpt), CPU).config
-    assert (config.model, config.vae, config.sampler, config.num_sampling_steps) == (
-        "DiT-digits/2", "none", "ddpm", "250",
-    )  # fmt: skip
-    assert (config.cfg_scale, config.guidance_channels, config.guidance_interval) == (1.5, None, None)
-    assert (config.image_size, config.num_classes, config.clip_denoised) == (8, 10, True)
+def test_a_checkpoint_of_the_earlier_format_is_sampled(tmp_path: Path) -> None:
+    path = format1.write_checkpoint("dit", tmp_path / "0000002.safetensors")
+    images = Pipeline.from_pretrained(path, device="cpu").sample([1, 0], num_sampling_steps=4)
+    assert images.shape == (2, 8, 8, 1) and images.dtype == np.uint8 and images.std() > 0
 
 
 @pytest.mark.parametrize(
-    ("sampler", "steps", "evaluations"), [("ddpm", "250", 250), ("ddim", "ddim50", 50), ("dpm++", "20", 20)]
+    "settings", [{}, {"sampler": "ddim", "eta": 0.5, "cfg_scale": 3.0}, {"precision": "bf16", "weights": "model"}]
 )
-def test_a_sampler_has_its_own_number_of_steps(ckpt: Path, sampler: str, steps: str, evaluations: int) -> None:
-    made = make(ckpt, sampler=sampler, num_sampling_steps=None)
-    assert made.config.num_sampling_steps == steps and len(made.sampler.times) == evaluations
+def test_images_are_those_of_sample_ddp(settings: dict[str, Any], ckpt: Path, tmp_path: Path) -> None:
+    """To the bit, for the same seed, labels, settings and batch size."""
+    argv = ["--ckpt", str(ckpt), "--output", str(tmp_path / "a.npz"), "--device", "cpu", "--num-sampling-steps", "4"]
+    argv += "--balanced-labels --num-fid-samples 7 --per-proc-batch-size 3 --global-seed 5".split()
+    argv += [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert run(sample_ddp.main, "sample_ddp.py", argv) == 0
+    pipeline = Pipeline.from_pretrained(ckpt, device="cpu", num_sampling_steps=4, **settings)
+    images = pipeline.sample(range(7), seed=5, batch_size=3)
+    with np.load(tmp_path / "a.npz") as file:
+        assert np.array_equal(images, file["arr_0"]) and file["arr_1"].tolist() == [*range(7)]
 
 
-def official_file(path: Path, **fields: object) -> Network:
-    """A training checkpoint as the official train.py writes it, of a small network."""
-    network = randomise(create_model("DiT-debug/2", **fields))
-    flags = argparse.Namespace(model="DiT-debug/2", global_seed=0)
-    state = {"model": {}, "ema": network.state_dict(), "opt": {"state": {}}, "args": flags}
-    torch.save(state, path)
-    return network
+def test_an_image_depends_on_its_number_seed_and_label(pipeline: Pipeline) -> None:
+    images = pipeline.sample([3, 3, 4], seed=1)
+    assert len({image.tobytes() for image in images}) == 3
+    assert np.array_equal(pipeline.sample(torch.tensor([3, 3, 4]), seed=1), images)
+    assert np.array_equal(pipeline.sample(np.array([3, 3, 4]), seed=1, batch_size=8), pipeline.sample([3, 3, 4], 1))
+    assert not np.array_equal(pipeline.sample([3, 3, 4], seed=2), images)
 
 
-def test_an_official_training_checkpoint_is_sampled_without_further_flags(tmp_path: Path) -> None:
-    path = tmp_path / "0050000.pt"
-    network = official_file(path, in_channels=3, num_classes=7, input_size=12, learn_sigma=False)
-    made = Pipeline(SamplingConfig(ckpt=path, vae="none", num_sampling_steps="2"), CPU)
-    assert (made.config.model, made.num_classes, made.image_shape) == ("DiT-debug/2", 7, (12, 12, 3))
-    assert made.config.guidance_channels == 3 and made.multiply_adds == sum(network.multiply_adds().values())
-    assert draw(made).shape == (2, 3, 12, 12)
+def test_a_hook_sees_every_step_and_may_change_it(pipeline: Pipeline) -> None:
+    seen = []
+
+    def on_step(i: int, x: Tensor, out: object) -> Tensor | None:
+        seen.append(i)
+        return torch.full_like(x, 0.5) if i == 3 else None
+
+    assert (pipeline.sample([1, 2], on_step=on_step) == 191).all() and seen == [0, 1, 2, 3]
 
 
-def test_its_images_are_as_many_times_larger_as_the_autoencoder_says(tmp_path: Path) -> None:
-    small_autoencoder(tmp_path / "vae")
-    official_file(tmp_path / "a.pt")
-    settings = SamplingConfig(ckpt=tmp_path / "a.pt", vae=str(tmp_path / "vae"), image_size=16, num_sampling_steps="2")
-    made = Pipeline(settings, CPU)
-    assert made.image_shape == (16, 16, 3) and made.decode(draw(made)).shape == (2, 3, 16, 16)
-
-
-@pytest.fixture
-def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Release:
-    """A release in the table, and its file where downloads lie."""
-    preset = Preset("ddim", "ddim5", 3.0, channels=2, interval=(100, 900), vae="none")
-    row = Release("tiny.pt", "DiT", "DiT-debug/2", 8, "ema", "http://127.0.0.1:1", None, None, preset)
-    monkeypatch.setattr(releases, "RELEASES", (*releases.RELEASES, row))
-    (tmp_path / "pretrained").mkdir()
-    official_file(tmp_path / "pretrained" / row.file, in_channels=3)
-    return row
-
-
-@pytest.mark.parametrize("how", ["tiny", "tiny.pt", "a path", "the model alone"])
-def test_a_release_brings_its_preset(how: str, release: Release, tmp_path: Path) -> None:
-    folder = tmp_path / "pretrained"
-    settings: dict[str, object] = {"ckpt": folder / "tiny.pt" if how == "a path" else Path(how)}
-    if how == "the model alone":
-        settings = {"model": "DiT-debug/2", "image_size": 8}
-    made = Pipeline(SamplingConfig(pretrained_dir=folder, **settings), CPU)  # type: ignore[arg-type]
-    config = made.config
-    assert made.path == folder / "tiny.pt" and made.release == release
-    assert (config.sampler, config.num_sampling_steps, config.vae) == ("ddim", "ddim5", "none")
-    assert (config.cfg_scale, config.guidance_channels, config.guidance_interval) == (3.0, 2, (100, 900))
-
-
-def test_a_release_is_downloaded_by_its_name_and_sampled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    official_file(tmp_path / "there.pt", in_channels=3)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with serving() as server:
-        server.content, server.cut = (tmp_path / "there.pt").read_bytes(), [1000]  # the connection breaks off once
-        preset = Preset("dpm++", "3", 2.0, channels=3, vae="none")
-        row = Release("tiny.pt", "DiT", "DiT-debug/2", 8, "training", server.url, None, None, preset)
-        monkeypatch.setattr(releases, "RELEASES", (row,))
-        config = SamplingConfig(ckpt=Path("tiny"), pretrained_dir=tmp_path / "pretrained")
-        for _ in range(2):
-            made = Pipeline(config, CPU)
-            assert draw(made).shape == (2, 3, 8, 8) and made.config.sampler == "dpm++"
-        assert server.ranges == ["", "bytes=1000-"], "downloaded once, and gone on with"
-    assert capsys.readouterr().out.startswith(f"Downloading {server.url}/tiny.pt")
-
-
-def test_flags_outdo_a_preset_and_its_interval_belongs_to_its_scale(release: Release, tmp_path: Path) -> None:
-    def resolved(**settings: object) -> SamplingConfig:
-        config = SamplingConfig(ckpt=Path("tiny"), pretrained_dir=tmp_path / "pretrained", **settings)  # type: ignore[arg-type]
-        return Pipeline(config, CPU).config
-
-    other = resolved(cfg_scale=2.0, guidance_channels=3, num_sampling_steps="7")
-    assert (other.cfg_scale, other.guidance_channels, other.guidance_interval) == (2.0, 3, None)
-    assert (other.sampler, other.num_sampling_steps) == ("ddim", "7")
-    assert resolved(sampler="dpm++").num_sampling_steps == "20", "the preset's steps are its sampler's"
-    assert resolved(guidance_interval=(0.0, 500.0)).guidance_interval == (0.0, 500.0)
-
-
-def test_flags_that_contradict_a_release_are_refused(release: Release, tmp_path: Path) -> None:
-    config = SamplingConfig(ckpt=Path("tiny"), pretrained_dir=tmp_path / "pretrained", model="DiT-XL/2")
-    with pytest.raises(UserError, match="--model DiT-XL/2: --ckpt tiny was trained with DiT-debug/2"):
-        Pipeline(config, CPU)
-
-
-def test_a_sampler_of_another_process_is_refused(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = sampling_config.SAMPLERS["ddpm"]._replace(process="other")
-    monkeypatch.setitem(sampling_config.SAMPLERS, "elsewhere", row)
-    monkeypatch.setitem(sampling_config.PROCESSES, "other", sampling_config.PROCESSES["gaussian"])
-    with pytest.raises(UserError, match=r"trained under 'gaussian'; choose from ddpm, ddim, dpm\+\+$"):
-        make(ckpt, sampler="elsewhere")
+def test_a_text_network_is_sampled_with_its_conditioning(ckpt: Path, pipeline: Pipeline) -> None:
+    network = TextToy((1, 8, 8)).requires_grad_(False)
+    made = Pipeline(network, pipeline.info, pipeline.encoder, pipeline._given)
+    text, mask = torch.randn(3, 5, 6), torch.ones(3, 5)
+    null = {"text": torch.zeros(3, 5, 6), "text_mask": mask}
+    images = made.sample(text=text, text_mask=mask, null=null, batch_size=2)
+    assert images.shape == (3, 8, 8, 1) and len(network.seen[0][1]["text"]) == 4
+    assert made.sample(text=text, text_mask=mask, cfg_scale=1).shape == images.shape
+    with pytest.raises(UserError, match="null: unconditional rows of text come from the data"):
+        made.sample(text=text, text_mask=mask)
+    with pytest.raises(UserError, match="text_mask: missing; conditioning of this network: text, text_mask"):
+        made.sample(text=text, null=null)
+    with pytest.raises(UserError, match="labels: unknown"):
+        made.sample([1, 2], text=text, text_mask=mask, null=null)
+    with pytest.raises(UserError, match="must have one row per image"):
+        made.sample(text=text, text_mask=mask[:2], null=null)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is computed
+# Settings from call to call
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
-def test_timesteps_are_embedded_in_one_call_for_all_runs(
-    ckpt: Path, sampler: str, monkeypatch: pytest.MonkeyPatch
+def test_a_changed_setting_prepares_a_run_and_the_network_stays(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, forward = [], TimestepEmbedder.forward
-    monkeypatch.setattr(TimestepEmbedder, "forward", lambda self, t: calls.append(t) or forward(self, t))  # type: ignore[func-returns-value]
-    made = make(ckpt, sampler=sampler, num_sampling_steps="6")
-    for _ in range(2):
-        draw(made)
-    assert [len(t) for t in calls] == [6]
+    prepared, prepare_run = [], pipeline_module.prepare_run
+    monkeypatch.setattr(pipeline_module, "prepare_run", lambda *args: prepared.append(args[3]) or prepare_run(*args))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(models, "create_model", None)
+    network = pipeline.network
+    runs = [pipeline.prepare(sampler="ddim", cfg_scale=2 + k) for k in range(KEPT_RUNS)]
+    assert len(prepared) == KEPT_RUNS and len({id(each) for each in runs}) == KEPT_RUNS
+    assert [pipeline.prepare(sampler="ddim", cfg_scale=2 + k) for k in range(KEPT_RUNS)] == runs
+    pipeline.prepare(sampler="ddim", cfg_scale=2.0)  # the one used longest ago is forgotten first
+    pipeline.prepare(sampler="ddim", cfg_scale=9)
+    assert pipeline.prepare(sampler="ddim", cfg_scale=2) is runs[0] and len(prepared) == KEPT_RUNS + 1
+    pipeline.prepare(sampler="ddim", cfg_scale=3)
+    assert len(prepared) == KEPT_RUNS + 2 and len(pipeline._runs) == KEPT_RUNS
+    assert pipeline.network is network
 
 
-def test_an_interval_evaluates_both_halves_only_where_guidance_acts(ckpt: Path) -> None:
-    made, rows = make(ckpt, num_sampling_steps="ddim10", guidance_interval=(250.0, 650.0)), []
-    evaluate = made._evaluate
-    made._evaluate = lambda x, t, y, state: rows.append((t, len(x))) or evaluate(x, t, y, state)  # type: ignore[func-returns-value]
-    draw(made)
-    assert rows == [(t, 4 if 250 < t < 650 else 2) for t in range(900, -1, -100)]
+def test_results_do_not_depend_on_settings_used_before(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sampling.config.can_compile", lambda device_type: True)
+    monkeypatch.setattr("sampling.run.COMPILE_BACKEND", "eager")
+    others: list[dict[str, Any]] = [
+        {"precision": "bf16"}, {"compile": True}, {"cache_interval": 2}, {"guidance_interval": (200, 600)},
+        {"sampler": "ddim", "eta": 0.5}, {"num_sampling_steps": 3}, {},
+    ]  # fmt: skip
+
+    def opened() -> Pipeline:
+        return Pipeline.from_pretrained(ckpt, device="cpu", num_sampling_steps=4, cache_depth=1)
+
+    fresh = [opened().sample([1, 2], **settings) for settings in others]
+    used = opened()
+    for settings, expected in [*zip(others, fresh, strict=True), *reversed([*zip(others, fresh, strict=True)])]:
+        assert np.array_equal(used.sample([1, 2], **settings), expected), settings
 
 
-@pytest.mark.parametrize(("convention", "bounds"), [("index", (0, 700)), ("unit", (0.3, 1.0))])
-def test_an_interval_is_told_to_a_network_in_its_units(convention: str, bounds: tuple[float, float]) -> None:
-    assert pipeline._in_network_time((0, 700), convention) == pytest.approx(bounds)  # type: ignore[arg-type]
+def test_settings_of_the_pipeline_are_where_a_run_starts(ckpt: Path) -> None:
+    pipeline = Pipeline.from_pretrained(ckpt, device="cpu", sampler="ddim", eta=0.5, num_sampling_steps=3, cfg_scale=2)
+    run = pipeline.prepare()
+    assert (run.config.sampler, run.sampler.eta, len(run.table), run.table[0].scale) == ("ddim", 0.5, 3, 2.0)  # type: ignore[attr-defined]
+    assert pipeline.prepare(sampler="ddim", eta=0.5) is run and pipeline.prepare(cfg_scale=2.0) is run
+    assert pipeline.prepare(eta=0).sampler.eta == 0  # type: ignore[attr-defined]
+    assert pipeline.prepare(sampler="ddpm").config.sampler == "ddpm", "eta goes with its sampler"
 
 
-def test_guidance_gets_what_the_settings_say(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr(pipeline, "guided", lambda *args: asked.append(args[2:]) or guided(*args))  # type: ignore[func-returns-value]
-    made = make(ckpt, guidance_channels=1, guidance_interval=(0.0, 500.0))
-    draw(made)
-    assert asked == [(10, 2.0, 1, (0, 500), made.sampler.times, None)]
+def test_groups_of_settings_are_changed_at_once_and_paths_may_be_strings(ckpt: Path, tmp_path: Path) -> None:
+    pipeline = Pipeline.from_pretrained(ckpt, device="cpu", cache_depth=1, num_sampling_steps=4)
+    caching = pipeline.prepare(sharing="cheapest", sharing_interval=2, sharing_dir=str(tmp_path)).config.caching
+    assert (caching.sharing, caching.sharing_interval, caching.sharing_dir) == ("cheapest", 2, tmp_path)
+    run = pipeline.prepare(guidance_interval=[100, 900])
+    assert run is pipeline.prepare(guidance_interval=(100.0, 900.0))
 
 
-def test_bf16_is_float32_within_its_precision(ckpt: Path) -> None:
-    made = make(ckpt, precision="bf16")
-    plain, half = draw(make(ckpt)), draw(made)
-    assert half.dtype == torch.float32
-    assert 0 < (half - plain).abs().mean() < 0.05 * plain.abs().mean()
-    out = made._evaluate(torch.randn(1, 1, 8, 8), made.sampler.times[0], torch.tensor([0]), None)
-    assert out.sample.dtype == torch.bfloat16
+@pytest.mark.parametrize(
+    ("labels", "settings", "message"),
+    [
+        (None, {}, "labels: missing; conditioning of this network: labels"),
+        ([], {}, "labels and conditioning: must have one row per image, and at least one"),
+        ([3, 10], {}, "labels 10: the model has classes 0 to 9"),
+        ([-1], {}, "labels -1: the model has classes 0 to 9"),
+        ([1.5], {}, r"labels \[1.5\]: must be whole numbers, one per image"),
+        (3, {}, "labels 3: must be whole numbers, one per image"),
+        ([1], {"text": torch.zeros(1)}, "text: unknown; conditioning of this network: labels"),
+        ([1], {"batch_size": 0}, "batch_size 0: must be at least 1"),
+        ([1], {"cfg": 2}, "cfg: unknown setting"),
+        ([1], {"cfg_scale": "2"}, "cfg_scale = '2': expected float"),
+        ([1], {"cfg_scale": 0.5}, "--cfg-scale 0.5: must be at least 1"),
+        ([1], {"sampler": "magic"}, "sampler = 'magic': choose from ddpm, ddim"),
+        ([1], {"sampler": "euler"}, "--sampler euler: --ckpt was trained under 'gaussian'; choose from ddpm, ddim"),
+        ([1], {"eta": 0.5}, "--eta 0.5: is a setting of the sampler ddim; this run uses ddpm"),
+        ([1], {"sampler": "ddim", "eta": 5}, r"--eta 5.0 --num-sampling-steps 4: eta must be in \[0, 1\]"),
+        ([1], {"num_sampling_steps": 0}, "--num-sampling-steps 0: step spec '0'"),
+        ([1], {"sharing": "cheapest"}, "--sharing cheapest: has no effect without --sharing-interval"),
+        ([1], {"cache_interval": 2}, "--cache-interval 2: this network keeps nothing to reuse; give --cache-depth"),
+        ([1], {"cuda_graphs": True}, "--cuda-graphs: needs a CUDA device"),
+        ([1], {"weights": "model"}, "weights: belongs to the pipeline; give it to Pipeline.from_pretrained"),
+        ([1], {"vae_batch_size": 2}, "vae_batch_size: belongs to the pipeline"),
+        ([1], {"cache_depth": 1}, "cache_depth: belongs to the pipeline"),
+        ([1], {"device": "cpu"}, "device: belongs to the pipeline"),
+    ],
+)
+def test_a_mistake_is_one_line(labels: Any, settings: dict[str, Any], message: str, pipeline: Pipeline) -> None:
+    with pytest.raises(UserError, match=f"^{message}") as error:
+        pipeline.sample(labels, **settings)
+    assert "\n" not in str(error.value)
 
 
-def test_compiled_blocks_are_asked_for_by_a_flag(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_blocks, compiled = Network.compile_blocks, []
-    monkeypatch.setattr(
-        Network,
-        "compile_blocks",
-        lambda self, backend: compiled.append(len(self.blocks)) or compile_blocks(self, "eager"),
-    )
-    assert relative_error(draw(make(ckpt, compile=True)), draw(make(ckpt))) < 1e-5
-    assert compiled == [1]
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        ("nothing.pt", {}, "--ckpt nothing.pt: no such file"),
+        ("DiT-XL-2-265x256", {}, "no such file; released, and close to it: DiT-XL-2-256x256"),
+        (None, {"device": "cuda"}, "--device cuda: PyTorch finds no CUDA device"),
+        (None, {"vae": "/nowhere"}, "--vae /nowhere: no such folder"),
+        (None, {"vae": "ema"}, "--vae ema: the network's channels are 1, those of stabilityai/sd-vae-ft-ema 4"),
+        (None, {"cache_depth": 9}, "--cache-depth 9: cache_depth 9 must lie in 1..1, half the depth"),
+        (None, {"weights": "ema-0.5"}, "ema-0.5"),
+        (None, {"sampler": "heun"}, "--sampler heun: --ckpt was trained under 'gaussian'"),
+        (None, {"sample_shape": (1, 9, 9)}, "sample_shape: unknown setting"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_opened_is_one_line(
+    source: str | None, settings: dict[str, Any], message: str, ckpt: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        Pipeline.from_pretrained(source or ckpt, **{"device": "cpu", **settings})
+    assert "\n" not in str(error.value)
 
 
-def test_compiling_without_a_compiler_is_refused(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(ValueError, match=r"--compile: on a CPU it needs a C\+\+ compiler"):
-        SamplingConfig(ckpt=ckpt, compile=True, device="cpu")
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoder
 
 
-def test_recordings_are_asked_for_by_a_flag(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.models.test_acceleration import rerun
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(pipeline, "GraphedNetwork", lambda evaluate: GraphedNetwork(evaluate, rerun))
-    graphed, plain = make(ckpt, cuda_graphs=True), make(ckpt)
-    assert torch.equal(draw(graphed), draw(plain)) and torch.equal(draw(graphed), draw(plain))
-    assert graphed._evaluate.recordings == 4  # type: ignore[attr-defined]
+@pytest.fixture(scope="module")
+def latent_ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("latent")
+    small_autoencoder(folder / "vae")
+    network: Network = randomise(create_model("DiT-debug/2"))
+    meta = {"encoder": {"name": str(folder / "vae")}, "data": {"image_shape": [3, 16, 16], "classes": None}}
+    return write_network(folder / "a.safetensors", "DiT-debug/2", network, **meta)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_images_are_decoded_a_few_at_a_time(precision: str, tmp_path: Path) -> None:
-    small_autoencoder(tmp_path / "vae")
-    network = randomise(create_model("DiT-debug/2"))
-    meta = {
-        "model": {"name": "DiT-debug/2", "num_classes": 10},
-        "process": {"name": "gaussian"},
-        "data": {"vae": str(tmp_path / "vae"), "image_shape": [3, 16, 16]},
-    }
-    save_checkpoint(tmp_path / "a.safetensors", {"ema": network.state_dict()}, meta)
-    made = make(tmp_path / "a.safetensors", vae_batch_size=2, vae_precision=precision)
-    latents, sizes, decode = torch.randn(5, 4, 8, 8), [], copy.copy(made._autoencoder.decode)
-    made._autoencoder.decode = lambda latents: sizes.append(len(latents)) or decode(latents)  # type: ignore[method-assign,func-returns-value]
-    pixels = made.decode(latents)
+def test_images_are_decoded_a_few_at_a_time(precision: str, latent_ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline.from_pretrained(latent_ckpt, device="cpu", vae_batch_size=2, vae_precision=precision)
+    latents, sizes, decode = torch.randn(5, 4, 8, 8), [], pipeline.encoder.decode
+    monkeypatch.setattr(pipeline.encoder, "decode", lambda latents: sizes.append(len(latents)) or decode(latents))  # type: ignore[func-returns-value]
+    pixels = pipeline.decode(latents)
     assert sizes == [2, 2, 1] and pixels.shape == (5, 3, 16, 16) and pixels.dtype == torch.float32
-    assert relative_error(torch.cat([decode(latents[:3]), decode(latents[3:])]), pixels) < (
-        0.05 if precision == "bf16" else 1e-5
-    )
+    whole = torch.cat([decode(latents[:3]), decode(latents[3:])])
+    assert relative_error(whole, pixels) < (0.05 if precision == "bf16" else 1e-5)
+
+
+def test_encoding_samples_the_posterior_by_seed_and_row(latent_ckpt: Path) -> None:
+    pipeline = Pipeline.from_pretrained(latent_ckpt, device="cpu")
+    pixels = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
+    latents = pipeline.encode(pixels)
+    assert latents.shape == (3, 4, 8, 8) and torch.equal(pipeline.encode(pixels), latents)
+    assert torch.equal(pipeline.encode(pixels / 127.5 - 1), latents)
+    assert not torch.equal(pipeline.encode(pixels, seed=1), latents)
+    mean, std = pipeline.encoder.encode_pixels(pixels).chunk(2, dim=1)
+    noise = (latents - pipeline.encoder.scaling.apply(mean)) / (std * pipeline.encoder.scaling.scaling_factor)
+    assert abs(noise.mean()) < 0.1 and 0.9 < noise.std() < 1.1
+    start = pipeline.prepare(num_sampling_steps=2)
+    seen: list[Tensor] = []
+    start.network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    pipeline.denoise(start, 0, range(3), {"y": torch.arange(3)})
+    assert abs((seen[0][:3] * noise).mean()) < 0.1, "not the noise that sampling starts from"

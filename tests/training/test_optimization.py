@@ -53,6 +53,7 @@ def test_starts_as_a_copy_and_shares_nothing():
     assert torch.equal(before, model.blocks[0].mlp.fc1.weight)
     next(walk(model, 1))
     assert torch.equal(ema.network.blocks[0].mlp.fc1.weight, before)
+    assert ema.name == "ema-0.5" and EMA(model, 0.9999).name == "ema-0.9999"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

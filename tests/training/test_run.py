@@ -9,9 +9,20 @@ import sys
 
 import pytest
 
-import train
-from runtime.errors import UserError, run
+from runtime.errors import UserError
+from tests import runs
+from tests.runs import DIGITS, losses, run_folder, start
 from training.run import RunLog, create_run_folder, cut_metrics, stop_on_signal
+
+SHORT = [*DIGITS, *"--model DiT-digits/2 --global-batch-size 4 --max-steps 16".split()]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run without extras."""
+    results = tmp_path_factory.mktemp("plain")
+    assert start(results, *SHORT) == 0
+    return results
 
 
 def test_metrics_go_to_json_lines_and_to_tensorboard(tmp_path):
@@ -52,32 +63,22 @@ def test_the_writer_does_without_tensorflow(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--tensorboard", "--profile"])
-def test_extras_of_a_run_change_nothing_but_its_folder(flag, tmp_path):
-    base = "--dataset digits --model DiT-digits/2 --device cpu --num-workers 0 --global-batch-size 4 --log-every 1"
-    for name, extra in {"plain": [], "extra": [flag]}.items():
-        argv = [*base.split(), "--max-steps", "16", "--results-dir", str(tmp_path / name), *extra]
-        assert run(train.main, "train.py", argv) == 0
-    plain, extra = (tmp_path / name / "000-DiT-digits-2" for name in ("plain", "extra"))
-    added = {p.name for p in extra.iterdir()} - {p.name for p in plain.iterdir()}
+def test_extras_of_a_run_change_nothing_but_its_folder(flag, plain, tmp_path):
+    assert start(tmp_path, *SHORT, flag) == 0
+    added = {p.name for p in run_folder(tmp_path).iterdir()} - {p.name for p in run_folder(plain).iterdir()}
     assert added == {flag.removeprefix("--")}
-    losses = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").open()] for f in (plain, extra)]
-    assert losses[0] == losses[1]
-
-
-def test_a_profile_shows_the_steps_and_their_operations(tmp_path):
-    argv = "--dataset digits --model DiT-digits/2 --device cpu --num-workers 0 --global-batch-size 4 --max-steps 16"
-    assert run(train.main, "train.py", [*argv.split(), "--profile", "--results-dir", str(tmp_path)]) == 0
-    folder = tmp_path / "000-DiT-digits-2" / "profile"
-    names = {event.get("name", "") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]}
-    assert {f"ProfilerStep#{step}" for step in range(10, 15)} <= names
-    assert "aten::addmm" in (folder / "operations.txt").read_text()
+    assert losses(tmp_path) == losses(plain)
+    if flag == "--profile":
+        folder = run_folder(tmp_path) / "profile"
+        names = {event.get("name", "") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]}
+        assert {f"ProfilerStep#{step}" for step in range(10, 15)} <= names
+        assert "aten::addmm" in (folder / "operations.txt").read_text()
 
 
 def test_tensorboard_is_an_extra(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    argv = ["--dataset", "digits", "--model", "DiT-digits/2", "--tensorboard", "--results-dir", str(tmp_path)]
-    assert run(train.main, "train.py", argv) == 2
-    assert "--tensorboard: the package is not installed; pip install tensorboard" in capsys.readouterr().err
+    assert start(tmp_path, *SHORT, "--tensorboard") == 2
+    assert "--tensorboard: the package is not installed; pip install tensorboard" in runs.the_error(capsys)
 
 
 def test_run_folders_are_numbered_above_the_highest(tmp_path):

@@ -1,28 +1,20 @@
 """FID and Inception Score while training, with a narrow network of random weights in the place of the real one."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runtime.config import parse_config
-from runtime.ema import EMA
 
-import train
 from data.pixels import to_uint8
 from evaluator.inception.network import load_network
 from evaluator.metrics import feature_statistics, frechet_distance, inception_score
-from runtime.distributed import World
-from runtime.errors import run
+from tests import runs
 from tests.inception_files import make_images, write_graph, write_npz
 from tests.networks import randomise
-from tests.processes import run_script
-from training.config import TrainConfig
-from training.setup import set_up
+from tests.processes import run_ranks
+from tests.runs import CPU, metrics, open_setup, start
+from training.optimization import EMA
 from training.validation import Validation
-
-CPU = World(0, 1, torch.device("cpu"))
 
 
 def statistics(folder, name="ref.npz", size=16, **changed):
@@ -51,22 +43,22 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def flags(place, tmp_path, monkeypatch):
+def flags(place, monkeypatch):
     """Flags of a run in that folder."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("DIT_EVAL_INCEPTION", str(place / "graph.pb"))
     argv = "--data-path data --model DiT-debug/2 --vae none --image-size 16 --num-classes 2 --device cpu"
     argv += " --num-workers 0 --global-batch-size 2 --eval-every 2 --eval-samples 36 --eval-steps 2"
-    return [*argv.split(), "--results-dir", str(tmp_path)]
+    return argv.split()
 
 
-def test_scores_are_those_of_the_images_that_are_drawn(flags, place):
-    config = parse_config(TrainConfig, [*flags, "--eval-reference", "ref.npz"], program="train.py", description="")
-    setup = set_up(config, CPU.device)
+def test_scores_are_those_of_the_samples(flags, place):
+    setup = open_setup(*flags, "--eval-reference", "ref.npz")
     randomise(setup.network)
-    validation = Validation(setup, EMA(setup.network, 0.9).network, CPU)
-    pictures, scores = validation.look()
-    images = torch.cat([to_uint8(pixels) for _, pixels in validation.draw(torch.arange(36) % 2)])[:36]
+    validation = Validation(setup, setup.validation, EMA(setup.network, 0.9).network, CPU)
+    pictures, scores = validation.sample_and_score(setup.validation.sampler)
+    samples = validation.sample(setup.validation.sampler, {"y": torch.arange(36) % 2})
+    images = torch.cat([to_uint8(pixels) for _, pixels in samples])[:36]
     network = load_network(place / "graph.pb")
     pool = network.features(images.numpy()).pool
     assert scores == {
@@ -78,18 +70,16 @@ def test_scores_are_those_of_the_images_that_are_drawn(flags, place):
 
 def test_a_run_logs_them_and_two_processes_say_the_same(flags, place, tmp_path):
     argv = [*flags, "--eval-reference", "ref.npz", "--max-steps", "2"]
-    assert run(train.main, "train.py", argv) == 0
-    done = run_script("train.py", *argv, ranks=2, folder=place)
+    assert start(tmp_path, *argv) == 0
+    done = run_ranks("train.py", *argv, "--results-dir", str(tmp_path), folder=place)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("these scores are not comparable with published ones") == 1  # not the published weights
-    runs = (tmp_path / f"{number:03d}-DiT-debug-2" / "metrics.jsonl" for number in range(2))
-    one, two = (json.loads(log.read_text().splitlines()[-1]) for log in runs)
+    assert done.stderr.count("these scores are not comparable with published ones") == 1
+    one, two = (metrics(tmp_path, number)[-1] for number in range(2))
     assert {"step", "fid", "inception_score"} == one.keys() and two == pytest.approx(one, rel=1e-3)
 
 
 def test_nothing_is_scored_without_a_reference(flags):
-    setup = set_up(parse_config(TrainConfig, flags, program="train.py", description=""), CPU.device)
-    assert setup.scorer is None
+    assert open_setup(*flags).validation.scorer is None
 
 
 @pytest.mark.parametrize(
@@ -104,16 +94,15 @@ def test_nothing_is_scored_without_a_reference(flags):
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_written(argv, words, flags, tmp_path, capsys):
-    assert run(train.main, "train.py", [*flags, *argv.split()]) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1, error
+    assert start(tmp_path, *flags, *argv.split()) == 2
+    assert words in runs.the_error(capsys)
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_that_are_nowhere_are_one_line(flags, monkeypatch, capsys):
+def test_weights_that_are_nowhere_are_one_line(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DIT_EVAL_INCEPTION", "gone.pb")
-    assert run(train.main, "train.py", [*flags, "--eval-reference", "ref.npz"]) == 2
-    assert "DIT_EVAL_INCEPTION gone.pb: there is no such file" in capsys.readouterr().err
+    assert start(tmp_path, *flags, "--eval-reference", "ref.npz") == 2
+    assert "DIT_EVAL_INCEPTION gone.pb: there is no such file" in runs.the_error(capsys)
     monkeypatch.delenv("DIT_EVAL_INCEPTION")
-    assert run(train.main, "train.py", [*"--dataset digits --eval-reference ref.npz --eval-every 1".split()]) == 2
-    assert "is for RGB images" in capsys.readouterr().err
+    assert start(tmp_path, *"--dataset digits --eval-reference ref.npz --eval-every 1".split()) == 2
+    assert "is for RGB images" in runs.the_error(capsys)

@@ -1,35 +1,26 @@
-import json
+"""Validation while training: loss by quarter, samples, scores; and that it changes nothing."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runtime.config import parse_config
-from runtime.ema import EMA
 
-import train
 from data.digits import load_digits
-from runtime.checkpoint import read_groups
-from runtime.distributed import World
-from runtime.errors import run
+from tests import runs
 from tests.networks import randomise
-from tests.processes import run_script
-from training.config import TrainConfig
-from training.setup import set_up
+from tests.processes import run_ranks
+from tests.runs import CPU, DIGITS, assert_same, checkpoint, losses, metrics, open_setup, run_folder, state
+from training.optimization import EMA
 from training.validation import Validation
 
-CPU = World(0, 1, torch.device("cpu"))
-BASE = "--dataset digits --model DiT-digits/2 --device cpu --num-workers 0 --global-batch-size 12 --log-every 1".split()
+BASE = [*DIGITS, *"--model DiT-digits/2 --global-batch-size 12".split()]
 EVAL = "--max-steps 4 --eval-every 2 --eval-images 100 --eval-samples 12 --eval-steps 3".split()
 
 
 def start(results, *argv):
-    return run(train.main, "train.py", [*BASE, "--results-dir", str(results), *map(str, argv)])
-
-
-def metrics(results):
-    lines = (results / "000-DiT-digits-2" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return runs.start(results, *BASE, *argv)
 
 
 def validations(results):
@@ -37,16 +28,18 @@ def validations(results):
 
 
 def validate(*argv):
-    """What a validation of a network with random weights finds, and its network and objective."""
-    config = parse_config(TrainConfig, [*BASE, *EVAL, *argv], program="train.py", description="")
-    setup = set_up(config, CPU.device)
+    """A validation of a network with random weights."""
+    setup = open_setup(*BASE, *EVAL, *argv)
     randomise(setup.network)
-    return Validation(setup, EMA(setup.network, 0.9).network, CPU)
+    return Validation(setup, setup.validation, EMA(setup.network, 0.9).network, CPU)
 
 
 def pixels(validation, count):
     """Images of the first classes, of a single process."""
-    return torch.cat([drawn for _, drawn in validation.draw(torch.arange(count))])[:count]
+    validation.settings = replace(validation.settings, eval_samples=count)
+    return torch.cat([images for _, images in validation.sample(validation.data.sampler, {"y": torch.arange(count)})])[
+        :count
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +54,17 @@ def test_a_run_reports_loss_by_quarter_scores_and_pictures(validated):
     assert [m["step"] for m in found] == [2, 4]
     names = {"step", "val_loss", "val_loss_q1", "val_loss_q2", "val_loss_q3", "val_loss_q4"}
     assert found[0].keys() == names | {"frechet_distance", "accuracy"}
-    log = (validated / "000-DiT-digits-2" / "log.txt").read_text()
-    assert f"(step=0000004) val loss: {found[1]['val_loss']:.4f}" in log
-    pictures = sorted((validated / "000-DiT-digits-2" / "samples").iterdir())
+    assert f"(step=0000004) val loss: {found[1]['val_loss']:.4f}" in runs.log(validated)
+    pictures = sorted((run_folder(validated) / "samples").iterdir())
     assert [p.name for p in pictures] == ["0000002.png", "0000004.png"]
     with Image.open(pictures[0]) as picture:
         assert picture.size == (4 * 66 + 2, 3 * 66 + 2)
 
 
-def test_looking_changes_nothing(validated, tmp_path):
+def test_validation_changes_nothing(validated, tmp_path):
     assert start(tmp_path, "--max-steps", 4) == 0
-    name = "000-DiT-digits-2/checkpoints/0000004.safetensors"
-    with_, without = (read_groups(f / name, ["model", "ema", "optimizer"])[0] for f in (validated, tmp_path))
-    for group in with_:
-        assert all(torch.equal(tensor, without[group][key]) for key, tensor in with_[group].items())
-    losses = [[m["loss"] for m in metrics(f) if "loss" in m] for f in (validated, tmp_path)]
-    assert losses[0] == losses[1]
+    assert_same(state(checkpoint(validated, 4)), state(checkpoint(tmp_path, 4)))
+    assert losses(validated) == losses(tmp_path)
 
 
 def test_a_resumed_run_says_the_same(validated, tmp_path):
@@ -86,7 +74,7 @@ def test_a_resumed_run_says_the_same(validated, tmp_path):
 
 
 def test_two_processes_say_the_same(validated, tmp_path):
-    done = run_script("train.py", *BASE, *EVAL, "--results-dir", str(tmp_path), ranks=2, folder=tmp_path)
+    done = run_ranks("train.py", *BASE, *EVAL, "--results-dir", str(tmp_path), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     for one, two in zip(validations(validated), validations(tmp_path), strict=True):
         assert two == pytest.approx(one, rel=1e-3)
@@ -99,16 +87,16 @@ def test_two_processes_say_the_same(validated, tmp_path):
 def test_the_loss_is_that_of_the_held_out_images_by_quarter():
     found = validate()
     seen = []
-    forward = found.objective.forward
+    forward = found.loss.forward
 
-    def record(batch, step, draws=None):
-        losses = forward(batch, step, draws)
-        assert not draws.label_dropped.any()
+    def record(batch, draws, step, shared):
+        losses = forward(batch, draws, step, shared)
+        assert draws.dropped is None
         seen.append((batch.x_start, draws.t, losses["loss"]))
         return losses
 
-    found.objective.forward = record
-    values = found.losses(found.setup.held_out)
+    found.loss.forward = record
+    values = found.losses(found.data.held_out)
     x, t, loss = (torch.cat(column) for column in zip(*seen, strict=True))
     images, _ = load_digits("test")
     assert torch.equal(x, torch.from_numpy(images[:100]).permute(0, 3, 1, 2).float() / 127.5 - 1)
@@ -143,17 +131,17 @@ def test_held_out_folders_of_the_same_classes(tmp_path, capsys):
             for i in range(2):
                 noise = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
                 Image.fromarray(noise).save(tmp_path / split / label / f"{i}.png")
-    argv = (
-        f"--data-path {tmp_path / 'train'} --model DiT-debug/2 --vae none --image-size 16 --num-classes 2 --device cpu"
-    )
-    argv += f" --max-steps 1 --global-batch-size 2 --num-workers 1 --eval-every 1 --results-dir {tmp_path / 'results'}"
-    argv += " --eval-samples 0 --eval-data-path"
-    assert run(train.main, "train.py", [*argv.split(), str(tmp_path / "other")]) == 2
-    assert "its 2 classes are not the 2 of --data-path, by name" in capsys.readouterr().err
-    assert run(train.main, "train.py", [*argv.split(), str(tmp_path / "val")]) == 0
-    (line,) = (tmp_path / "results" / "000-DiT-debug-2" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line)["val_loss"] > 0
-    assert not (tmp_path / "results" / "000-DiT-debug-2" / "samples").exists()
+    argv = f"--data-path {tmp_path / 'train'} --model DiT-debug/2 --vae none --image-size 16 --num-classes 2"
+    argv += " --device cpu --max-steps 1 --global-batch-size 2 --num-workers 1 --eval-every 1 --eval-samples 0"
+    results = tmp_path / "results"
+    assert runs.start(results, *argv.split(), "--eval-data-path", tmp_path / "other") == 2
+    assert "its 2 classes are not the 2 of --data-path, by name" in runs.the_error(capsys)
+    assert runs.start(results, *argv.split()) == 2
+    assert "--eval-every 1: nothing to do; give --eval-data-path or --eval-samples" in runs.the_error(capsys)
+    assert runs.start(results, *argv.split(), "--eval-data-path", tmp_path / "val") == 0
+    (line,) = metrics(results)
+    assert line["val_loss"] > 0
+    assert not (run_folder(results) / "samples").exists()
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
@@ -168,9 +156,5 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     }
     for argv, words in cases.items():
         assert start(tmp_path, *argv) == 2
-        error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1, error
-    folder = "--dataset imagefolder --eval-every 1 --eval-samples 0"
-    assert run(train.main, "train.py", folder.split()) == 2
-    assert "nothing to do; give --eval-data-path or --eval-samples" in capsys.readouterr().err
+        assert words in runs.the_error(capsys)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,272 @@
+"""A job of many images: which ones, and how processes share the work and write one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.pixels import save_png, to_uint8
+from data.sample_file import SampleFile
+from models import family_name
+from runtime import distributed
+from runtime.background import Background
+from runtime.distributed import World
+from runtime.download import read_record, sha256_of
+from runtime.errors import UserError, error_prefix
+from runtime.files import atomic_path, check_writable
+from runtime.seeds import derive_seed
+from runtime.settings import Values, document, flag_name, flag_of, flatten, free_settings, setting
+from sampling.config import KINDS, SamplingSettings, check_labels
+from sampling.pipeline import Pipeline, batch_indices
+from sampling.run import PreparedRun
+
+PROGRAM = "sample_ddp.py"
+AUTO_MACS = 64 * 118.6e9  # of a batch: 64 images of XL/2 at 256 pixels, which takes 118.62 G each
+LARGEST_AUTO = 256
+IMAGES = 50_000  # as FID-50K takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """Which images, and where they go."""
+
+    sample_dir: Path = setting(Path("samples"), "folder of the .npz, under a name made of the settings", free=True)
+    output: Path | None = setting(None, "exact path of the .npz", shown="a name in --sample-dir", free=True)
+    overwrite: bool = setting(
+        False, "replace an existing .npz, and delete an unfinished job with other settings", free=True
+    )
+    num_fid_samples: int | None = setting(
+        None, "number of images", shown="50,000, or the number that --class-seeds makes"
+    )
+    per_proc_batch_size: int | None = setting(
+        32, "images a process computes at a time, which decides their last bits; auto: by the network's cost alone"
+    )
+    global_seed: int = setting(0, "seed of noise and labels")
+    balanced_labels: bool = setting(False, "every class equally often, instead of random labels")
+    class_labels: tuple[int, ...] | None = setting(None, "sample these classes only", shown="all")
+    class_seeds: tuple[int, ...] | None = setting(
+        None, "one image of each class for each of these numbers, which give the noise; instead of --num-fid-samples"
+    )
+    save_png: bool = setting(False, "write the images as PNG too, in a folder of the .npz's name")
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        for name in ("num_fid_samples", "per_proc_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{flag_name(name)} {value}: must be at least 1")
+        if self.output is not None and self.output.suffix != ".npz":
+            raise ValueError(f"--output {self.output}: must end in .npz")
+        if self.class_seeds is not None:
+            if not all(0 <= number < 2**32 for number in self.class_seeds):
+                raise ValueError(f"--class-seeds {' '.join(map(str, self.class_seeds))}: must lie in [0, 2^32)")
+            self.check_number(len(self.class_labels or ()))
+            if self.balanced_labels:
+                raise ValueError("--balanced-labels: has no effect with --class-seeds")
+
+    def check_number(self, classes: int) -> None:
+        """Check that a number of images is the one that the seeds make; 0 classes: of a number that is not known yet.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        images, seeds = self.num_fid_samples, len(self.class_seeds or ())
+        if images is not None and seeds and (images != seeds * classes if classes else images % seeds):
+            raise ValueError(
+                f"--num-fid-samples {images}: --class-seeds makes one image of each class for each number; "
+                "leave one out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleDDPSettings(SamplingSettings):
+    """Settings of sample_ddp.py."""
+
+    job: JobSettings = field(default_factory=JobSettings)
+
+
+class Plan(NamedTuple):
+    """The images of a job, the same on every process.
+
+    Attributes:
+        labels: (N,) int64.
+        noise: N numbers; images with the same one have the same noise.
+    """
+
+    labels: Tensor
+    noise: Sequence[int]
+
+
+def plan_job(config: JobSettings, num_classes: int) -> Plan:
+    """Choose labels and noise of all images.
+
+    Raises:
+        UserError: For a class that the model does not have, or a number of images that is not the seeds'.
+    """
+    check_labels(config.class_labels or (), num_classes)
+    classes = torch.tensor(config.class_labels or range(num_classes))
+    if config.class_seeds is not None:
+        with error_prefix(""):
+            config.check_number(len(classes))
+        return Plan(classes.repeat_interleave(len(config.class_seeds)), list(config.class_seeds) * len(classes))
+    every = range(IMAGES if config.num_fid_samples is None else config.num_fid_samples)
+    if config.balanced_labels:
+        return Plan(classes[torch.tensor(every) % len(classes)], every)
+    generator = torch.Generator().manual_seed(derive_seed("labels", config.global_seed))
+    return Plan(classes[torch.randint(len(classes), (len(every),), generator=generator)], every)
+
+
+def auto_batch_size(macs: int) -> int:
+    """Images per batch for a network of this cost: a power of two that keeps a large GPU busy and fits a small one.
+
+    It depends neither on free memory nor on the number of processes: a job's bytes would depend on them.
+    """
+    fitting = max(1, round(AUTO_MACS / macs))
+    return min(LARGEST_AUTO, 1 << fitting.bit_length() - 1)
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of the checkpoint, computed by one process.
+
+    Raises:
+        UserError: If it was downloaded and is not what it was then.
+    """
+    digest = distributed.on_rank0(lambda: sha256_of(path))
+    record = read_record(path)
+    if record is not None and record["sha256"] != digest:
+        raise UserError(f"--ckpt {path}: damaged since it was downloaded; delete it to download it again")
+    return digest
+
+
+class Job:
+    """A job, started or resumed.
+
+    The images are cut into chunks by number, and processes take whole chunks; a chunk always has the same number of
+    rows (the last one is filled up), on whichever process. So the bytes do not depend on the number of processes.
+
+    Args:
+        pipeline: Samples.
+        run: From the pipeline, with `SampleDDPSettings`.
+        world: This process among all.
+
+    Raises:
+        UserError: If the images cannot be made, or the file cannot be started or resumed.
+    """
+
+    def __init__(self, pipeline: Pipeline, run: PreparedRun, world: World) -> None:
+        assert isinstance(run.config, SampleDDPSettings)
+        self.pipeline, self.run, self.world = pipeline, run, world
+        job = run.config.job
+        self.plan = plan_job(job, pipeline.num_classes)
+        self.total = len(self.plan.labels)
+        self.size = job.per_proc_batch_size or auto_batch_size(sum(pipeline.network.cost().values()))
+        job = replace(job, per_proc_batch_size=self.size, num_fid_samples=self.total)
+        self.checksum = fingerprint(pipeline.info.path)
+        deciding = self._deciding_settings(replace(run.config, job=job))
+        path = job.output or job.sample_dir / self._name(deciding)
+        self.config = replace(run.config, job=replace(job, output=path))
+
+        flag = "--output" if job.output else "--sample-dir"
+        check_writable(path, flag)
+        *frames, channels, height, width = pipeline.image_shape
+        self.file = SampleFile(path, (self.total, *frames, height, width, channels), self.size, world.rank)
+        self.missing = distributed.on_rank0(lambda: self._open_file(deciding, flag))
+
+    def sample(self) -> None:
+        """Sample this process's share of the missing chunks; each is decoded and written during the next one."""
+        left = sum(map(self.file.rows_in, self.missing))
+        hidden = None if self.world.is_main else True
+        bar = tqdm(total=self.total, initial=self.total - left, disable=hidden, unit="image")
+        with bar, Background(self.world.device) as background:
+            for chunk in self.missing[self.world.rank :: self.world.size]:
+                rows = batch_indices(chunk * self.size, self.size, self.total)
+                noise, conditioning = [self.plan.noise[i] for i in rows], {"y": self.plan.labels[rows]}
+                latents = self.pipeline.denoise(self.run, self.config.job.global_seed, noise, conditioning)
+                background.submit(partial(self._store, chunk, latents, bar))
+
+    def finish(self, timings: Values) -> Path:
+        """Move the file to its final name and write the JSON next to it, on one process; returns the path."""
+        self.file.finish(self.plan.labels.numpy())
+        with atomic_path(self.file.path.with_suffix(".json")) as temporary:
+            temporary.write_text(json.dumps({**self._result(), "run": timings}, indent=2) + "\n")
+        return self.file.path
+
+    def _store(self, chunk: int, latents: Tensor, bar: tqdm) -> None:
+        images = to_uint8(self.pipeline.decode(latents, self.run)).cpu().numpy()[: self.file.rows_in(chunk)]
+        if self.config.job.save_png:
+            for index, image in enumerate(images, start=chunk * self.size):
+                save_png(image, self.file.path.with_suffix("") / f"{index:06d}.png")
+        self.file.write(chunk, images)
+        bar.update(min(len(images) * self.world.size, self.total - bar.n))
+
+    def _sections(self, config: SampleDDPSettings) -> Values:
+        """All settings as nested JSON."""
+        model, network = self.pipeline.info.model, self.pipeline.network
+        own = {
+            flag.field.name: getattr(network.config, flag.field.name)
+            for flag in KINDS[0].flags(family_name(model)).values()
+        }
+        sampler = (config.sampler or "", self.run.settings)
+        return {**document(config, sampler=sampler), "model": {"name": model, **own}}
+
+    def _deciding_settings(self, config: SampleDDPSettings) -> Values:
+        """Everything that decides the images, by flag."""
+        cls = type(config)
+        free, values = free_settings(cls), flatten(self._sections(config))
+        settings = {flag_of(cls, KINDS, path): value for path, value in values.items() if path not in free}
+        return {"format": 2, "--ckpt": self.checksum, "--device": self.world.device.type, **settings}
+
+    def _name(self, deciding: Values) -> str:
+        """The official name, extended by sampler, steps, and a digest of everything else that decides the images."""
+        config, info = self.run.config, self.pipeline.info
+        digest = hashlib.blake2b(json.dumps(deciding, sort_keys=True).encode(), digest_size=4).hexdigest()
+        parts = [
+            info.model, info.path.stem, "size", self.pipeline.image_shape[-2], "vae", Path(info.encoder).name,
+            "cfg", config.guidance.cfg_scale, "seed", deciding["--global-seed"], config.sampler,
+            config.num_sampling_steps, digest,
+        ]  # fmt: skip
+        return f"{'-'.join(map(str, parts)).replace('/', '-')}.npz"
+
+    def _open_file(self, deciding: Values, flag: str) -> list[int]:
+        """Start or resume the file, on one process; returns the chunks that are still to be made."""
+        job, file = self.config.job, self.file
+        try:
+            missing = file.open({**deciding, "torch": torch.__version__}, overwrite=job.overwrite)
+        except UserError as error:
+            raise UserError(f"{flag}: {error}") from error
+        if job.save_png:
+            file.path.with_suffix("").mkdir(exist_ok=True)
+        if len(missing) < file.chunks:
+            print(f"Continuing {file.partial}: {file.chunks - len(missing)} of {file.chunks} chunks are there")
+        return missing
+
+    def _result(self) -> Values:
+        """Settings, checkpoint and versions, as JSON values."""
+        info, cuda = self.pipeline.info, self.world.device.type == "cuda"
+        return {
+            "config": {"format": 2, "script": PROGRAM, **self._sections(self.config)},
+            "checkpoint": {
+                "file": info.path.name,
+                "sha256": self.checksum,
+                "step": info.step,
+                "release": info.release.name if info.release else None,
+                "reported_fid": info.release.fid if info.release else None,
+            },
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "cuda": torch.version.cuda if cuda else None,
+            },
+        }

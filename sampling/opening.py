@@ -1,0 +1,103 @@
+"""From settings to a network and its encoder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from data.autoencoders import OFFICIAL_CHANNELS, OFFICIAL_VAES
+from data.encoders import Encoder, open_encoder
+from models import FAMILIES, Network, family_name, model_config
+from models.loading import CheckpointInfo, build_network, resolve_checkpoint
+from runtime.errors import UserError, error_prefix
+from runtime.releases import release_of_model
+from runtime.settings import Given
+from sampling.config import SamplingSettings, resolve
+
+
+def open_checkpoint(
+    given: Given[SamplingSettings], device: torch.device, default_vae: str | None = None
+) -> tuple[Network, CheckpointInfo, Encoder]:
+    """Open the checkpoint that settings name; mistakes are found before anything is downloaded, as far as possible.
+
+    Args:
+        given: The settings.
+        device: Where to compute.
+        default_vae: Autoencoder for files of other code that are no release; None for that of published figures.
+
+    Raises:
+        UserError: For anything about the file or the settings that does not fit.
+    """
+    config, chosen = given.general, given.general.checkpoint
+    if config.model is not None:
+        with error_prefix(f"--model {config.model}"):
+            family_name(config.model)
+    if config.sampler is not None:
+        given.check_owners(sampler=config.sampler)
+        given.build("sampler", config.sampler)
+    source = chosen.ckpt
+    if source is None:
+        source = Path(release_of_model(config.model or "DiT-XL/2", chosen.image_size, FAMILIES).name)
+    info, weights = resolve_checkpoint(
+        source, weights=chosen.weights, model=config.model, download_dir=chosen.pretrained_dir
+    )
+    family = family_name(info.model)
+    given.check_owners(model=family)
+    resolve(given, info)
+    fields = given.fields("model", family)
+    if chosen.num_classes is not None:
+        fields["num_classes"] = chosen.num_classes
+    with error_prefix(given.prefix("model", family) or f"--ckpt {info.path}"):
+        shape = model_config(info.model, **{**info.config, **fields}).sample_shape
+    if info.meta is None and info.release is None and default_vae is not None:
+        info = replace(info, encoder=default_vae)
+    info, encoder = open_its_encoder(info, config, shape[-3], device)
+    if info.image_shape is None and chosen.image_size is not None:  # not every file tells the size
+        image = (*encoder.image_shape(shape)[:-2], chosen.image_size, chosen.image_size)
+        fields["sample_shape"] = encoder.latent_shape(image)
+    network = build_network(info, weights, device=device, **fields)
+    check_shapes(network, info, encoder)
+    return network, info, encoder
+
+
+def open_its_encoder(
+    info: CheckpointInfo, config: SamplingSettings, channels: int, device: torch.device
+) -> tuple[CheckpointInfo, Encoder]:
+    """Open the encoder that a flag or the checkpoint names.
+
+    Returns:
+        The description of the checkpoint, which names this encoder; and the encoder.
+
+    Raises:
+        UserError: If it cannot be opened, or does not fit the network's channels or the size of the images.
+    """
+    name, size, known = config.encoder.vae or info.encoder, config.checkpoint.image_size, info.image_shape
+    if known is not None and size not in (None, known[-1]):
+        raise UserError(f"--image-size {size}: --ckpt {info.path} was trained with {known[-1]}")
+    if name in OFFICIAL_VAES and channels != OFFICIAL_CHANNELS:
+        source = f"--vae {name}" if config.encoder.vae else f"--ckpt {info.path}"
+        raise UserError(
+            f"{source}: the network's channels are {channels}, those of {OFFICIAL_VAES[name]} {OFFICIAL_CHANNELS}; "
+            "for a network on pixels give --vae none, else the folder of its autoencoder"
+        )
+    dtype = torch.float32 if config.encoder.vae_precision == "fp32" else torch.bfloat16
+    with error_prefix(f"--vae {name}"):
+        encoder = open_encoder(name, known or (() if size is None else (size, size)), device, dtype)
+    return replace(info, encoder=name), encoder
+
+
+def check_shapes(network: Network, info: CheckpointInfo, encoder: Encoder) -> None:
+    """Check that the encoder's latents are those that the network was trained on.
+
+    Raises:
+        UserError: If they are not.
+    """
+    images = encoder.image_shape(network.sample_shape)
+    with error_prefix(f"--vae {info.encoder}"):
+        latents = encoder.latent_shape(images)
+        if latents != network.sample_shape:
+            raise ValueError(f"its latents are {latents}, the network's {network.sample_shape}")
+        if info.image_shape not in (None, images):
+            raise ValueError(f"decodes to images {images}; the network was trained on {info.image_shape}")

@@ -1,0 +1,150 @@
+"""A sampling run made ready: sampler, table of evaluations, and the network as it will be evaluated."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from diffusion import Evaluation, convert_time, evaluations, make_sampler
+from diffusion.caching import cheapest, check_keeps_state, every_nth, sharing_budget, skip_cache
+from diffusion.calibration import Calibration
+from diffusion.loss import Process
+from diffusion.sampling import Sampler
+from models import Network, family_of
+from models.acceleration import COMPILE_BACKEND, AutocastNetwork, GraphedNetwork, cast_weights_once
+from models.contract import NetworkLike
+from models.loading import CheckpointInfo
+from runtime import distributed
+from runtime.errors import UserError, error_prefix
+from runtime.settings import to_dict
+from sampling.config import ComputeSettings, SamplingSettings
+
+
+class PreparedRun(NamedTuple):
+    """Everything that one set of settings fixes.
+
+    Attributes:
+        config: The settings, with everything that the checkpoint decides filled in.
+        settings: Settings of the sampler.
+        sampler: The sampler.
+        table: One row per evaluation.
+        network: Prepared for the sampler's times; a copy, where compiling or bf16 changes it.
+        evaluate: The same in the precision that is asked for, perhaps recorded.
+    """
+
+    config: SamplingSettings
+    settings: object
+    sampler: Sampler
+    table: tuple[Evaluation, ...]
+    network: Network
+    evaluate: NetworkLike
+
+
+def prepare_run(
+    network: Network, info: CheckpointInfo, process: Process, config: SamplingSettings, settings: object, flags: str
+) -> PreparedRun:
+    """Prepare what settings fix; the network stays as it is.
+
+    Args:
+        network: The network.
+        info: Description of its checkpoint.
+        process: Its process.
+        config: Settings with nothing left to the checkpoint.
+        settings: Settings of the sampler.
+        flags: These as they were given, for messages.
+
+    Raises:
+        UserError: For settings that do not fit the network or each other.
+    """
+    assert config.sampler is not None and config.guidance.cfg_scale is not None  # chosen by `resolve`
+    scale, interval = config.guidance.cfg_scale, config.guidance.guidance_interval
+    with error_prefix(f"{flags} --num-sampling-steps {config.num_sampling_steps}".strip()):
+        steps, pixels = config.num_sampling_steps, info.encoder == "none"
+        sampler = make_sampler(config.sampler, process, steps, settings, pixels=pixels)
+    if scale != 1 and network.conditioning == ("y",):  # unconditional rows of text come with the text
+        with error_prefix(f"--cfg-scale {scale}"):
+            network.null_conditioning(1)
+    if interval is not None:
+        low, high = sorted(convert_time(bound, "index", sampler.time_convention) for bound in interval)
+        interval = (low, high)
+    with distributed.tf32_inside(config.compute.allows_tf32):
+        refresh = refresh_schedule(network, info, config, settings, sampler, interval)
+        prepared, evaluate = accelerate(network, info.model, sampler, config.compute)
+    return PreparedRun(
+        config, settings, sampler, evaluations(sampler.times, scale, interval, refresh), prepared, evaluate
+    )
+
+
+def refresh_schedule(
+    network: Network,
+    info: CheckpointInfo,
+    config: SamplingSettings,
+    settings: object,
+    sampler: Sampler,
+    interval: tuple[float, float] | None,
+) -> Sequence[bool] | None:
+    """Choose the evaluations that compute the state which the others reuse; None: all.
+
+    Raises:
+        UserError: For a network that keeps no state, or a schedule that the sampler cannot follow.
+    """
+    caching, guidance, count = config.caching, config.guidance, len(sampler.times)
+    if caching.cache_interval is not None:
+        with error_prefix(f"--cache-interval {caching.cache_interval}"):
+            return skip_cache(network, sampler, caching.cache_interval)
+    if caching.sharing_interval is None:
+        return None
+    with error_prefix(f"--sharing-interval {caching.sharing_interval}"):
+        check_keeps_state(network)
+        budget = sharing_budget(count, caching.sharing_interval)
+        if caching.sharing == "uniform":
+            return every_nth(count, caching.sharing_interval)
+        process = {"name": info.process, **info.process_settings}
+        calibration = Calibration(
+            network=network.for_sampling(network_times(network, sampler)),
+            sampler=sampler,
+            sampling={"sampler": config.sampler, **to_dict(settings), "process": process},
+            scale=guidance.cfg_scale or 1.0,
+            channels=guidance.guidance_channels,
+            interval=interval,
+            autocast=torch.bfloat16 if config.compute.precision == "bf16" else None,
+        )
+        similarity = distributed.on_rank0(lambda: calibration.similarity(caching.sharing_dir).tolist())
+        return cheapest(similarity, budget)
+
+
+def accelerate(network: Network, model: str, sampler: Sampler, compute: ComputeSettings) -> tuple[Network, NetworkLike]:
+    """Prepare a network for a sampler's times, in the precision and as fast as asked for.
+
+    Returns:
+        The prepared network, and what evaluates it.
+
+    Raises:
+        UserError: If evaluations cannot be recorded because they depend on their input.
+    """
+    if compute.cuda_graphs and family_of(model).data_dependent:
+        raise UserError(f"--cuda-graphs: evaluations of {model} depend on their input; leave the flag out")
+    if compute.compile or compute.precision == "bf16":
+        network = copy.deepcopy(network)  # both change it in place, and other runs use it as it is
+    if compute.compile:
+        network.compile_blocks(COMPILE_BACKEND)  # before plans are made, which compile their own functions
+    times = network_times(network, sampler)
+    prepared = network.for_sampling(times)
+    evaluate: NetworkLike = prepared
+    if compute.precision == "bf16":
+        device = next(prepared.parameters()).device
+        evaluate = lower = AutocastNetwork(prepared, device, torch.bfloat16)
+        if network.conditioning == ("y",):
+            x = torch.zeros(1, *network.sample_shape, device=device)
+            y = torch.zeros(1, dtype=torch.int64, device=device)
+            with torch.compiler.set_stance("force_eager"):  # compiled is for the rows and dtypes to come
+                cast_weights_once(prepared, torch.bfloat16, lambda: lower(x, times[0], y=y))
+    return prepared, GraphedNetwork(evaluate) if compute.cuda_graphs else evaluate
+
+
+def network_times(network: Network, sampler: Sampler) -> list[float]:
+    """A sampler's times in the network's units."""
+    return [convert_time(t, sampler.time_convention, network.time_convention) for t in sampler.times]
