@@ -53,13 +53,13 @@ def fill_zeros(network: Network) -> Network:
 def make_inputs(network: Network, rows: int, device: torch.device) -> Inputs:
     """Random inputs of the right shapes, the same at every call."""
     generator = torch.Generator(device).manual_seed(1)
-    draw = partial(torch.randn, generator=generator, device=device)
+    randn = partial(torch.randn, generator=generator, device=device)
     *frames, channels, height, width = network.sample_shape
     t = torch.randint(1000, (rows,), generator=generator, device=device)
     y = torch.randint(network.config.num_classes, (rows,), generator=generator, device=device)
     t = t if network.time_convention == "index" else t / 1000
-    x = draw(rows, *frames, channels, height, width)
-    return Inputs(x, t, y, draw(rows, *frames, network.out_channels, height, width))
+    x = randn(rows, *frames, channels, height, width)
+    return Inputs(x, t, y, randn(rows, *frames, network.out_channels, height, width))
 
 
 def forward(network: nn.Module, inputs: Inputs, autocast: torch.dtype | None = None) -> Tensor:
@@ -76,8 +76,8 @@ def forward_flop(network: Network, rows: int) -> float:
 
 def find_compiler(device: torch.device) -> str | None:
     """Backend of torch.compile: "inductor" if there is a C++ compiler, or Triton on a GPU; else None."""
-    found = importlib.util.find_spec("triton") if device.type == "cuda" else can_compile(device.type)
-    return "inductor" if found else None
+    available = importlib.util.find_spec("triton") if device.type == "cuda" else can_compile(device.type)
+    return "inductor" if available else None
 
 
 def compiled(network: Network, backend: str) -> Network:

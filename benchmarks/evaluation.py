@@ -277,9 +277,9 @@ def dry_run(sizes: EvaluatorSizes) -> Stage:
 
     def extract(path: Path, count: int) -> ImageSet:
         options: dict[str, Any] = {"batch_size": sizes.batch, "spatial": True, "world": world, "title": path.name}
-        found = extract_features(ImageFile(path), backend, count, **options)
-        assert found is not None  # the only process is the main one
-        return ImageSet(found.pool, None, found.spatial, backend.probabilities)
+        extracted = extract_features(ImageFile(path), backend, count, **options)
+        assert extracted is not None  # the only process is the main one
+        return ImageSet(extracted.pool, None, extracted.spatial, backend.probabilities)
 
     with tempfile.TemporaryDirectory() as folder:
         counts = {Path(folder) / "reference": sizes.reference, Path(folder) / "samples": sizes.samples}

@@ -66,7 +66,7 @@ def results(rows: Sequence[Row], runs: Sequence[SamplingRun]) -> list[dict[str, 
     A speed-up is the median over rounds of the first run's time over a run's own; the bound is the ratio of their MACs.
     Blocks are counted while the run is done once more.
     """
-    first, found = rows[0], []
+    first, entries = rows[0], []
     for row, run in zip(rows, runs, strict=True):
         speedup = statistics.median(a / b for a, b in zip(first.rounds, row.rounds, strict=True))
         bound, full = first.flop / row.flop, sum(refresh_of(run))
@@ -74,11 +74,11 @@ def results(rows: Sequence[Row], runs: Sequence[SamplingRun]) -> list[dict[str, 
         work = {"blocks": count_blocks(run.pipeline.network, run.latents), "macs": round(row.flop / 2 / run.images)}
         times = {"rounds": row.rounds, "seconds": row.seconds}
         shares = {"bound": bound, "speedup": speedup, "share_of_bound": speedup / bound}
-        found.append({"name": row.name, **steps, **work, **times, **shares})
-    return found
+        entries.append({"name": row.name, **steps, **work, **times, **shares})
+    return entries
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
+def table(entries: Sequence[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     columns = {
         "state computed": "{name}",
@@ -91,5 +91,5 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         "speed-up": "{speedup:.3f} x",
         "of bound": "{share_of_bound:.1%}",
     }
-    rows = [[form.format(**row, giga=row["macs"] / 1e9) for form in columns.values()] for row in found]
+    rows = [[form.format(**row, giga=row["macs"] / 1e9) for form in columns.values()] for row in entries]
     return aligned(list(columns), rows)

@@ -74,12 +74,12 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(ReuseSettings, argv, program="benchmark_reuse.py", doc=__doc__)
     config.start()
     device = distributed.choose_device(config.device)
-    found = measure_runs(config, device)
+    entries = measure_runs(config, device)
     clock = "CUDA events" if device.type == "cuda" else "wall time"
-    result = document(config, machine_info(device, clock), found)
-    print(f"{headline(result)}\n\n{table(found)}")
+    result = document(config, machine_info(device, clock), entries)
+    print(f"{headline(result)}\n\n{table(entries)}")
     write_json(result, config.output)
-    short = [row for row in found if config.check is not None and row["share_of_bound"] < config.check]
+    short = [row for row in entries if config.check is not None and row["share_of_bound"] < config.check]
     for row in short:
         print(f"{row['name']}: {row['share_of_bound']:.1%} of the bound, below {config.check:.0%}", file=sys.stderr)
     if short:

@@ -83,10 +83,10 @@ def table(groups: Sequence[Sequence[Row]]) -> str:
     rows = []
     for group in groups:
         for row in group:
-            found = speedup(group, row.name)
-            quotient = f"{found.quotient:.3f}" if row.name in (ALL_ON, ROUTED) else ""
+            gain = speedup(group, row.name)
+            quotient = f"{gain.quotient:.3f}" if row.name in (ALL_ON, ROUTED) else ""
             times = [f"{row.seconds * 1e3:,.1f}", f"{spread(row.rounds, row.seconds):.0%}"]
-            rows.append([row.group, row.name, *times, f"{found.speedup:.3f}", f"{found.reduction:.3f}", quotient])
+            rows.append([row.group, row.name, *times, f"{gain.speedup:.3f}", f"{gain.reduction:.3f}", quotient])
     return aligned(["case", "", "ms", "spread", "speed-up", "less work", "quotient"], rows, left=2)
 
 

@@ -149,7 +149,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse flags, score, draw, print."""
+    """Parse flags, score, plot, print."""
     config = parse_config(ReportSettings, argv, program="digits_report.py", doc=__doc__)
     images, labels = read_samples(config.samples)
     metrics = read_metrics(config.run) if config.run else []

@@ -61,8 +61,8 @@ def test_of_folders_the_last_checkpoint_of_every_run_is_taken(tmp_path):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"{place}.safetensors").touch()
     (tmp_path / "a" / "other.safetensors").touch()
-    found = list(find_checkpoints([tmp_path / "a", tmp_path / "given.safetensors"]))
-    assert [path.relative_to(tmp_path).as_posix() for path in found] == [
+    actual = list(find_checkpoints([tmp_path / "a", tmp_path / "given.safetensors"]))
+    assert [path.relative_to(tmp_path).as_posix() for path in actual] == [
         "a/runs/000/checkpoints/0000020.safetensors",
         "a/x/001/checkpoints/0000003.safetensors",
         "given.safetensors",
@@ -94,8 +94,8 @@ def test_every_model_takes_fewer_steps_and_those_that_can_reuse_state(tmp_path):
     flow = open_model(saved(tmp_path / "b", "DDT-digits/2", "flow"))
     assert [setup.label for setup in sampling_setups(flow, (8,), (2,))] == ["euler, 8 steps", "euler, 8 steps, R = 2"]
     routed = open_model(saved(tmp_path / "c", "DyDiT-digits/2"))
-    found = sampling_setups(routed, (8,), (2,), sampler="ddpm", cfg_scale=2.0)
-    assert [setup.label for setup in found] == ["ddpm, 8 steps, scale 2"]
+    actual = sampling_setups(routed, (8,), (2,), sampler="ddpm", cfg_scale=2.0)
+    assert [setup.label for setup in actual] == ["ddpm, 8 steps, scale 2"]
     with pytest.raises(UserError, match="--cfg-scale 0.5"):
         sampling_setups(routed, (8,), (2,), cfg_scale=0.5)
 
@@ -116,11 +116,11 @@ def test_work_is_counted_and_compared_with_the_first_way(tmp_path):
 def test_samples_do_not_depend_on_batches(tmp_path, monkeypatch):
     pipeline = open_model(saved(tmp_path, "DiT-digits/2")).pipeline
     run = pipeline.prepare(sampler="ddim", num_sampling_steps="ddim5")
-    drawn = []
+    sampled = []
     for batch in (250, 2):
         monkeypatch.setattr(digits, "BATCH", batch)
-        drawn.append(sample_digits(pipeline, run, 5, seed=1)[0].astype(int))
-    assert abs(drawn[0] - drawn[1]).max() <= 1 and drawn[0].shape == (5, 8, 8, 1)
+        sampled.append(sample_digits(pipeline, run, 5, seed=1)[0].astype(int))
+    assert abs(sampled[0] - sampled[1]).max() <= 1 and sampled[0].shape == (5, 8, 8, 1)
 
 
 def test_psnr_of_a_known_error():

@@ -69,12 +69,12 @@ def pipeline(compiler: str | None = None) -> Pipeline:
 
 
 def outcomes(cases: list[sampling.Case]) -> dict[str, list[torch.Tensor]]:
-    found = {}
+    actual = {}
     for case in cases:
         state = case.prepare()
         if case.outcome is not None:
-            found[case.name] = list(case.outcome(state, case.run(state)))
-    return found
+            actual[case.name] = list(case.outcome(state, case.run(state)))
+    return actual
 
 
 def test_loops_are_compared_with_the_official_ones_draw_by_draw(tmp_path: Path) -> None:
@@ -88,13 +88,13 @@ def test_loops_are_compared_with_the_official_ones_draw_by_draw(tmp_path: Path) 
         ("DPM-Solver++, 20 steps, 2 images", 20),
     ]
     assert skipped == []
-    found = outcomes(cases)
-    assert [check(case, found) for case in cases if case.reference] == [0, 0]
+    actual = outcomes(cases)
+    assert [check(case, actual) for case in cases if case.reference] == [0, 0]
     assert "official_dit_diffusion" not in sys.modules
     wrong, _ = loop_cases(CPU, 2, checkout(tmp_path / "wrong", 1.001))
-    found = outcomes(wrong)
+    actual = outcomes(wrong)
     with pytest.raises(UserError, match="DDIM, 50 steps, 2 images differs from official DDIM"):
-        check(wrong[4], found)
+        check(wrong[4], actual)
 
 
 def test_a_checkout_without_a_diffusion_package_is_named(tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ def test_rounds_are_a_b_b_a_and_ratios_are_those_of_a_round() -> None:
 
 
 def test_the_interval_is_student_s() -> None:
-    found = summarise("forward", [(1.0, 0.9), (1.0, 1.1)] * 7 + [(2.0, 2.0)])
+    actual = summarise("forward", [(1.0, 0.9), (1.0, 1.1)] * 7 + [(2.0, 2.0)])
     half = 2.145 * (0.14 / 14) ** 0.5 / 15**0.5
-    assert found.speedup == pytest.approx(1) and found.interval == pytest.approx((1 - half, 1 + half))
-    assert (found.seconds, found.seconds_before) == (1.0, 1.1)
-    assert "1.000 x" in table([found]) and f"{1 - half:.3f} to {1 + half:.3f}" in table([found])
+    assert actual.speedup == pytest.approx(1) and actual.interval == pytest.approx((1 - half, 1 + half))
+    assert (actual.seconds, actual.seconds_before) == (1.0, 1.1)
+    assert "1.000 x" in table([actual]) and f"{1 - half:.3f} to {1 + half:.3f}" in table([actual])
 
 
 def test_every_part_runs_in_this_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

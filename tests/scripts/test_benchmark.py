@@ -96,8 +96,8 @@ def test_a_case_that_computes_something_else_is_not_timed(value: float) -> None:
 def test_outcomes_of_earlier_groups_are_compared_with() -> None:
     known = {}
     measure("g", [case("right")], 1, no_time, known=known)
-    (found,) = measure("g", [case("near", 1.01, reference="right", tolerance=0.1)], 1, no_time, known=known)
-    assert found.error == pytest.approx(0.005)
+    (actual,) = measure("g", [case("near", 1.01, reference="right", tolerance=0.1)], 1, no_time, known=known)
+    assert actual.error == pytest.approx(0.005)
     assert set(known) == {"right", "near"}
 
 
@@ -281,9 +281,9 @@ def test_gpu_report_smoke(gpu_report: ModuleType, tmp_path: Path, capsys: pytest
         work = [r["flop"] for r in rows if r["group"] == group]
         assert all(less <= more for more, less in pairwise(work)) and work[-1] < work[0], group
     assert [r["reference"] for r in training] == [None, None, "bf16, batch 4", "bf16, batch 2"]
-    drawn = [r for r in rows if r["group"] == "sampling"]
-    assert [round(r["images"], 3) for r in drawn] == [0.016, 0.08, 0.2] * 2 + [0.04, 0.08], "shares of a trajectory"
-    assert drawn[-1]["name"] == "DDIM-50, 2 guided images, diffusers, bf16" and drawn[-1]["error"] < 0.1
+    sampled = [r for r in rows if r["group"] == "sampling"]
+    assert [round(r["images"], 3) for r in sampled] == [0.016, 0.08, 0.2] * 2 + [0.04, 0.08], "shares of a trajectory"
+    assert sampled[-1]["name"] == "DDIM-50, 2 guided images, diffusers, bf16" and sampled[-1]["error"] < 0.1
     assert all(0 < share < 1 for share in document["sampling"].values()) and len(document["sampling"]) == 2
     evaluated = [r["seconds"] for r in rows if r["group"] == "evaluator"]
     assert document["evaluator_seconds"] == pytest.approx(evaluated[0] / 4 * (40 + 60) + sum(evaluated[1:]))
@@ -306,8 +306,8 @@ def test_gpu_report_goes_on_after_a_measurement_that_did_not_fit(gpu_report: Mod
         raise torch.cuda.OutOfMemoryError("no")
 
     lost = [gpu_report.Case("b", lambda: 0, lambda state: state, reference="a")]
-    wanted = [gpu_report.Measurement("training", make, 1) for make in (too_large, lambda: lost)]
-    rows, skipped = gpu_report.measure_all(iter(wanted), torch.device("cpu"), no_time, float("inf"))
+    expected = [gpu_report.Measurement("training", make, 1) for make in (too_large, lambda: lost)]
+    rows, skipped = gpu_report.measure_all(iter(expected), torch.device("cpu"), no_time, float("inf"))
     assert skipped == ["training (measurement 1): out of memory"]
     assert [(r.name, r.reference, r.error) for r in rows] == [("b", None, None)]
 

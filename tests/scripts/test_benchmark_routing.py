@@ -22,12 +22,12 @@ def test_gates_are_opened_for_the_share_that_was_asked_for() -> None:
     network = random_network(SMALL.model, CPU, depth=3)
     x, y = torch.randn(4, 4, 8, 8), torch.arange(4)
     open_gates(network, SMALL, x, 500.0, y)
-    found = network(x, 500.0, y=y).aux
-    assert (found.heads.sum(-1) == 3).all() and (found.mlp.sum(-1) == 2).all()
-    assert (found.tokens.sum((0, 2)) == 48).all()  # of 64 in each of three blocks
-    assert len({tuple(mask.tolist()) for mask in found.heads[0]}) > 1
+    actual = network(x, 500.0, y=y).aux
+    assert (actual.heads.sum(-1) == 3).all() and (actual.mlp.sum(-1) == 2).all()
+    assert (actual.tokens.sum((0, 2)) == 48).all()  # of 64 in each of three blocks
+    assert len({tuple(mask.tolist()) for mask in actual.heads[0]}) > 1
     for t in (0.0, 999.0):  # at any time; which tokens, the image says
-        assert torch.equal(network(x, t, y=y).aux.heads, found.heads)
+        assert torch.equal(network(x, t, y=y).aux.heads, actual.heads)
     open_gates(network, SMALL._replace(heads=4, groups=4, tokens=1.0), x, 500.0, y)
     assert all(mask.all() for mask in network(x, 3.0, y=y).aux)
 

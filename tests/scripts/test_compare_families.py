@@ -19,14 +19,14 @@ FAMILY = {"DiT-digits/2": {}, "DyDiT-digits/2": {"flops_target": 0.9}, "DDT-digi
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Runs of every family, as the scripts leave them; of the Skip-DiT two seeds."""
-    found = []
+    actual = []
     for number, (model, train) in enumerate(FAMILY.items()):
         folder = tmp_path_factory.mktemp("out")
         for seed in range(2 if model.startswith("Skip") else 1):
             path = folder / "runs" / f"{seed:03d}" / "checkpoints" / "0000001.safetensors"
             save_digits_checkpoint(path, model, "flow" if number == 2 else "gaussian", seed, **train)
-        found.append(folder)
-    return found
+        actual.append(folder)
+    return actual
 
 
 def main(*argv: str | Path) -> int:

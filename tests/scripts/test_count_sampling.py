@@ -25,27 +25,27 @@ def test_a_checkpoints_sampling_is_counted_as_it_went(
 ) -> None:
     argv = ["--ckpt", str(routed_checkpoint), *"--num-sampling-steps 5 --images 6 --sampler ddim".split()]
     assert count(*argv, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["model"], found["images"], found["evaluations_per_image"]) == ("DyDiT-digits/2", 6, 10)  # guided
+    actual = json.loads(capsys.readouterr().out)
+    assert (actual["model"], actual["images"], actual["evaluations_per_image"]) == ("DyDiT-digits/2", 6, 10)  # guided
     dense = create_model("DyDiT-digits/2").cost()
-    assert found["dense_parts"] == dense and found["dense_macs"] == sum(dense.values())
-    blocks = [sum(found[key][part] for part in BLOCK_PARTS) for key in ("parts", "dense_parts")]
-    assert found["block_ratio"] == pytest.approx(blocks[0] / blocks[1]) and 0.2 < found["block_ratio"] < 0.9
-    assert found["macs_per_image"] == pytest.approx(10 * sum(found["parts"].values()))
+    assert actual["dense_parts"] == dense and actual["dense_macs"] == sum(dense.values())
+    blocks = [sum(actual[key][part] for part in BLOCK_PARTS) for key in ("parts", "dense_parts")]
+    assert actual["block_ratio"] == pytest.approx(blocks[0] / blocks[1]) and 0.2 < actual["block_ratio"] < 0.9
+    assert actual["macs_per_image"] == pytest.approx(10 * sum(actual["parts"].values()))
     assert count(*argv) == 0
     text = capsys.readouterr().out
-    assert f"share of the blocks' work: {found['block_ratio']:.3f}" in text and "routers" in text
+    assert f"share of the blocks' work: {actual['block_ratio']:.3f}" in text and "routers" in text
 
 
 @pytest.mark.parametrize(("dense", "letter"), [(118.6e9, "G"), (3e6, "M")])
 def test_columns_are_as_wide_as_their_names_in_a_unit_that_shows_the_numbers(dense: float, letter: str) -> None:
     parts = {"blocks": dense, "a_part_with_quite_a_long_name": dense / 1000}
-    found = {
+    actual = {
         "model": "DiT-digits/2", "images": 2, "evaluations_per_image": 4.0, "block_ratio": 0.5,
         "parts": {part: number / 2 for part, number in parts.items()}, "macs": dense / 2,
         "dense_parts": parts, "dense_macs": dense, "macs_per_image": 2 * dense,
     }  # fmt: skip
-    text = summary_table(found)
+    text = summary_table(actual)
     lines = text.split("\n\n")[1].splitlines()
     assert len({len(line) for line in lines}) == 1 and len({line.count("|") for line in lines}) == 1
     assert [line.split("|")[-2].strip() for line in lines[2:]] == ["50.0%"] * 3

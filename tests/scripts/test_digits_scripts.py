@@ -31,8 +31,8 @@ def networks(done: subprocess.CompletedProcess[str]) -> list[str]:
 def test_dydit_in_a_moment(tmp_path: Path) -> None:
     start = save_digits_checkpoint(tmp_path / "0000001.safetensors", "DiT-digits/2")
     short = {"DIGITS_DIT": str(start), "DIGITS_STEPS": "2", "DIGITS_SAMPLES": "12", "DIGITS_TARGETS": "0.6 0.5"}
-    found = networks(script("digits_dydit", tmp_path, **short))
-    assert found == ["DiT-digits/2"] * 4 + ["DyDiT-digits/2, target 0.6", "DyDiT-digits/2, target 0.5"]
+    actual = networks(script("digits_dydit", tmp_path, **short))
+    assert actual == ["DiT-digits/2"] * 4 + ["DyDiT-digits/2, target 0.6", "DyDiT-digits/2, target 0.5"]
 
 
 @pytest.mark.slow

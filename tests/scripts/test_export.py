@@ -73,9 +73,9 @@ def test_diffusers_computes_the_same_once_its_timesteps_are_corrected(
     twin, info = DiTTransformer2DModel.from_pretrained(folder / "transformer", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0, 20, 500, 999]), torch.tensor([0, 3, 9, 10])
-    wanted = network(x, t, y=y).sample
-    assert relative_error(twin(x, timestep=t, class_labels=y).sample, wanted) > 1e-4, "what no config carries"
-    assert_close(correct_timesteps(twin)(x, timestep=t, class_labels=y).sample, wanted, 2e-6)
+    expected = network(x, t, y=y).sample
+    assert relative_error(twin(x, timestep=t, class_labels=y).sample, expected) > 1e-4, "what no config carries"
+    assert_close(correct_timesteps(twin)(x, timestep=t, class_labels=y).sample, expected, 2e-6)
     said, readme = capsys.readouterr().out, (folder / "README.md").read_text()
     assert "set it after loading, as the README.md in the exported folder shows" in said
     for note in ("downscale_freq_shift", "first 3 latent channels", "the null class 10: DiTPipeline always takes 1000"):
@@ -83,7 +83,7 @@ def test_diffusers_computes_the_same_once_its_timesteps_are_corrected(
     loop = readme.split("```python")[1].split("scheduler = ")[0].split("from_pretrained")[1].split("\n", 1)[1]
     fresh = DiTTransformer2DModel.from_pretrained(folder / "transformer")
     exec(loop, {"transformer": fresh})  # the README's own lines
-    assert_close(fresh(x, timestep=t, class_labels=y).sample, wanted, 2e-6)
+    assert_close(fresh(x, timestep=t, class_labels=y).sample, expected, 2e-6)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])

@@ -130,10 +130,10 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     foreign = tmp_path / "official.pt"
     torch.save({"ema": debug_network("Skip-DiT").state_dict()}, foreign)
     assert main("--ckpt", *paths, foreign, *SHORT, "--output-dir", tmp_path / "out") == 0
-    found = json.loads((tmp_path / "out" / "smoothness.json").read_text())["networks"]
-    assert list(found) == ["DiT-debug/2", "Skip-DiT-debug/2", "Skip-DiT-debug/2 (2)"]
-    for name, depth in zip(found, (4, 8, 8), strict=True):
-        one = found[name]
+    actual = json.loads((tmp_path / "out" / "smoothness.json").read_text())["networks"]
+    assert list(actual) == ["DiT-debug/2", "Skip-DiT-debug/2", "Skip-DiT-debug/2 (2)"]
+    for name, depth in zip(actual, (4, 8, 8), strict=True):
+        one = actual[name]
         assert list(one["surfaces"]) == ["2", "6"] and np.shape(one["surfaces"]["2"]) == (3, 3)
         assert np.shape(one["between_steps"]) == np.shape(one["change"]) == (depth, 5)
         assert [error is None for error in one["reused"]["2"]] == [True, False] * 3

@@ -1,4 +1,4 @@
-"""The recipes for GPUs: what they would start, and what they say to a user who gives too little."""
+"""The recipes for GPUs and the scripts for the digits: what they would start, and what they say to a wrong call."""
 
 import os
 import subprocess
@@ -12,6 +12,7 @@ from runtime.command_line import parse, parse_config
 from runtime.settings import Given, choose_owners
 from sample_ddp import SampleDDPSettings
 from sampling.config import KINDS as SAMPLING_KINDS
+from scripts.compare_families import CompareSettings
 from tests.processes import ROOT
 from training.config import KINDS, TrainSettings
 
@@ -41,11 +42,11 @@ def recipe(name: str, folder: Path, *argv: str, **settings: str) -> subprocess.C
     return subprocess.run(command, cwd=folder, env=environment | settings, capture_output=True, text=True)
 
 
-def recorded(folder: Path, script: str) -> list[list[str]]:
+def recorded(folder: Path, script: str, launcher: str = "--nproc-per-node") -> list[list[str]]:
     """Arguments of each program that was started, after its name."""
     runs = (folder / "recorded").read_text().split("----\n")[:-1]
     started = [run.splitlines() for run in runs]
-    assert all("--nproc-per-node" in argv for argv in started)
+    assert all(launcher in argv for argv in started if script in argv)
     return [argv[argv.index(script) + 1 :] for argv in started if script in argv]
 
 
@@ -71,6 +72,22 @@ def test_a_recipe_starts_train_py_with_flags_that_it_knows(name: str, tmp_path: 
     config = given.general
     assert config.data.data_path == tmp_path / "data" and config.model.endswith("-XL/2")
     assert config.run.init_from in (None, tmp_path / "weights.pt") and config.optimization.global_batch_size == 256
+
+
+@pytest.mark.parametrize(("name", "runs"), [("digits_dydit", 2), ("digits_ddt", 2), ("digits_skip_dit", 6)])
+def test_scripts_for_the_digits_give_flags_that_have_an_effect(name: str, runs: int, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(RECORD)
+    python.chmod(0o755)
+    settings = {"DIGITS_PYTHON": str(python), "DIGITS_DIT": "start.safetensors"}
+    done = recipe(name, tmp_path, str(tmp_path / "out"), **settings)
+    assert done.returncode == 0, done.stderr
+    trained = recorded(tmp_path, "train.py", "train.py")
+    assert len(trained) == runs
+    for argv in trained:
+        check_owners(parse(TrainSettings, argv, program="train.py", doc=None, kinds=KINDS))
+    for argv in recorded(tmp_path, "scripts/compare_families.py", "--output-dir"):
+        assert parse_config(CompareSettings, argv, program="compare_families.py", doc=None).num_samples == 1000
 
 
 @pytest.mark.parametrize(("name", "model"), [("sample_0.7", "new_dydit0.7"), ("sample_0.5", "new_dydit0.5")])

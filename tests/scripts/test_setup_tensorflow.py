@@ -29,7 +29,7 @@ def test_the_layer_meets_pyproject_and_agrees_with_what_lies_below():
 
 
 @pytest.mark.parametrize(
-    ("argv", "wanted"),
+    ("argv", "expected"),
     [
         (
             [],
@@ -41,7 +41,7 @@ def test_the_layer_meets_pyproject_and_agrees_with_what_lies_below():
         (["-m", "slow"], [".venv -m pytest -q -n 2 -m slow"]),
     ],
 )
-def test_tensorflow_s_tests_run_in_a_process_of_their_own(tmp_path, argv, wanted):
+def test_tensorflow_s_tests_run_in_a_process_of_their_own(tmp_path, argv, expected):
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "test.sh", tmp_path / "scripts")
     for name in ("setup.sh", "setup_tensorflow.sh"):
@@ -53,7 +53,7 @@ def test_tensorflow_s_tests_run_in_a_process_of_their_own(tmp_path, argv, wanted
         python.chmod(0o755)
     done = subprocess.run(["bash", "scripts/test.sh", *argv], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "calls").read_text().splitlines() == wanted
+    assert (tmp_path / "calls").read_text().splitlines() == expected
 
 
 def test_beside_other_tests_those_of_tensorflow_are_left_out():
