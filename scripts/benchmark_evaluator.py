@@ -1,7 +1,7 @@
 """Time the evaluator's stages on a CPU, with each one's peak of memory, and extrapolate to 50,000 images.
 
     python scripts/benchmark_evaluator.py                   # about ten minutes
-    python scripts/benchmark_evaluator.py --threads 2 --images 256
+    python scripts/benchmark_evaluator.py --threads 2 --num-images 256
 
 Every stage runs in a separate process; memory is that process's largest resident size, PyTorch and the preparation
 included. Times are wall times of single runs.
@@ -36,17 +36,17 @@ MEMORY = 3e9
 class EvaluatorBenchmarkSettings(OutputSettings):
     """Settings of benchmark_evaluator.py."""
 
-    images: int = setting(1000, "images that the network evaluates")
+    num_images: int = setting(1000, "images that the network evaluates", was={"--images": None})
     smoke: bool = setting(False, "everything tiny: shows that the benchmark works, measures nothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, BATCH_SIZE["cpu"], "images")
+        check_at_least(self, BATCH_SIZE["cpu"], "num_images")
 
     @property
     def sizes(self) -> EvaluatorSizes:
         """Sizes of all stages."""
-        published = dataclasses.replace(evaluation.PUBLISHED, images=self.images, batch=BATCH_SIZE["cpu"])
+        published = dataclasses.replace(evaluation.PUBLISHED, images=self.num_images, batch=BATCH_SIZE["cpu"])
         return evaluation.TINY if self.smoke else published
 
 

@@ -4,8 +4,9 @@
     python scripts/benchmark_routing.py --model DyDiT-B/2 --batch-size 4 --heads 6 --groups 6 --tokens 0.7
 
 A speed-up is worth as much as the work it left out, so the table shows both and their quotient: 1 means that all saved
-work became saved time. Routers, packing and scattering are in the time, and routers in the work. With --steps whole
-guided sampling loops are timed (DDPM, scale 1.5), of --batch-size images. Figures: docs/benchmarks.md.
+work became saved time. Routers, packing and scattering are in the time, and routers in the work. With
+--num-sampling-steps whole guided sampling loops are timed (DDPM, scale 1.5), of --batch-size images. Figures are in
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -45,13 +46,15 @@ class RoutingSettings(TimingSettings):
     heads: int | None = setting(None, "heads that are on in every block", shown="half of them")
     groups: int | None = setting(None, "groups of MLP channels that are on", shown="half of them")
     tokens: float = setting(0.8, "share of the tokens that goes through the MLP")
-    steps: int | None = setting(None, "time guided sampling loops of this many steps", shown="single evaluations")
-    bf16: bool = setting(False, "bf16 autocast instead of float32")
+    num_sampling_steps: int | None = setting(
+        None, "time guided sampling loops of this many steps", shown="single evaluations", was={"--steps": None}
+    )
+    precision: Literal["fp32", "bf16"] = setting("fp32", "of the network", was={"--bf16": "bf16"})
     compile: bool = setting(False, "compile the blocks")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 1, "depth", "batch_size", "heads", "groups", "steps")
+        check_at_least(self, 1, "depth", "batch_size", "heads", "groups", "num_sampling_steps")
         if not 0 <= self.tokens <= 1:
             raise ValueError(f"--tokens {self.tokens}: must lie in [0, 1]")
         for name in ("depth", "heads", "groups") if self.model is None else ():
@@ -108,10 +111,10 @@ def main(argv: Sequence[str]) -> None:
     if config.compile and compiler is None:
         raise UserError("--compile: needs a C++ compiler, or Triton on a GPU")
     clock_name, clock = choose_clock(device, config.threads)
-    autocast = torch.bfloat16 if config.bf16 else None
+    autocast = torch.bfloat16 if config.precision == "bf16" else None
     groups = []
     for workload in workloads(config, device):
-        cases = routing_cases(workload, device, steps=config.steps, autocast=autocast, compiler=compiler)
+        cases = routing_cases(workload, device, steps=config.num_sampling_steps, autocast=autocast, compiler=compiler)
         groups.append(measure(workload.title, cases, config.rounds, clock))
     result = report(config, machine_info(device, clock_name), [row for group in groups for row in group], [])
     result["savings"] = [entry for group in groups for entry in savings(group)]

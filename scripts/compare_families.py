@@ -30,7 +30,7 @@ from runtime import distributed
 from runtime.command_line import parse_config
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import setting, to_dict
+from runtime.settings import flag_name, setting, to_dict
 
 # Scripts and the folders of their runs.
 MADE_BY = {
@@ -48,7 +48,9 @@ class CompareSettings:
     """Settings of compare_families.py."""
 
     ckpt: tuple[Path, ...] = setting(tuple(MADE_BY), "checkpoints of train.py, or folders of runs: the newest of each")
-    steps: tuple[int, ...] = setting((50, 25, 10), "numbers of sampling steps; state is reused with the first of them")
+    num_sampling_steps: tuple[int, ...] = setting(
+        (50, 25, 10), "numbers of steps; state is reused with the first of them", was={"--steps": None}
+    )
     intervals: tuple[int, ...] | None = setting(
         None, "evaluations from one that computes kept state to the next", shown="2 4 6, up to the number of steps"
     )
@@ -57,27 +59,28 @@ class CompareSettings:
     )
     sampler: str | None = setting(None, "sampler", tuple(SAMPLERS), shown="ddim; euler for flows")
     cfg_scale: float | None = setting(None, "guidance scale", shown="1.1; 1, no guidance, for flows")
-    num_samples: int = setting(1000, "digits of every row, of all classes in turn")
+    num_images: int = setting(1000, "digits of every row, of all classes in turn", was={"--num-samples": None})
     seed: int = setting(0, "seed of the noise")
     check: bool = setting(False, f"exit with status 1 if a routed network's work is off its target by over {CLOSE}")
     output_dir: Path = setting(Path("results/families"), "folder of the table and the picture")
     device: Literal["cuda", "cpu"] | None = setting(None, "where to compute", shown="cuda if there is one")
 
     def __post_init__(self) -> None:
-        for name in ("ckpt", "steps"):
+        for name in ("ckpt", "num_sampling_steps"):
             if not getattr(self, name):
-                raise ValueError(f"--{name}: give at least one")
-        if self.num_samples < 4:
-            raise ValueError(f"--num-samples {self.num_samples}: scores need at least 4")
+                raise ValueError(f"{flag_name(name)}: give at least one")
+        check_at_least(self, 4, "num_images")  # for the scores
         check_at_least(self, 1, "cache_depth")
         for interval in self.intervals or ():
-            if not 2 <= interval <= self.steps[0]:
-                raise ValueError(f"--intervals {interval}: must lie in 2..{self.steps[0]}, the number of steps")
+            if not 2 <= interval <= self.num_sampling_steps[0]:
+                raise ValueError(
+                    f"--intervals {interval}: must lie in 2..{self.num_sampling_steps[0]}, the number of steps"
+                )
 
     @property
     def chosen_intervals(self) -> tuple[int, ...]:
         """--intervals, or those of the usual ones that are not above the number of steps."""
-        return self.intervals or tuple(interval for interval in INTERVALS if interval <= self.steps[0])
+        return self.intervals or tuple(interval for interval in INTERVALS if interval <= self.num_sampling_steps[0])
 
 
 def plan(config: CompareSettings) -> list[tuple[TrainedModel, list[SamplingSetup]]]:
@@ -95,7 +98,7 @@ def plan(config: CompareSettings) -> list[tuple[TrainedModel, list[SamplingSetup
     models = digits.newest([digits.open_model(path, config.cache_depth, device) for path in paths])
     settings: dict[str, Any] = {"sampler": config.sampler, "cfg_scale": config.cfg_scale}
     settings["sharing_dir"] = config.output_dir / "sharing"
-    steps, intervals = config.steps, config.chosen_intervals
+    steps, intervals = config.num_sampling_steps, config.chosen_intervals
     return [(model, digits.sampling_setups(model, steps, intervals, **settings)) for model in models]
 
 
@@ -212,7 +215,7 @@ def main(argv: Sequence[str]) -> None:
     check_writable(config.output_dir / "families.json", "--output-dir")
     results: list[Result] = []
     for model, setups in planned:
-        for result in digits.examine(model, setups, config.num_samples, config.seed):
+        for result in digits.examine(model, setups, config.num_images, config.seed):
             results.append(result)
             print(f"{result.name}, seed {result.seed}: {result.setup}", file=sys.stderr, flush=True)
     text = table(results)

@@ -1,7 +1,7 @@
 """Count the work that sampling from a checkpoint executes: images are sampled, and every evaluation is counted.
 
-    python scripts/count_sampling.py --ckpt new_dydit0.7 --images 32
-    python scripts/count_sampling.py --ckpt DiT-XL-2-skip --sampler ddim --cache-interval 3 --images 2
+    python scripts/count_sampling.py --ckpt new_dydit0.7 --num-images 32
+    python scripts/count_sampling.py --ckpt DiT-XL-2-skip --sampler ddim --cache-interval 3 --num-images 2
 
 What a router left out, what a reused state made needless, rows that guidance did not double: none of it is counted.
 """
@@ -30,12 +30,12 @@ from sampling.pipeline import Pipeline
 class CountSamplingSettings(SamplingSettings):
     """Settings of count_sampling.py."""
 
-    images: int = setting(8, "images to sample, of the classes in turn")
+    num_images: int = setting(8, "images to sample, of the classes in turn", was={"--images": None})
     json: bool = setting(False, "print JSON instead of a table")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 1, "images")
+        check_at_least(self, 1, "num_images")
 
 
 def summary(cost: SamplingCost, images: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def count_sampling(given: Given[CountSamplingSettings]) -> dict[str, Any]:
     Raises:
         UserError: For anything about the checkpoint that does not fit.
     """
-    images = given.general.images
+    images = given.general.num_images
     with distributed.world(given.general.compute.device) as world:
         pipeline = Pipeline.open(given, world.device)
         prepared = pipeline.prepare()

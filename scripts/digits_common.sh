@@ -48,5 +48,5 @@ train() {
 
 # compare [flags of compare_families.py]
 compare() {
-    PYTHONPATH=. "$python" scripts/compare_families.py --num-samples "${DIGITS_SAMPLES:-1000}" "$@"
+    PYTHONPATH=. "$python" scripts/compare_families.py --num-images "${DIGITS_SAMPLES:-1000}" "$@"
 }

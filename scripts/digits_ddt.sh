@@ -15,4 +15,4 @@ train DDT-digits/2 "${DIGITS_STEPS:-1700}" --process flow --results-dir "$out/ru
 echo "== 2/3  Training a DiT as a flow, for as long"
 train DiT-digits/2 "${DIGITS_STEPS:-3000}" --process flow --results-dir "$out/runs"
 echo "== 3/3  Sampling digits with all encoder calls, and with a half, a quarter and a tenth of them"
-compare --ckpt "$out" --steps 50 --intervals 2 4 10 --output-dir "$out"
+compare --ckpt "$out" --num-sampling-steps 50 --intervals 2 4 10 --output-dir "$out"

@@ -29,4 +29,4 @@ for target in "${targets[@]}"; do
         --gate-noise-steps "$((steps * 2 / 3))"
 done
 echo "== Sampling digits with each, and with the DiT"
-compare --ckpt "$start" "$out" --steps 50 --output-dir "$out"
+compare --ckpt "$start" "$out" --num-sampling-steps 50 --output-dir "$out"

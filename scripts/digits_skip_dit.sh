@@ -20,5 +20,5 @@ for seed in ${DIGITS_SEEDS:-0 1 2}; do
 done
 for sampler in ddim ddpm; do
     echo "== Sampling with $sampler, 50 steps, and scoring"
-    compare --ckpt "$out" --sampler "$sampler" --steps 50 --intervals 2 3 4 5 6 --output-dir "$out/$sampler"
+    compare --ckpt "$out" --sampler "$sampler" --num-sampling-steps 50 --intervals 2 3 4 5 6 --output-dir "$out/$sampler"
 done

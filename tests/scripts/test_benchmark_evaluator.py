@@ -68,7 +68,7 @@ def test_black_images_take_no_space(tmp_path):
     ("argv", "message"),
     [
         (["--threads", "0"], "--threads 0: must be at least 1"),
-        (["--images", "7"], "--images 7: must be at least 8"),
+        (["--num-images", "7"], "--num-images 7: must be at least 8"),
         (["--output", "/dev/null/a.json"], "--output /dev/null/a.json: cannot write there"),
     ],
 )

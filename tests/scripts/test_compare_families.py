@@ -34,7 +34,7 @@ def main(*argv: str | Path) -> int:
 
 
 def test_every_family_is_compared(folders, tmp_path, capsys):
-    argv = "--steps 10 5 --intervals 2 --num-samples 12 --device cpu --output-dir".split()
+    argv = "--num-sampling-steps 10 5 --intervals 2 --num-images 12 --device cpu --output-dir".split()
     assert main("--ckpt", *folders, *argv, tmp_path / "out") == 0
     output = capsys.readouterr()
     rows = json.loads((tmp_path / "out" / "families.json").read_text())["rows"]
@@ -51,7 +51,7 @@ def test_every_family_is_compared(folders, tmp_path, capsys):
 
 
 def test_a_routed_network_off_its_target_fails_the_check(folders, tmp_path, capsys):
-    argv = "--steps 5 --num-samples 4 --device cpu --check --output-dir".split()
+    argv = "--num-sampling-steps 5 --num-images 4 --device cpu --check --output-dir".split()
     with pytest.raises(SystemExit) as leaving:
         main("--ckpt", folders[1], *argv, tmp_path)
     assert leaving.value.code == 1
@@ -101,9 +101,9 @@ def test_targets_are_compared_at_the_first_setup_only():
         ("--ckpt PLAIN --intervals 51", "--intervals 51: must lie in 2..50"),
         ("--ckpt PLAIN --intervals 1", "--intervals 1: must lie in 2..50"),
         ("--ckpt PLAIN --device cuda", "--device cuda: PyTorch finds no CUDA device"),
-        ("--ckpt PLAIN --num-samples 3", "--num-samples 3: scores need at least 4"),
+        ("--ckpt PLAIN --num-images 3", "--num-images 3: must be at least 4"),
         ("--ckpt PLAIN --cfg-scale 0.5", "--cfg-scale 0.5: must be at least 1"),
-        ("--ckpt PLAIN --steps 50 0", "--num-sampling-steps ddim0"),
+        ("--ckpt PLAIN --num-sampling-steps 50 0", "--num-sampling-steps ddim0"),
         ("--ckpt PLAIN --sampler euler", "--sampler euler: the network was trained under 'gaussian'"),
         ("--ckpt PLAIN --cache-depth 3", "cache_depth 3 must lie in 1..2"),
     ],

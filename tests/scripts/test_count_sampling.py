@@ -23,7 +23,7 @@ def routed_checkpoint(tmp_path: Path) -> Path:
 def test_a_checkpoints_sampling_is_counted_as_it_went(
     routed_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["--ckpt", str(routed_checkpoint), *"--num-sampling-steps 5 --images 6 --sampler ddim".split()]
+    argv = ["--ckpt", str(routed_checkpoint), *"--num-sampling-steps 5 --num-images 6 --sampler ddim".split()]
     assert count(*argv, "--json") == 0
     actual = json.loads(capsys.readouterr().out)
     assert (actual["model"], actual["images"], actual["evaluations_per_image"]) == ("DyDiT-digits/2", 6, 10)  # guided
@@ -56,7 +56,7 @@ def test_parts_of_a_divided_network_count_as_blocks(tmp_path: Path, capsys: pyte
     ckpt = save_digits_checkpoint(tmp_path / "0000001.safetensors", "DDT-digits/2", "flow")
     shares = []
     for reuse in ([], ["--sharing-interval", "4"]):
-        argv = ["--ckpt", str(ckpt), *"--num-sampling-steps 8 --images 2 --cfg-scale 1 --json".split(), *reuse]
+        argv = ["--ckpt", str(ckpt), *"--num-sampling-steps 8 --num-images 2 --cfg-scale 1 --json".split(), *reuse]
         assert count(*argv) == 0
         shares.append(json.loads(capsys.readouterr().out)["block_ratio"])
     network = create_model("DDT-digits/2")
@@ -69,7 +69,7 @@ def test_parts_of_a_divided_network_count_as_blocks(tmp_path: Path, capsys: pyte
     [
         (["--ckpt", "nothing.pt"], "--ckpt nothing.pt: no such file"),
         (["--ckpt", "nothing.pt", "--cfg-scale", "0"], "--cfg-scale 0.0: must be at least 1"),
-        (["--ckpt", "nothing.pt", "--images", "0"], "--images 0: must be at least 1"),
+        (["--ckpt", "nothing.pt", "--num-images", "0"], "--num-images 0: must be at least 1"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,7 +87,7 @@ def test_scripts_for_the_digits_give_flags_that_have_an_effect(name: str, runs: 
     for argv in trained:
         check_owners(parse(TrainSettings, argv, program="train.py", doc=None, kinds=KINDS))
     for argv in recorded(tmp_path, "scripts/compare_families.py", "--output-dir"):
-        assert parse_config(CompareSettings, argv, program="compare_families.py", doc=None).num_samples == 1000
+        assert parse_config(CompareSettings, argv, program="compare_families.py", doc=None).num_images == 1000
 
 
 @pytest.mark.parametrize(("name", "model"), [("sample_0.7", "new_dydit0.7"), ("sample_0.5", "new_dydit0.5")])
