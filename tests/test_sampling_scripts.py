@@ -21,6 +21,7 @@ from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.errors import run
 from sampling import pipeline
 from sampling.config import SAMPLERS, CachingSettings
+from sampling.job import JobSettings, auto_batch_size, plan_job
 from sampling.pipeline import Pipeline
 from tests.golden_data import assert_close
 from tests.networks import debug_name, randomise
@@ -206,7 +207,7 @@ def test_images_can_be_written_as_png_too(ckpt, tmp_path):
 
 @pytest.mark.parametrize(("macs", "size"), [(118_621_000_000, 64), (524_500_000_000, 8), (10**15, 1), (10, 256)])
 def test_the_automatic_batch_size_follows_from_the_network_alone(macs, size):
-    assert sample_ddp.auto_batch_size(macs) == size
+    assert auto_batch_size(macs) == size
 
 
 def test_the_automatic_batch_size_is_noted_as_a_number(ckpt, tmp_path):
@@ -520,7 +521,7 @@ def test_a_number_of_images_is_not_ignored_for_seeds(argv, classes, ckpt, tmp_pa
 
 
 def test_the_number_of_images_is_50_000_where_nobody_says(ckpt):
-    job = sample_ddp.plan(sample_ddp.JobSettings(), 10)
+    job = plan_job(JobSettings(), 10)
     assert len(job.labels) == len(job.noise) == 50_000
 
 
