@@ -33,17 +33,8 @@ from torch.nn import functional
 from benchmarks.plotting import pyplot, save_figure, style
 from benchmarks.report import aligned
 from benchmarks.timing import check_at_least
-from diffusion import (
-    PROCESSES,
-    ImageNoise,
-    create_diffusion,
-    evaluations,
-    guided,
-    make_sampler,
-    sample_loop,
-    skip_cache,
-)
-from diffusion.sampling import Sampler
+from diffusion import PROCESSES, create_diffusion, make_sampler, skip_cache
+from diffusion.sampling import ImageNoise, Sampler, evaluations, guided, sample_loop
 from models import Network, model_config
 from models.loading import build_network, resolve_checkpoint
 from models.skip_dit import default_cache_depth
