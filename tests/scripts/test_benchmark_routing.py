@@ -68,9 +68,9 @@ def test_a_saving_is_speed_up_and_less_work_and_their_quotient() -> None:
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "result.json"
-    argv = "--model DyDiT-debug/2 --depth 2 --batch-size 2 --rounds 1 --device cpu".split()
-    argv += "--num-sampling-steps 2 --precision bf16".split()
-    assert run(benchmark_routing.main, "benchmark_routing.py", [*argv, "--output", str(output)]) == 0
+    argv = "--model DyDiT-debug/2 --depth 2 --batch-size 2 --rounds 1 --device cpu --num-sampling-steps 2".split()
+    argv += ["--precision", "bf16", "--output", str(output)]
+    assert run(benchmark_routing.main, "benchmark_routing.py", argv) == 0
     printed, document = capsys.readouterr().out, json.loads(output.read_text())
     assert [row["name"] for row in document["rows"]] == [DENSE, ALL_ON, ROUTED, MASKED]
     assert all(row["name"] in printed for row in document["rows"]) and "quotient" in printed
