@@ -157,14 +157,12 @@ def _shown(value: float | None, form: str, scale: float = 1.0) -> str:
 
 def headline(document: dict[str, Any]) -> str:
     """One line on the machine, and one on its peaks if they were measured."""
-    machine, best = document["machine"], document.get("peak_flop_per_second")
+    machine, best = document["machine"], document.get("peak_flop_per_second", {})
     features = f" ({', '.join(machine['cpu_features'])})" if machine["cpu_features"] else ""
     where = machine["device"] if machine["cuda"] else machine["cpu"] + features
     line = f"{where}, {machine['threads']} CPU thread(s), torch {machine['torch']}, {machine['clock']}"
-    if best is None:
-        return line
     known = [f"{name.replace('_', ' ')} {value / 1e9:,.0f}" for name, value in best.items() if value]
-    return f"{line}\nPeak in GFLOP/s: {', '.join(known) or 'not measured'}"
+    return f"{line}\nPeak in GFLOP/s: {', '.join(known)}" if known else line
 
 
 def write_json(document: dict[str, Any], path: Path | None) -> None:
