@@ -204,9 +204,7 @@ def test_images_can_be_written_as_png_too(ckpt, tmp_path):
             assert np.array_equal(np.asarray(picture), image[..., 0])
 
 
-@pytest.mark.parametrize(
-    ("macs", "size"), [(118_621_000_000, 64), (524_500_000_000, 8), (10**15, 1), (10, 256)]
-)
+@pytest.mark.parametrize(("macs", "size"), [(118_621_000_000, 64), (524_500_000_000, 8), (10**15, 1), (10, 256)])
 def test_the_automatic_batch_size_follows_from_the_network_alone(macs, size):
     assert sample_ddp.auto_batch_size(macs) == size
 
