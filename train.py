@@ -35,8 +35,9 @@ def main(argv: Sequence[str]) -> None:
         setup = set_up(given, world.device)
         saved = find_run(setup)
         distributed.barrier()  # every rank has searched before rank 0 makes a new folder
-        folder = open_run(setup, world, saved)
-        Trainer(setup, world, folder, saved).run()
+        trainer = Trainer(setup, world, open_run(setup, world, saved), saved)
+        del saved  # a second copy of weights, average and optimizer
+        trainer.run()
 
 
 if __name__ == "__main__":

@@ -50,10 +50,10 @@ def run_ranks(
     """Run a script on several ranks without torchrun, which takes a tenth of the time (see `fork_script`).
 
     Args:
-        script: of the repository root.
-        argv: its arguments.
-        ranks: number of processes.
-        folder: working directory.
+        script: Script, from the repository root.
+        argv: Arguments of the script.
+        ranks: Number of processes.
+        folder: Working directory.
         fault: Python code that each rank executes first.
 
     Returns:
@@ -93,11 +93,11 @@ def fork_script(
     """Start a script in a process that is forked from one that has the imports.
 
     Args:
-        script: of the repository root.
-        argv: its arguments.
-        folder: working directory.
-        output: its output goes to this name with .out, errors to .err.
-        environment: more variables.
+        script: Script, from the repository root.
+        argv: Arguments of the script.
+        folder: Working directory.
+        output: Name of the files of output (with .out) and errors (.err).
+        environment: More variables.
         fault: Python code that is executed first.
     """
     context = multiprocessing.get_context("forkserver")

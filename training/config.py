@@ -113,7 +113,7 @@ class OptimizationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeSettings:
-    """Where and how a step is computed."""
+    """Precision, compilation, memory and device."""
 
     precision: str = setting("tf32", "of matrix products: fp32, tf32 (CUDA; as official), bf16 autocast", PRECISIONS)
     compile: bool = setting(False, "compile every block (on a CPU this needs a C++ compiler)", free=True)
@@ -133,7 +133,7 @@ class ComputeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Where a run starts from, and what it writes."""
+    """Start and output of a run."""
 
     results_dir: Path = setting(Path("results"), "folder of all runs, each in a numbered folder", free=True)
     resume: str | None = setting(
@@ -247,11 +247,11 @@ def parse_settings(argv: Sequence[str], doc: str | None = None) -> Given[TrainSe
     """Read the flags of train.py.
 
     Args:
-        argv: arguments after the program's name.
-        doc: docstring of the program, for `--help`.
+        argv: Arguments after the program's name.
+        doc: Docstring of the program, for `--help`.
 
     Raises:
-        UserError: for anything wrong with them.
+        UserError: For anything wrong with them.
     """
     return parse(TrainSettings, argv, program=PROGRAM, doc=doc, kinds=KINDS, aliases=ALIASES, migrate=upgrade)
 

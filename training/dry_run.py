@@ -30,9 +30,9 @@ def predict_memory(setup: Setup, world: World, fake: FakeTensorMode) -> dict[str
     Not in them: the CUDA context, the allocator's fragments, and workspaces inside operations.
 
     Args:
-        setup: of the run; its network has tensors without values, of this mode. It can be used once.
-        world: this process and its place among all.
-        fake: the mode.
+        setup: Setup with a network of tensors without values; it can be used once.
+        world: This process and its place among all.
+        fake: Mode of these tensors.
     """
     optimization, loss, parts = setup.config.optimization, setup.loss, dict[str, int]()
     trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
@@ -71,7 +71,7 @@ def dry_run(given: Given[TrainSettings]) -> None:
     """Print everything about a run, on rank 0; nothing is written, and no process waits for another.
 
     Raises:
-        UserError: as `set_up`.
+        UserError: For anything that does not fit, as `set_up`.
     """
     world = World(0, distributed.world_size(), distributed.choose_device(given.general.compute.device))
     if int(os.environ.get("RANK", "0")) != world.rank:

@@ -44,7 +44,7 @@ class AdamW:
     """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101).
 
     Raises:
-        ValueError: naming the flag and its value.
+        ValueError: Naming the flag and its value.
     """
 
     adam_betas: tuple[float, float] = setting((0.9, 0.999), "betas of AdamW")
@@ -68,13 +68,13 @@ class EMA(Generic[N]):
     """An exponential moving average of a network's weights.
 
     Args:
-        network: the network being trained; the average starts as a copy of it.
-        decay: weight of the past at each update.
-        ramp: start at a low decay, min(decay, (1 + n) / (10 + n)) at update n, so that short runs forget their start.
+        network: The network being trained; the average starts as a copy of it.
+        decay: Weight of the past at each update.
+        ramp: Start at a low decay, min(decay, (1 + n) / (10 + n)) at update n, so that short runs forget their start.
 
     Attributes:
-        network: the average, in eval mode, without gradients. Frozen parameters are copied once and left alone.
-        name: of its group in checkpoints, by its decay.
+        network: The average, in eval mode, without gradients. Frozen parameters are copied once and left alone.
+        name: Name of its group in checkpoints, by its decay.
     """
 
     def __init__(self, network: N, decay: float, *, ramp: bool = False) -> None:
@@ -101,8 +101,8 @@ class FiniteGuard:
     already averaged over ranks, so all ranks skip together.
 
     Args:
-        optimizer: a fused one.
-        device: of the losses.
+        optimizer: A fused optimizer.
+        device: Device of the losses.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -115,10 +115,10 @@ class FiniteGuard:
         """Decide about a step; to be called between the backward pass and the optimizer's step.
 
         Args:
-            step: number of the step, below 2^24.
-            loss: this rank's loss, a scalar.
-            grad_norm: norm of the averaged gradient, a scalar.
-            limit: skip finite gradients of this norm or more, too; None skips none.
+            step: Number of the step, below 2^24.
+            loss: This rank's loss, a scalar.
+            grad_norm: Norm of the averaged gradient, a scalar.
+            limit: Skip finite gradients of this norm or more, too; None skips none.
         """
         bad = ~torch.isfinite(grad_norm)
         too_large = torch.zeros_like(bad) if limit is None else (grad_norm >= limit) & ~bad

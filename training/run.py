@@ -45,7 +45,7 @@ def create_run_folder(results: Path, name: str) -> Path:
     """Make results/NNN-name with the next free number (not the count, so that deleting an old run is harmless).
 
     Raises:
-        UserError: if the folder cannot be made.
+        UserError: If the folder cannot be made.
     """
     try:
         results.mkdir(parents=True, exist_ok=True)
@@ -65,8 +65,8 @@ class RunLog:
     """Writes log.txt and metrics.jsonl in a run's folder, and the same lines to the terminal.
 
     Args:
-        folder: existing folder; None makes a log that writes nothing (for ranks other than 0).
-        tensorboard: write the metrics as TensorBoard events too, under folder/tensorboard.
+        folder: Existing folder; None makes a log that writes nothing (for ranks other than 0).
+        tensorboard: Write the metrics as TensorBoard events too, under folder/tensorboard.
     """
 
     def __init__(self, folder: Path | None, *, tensorboard: bool = False) -> None:
@@ -115,9 +115,9 @@ class ResumeState(NamedTuple):
     """A run to resume.
 
     Attributes:
-        folder: of the run.
+        folder: Folder of the run.
         groups: "model", "optimizer", the averages, and "projector" if the run has one: name -> tensor.
-        meta: the checkpoint's JSON document.
+        meta: The checkpoint's JSON document.
     """
 
     folder: Path
@@ -129,7 +129,7 @@ def read_resume_state(path: Path) -> ResumeState:
     """Read everything from one checkpoint of train.py.
 
     Raises:
-        UserError: if the file is missing, damaged, or not such a checkpoint.
+        UserError: If the file is missing, damaged, or not such a checkpoint.
     """
 
     def everything(present: Sequence[str]) -> list[str]:
@@ -145,7 +145,7 @@ def find_run(setup: Setup) -> ResumeState | None:
     """The run that --resume means: that of a checkpoint, or the newest run with the same settings.
 
     Raises:
-        UserError: if a checkpoint was named that is unusable, or was made with other settings.
+        UserError: If a checkpoint was named that is unusable, or was made with other settings.
     """
     resume, results = setup.config.run.resume, setup.config.run.results_dir
     if resume is None:
@@ -263,7 +263,7 @@ def trace_steps(folder: Path | None) -> Iterator[Callable[[], None]]:
     """Trace steps 10 to 14 of the block for chrome://tracing or Perfetto; the caller marks the end of each step.
 
     Args:
-        folder: gets trace.json and operations.txt once those steps are over; None traces nothing.
+        folder: Gets trace.json and operations.txt once those steps are over; None traces nothing.
 
     Yields:
         A function to call at the end of every step.

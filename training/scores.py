@@ -25,8 +25,8 @@ class Scorer(NamedTuple):
     """The score of images that arrive a few at a time, so that never all of them are kept.
 
     Attributes:
-        features: maps (n, H, W, C) uint8 images to the rows that are kept; on all processes.
-        scores: maps the features of all images (N, ...) and their labels (N,) to scores; on rank 0.
+        features: Maps (n, H, W, C) uint8 images to the rows that are kept; on all processes.
+        scores: Maps the features of all images (N, ...) and their labels (N,) to scores; on rank 0.
     """
 
     features: Callable[[Tensor], Tensor]
@@ -37,12 +37,12 @@ def open_scorer(config: TrainSettings, image_size: tuple[int, ...], device: torc
     """The scorer that a run's settings ask for; None without one. A collective operation.
 
     Args:
-        config: of the run.
-        image_size: (H, W) of its samples.
-        device: of the features' computation.
+        config: Settings of the run.
+        image_size: (H, W) of the samples.
+        device: Device of the feature network.
 
     Raises:
-        UserError: if the reference or the network's weights cannot be used.
+        UserError: If the reference or the network's weights cannot be used.
     """
     settings = config.validation
     if config.data.dataset == "digits":

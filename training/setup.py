@@ -32,13 +32,13 @@ from training.scores import Scorer, open_scorer
 
 
 class ValidationData(NamedTuple):
-    """What validations measure with.
+    """Data and tools of validations.
 
     Attributes:
-        every: steps from one to the next.
-        held_out: data of the loss; None without one.
-        sampler: of samples; None without any.
-        scorer: of samples; None without one.
+        every: Steps from one validation to the next.
+        held_out: Data of the loss; None without one.
+        sampler: Sampler of images; None without any.
+        scorer: Score of these images; None without one.
     """
 
     every: int
@@ -52,15 +52,15 @@ class Setup:
     """Everything that is fixed before the first step.
 
     Attributes:
-        config: general settings, with everything resolved that they leave open.
-        owners: kind -> name that was chosen, and its settings.
-        dataset: training data.
-        source: where they come from, for the log.
-        encoder: between the data and the network's latents.
-        loss: holds the network and the process.
-        total_steps: number of steps of the run.
-        notes: what was changed to make the weights of --init-from fit.
-        validation: None without validations.
+        config: General settings, nothing left open.
+        owners: Kind of owner -> chosen name and its settings.
+        dataset: Training data.
+        source: Name of the data in the log.
+        encoder: Encoder between the data and the network's latents.
+        loss: Loss, which holds the network and the process.
+        total_steps: Number of steps of the run.
+        notes: Changes that made the weights of --init-from fit.
+        validation: Data and tools of validations; None without any.
     """
 
     config: TrainSettings
@@ -116,15 +116,15 @@ def set_up(
     """Open the data, build network, process and loss, and check that they fit; nothing is written yet.
 
     Args:
-        given: settings of the run.
-        device: where it computes.
-        dataset: training data; None opens those that the settings name. An attribute `null_conditioning`, a dict of
+        given: Settings of the run.
+        device: Device of the run.
+        dataset: Training data; None opens those that the settings name. An attribute `null_conditioning`, a dict of
             tensors without rows, is the conditioning of unconditional rows where the network has none (text).
-        held_out: data of the validation loss, of the same classes; None opens those that the settings name.
-        fake: mode of tensors without values, which the network then has (for a dry run).
+        held_out: Data of the validation loss, of the same classes; None opens those that the settings name.
+        fake: Mode of tensors without values, which the network then has (for a dry run).
 
     Raises:
-        UserError: for anything about settings and data that does not fit.
+        UserError: For settings or data that do not fit.
     """
     config, names = given.general, choose_owners(KINDS, vars(given.general))
     given.check_owners(**names)
@@ -168,7 +168,7 @@ def open_training_data(config: TrainSettings) -> Dataset:
     """The data set that the settings name.
 
     Raises:
-        UserError: if it cannot be opened.
+        UserError: If it cannot be opened.
     """
     data, digits = config.data, config.data.dataset == "digits"
     if data.channels not in (None, 1, 3) or (digits and data.channels == 3):
@@ -202,7 +202,7 @@ def network_fields(given: Given[TrainSettings], names: Mapping[str, str], start:
     """Fields of the network's config that flags, the process or the weights to start from decide.
 
     Raises:
-        UserError: for values that the family refuses, or that contradict the weights.
+        UserError: For values that the family refuses, or that contradict the weights.
     """
     model, init_from = given.general.model, given.general.run.init_from
     family, fields = family_of(model), given.fields("model", names["model"])
@@ -226,7 +226,7 @@ def check_classes(config: TrainSettings, fields: Values, dataset: Dataset) -> No
     """Check that the network has as many classes as the data, if both have any.
 
     Raises:
-        UserError: with the flag to give.
+        UserError: With the flag to give.
     """
     expected = getattr(model_config(config.model, **fields), "num_classes", None)
     count = len(dataset.classes)
@@ -245,7 +245,7 @@ def load_start(config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, da
     """Fill the network with the weights of --init-from; returns what had to be changed to fit.
 
     Raises:
-        UserError: if they are those of another network.
+        UserError: If they are those of another network.
     """
     weights, notes = adapt_weights(
         loss.network,
@@ -268,7 +268,7 @@ def check_loss(given: Given[TrainSettings], name: str, settings: LossSettings) -
     """Check that the settings of the loss fit the run.
 
     Raises:
-        UserError: naming the flags, if they do not.
+        UserError: Naming the flags, if they do not.
     """
     run, ranks = given.general.run, distributed.world_size()
     with error_prefix(given.prefix("loss", name)):
@@ -283,7 +283,7 @@ def open_vision_encoder(config: TrainSettings, dataset: Dataset, device: torch.d
     """The encoder whose tokens features are aligned with; None without alignment.
 
     Raises:
-        UserError: if there are no raw RGB images to align with, or if the encoder cannot be had.
+        UserError: If there are no raw RGB images to align with, or if the encoder cannot be had.
     """
     settings = config.alignment
     if settings.align is None:
@@ -308,7 +308,7 @@ def build_loss(
     """The loss with its network, process and alignment; fresh weights are the same on every rank.
 
     Raises:
-        UserError: if the network does not take such latents or such an alignment.
+        UserError: If the network does not take such latents or such an alignment.
     """
     (_, process), (name, settings) = owners["process"], owners["loss"]
     torch.manual_seed(derive_seed("weights", config.optimization.global_seed))
@@ -328,7 +328,7 @@ def build_alignment(config: TrainSettings, network: Network, vision: VisionEncod
     """The alignment of a network's features, with a fresh projector.
 
     Raises:
-        UserError: for a block that the network lacks, or a value that has no meaning.
+        UserError: For a block that the network lacks, or a value that has no meaning.
     """
     settings = config.alignment
     if not 1 <= settings.align_block <= len(network.blocks):
@@ -348,16 +348,16 @@ def build_alignment(config: TrainSettings, network: Network, vision: VisionEncod
 
 
 def open_validation(setup: Setup, every: int, held_out: Dataset | None, device: torch.device) -> ValidationData:
-    """What the validations of a run measure with.
+    """Open the data and tools of a run's validations.
 
     Args:
-        setup: of the run.
-        every: steps from one validation to the next.
-        held_out: data of the loss; None opens those that the settings name.
-        device: of the scores.
+        setup: Setup of the run.
+        every: Steps from one validation to the next.
+        held_out: Data of the loss; None opens those that the settings name.
+        device: Device of the scores.
 
     Raises:
-        UserError: for data of other classes, a number of steps that the sampler refuses, an unusable reference, or if
+        UserError: For data of other classes, a number of steps that the sampler refuses, an unusable reference, or if
             a validation has nothing to do.
     """
     settings, process = setup.config.validation, setup.loss.process
@@ -377,7 +377,7 @@ def open_held_out(config: TrainSettings, dataset: Dataset) -> Dataset | None:
     """The images of the validation loss, which are never mirrored; None if there are none.
 
     Raises:
-        UserError: if they cannot be opened or are of other classes than the training data.
+        UserError: If they cannot be opened or are of other classes than the training data.
     """
     path, data = config.validation.eval_data_path, config.data
     if data.dataset == "digits":

@@ -77,7 +77,7 @@ class TrainingState:
         """Continue where a checkpoint was saved.
 
         Raises:
-            UserError: if it belongs to another network.
+            UserError: If it belongs to another network.
         """
         modules = {"model": self.network, self.ema.name: self.ema.network, PROJECTOR: self.alignment}
         for name, module in modules.items():
@@ -125,10 +125,10 @@ class Trainer:
     """The training loop, its log and its checkpoints.
 
     Args:
-        setup: of the run.
-        world: this process and its place among all.
-        folder: of the run, on rank 0; None writes nothing.
-        saved: the checkpoint to continue from; None starts at step 0.
+        setup: Setup of the run.
+        world: This process and its place among all.
+        folder: Folder of the run, on rank 0; None writes nothing.
+        saved: The checkpoint to continue from; None starts at step 0.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Trainer:
         """Train to the last step, or until a signal asks to stop.
 
         Raises:
-            SystemExit: with `INTERRUPTED_STATUS` after a signal (the state is saved), or 1 after a non-finite step
+            SystemExit: With `INTERRUPTED_STATUS` after a signal (the state is saved), or 1 after a non-finite step
                 where that is fatal.
         """
         state, total, run = self.state, self.setup.total_steps, self.config.run
@@ -251,7 +251,7 @@ class Trainer:
             return
         self.log.line(message)
         if self.config.optimization.non_finite == "fatal":
-            self.log.line("Weights and average are as before that step. --non-finite skip continues.")
+            self.log.line("The weights are as before that step. --non-finite skip continues.")
             raise SystemExit(FAILED_STATUS)
 
     def save(self) -> None:
@@ -303,12 +303,12 @@ def micro_batches(
     """Cut this rank's rows of a step into micro-batches, encode them and draw their randomness, on the device.
 
     Args:
-        setup: of the run.
-        world: this process and its place among all.
-        step: number of the step.
-        images: this rank's rows as the data set gives them.
-        cond: their conditioning.
-        index: their places in the data set.
+        setup: Setup of the run.
+        world: This process and its place among all.
+        step: Number of the step.
+        images: This rank's rows as the data set gives them.
+        cond: Their conditioning.
+        index: Their places in the data set.
     """
     optimization, first = setup.config.optimization, world.rank * len(images)
     count = len(images) // optimization.grad_accum

@@ -46,9 +46,9 @@ class Report:
     """Result of one validation.
 
     Attributes:
-        values: names and numbers for a line of metrics.
+        values: Names and numbers for a line of metrics.
         pictures: (N, H, W, C) uint8, or (N, F, H, W, C); None without samples, and on all ranks but 0.
-        seconds: duration.
+        seconds: Duration.
     """
 
     values: dict[str, float]
@@ -74,10 +74,10 @@ class Validation:
     """Measures a network as it is now.
 
     Args:
-        setup: of the run.
-        data: what to measure with.
-        network: the averaged one, in eval mode.
-        world: this process and its place among all.
+        setup: Setup of the run.
+        data: Data and tools.
+        network: The averaged one, in eval mode.
+        world: This process and its place among all.
     """
 
     def __init__(self, setup: Setup, data: ValidationData, network: Network, world: World) -> None:
@@ -159,8 +159,8 @@ class Validation:
         """Sample this process's share of images, a few at a time; extra rows repeat the first ones.
 
         Args:
-            sampler: of the process.
-            cond: conditioning of all images.
+            sampler: Sampler of the process.
+            cond: Conditioning of all images.
 
         Yields:
             Number of the first of them, and pixels (n, ..., C, H, W) float32.

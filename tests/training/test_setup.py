@@ -186,9 +186,12 @@ class Captions(Noise):
 TINY = "--model DiT-debug/2 --num-classes 2 --max-steps 3 --global-batch-size 4 --device cpu --log-every 1".split()
 
 
-def test_a_data_set_object_is_trained_on(tmp_path: Path) -> None:
-    given = parse_settings([*TINY, "--results-dir", str(tmp_path), "--eval-every", "3", "--eval-samples", "2"])
-    setup = set_up(given, CPU.device, dataset=Noise(), held_out=Noise())
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_object_is_trained_on(workers: int, tmp_path: Path) -> None:
+    argv = f"--results-dir {tmp_path} --eval-every 3 --eval-samples 2 --num-workers {workers}"
+    data = Noise()
+    data.worth_workers = workers > 0
+    setup = set_up(parse_settings([*TINY, *argv.split()]), CPU.device, dataset=data, held_out=Noise())
     assert setup.document()["model"]["sample_shape"] == [3, 8, 8] and setup.config.data.vae == "none"
     Trainer(setup, CPU, open_run(setup, CPU)).run()
     meta = read_checkpoint(checkpoint(tmp_path, 3)).meta

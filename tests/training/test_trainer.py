@@ -44,7 +44,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(whole, tmp_path, how)
 
 
 def test_resume_with_flips_workers_and_a_stop_in_mid_epoch(tmp_path):
-    flips = ["--flip", "--num-workers", 2]
+    """Of 1,297 images, 500 a step: the run is cut in its second epoch and ends in its third."""
+    flips = ["--flip", "--num-workers", 2, "--global-batch-size", 500, "--depth", 1]
     assert start(tmp_path / "whole", *flips, "--max-steps", 6) == 0
     assert start(tmp_path / "cut", *flips, "--max-steps", 3) == 0
     assert start(tmp_path / "cut", *flips, "--max-steps", 6, "--resume", "auto") == 0

@@ -25,7 +25,7 @@ class DyDiTLossSettings(LossSettings):
     """Training of a DyDiT.
 
     Raises:
-        ValueError: naming the field, its value and what would be right.
+        ValueError: Naming the field, its value and what would be right.
     """
 
     flops_target: float = setting(0.5, "share of the blocks' MACs to come down to, over the global batch")
@@ -180,7 +180,7 @@ class DyDiTLoss(DiffusionLoss):
         """Rank heads and channels if asked for.
 
         Raises:
-            ValueError: if there are routers, which know heads and groups by their place.
+            ValueError: If there are routers, which know heads and groups by their place.
         """
         if not self.settings.rank_by_magnitude:
             return []
