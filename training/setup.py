@@ -280,7 +280,7 @@ def check_loss(given: Given[TrainSettings], name: str, settings: LossSettings) -
 
 
 def open_vision_encoder(config: TrainSettings, dataset: Dataset, device: torch.device) -> VisionEncoder | None:
-    """The encoder whose tokens features are aligned with; None without alignment.
+    """Target of feature alignment: an encoder of tokens; None without alignment.
 
     Raises:
         UserError: If there are no raw RGB images to align with, or if the encoder cannot be had.
