@@ -27,6 +27,8 @@ def test_the_page_runs_from_top_to_bottom(tmp_path: Path) -> None:
     kept = (names["pixels"][0, :, :, :4] + 1) * 127.5
     assert np.abs(names["inpainted"][0, :, :4, 0] - kept[0].numpy()).max() <= 1
     assert names["changed"].shape == names["image"].shape == (1, 1, 8, 8)
+    assert names["rest"].times == names["run"].sampler.times[5:]
+    assert names["better"].shape == (2, 1, 8, 8) and names["better"].isfinite().all()
     plain = names["both"](names["latents"], names["table"][0]._replace(scale=1.0, guided=False)).sample
     spread = names["rescaled"](names["latents"], names["table"][0]).sample.std(dim=(1, 2, 3))
     torch.testing.assert_close(spread, plain.std(dim=(1, 2, 3)))
