@@ -1,8 +1,10 @@
 """sample.py and sample_ddp.py end to end."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from sampling import pipeline
 from sampling.config import SAMPLERS, CachingSettings
 from sampling.job import JobSettings, auto_batch_size, plan_job
 from sampling.pipeline import Pipeline
+from tests.checkpoints import write_network
 from tests.golden_data import assert_close
 from tests.networks import debug_name, randomise
 from tests.processes import run_script
@@ -154,7 +157,7 @@ def test_a_killed_job_goes_on_by_the_same_command(ckpt, tmp_path, ranks, before_
     assert not (tmp_path / "a.partial").exists()
 
 
-def interrupted(ckpt, path, monkeypatch, chunks=2):
+def interrupted(ckpt, path, monkeypatch, *argv, chunks=2):
     """A job that fails after some chunks, in this process."""
     denoise, calls = pipeline.Pipeline.denoise, []
 
@@ -166,7 +169,7 @@ def interrupted(ckpt, path, monkeypatch, chunks=2):
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(pipeline.Pipeline, "denoise", failing)
-        draw(ckpt, path)
+        draw(ckpt, path, *argv)
 
 
 def test_a_job_that_fails_leaves_what_is_finished_for_the_next_try(ckpt, tmp_path, monkeypatch):
@@ -194,6 +197,23 @@ def test_other_settings_do_not_go_on_with_a_job(ckpt, tmp_path, monkeypatch, cap
     error = capsys.readouterr().err
     assert words in error and "--overwrite" in error and error.count("\n") == 1
     assert run(sample_ddp.main, "sample_ddp.py", [*options, "--overwrite"]) == 0
+
+
+def test_another_cache_depth_does_not_go_on_with_a_job(tmp_path, monkeypatch, capsys):
+    """A setting of the network, not of the sampler; the finished result names it."""
+    network = randomise(create_model("DiT-digits/2", hidden_size=32))
+    ckpt = write_network(tmp_path / "0000001.safetensors", "DiT-digits/2", network)
+    flags = ["--cache-interval", "2", "--cache-depth"]
+    interrupted(ckpt, tmp_path / "a.npz", monkeypatch, *flags, "1")
+    argv = ["--ckpt", str(ckpt), "--output", str(tmp_path / "a.npz"), "--device", "cpu", *OPTIONS, *flags]
+    assert run(sample_ddp.main, "sample_ddp.py", [*argv, "2"]) == 2
+    assert "started with other settings (--cache-depth was 1, now 2);" in capsys.readouterr().err
+    assert run(sample_ddp.main, "sample_ddp.py", [*argv, "1"]) == 0
+    assert "2 of 5 chunks are there" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a.json").read_text())["config"]["model"] == {
+        "name": "DiT-digits/2",
+        "cache_depth": 1,
+    }
 
 
 def test_images_can_be_written_as_png_too(ckpt, tmp_path):
@@ -300,13 +320,26 @@ def test_a_trajectory_is_a_strip_or_an_animation(ckpt, tmp_path, suffix, frames,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", f"steps.{suffix}"]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Checkpoints of train.py, each trained once: (family, process) -> file."""
+
+    @functools.cache
+    def start(family, process):
+        results = tmp_path_factory.mktemp("trained")
+        argv = ["--dataset", "digits", "--model", debug_name(family), "--results-dir", str(results), "--device", "cpu"]
+        argv += f"--process {process} --max-steps 2 --global-batch-size 4".split()
+        assert run(train.main, "train.py", argv) == 0
+        (path,) = results.glob("*/checkpoints/*")
+        return path
+
+    return start
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("family", models.FAMILIES)
-def test_every_family_goes_from_training_to_samples_with_every_sampler(family, sampler, tmp_path):
-    argv = ["--dataset", "digits", "--model", debug_name(family), "--results-dir", str(tmp_path), "--device", "cpu"]
-    argv += f"--process {SAMPLERS[sampler].process} --max-steps 2 --global-batch-size 4".split()
-    assert run(train.main, "train.py", argv) == 0
-    (path,) = tmp_path.glob("*/checkpoints/*")
+def test_every_family_goes_from_training_to_samples_with_every_sampler(trained, family, sampler, tmp_path):
+    path = trained(family, SAMPLERS[sampler].process)
     images, _ = draw(path, tmp_path / "a.npz", "--sampler", sampler, "--num-sampling-steps", "4")
     assert images.shape == (23, 8, 8, 1) and images.std() > 0
 
@@ -324,6 +357,24 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
     assert channels == [3]
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.mode == "RGB"
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory):
+    """Files that cannot be sampled as they are."""
+    folder = tmp_path_factory.mktemp("mistaken")
+    torch.save({"ema": Bomb(folder / "exploded")}, folder / "evil.pt")
+    torch.save({"weight": torch.zeros(1)}, folder / "unknown.pt")
+    for name, model, fields in (
+        ("flat", "DiT-digits/2", {"hidden_size": 32}),
+        ("grey", "DiT-digits/2", {}),
+        ("routed", "DyDiT-digits/2", {}),
+        ("flow", "IDiT-digits/2", {}),
+        ("gates", "DyDiT-digits/2", {"num_heads": 6}),
+        ("shallow", "DyDiT-digits/2", {"num_heads": 6, "depth": 2}),
+    ):
+        torch.save(create_model(model, **fields).state_dict(), folder / f"{name}.pt")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -417,7 +468,7 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
             "expected 52 tensors, 4 blocks, width 64, found 52",
         ),
         ("--ckpt {flat} --vae none", "--ckpt {flat}: weights of a DiT, but their sizes are those of no model"),
-        ("--ckpt {nobody} --vae none", "--ckpt {nobody}: its names and sizes are those of no model in the registry"),
+        ("--ckpt {unknown} --vae none", "--ckpt {unknown}: its names and sizes are those of no model in the registry"),
         ("--ckpt {gates}", "--ckpt {gates}: weights of DyDiT-digits/2, but routers of 5 gates; 4 heads need 3 or 4"),
         (
             "--ckpt {gates} --model DyDiT-digits/2",
@@ -440,18 +491,11 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
     ],
 )
 @pytest.mark.parametrize("script", [sample, sample_ddp])
-def test_a_mistake_is_one_line_and_status_2(argv, words, script, ckpt, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_line_and_status_2(argv, words, script, ckpt, mistaken, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flat = tmp_path / "flat.pt"
-    torch.save(create_model("DiT-digits/2", hidden_size=32).state_dict(), flat)
-    torch.save({"ema": Bomb(tmp_path / "exploded")}, tmp_path / "evil.pt")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "nobody.pt")
-    torch.save(create_model("DiT-digits/2").state_dict(), tmp_path / "grey.pt")
-    torch.save(create_model("DyDiT-digits/2").state_dict(), tmp_path / "routed.pt")
-    torch.save(create_model("IDiT-digits/2").state_dict(), tmp_path / "flow.pt")
-    torch.save(create_model("DyDiT-digits/2", num_heads=6).state_dict(), tmp_path / "gates.pt")
-    torch.save(create_model("DyDiT-digits/2", num_heads=6, depth=2).state_dict(), tmp_path / "shallow.pt")
+    for path in mistaken.glob("*.pt"):
+        os.link(path, tmp_path / path.name)
     places = {"ckpt": ckpt, **{path.stem: path for path in tmp_path.glob("*.pt")}}
     name = f"{script.__name__}.py"
     if script is sample_ddp:
@@ -461,7 +505,7 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, script, ckpt, tmp_path,
     assert error.startswith(f"{name}: error: ") and error.count("\n") == 1
     assert words.format(**places) in error
     assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("*.png"))
-    assert not (tmp_path / "exploded").exists()
+    assert not (mistaken / "exploded").exists()
 
 
 def test_help_says_where_similarities_are_kept_and_git_leaves_them_alone(capsys):

@@ -138,6 +138,14 @@ def test_other_settings_are_refused_in_words_and_overwrite_forces(tmp_path):
         job(tmp_path / "a.npz").open(SETTINGS)
 
 
+def test_settings_of_another_format_are_refused_in_few_words(tmp_path):
+    file = job(tmp_path / "a.npz")
+    file.open(SETTINGS)
+    file.close()
+    with pytest.raises(UserError, match=r"other settings \(those of another version of this code\); --overwrite"):
+        job(tmp_path / "a.npz").open({**SETTINGS, "format": 2, "--eta": 0.5})
+
+
 def test_a_finished_file_is_replaced_on_request_only(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"old")
     with pytest.raises(UserError, match="a.npz exists already; --overwrite replaces it"):
