@@ -1,6 +1,6 @@
 """Stages of the evaluator: on a GPU as cases of the report, on a CPU each in a separate process.
 
-Weights are synthetic (evaluator/inception/synthetic.py): speed does not depend on them. Features after the network are
+Weights are synthetic (inception_graph.py): speed does not depend on them. Features after the network are
 random numbers of the real shapes.
 """
 
@@ -25,11 +25,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from benchmarks.inception_graph import synthetic_graph
 from benchmarks.timing import Case, Row
 from evaluator.features import extract_features
 from evaluator.inception.backend import Features
 from evaluator.inception.network import InceptionNetwork, load_network
-from evaluator.inception.synthetic import write_synthetic_graph
 from evaluator.metrics import (
     DistancePrecision,
     frechet_distance,
@@ -80,7 +80,9 @@ def random_images(count: int, side: int) -> npt.NDArray[np.uint8]:
 def make_network(sizes: EvaluatorSizes, device: torch.device | str = "cpu") -> InceptionNetwork:
     """The Inception network with synthetic weights."""
     with tempfile.TemporaryDirectory() as folder:
-        return load_network(write_synthetic_graph(Path(folder) / "weights.pb", divisor=sizes.divisor), device)
+        path = Path(folder) / "weights.pb"
+        path.write_bytes(synthetic_graph(sizes.divisor))
+        return load_network(path, device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.inception_graph import synthetic_graph
 from evaluator.inception import layers
 from evaluator.inception.backend import Features
 from evaluator.inception.network import InceptionNetwork
-from evaluator.inception.synthetic import synthetic_graph
 from tests.golden_data import GOLDEN
 
 NARROW = 16  # the published numbers of channels are divided by it

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.inception_graph import synthetic_graph
 from evaluator import evaluation
 from evaluator.__main__ import main
 from evaluator.inception.graph_def import read_graph
 from evaluator.inception.network import load_network
-from evaluator.inception.synthetic import synthetic_graph
 from evaluator.inception.weights import inspect_weights
 from evaluator.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from evaluator.scores import METRICS, Metric

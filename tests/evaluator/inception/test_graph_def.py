@@ -7,8 +7,8 @@ import struct
 import numpy as np
 import pytest
 
+from benchmarks.inception_graph import synthetic_graph
 from evaluator.inception.graph_def import read_graph
-from evaluator.inception.synthetic import synthetic_graph
 from tests.golden_data import GOLDEN
 
 TABLE = json.loads((GOLDEN / "evaluator" / "inception_layers.json").read_text())

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.inception_graph import synthetic_graph
 from evaluator.inception.graph_def import Node, read_graph
 from evaluator.inception.network import InceptionNetwork, load_network
 from evaluator.inception.resize import resize_bilinear
-from evaluator.inception.synthetic import synthetic_graph
 from tests.golden_data import GOLDEN, relative_error
 from tests.inception_files import MISTAKES, RECORDED, make_images, write_graph
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.inception_graph import synthetic_graph
 from evaluator.inception.network import load_network
-from evaluator.inception.synthetic import synthetic_graph
 from evaluator.inception.tensorflow_backend import TensorFlowBackend
 from runtime.errors import UserError
 from tests.golden_data import GOLDEN, relative_error

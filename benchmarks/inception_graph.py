@@ -11,8 +11,8 @@ inception-2015-12-05.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,18 @@ import numpy.typing as npt
 PRODUCER = 8  # TensorFlow refuses BatchNormWithGlobalNormalization in graphs that say 9 or more
 IMAGE_SIZE, NUM_CLASSES = 299, 1008
 EPSILON = 0.001
+DTYPES = {"float32": 1, "int32": 3}  # TensorFlow's numbers
 Dtype = type[np.float32] | type[np.int32]
+
+
+class Layer(NamedTuple):
+    """Convolution of a given width, kernel, stride and padding."""
+
+    width: int
+    height: int = 1
+    breadth: int = 1
+    stride: int = 1
+    padding: str = "SAME"
 
 
 class Graph:
@@ -40,7 +51,7 @@ class Graph:
 
     def add(self, name: str, op: str, inputs: Sequence[str] = (), **attributes: bytes) -> str:
         """Add a node and return its name; attributes are encoded AttrValues."""
-        entries = [_entry(key, value) for key, value in sorted(attributes.items())]
+        entries = [_bytes(1, key.encode()) + _bytes(2, value) for key, value in sorted(attributes.items())]
         texts = [_bytes(1, name.encode()), _bytes(2, op.encode()), *(_bytes(3, each.encode()) for each in inputs)]
         self._nodes.append(b"".join([*texts, *(_bytes(5, entry) for entry in entries)]))
         return name
@@ -50,32 +61,36 @@ class Graph:
         array: npt.NDArray[np.float32 | np.int32] = np.asarray(value, dtype)
         return self.add(name, "Const", dtype=_type(dtype), value=_bytes(8, _tensor(array)))
 
-    def conv(
-        self, scope: str, x: str, width: int, kernel: tuple[int, int] = (1, 1), stride: int = 1, padding: str = "SAME"
-    ) -> str:
+    def conv(self, scope: str, x: str, layer: Layer) -> str:
         """Add the ten nodes of a convolution with normalisation and ReLU; return the ReLU's name, the scope."""
-        width //= self.divisor
-        channels = self.channels[x]
+        width, channels = layer.width // self.divisor, self.channels[x]
+        kernel = (layer.height, layer.breadth)
         filters = self.random.standard_normal((*kernel, channels, width)) * np.sqrt(2 / (channels * np.prod(kernel)))
         self.constant(f"{scope}/conv2d_params", filters)
-        strides = _integers([1, stride, stride, 1])
+        strides = _integers([1, layer.stride, layer.stride, 1])
         inputs = [x, f"{scope}/conv2d_params"]
-        self.add(f"{scope}/Conv2D", "Conv2D", inputs, T=FLOAT, padding=_text(padding), strides=strides)
+        self.add(f"{scope}/Conv2D", "Conv2D", inputs, T=FLOAT, padding=_text(layer.padding), strides=strides)
         norm = f"{scope}/batchnorm"
         self.constant(f"{norm}/beta", self.random.normal(0.1, 0.2, width))
         self.constant(f"{norm}/gamma", self.random.uniform(0.5, 1.5, width))
         self.constant(f"{norm}/moving_mean", self.random.normal(0, 0.3, width))
         self.constant(f"{norm}/moving_variance", self.random.uniform(0.5, 1.5, width))
         parts = [f"{scope}/Conv2D", *(f"{norm}/{part}" for part in ("moving_mean", "moving_variance", "beta", "gamma"))]
-        scaled = _boolean(self.scale_after_normalization)
-        self.add(
-            norm, "BatchNormWithGlobalNormalization", parts,
-            T=FLOAT, scale_after_normalization=scaled, variance_epsilon=_float(EPSILON),
-        )  # fmt: skip
+        settings = {
+            "scale_after_normalization": _boolean(self.scale_after_normalization),
+            "variance_epsilon": _key(4, 5) + struct.pack("<f", EPSILON),
+        }
+        self.add(norm, "BatchNormWithGlobalNormalization", parts, T=FLOAT, **settings)
         self.checked(scope, norm)
         self.add(scope, "Relu", [f"{scope}/control_dependency"], T=FLOAT)
         self.channels[scope] = width
         return scope
+
+    def chain(self, tower: str, x: str, layers: Sequence[Layer]) -> str:
+        """Add convolutions in sequence: conv, conv_1, ..."""
+        for number, layer in enumerate(layers):
+            x = self.conv(f"{tower}/conv{f'_{number}' if number else ''}", x, layer)
+        return x
 
     def checked(self, scope: str, x: str) -> str:
         """Add the two nodes that check for NaN."""
@@ -93,7 +108,7 @@ class Graph:
         name = f"{block}/join"
         self.channels[name] = sum(self.channels[part] for part in parts)
         self.constant(f"{name}/concat_dim", 3, np.int32)
-        return self.add(name, "Concat", [f"{name}/concat_dim", *parts], N=_number(len(parts)), T=FLOAT)
+        return self.add(name, "Concat", [f"{name}/concat_dim", *parts], N=_key(3, 0) + _varint(len(parts)), T=FLOAT)
 
     def encode(self) -> bytes:
         """Encode the file."""
@@ -117,12 +132,6 @@ def synthetic_graph(divisor: int = 1, seed: int = 0, scale_after_normalization: 
     return graph.encode()
 
 
-def write_synthetic_graph(path: Path, divisor: int = 1, seed: int = 0) -> Path:
-    """Write a `synthetic_graph` to a file and return its path."""
-    path.write_bytes(synthetic_graph(divisor, seed))
-    return path
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The network
 
@@ -132,100 +141,81 @@ def _preprocessing(graph: Graph) -> None:
     graph.constant("ExpandDims/dim", 0, np.int32)
     graph.add("ExpandDims", "ExpandDims", ["Cast", "ExpandDims/dim"], T=FLOAT)
     graph.constant("ResizeBilinear/size", [IMAGE_SIZE, IMAGE_SIZE], np.int32)
-    resized = graph.add(
-        "ResizeBilinear",
-        "ResizeBilinear",
-        ["ExpandDims", "ResizeBilinear/size"],
-        T=FLOAT,
-        align_corners=_boolean(False),
-    )
+    inputs = ["ExpandDims", "ResizeBilinear/size"]
+    graph.add("ResizeBilinear", "ResizeBilinear", inputs, T=FLOAT, align_corners=_boolean(False))
     graph.constant("Sub/y", 128.0)
-    graph.add("Sub", "Sub", [resized, "Sub/y"], T=FLOAT)
+    graph.add("Sub", "Sub", ["ResizeBilinear", "Sub/y"], T=FLOAT)
     graph.constant("Mul/y", 0.0078125)
     graph.add("Mul", "Mul", ["Sub", "Mul/y"], T=FLOAT)
 
 
 def _stem(graph: Graph) -> str:
-    x = graph.conv("conv", "Mul", 32, (3, 3), 2, "VALID")
-    x = graph.conv("conv_1", x, 32, (3, 3), 1, "VALID")
-    x = graph.conv("conv_2", x, 64, (3, 3))
+    x = graph.conv("conv", "Mul", Layer(32, 3, 3, 2, "VALID"))
+    x = graph.conv("conv_1", x, Layer(32, 3, 3, 1, "VALID"))
+    x = graph.conv("conv_2", x, Layer(64, 3, 3))
     x = graph.pool("pool", "MaxPool", x, 3, 2, "VALID")
-    x = graph.conv("conv_3", x, 80, (1, 1), 1, "VALID")
-    x = graph.conv("conv_4", x, 192, (3, 3), 1, "VALID")
+    x = graph.conv("conv_3", x, Layer(80, 1, 1, 1, "VALID"))
+    x = graph.conv("conv_4", x, Layer(192, 3, 3, 1, "VALID"))
     return graph.pool("pool_1", "MaxPool", x, 3, 2, "VALID")
 
 
 def _body(graph: Graph, x: str) -> str:
     for block, pooled in (("mixed", 32), ("mixed_1", 64), ("mixed_2", 64)):
-        x = _block_of_35(graph, block, x, pooled)
-    x = _reduction_to_17(graph, "mixed_3", x)
+        towers = {
+            "": [Layer(64)],
+            "/tower": [Layer(48), Layer(64, 5, 5)],
+            "/tower_1": [Layer(64), Layer(96, 3, 3), Layer(96, 3, 3)],
+        }
+        x = _block(graph, block, x, towers, pooled)
+    reduction = {
+        "": [Layer(384, 3, 3, 2, "VALID")],
+        "/tower": [Layer(64), Layer(96, 3, 3), Layer(96, 3, 3, 2, "VALID")],
+    }
+    x = _block(graph, "mixed_3", x, reduction)
     for block, inner in (("mixed_4", 128), ("mixed_5", 160), ("mixed_6", 160), ("mixed_7", 192)):
-        x = _block_of_17(graph, block, x, inner)
-    x = _reduction_to_8(graph, "mixed_8", x)
-    x = _block_of_8(graph, "mixed_9", x, "AvgPool")
-    return _block_of_8(graph, "mixed_10", x, "MaxPool")  # so is the published graph
+        one, row, column = Layer(inner), Layer(inner, 1, 7), Layer(inner, 7, 1)
+        towers = {
+            "": [Layer(192)],
+            "/tower": [one, row, Layer(192, 7, 1)],
+            "/tower_1": [one, column, row, column, Layer(192, 1, 7)],
+        }
+        x = _block(graph, block, x, towers, pooled=192)
+    reduction = {
+        "/tower": [Layer(192), Layer(320, 3, 3, 2, "VALID")],
+        "/tower_1": [Layer(192), Layer(192, 1, 7), Layer(192, 7, 1), Layer(192, 3, 3, 2, "VALID")],
+    }
+    x = _block(graph, "mixed_8", x, reduction)
+    forked = {"": [Layer(320)], "/tower": [Layer(384)], "/tower_1": [Layer(448), Layer(384, 3, 3)]}
+    x = _block(graph, "mixed_9", x, forked, pooled=192, fork=True)
+    return _block(graph, "mixed_10", x, forked, pooled=192, pool="MaxPool", fork=True)  # so is the published graph
 
 
-def _chain(graph: Graph, tower: str, x: str, *layers: tuple[int, tuple[int, int]]) -> str:
-    """Add convolutions in sequence: conv, conv_1, ..., each (width, kernel)."""
-    for number, (width, kernel) in enumerate(layers):
-        x = graph.conv(f"{tower}/conv{f'_{number}' if number else ''}", x, width, kernel)
-    return x
+def _block(
+    graph: Graph,
+    block: str,
+    x: str,
+    towers: Mapping[str, Sequence[Layer]],
+    pooled: int | None = None,
+    pool: str = "AvgPool",
+    fork: bool = False,
+) -> str:
+    """Concatenate towers of convolutions and one of a pool, which halves the resolution unless `pooled` is its width.
 
-
-def _pooled(graph: Graph, block: str, x: str, width: int, op: str = "AvgPool") -> str:
-    return graph.conv(f"{block}/tower_2/conv", graph.pool(f"{block}/tower_2/pool", op, x), width)
-
-
-def _block_of_35(graph: Graph, block: str, x: str, pooled: int) -> str:
-    parts = [
-        graph.conv(f"{block}/conv", x, 64),
-        _chain(graph, f"{block}/tower", x, (48, (1, 1)), (64, (5, 5))),
-        _chain(graph, f"{block}/tower_1", x, (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
-        _pooled(graph, block, x, pooled),
-    ]
+    With `fork`, all towers but the first end in two parallel convolutions.
+    """
+    parts: list[str] = []
+    for suffix, layers in towers.items():
+        end = graph.chain(block + suffix, x, layers)
+        if fork and suffix:
+            parts.append(graph.conv(f"{block}{suffix}/mixed/conv", end, Layer(384, 1, 3)))
+            parts.append(graph.conv(f"{block}{suffix}/mixed/conv_1", end, Layer(384, 3, 1)))
+        else:
+            parts.append(end)
+    if pooled is None:
+        parts.append(graph.pool(f"{block}/pool", "MaxPool", x, 3, 2, "VALID"))
+    else:
+        parts.append(graph.conv(f"{block}/tower_2/conv", graph.pool(f"{block}/tower_2/pool", pool, x), Layer(pooled)))
     return graph.join(block, parts)
-
-
-def _reduction_to_17(graph: Graph, block: str, x: str) -> str:
-    straight = graph.conv(f"{block}/conv", x, 384, (3, 3), 2, "VALID")
-    tower = _chain(graph, f"{block}/tower", x, (64, (1, 1)), (96, (3, 3)))
-    tower = graph.conv(f"{block}/tower/conv_2", tower, 96, (3, 3), 2, "VALID")
-    return graph.join(block, [straight, tower, graph.pool(f"{block}/pool", "MaxPool", x, 3, 2, "VALID")])
-
-
-def _block_of_17(graph: Graph, block: str, x: str, inner: int) -> str:
-    one, row, column = (1, 1), (1, 7), (7, 1)
-    parts = [
-        graph.conv(f"{block}/conv", x, 192),
-        _chain(graph, f"{block}/tower", x, (inner, one), (inner, row), (192, column)),
-        _chain(graph, f"{block}/tower_1", x, (inner, one), (inner, column), (inner, row), (inner, column), (192, row)),
-        _pooled(graph, block, x, 192),
-    ]
-    return graph.join(block, parts)
-
-
-def _reduction_to_8(graph: Graph, block: str, x: str) -> str:
-    tower = _chain(graph, f"{block}/tower", x, (192, (1, 1)))
-    tower = graph.conv(f"{block}/tower/conv_1", tower, 320, (3, 3), 2, "VALID")
-    tower_1 = _chain(graph, f"{block}/tower_1", x, (192, (1, 1)), (192, (1, 7)), (192, (7, 1)))
-    tower_1 = graph.conv(f"{block}/tower_1/conv_3", tower_1, 192, (3, 3), 2, "VALID")
-    return graph.join(block, [tower, tower_1, graph.pool(f"{block}/pool", "MaxPool", x, 3, 2, "VALID")])
-
-
-def _block_of_8(graph: Graph, block: str, x: str, pool: str) -> str:
-    straight = graph.conv(f"{block}/conv", x, 320)
-    tower = _chain(graph, f"{block}/tower", x, (384, (1, 1)))
-    pair = [
-        graph.conv(f"{block}/tower/mixed/conv", tower, 384, (1, 3)),
-        graph.conv(f"{block}/tower/mixed/conv_1", tower, 384, (3, 1)),
-    ]
-    tower_1 = _chain(graph, f"{block}/tower_1", x, (448, (1, 1)), (384, (3, 3)))
-    pair_1 = [
-        graph.conv(f"{block}/tower_1/mixed/conv", tower_1, 384, (1, 3)),
-        graph.conv(f"{block}/tower_1/mixed/conv_1", tower_1, 384, (3, 1)),
-    ]
-    return graph.join(block, [straight, *pair, *pair_1, _pooled(graph, block, x, 192, pool)])
 
 
 def _head(graph: Graph, x: str) -> None:
@@ -261,20 +251,8 @@ def _bytes(number: int, value: bytes) -> bytes:
     return _key(number, 2) + _varint(len(value)) + value
 
 
-def _entry(key: str, value: bytes) -> bytes:
-    return _bytes(1, key.encode()) + _bytes(2, value)
-
-
-def _number(value: int) -> bytes:
-    return _key(3, 0) + _varint(value)
-
-
 def _boolean(value: bool) -> bytes:
     return _key(5, 0) + _varint(value)
-
-
-def _float(value: float) -> bytes:
-    return _key(4, 5) + struct.pack("<f", value)
 
 
 def _text(value: str) -> bytes:
@@ -286,13 +264,12 @@ def _integers(values: Iterable[int]) -> bytes:
 
 
 def _type(dtype: Dtype) -> bytes:
-    return _key(6, 0) + _varint({np.float32: 1, np.int32: 3}[dtype])
+    return _key(6, 0) + _varint(DTYPES[dtype.__name__])
 
 
 def _tensor(array: npt.NDArray[np.float32 | np.int32]) -> bytes:
     shape = b"".join(_bytes(2, _key(1, 0) + _varint(size)) for size in array.shape)
-    number = {"float32": 1, "int32": 3}[array.dtype.name]
-    return _key(1, 0) + _varint(number) + _bytes(2, shape) + _bytes(4, array.tobytes())
+    return _key(1, 0) + _varint(DTYPES[array.dtype.name]) + _bytes(2, shape) + _bytes(4, array.tobytes())
 
 
 FLOAT = _type(np.float32)
