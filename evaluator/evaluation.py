@@ -17,15 +17,7 @@ from evaluator.inception.network import load_network
 from evaluator.inception.tensorflow_backend import TensorFlowBackend
 from evaluator.inception.weights import Weights, find_weights, inspect_weights
 from evaluator.inputs import EvaluationInput, open_inputs
-from evaluator.report import (
-    adm_lines,
-    default_output,
-    library_versions,
-    protocol_path,
-    read_protocol,
-    scores_as_json,
-    write_document,
-)
+from evaluator.report import default_output, library_versions, protocol_path, read_protocol, write_document
 from evaluator.scores import ImageSet, compute_scores
 from evaluator.settings import EvaluatorConfig
 from runtime import distributed
@@ -57,11 +49,18 @@ def evaluate(config: EvaluatorConfig, world: World) -> None:
     warnings = list_warnings(inputs[1], weights)
     document = {
         "format": FORMAT,
-        "scores": scores_as_json(scores),
+        "scores": {name.lower().replace(" ", "_"): value for name, value in scores.items()},
         **{each.title: describe(each, digest) for each, digest in zip(inputs, digests, strict=True)},
         "protocol": protocol,
         "config": to_dict(config),
-        "network": describe_network(config, weights, world),
+        "network": {
+            "backend": config.backend,
+            "weights": str(weights.path),
+            "weights_sha256": weights.sha256,
+            "precision": "float32",
+            "device": world.device.type,
+            "world_size": world.size,
+        },
         "versions": library_versions(config.backend),
         "seconds": watch.seconds,
         "warnings": warnings,
@@ -70,7 +69,8 @@ def evaluate(config: EvaluatorConfig, world: World) -> None:
         if world.is_main:
             for line in warnings:
                 print(f"warning: {line}", file=sys.stderr)
-            print(adm_lines(scores))  # first: a full disk must not lose what was computed
+            for name, value in scores.items():  # first: a full disk must not lose what was computed
+                print(f"{name}: {value:.6f}")
             write_document(document, output)
             print(f"written: {output}", file=sys.stderr)
 
@@ -176,7 +176,10 @@ def features_of(
         title=source.title,
     )
     if features is not None and cache is not None:
-        cache_features(features, cache)
+        try:
+            save_features(features, cache)
+        except OSError as error:  # only a warning, because this evaluation has them
+            print(f"warning: {cache}: cannot keep features there ({error.strerror or error})", file=sys.stderr)
     return features
 
 
@@ -192,14 +195,6 @@ def cached_features(
     if cached.spatial is not None:
         fits &= len(cached.spatial.mean) == spatial.shape[1]
     return cached if fits else None
-
-
-def cache_features(features: FileFeatures, cache: Path) -> None:
-    """Cache features for the next evaluation; a failure is only a warning, because this one has them."""
-    try:
-        save_features(features, cache)
-    except OSError as error:
-        print(f"warning: {cache}: cannot keep features there ({error.strerror or error})", file=sys.stderr)
 
 
 def image_set(source: EvaluationInput, features: FileFeatures | None, backend: Backend) -> ImageSet:
@@ -232,18 +227,6 @@ def describe(source: EvaluationInput, digest: str) -> dict[str, object]:
         "images_in_file": source.file.count,
         "image_size": source.file.size,
         "statistics": "computed" if source.stored is None else "stored in the file",
-    }
-
-
-def describe_network(config: EvaluatorConfig, weights: Weights, world: World) -> dict[str, object]:
-    """Description of the network and where it ran, for the JSON."""
-    return {
-        "backend": config.backend,
-        "weights": str(weights.path),
-        "weights_sha256": weights.sha256,
-        "precision": "float32",
-        "device": world.device.type,
-        "world_size": world.size,
     }
 
 

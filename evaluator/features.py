@@ -81,7 +81,12 @@ def extract_features(
                     _add_rows(accumulator, chunks, file.path)
             bar.update(min(len(images) * world.size, count - bar.n))
         rows = torch.cat(pool) if pool else torch.empty(0, 0, device=world.device)
-        _require_finite(rows, start, file.path)
+        bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            raise BadImageFile(
+                f"{file.path}: features of {len(bad)} image(s) are NaN or infinite, first of image {start + bad[0]}; "
+                "are the weights damaged?"
+            )
         if chunks:
             _add_rows(accumulator, chunks, file.path)
     accumulators = distributed.objects_from_all_ranks(accumulator.to("cpu"))
@@ -120,15 +125,6 @@ def _add_rows(accumulator: StatisticsAccumulator, chunks: list[Tensor], path: Pa
         accumulator.update(rows)
     except ValueError as error:
         raise BadImageFile(f"{path}: spatial features cannot be used ({error}); are the weights damaged?") from error
-
-
-def _require_finite(rows: Tensor, start: int, path: Path) -> None:
-    bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        raise BadImageFile(
-            f"{path}: features of {len(bad)} image(s) are NaN or infinite, first of image {start + bad[0]}; "
-            "are the weights damaged?"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -293,7 +293,7 @@ def precision_recall(
     for rows, columns, distances in _distance_blocks(reference, samples, precision, block_size):
         sample_covered[columns] |= (distances <= reference_radii[rows, None]).any(dim=0)
         reference_covered[rows] |= (distances <= sample_radii[None, columns]).any(dim=1)
-    return PrecisionRecall(_share(sample_covered), _share(reference_covered))
+    return PrecisionRecall(*(int(covered.sum()) / len(covered) for covered in (sample_covered, reference_covered)))
 
 
 def manifold_radii(
@@ -351,10 +351,6 @@ def _check_manifold_arguments(
 def _smallest(values: Tensor, count: int) -> Tensor:
     """Return the `count` smallest of each row, or all if there are fewer, in no order."""
     return values.topk(min(count, values.shape[1]), dim=1, largest=False, sorted=False).values
-
-
-def _share(flags: Tensor) -> float:
-    return int(flags.sum()) / len(flags)
 
 
 def _distance_blocks(

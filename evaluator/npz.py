@@ -13,7 +13,6 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -50,23 +49,14 @@ class StoredStatistics(NamedTuple):
     spatial: Statistics
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Position and layout of the images in the file.
+class _Layout(NamedTuple):
+    """Position and layout of the images in the file."""
 
-    Attributes:
-        shape: (N, H, W, 3).
-        fortran_order: True if the first index changes fastest.
-        offset: Position of the first pixel in the file; None if the pixels are compressed.
-        header_bytes: Bytes before the first pixel within the entry.
-        crc: Recorded CRC-32 of the entry's bytes, header included.
-    """
-
-    shape: tuple[int, int, int, int]
-    fortran_order: bool
-    offset: int | None
-    header_bytes: int
-    crc: int
+    shape: tuple[int, int, int, int]  # (N, H, W, 3)
+    fortran_order: bool  # the first index changes fastest
+    offset: int | None  # of the first pixel in the file; None if the pixels are compressed
+    header_bytes: int  # before the first pixel within the entry
+    crc: int  # recorded CRC-32 of the entry's bytes, header included
 
 
 class ImageFile:
@@ -157,7 +147,9 @@ class ImageFile:
                     crc = zlib.crc32(memoryview(block)[max(0, start - position) : max(0, stop - position)], crc)
                     position += len(block)
             if layout is not None and layout.offset is None and not read_to_end:
-                self._read_compressed_to_end()
+                with self._pixels(layout, 0) as stream:
+                    while stream.read(BYTES_AT_ONCE):
+                        pass
         except DAMAGED as error:
             raise BadImageFile(f"{self.path}: its images are damaged or cut short ({error})") from error
         if crc != recorded:
@@ -166,11 +158,6 @@ class ImageFile:
                 "it was written; make or fetch the file again"
             )
         return digest.hexdigest()
-
-    def _read_compressed_to_end(self) -> None:
-        with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as stream:
-            while stream.read(BYTES_AT_ONCE):
-                pass
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Images]:
         """Yield images start .. stop - 1 in batches.
@@ -212,7 +199,7 @@ class ImageFile:
         with zipfile.ZipFile(self.path) as archive:
             stream = archive.open(f"{IMAGES}.npy")  # keeps the file open
         to_skip = layout.header_bytes + skip
-        while to_skip:
+        while to_skip:  # seek() would decompress 16 MB at a time
             skipped = len(stream.read(min(to_skip, BYTES_AT_ONCE)))
             if not skipped:
                 raise EOFError("it ends early")

@@ -1,4 +1,4 @@
-"""Results of an evaluation: five lines in ADM's layout, and a JSON document with the whole protocol."""
+"""Results of an evaluation: a JSON document with the whole protocol."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from pathlib import Path
 from evaluator.npz import BadImageFile
 from runtime.errors import UserError
 from runtime.files import atomic_path
-
-
-def adm_lines(scores: Mapping[str, float]) -> str:
-    """Format the scores as ADM prints them, one per line: "FID: 2.271800"."""
-    return "\n".join(f"{name}: {value:.6f}" for name, value in scores.items())
 
 
 def default_output(samples: Path) -> Path:
@@ -58,11 +53,6 @@ def library_versions(backend: str) -> dict[str, str]:
     """Versions of Python and the libraries that compute here."""
     libraries = ["numpy", "torch"] + (["tensorflow"] if backend == "tensorflow" else [])
     return {"python": platform.python_version()} | {name: str(sys.modules[name].__version__) for name in libraries}
-
-
-def scores_as_json(scores: Mapping[str, float]) -> dict[str, float]:
-    """Scores by plain keys: "Inception Score" -> "inception_score"."""
-    return {name.lower().replace(" ", "_"): value for name, value in scores.items()}
 
 
 def write_document(document: Mapping[str, object], path: Path) -> None:

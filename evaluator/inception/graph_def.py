@@ -114,22 +114,21 @@ def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
     raise ValueError(f"a number without an end at byte {position}")
 
 
-def _read_node(message: Field) -> Node:
-    name, op = "", ""
-    inputs: list[str] = []
-    attributes: dict[str, Attribute] = {}
+def _repeated(message: Field) -> dict[int, list[Field]]:
+    """Collect the values of each field by its number, in the order of the message."""
+    values: dict[int, list[Field]] = {}
     for number, value in _fields(message):
-        if number == 1:
-            name = _text(value)
-        elif number == 2:
-            op = _text(value)
-        elif number == 3:
-            inputs.append(_text(value))
-        elif number == 5:
-            entry = dict(_fields(value))
-            attributes[_text(entry[1])] = _read_attribute(entry.get(2, memoryview(b"")))
-    data_inputs = tuple(text.split(":")[0] for text in inputs if not text.startswith("^"))
-    return Node(name, op, data_inputs, attributes)
+        values.setdefault(number, []).append(value)
+    return values
+
+
+def _read_node(message: Field) -> Node:
+    parts = _repeated(message)
+    name, op = (_text(parts.get(number, [memoryview(b"")])[-1]) for number in (1, 2))
+    inputs = [_text(value) for value in parts.get(3, [])]
+    entries = [dict(_fields(value)) for value in parts.get(5, [])]
+    attributes = {_text(entry[1]): _read_attribute(entry.get(2, memoryview(b""))) for entry in entries}
+    return Node(name, op, tuple(text.split(":")[0] for text in inputs if not text.startswith("^")), attributes)
 
 
 def _bytes(value: Field) -> memoryview:
@@ -179,9 +178,7 @@ def _signed(value: int) -> int:
 
 def _read_tensor(message: memoryview, name: str) -> Numbers:
     """Read a TensorProto: all bytes in one field, or a short list with its last value repeated."""
-    parts: dict[int, list[Field]] = {}
-    for number, value in _fields(message):
-        parts.setdefault(number, []).append(value)
+    parts = _repeated(message)
     dtype = parts.get(1, [0])[-1]
     if not isinstance(dtype, int) or dtype not in DTYPES:
         raise ValueError(f"constant {name} is of TensorFlow's dtype {dtype}; expected one of {sorted(DTYPES)}")

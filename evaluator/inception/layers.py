@@ -6,6 +6,8 @@ Shapes: N images, C channels, H x W pixels. TensorFlow's order is (N, H, W, C). 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,28 +27,16 @@ class Resize(nn.Module):
         return resize_bilinear(images, self.height, self.width).permute(0, 3, 1, 2)
 
 
-class Subtract(nn.Module):
-    """Subtraction of a constant."""
+class Arithmetic(nn.Module):
+    """Operation with a constant, such as `operator.sub`."""
 
-    def __init__(self, constant: float) -> None:
+    def __init__(self, operation: Callable[[Tensor, float], Tensor], constant: float) -> None:
         super().__init__()
-        self.constant = constant
+        self.operation, self.constant = operation, constant
 
     def forward(self, x: Tensor) -> Tensor:
         """(...) -> (...)."""
-        return x - self.constant
-
-
-class Multiply(nn.Module):
-    """Multiplication by a constant."""
-
-    def __init__(self, constant: float) -> None:
-        super().__init__()
-        self.constant = constant
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(...) -> (...)."""
-        return x * self.constant
+        return self.operation(x, self.constant)
 
 
 class Convolution(nn.Module):
@@ -70,24 +60,24 @@ class Convolution(nn.Module):
         return functional.conv2d(x, self.weight, self.bias, self.stride, self.padding).relu_()
 
 
-class MaxPool(nn.Module):
-    """Maximum of a window; padding is never the maximum."""
+class Pool(nn.Module):
+    """Window over pixels."""
 
     def __init__(self, size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> None:
         super().__init__()
         self.size, self.stride, self.padding = size, stride, padding
+
+
+class MaxPool(Pool):
+    """Maximum of a window; padding is never the maximum."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H', W')."""
         return functional.max_pool2d(x, self.size, self.stride, self.padding)
 
 
-class AveragePool(nn.Module):
+class AveragePool(Pool):
     """Mean of a window without its padding, as TensorFlow computes it."""
-
-    def __init__(self, size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> None:
-        super().__init__()
-        self.size, self.stride, self.padding = size, stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H', W')."""

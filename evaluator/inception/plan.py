@@ -7,6 +7,7 @@ plausible, wrong numbers.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from evaluator.inception.graph_def import Attribute, Node, Numbers
-from evaluator.inception.layers import AveragePool, Concatenate, Convolution, MaxPool, Multiply, Resize, Subtract
+from evaluator.inception.layers import Arithmetic, AveragePool, Concatenate, Convolution, MaxPool, Resize
 
 PASSED_THROUGH = ("Identity", "CheckNumerics")  # the features are checked for NaN instead
 CHANNEL_AXIS = 3
@@ -136,7 +137,7 @@ class _Planner:
     def _arithmetic(self, node: Node) -> tuple[list[str], nn.Module]:
         x, constant = self._inputs(node, 2)
         value = float(find_constant(self.nodes, constant, dimensions=0))
-        return [x], Subtract(value) if node.op == "Sub" else Multiply(value)
+        return [x], Arithmetic(operator.sub if node.op == "Sub" else operator.mul, value)
 
     def _convolution(self, node: Node) -> tuple[list[str], nn.Module]:
         """Merge a ReLU, its normalisation and its convolution."""

@@ -7,9 +7,9 @@ timm, diffusers and compiled PyTorch load that library.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -68,12 +68,15 @@ class TensorFlowBackend:
 
     def probabilities(self, pool: Tensor) -> Tensor:
         """Compute class probabilities (N, classes) from pool features (N, D), without the bias."""
-        parts = pool.cpu().split(PROBABILITY_ROWS)
-        return torch.cat([self._rows(self._run(self._probabilities, {self._pool: part.numpy()})) for part in parts])
+        parts = [
+            self._run([self._probabilities], {self._pool: part.numpy()}) for part in pool.cpu().split(PROBABILITY_ROWS)
+        ]
+        return torch.cat([self._rows(rows) for (rows,) in parts])
 
-    def _run(self, fetched: object, fed: Mapping[object, object]) -> Any:
+    def _run(self, fetched: Sequence[object], fed: Mapping[object, object]) -> list[npt.NDArray[np.float32]]:
         try:
-            return self._session.run(fetched, fed)
+            arrays: list[npt.NDArray[np.float32]] = self._session.run(fetched, fed)
+            return arrays
         except self._tf.errors.InvalidArgumentError as error:
             if error.op is None or error.op.type != "CheckNumerics":
                 raise
@@ -85,7 +88,7 @@ class TensorFlowBackend:
         return torch.from_numpy(array.reshape(len(array), -1)).to(self.device)
 
 
-def _import_tensorflow() -> Any:
+def _import_tensorflow() -> ModuleType:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         import tensorflow.compat.v1 as tf
