@@ -17,7 +17,7 @@ from evaluator.inception.network import load_network
 from evaluator.inception.tensorflow_backend import TensorFlowBackend
 from evaluator.inception.weights import Weights, find_weights, inspect_weights
 from evaluator.inputs import EvaluationInput, open_inputs
-from evaluator.report import default_output, library_versions, protocol_path, read_protocol, write_document
+from evaluator.report import library_versions, protocol_path, read_protocol, write_document
 from evaluator.scores import ImageSet, compute_scores
 from evaluator.settings import EvaluatorConfig
 from runtime import distributed
@@ -112,7 +112,7 @@ def output_path(config: EvaluatorConfig) -> Path:
         UserError: If nothing can be written there, or a file that is read would be overwritten.
     """
     flag = "sample_batch" if config.json is None else "--json"
-    path = config.json or default_output(config.sample_batch)
+    path = config.json or config.sample_batch.with_suffix(".scores.json")
     read = (config.ref_batch, config.sample_batch, protocol_path(config.sample_batch))
     if any(path.resolve() == each.resolve() for each in read):
         raise UserError(f"{flag} {path}: the evaluation reads this file; choose another name")

@@ -28,7 +28,6 @@ from runtime.files import atomic_path
 
 T = TypeVar("T")
 CACHE_FORMAT = 1  # of cached features; increase it when their layout changes, or their values for the same images
-SPATIAL_NAMES = {"spatial_mean", "spatial_covariance"}
 
 
 @dataclass(frozen=True)
@@ -163,19 +162,13 @@ def load_features(path: Path, *, count: int, spatial: bool, device: torch.device
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        return _checked(tensors, count, spatial, device)
-    except (OSError, SafetensorError, ValueError):
+        pool, statistics = tensors.pop("pool"), None
+        if tensors:
+            statistics = Statistics(tensors.pop("spatial_mean"), tensors.pop("spatial_covariance"), count)
+    except (OSError, SafetensorError, ValueError, KeyError):
         return None
-
-
-def _checked(tensors: dict[str, Tensor], count: int, spatial: bool, device: torch.device) -> FileFeatures | None:
-    """Features from the tensors of a file; None or ValueError if something about them is wrong."""
-    has_spatial = SPATIAL_NAMES <= tensors.keys()
-    expected = {"pool"} | (SPATIAL_NAMES if has_spatial else set())
-    if tensors.keys() != expected or (spatial and not has_spatial):
+    if tensors or (spatial and statistics is None):
         return None
-    pool = tensors["pool"]
     if pool.dtype != torch.float32 or pool.ndim != 2 or len(pool) != count or not torch.isfinite(pool).all():
         return None
-    statistics = Statistics(tensors["spatial_mean"], tensors["spatial_covariance"], count) if has_spatial else None
     return FileFeatures(pool.to(device), statistics if spatial else None)

@@ -14,11 +14,6 @@ from runtime.errors import UserError
 from runtime.files import atomic_path
 
 
-def default_output(samples: Path) -> Path:
-    """Path of the result: name.npz -> name.scores.json."""
-    return samples.with_suffix(".scores.json")
-
-
 def protocol_path(samples: Path) -> Path:
     """Path of the JSON that sample_ddp.py writes with the samples: name.npz -> name.json."""
     return samples.with_suffix(".json")

@@ -46,10 +46,6 @@ class IndependentClassifier:
 def check_labels(labels: npt.NDArray[np.int64], count: int) -> None:
     """Check that there is one class for each image.
 
-    Args:
-        labels: The array to check.
-        count: The number of images.
-
     Raises:
         ValueError: Unless they are (count,) integers in [0, 10).
     """

@@ -103,12 +103,8 @@ def _committed_network() -> DigitsFeatureNetwork:
 def check_images(images: npt.NDArray[np.generic], name: str) -> None:
     """Check that an array is a batch of 8-bit digits.
 
-    Args:
-        images: The array to check.
-        name: Subject of error messages.
-
     Raises:
-        ValueError: Unless it is (N, 8, 8, 1) uint8 with N >= 1.
+        ValueError: Unless it is (N, 8, 8, 1) uint8 with N >= 1; the message starts with `name`.
     """
     if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or len(images) == 0:
         raise ValueError(f"{name} must be (N, 8, 8, 1) uint8 with N >= 1, not {images.shape} {images.dtype}")

@@ -76,29 +76,14 @@ def train_network(seed: int, num_steps: int) -> DigitsFeatureNetwork:
 def measure_accuracy(
     network: DigitsFeatureNetwork, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
 ) -> float:
-    """Compute the share of images that a network classifies correctly.
-
-    Args:
-        network: Network in evaluation mode.
-        images: (N, 8, 8, 1) uint8.
-        labels: (N,) int64.
-
-    Returns:
-        The share, in [0, 1].
-    """
+    """Share of images (N, 8, 8, 1) uint8 that a network in evaluation mode gives their labels (N,) int64, in [0, 1]."""
     with torch.no_grad():
         _, logits = network(torch.from_numpy(images))
     return float(np.mean(logits.argmax(dim=1).numpy() == labels))
 
 
 def write_weights(network: DigitsFeatureNetwork, path: Path, metadata: dict[str, int | float]) -> None:
-    """Write a safetensors file, whole or not at all.
-
-    Args:
-        network: Network with the weights.
-        path: Path of the file.
-        metadata: JSON values for the file's header, under "training".
-    """
+    """Write a safetensors file, whole or not at all, with JSON values in its header under "training"."""
     with atomic_path(path) as temporary:
         save_file(network.state_dict(), temporary, metadata={"training": json.dumps(metadata)})
 

@@ -159,21 +159,15 @@ def _read_attribute(message: Field) -> Attribute:
 def _read_integers(message: Field, field: int) -> list[int]:
     """Read all values of a repeated field of integers, packed into bytes or one by one."""
     integers: list[int] = []
-    for number, value in _fields(message):
-        if number != field:
-            continue
+    for value in _repeated(message).get(field, []):
         if isinstance(value, int):
-            integers.append(_signed(value))
+            integers.append(value)
             continue
         position = 0
         while position < len(value):
             integer, position = _read_varint(value, position)
-            integers.append(_signed(integer))
-    return integers
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
+            integers.append(integer)
+    return [integer - (1 << 64) if integer >= 1 << 63 else integer for integer in integers]
 
 
 def _read_tensor(message: memoryview, name: str) -> Numbers:

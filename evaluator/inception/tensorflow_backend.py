@@ -68,10 +68,9 @@ class TensorFlowBackend:
 
     def probabilities(self, pool: Tensor) -> Tensor:
         """Compute class probabilities (N, classes) from pool features (N, D), without the bias."""
-        parts = [
-            self._run([self._probabilities], {self._pool: part.numpy()}) for part in pool.cpu().split(PROBABILITY_ROWS)
-        ]
-        return torch.cat([self._rows(rows) for (rows,) in parts])
+        parts = pool.cpu().split(PROBABILITY_ROWS)
+        runs = [self._run([self._probabilities], {self._pool: part.numpy()}) for part in parts]
+        return torch.cat([self._rows(probabilities) for (probabilities,) in runs])
 
     def _run(self, fetched: Sequence[object], fed: Mapping[object, object]) -> list[npt.NDArray[np.float32]]:
         try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import urllib.request
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -15,7 +14,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.download import sha256_of
 from runtime.errors import UserError
 from runtime.files import atomic_path
 
@@ -103,18 +101,22 @@ def download(url: str, path: Path, *, size: int | None) -> Path:
         ValueError: If it ends early or has another size.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
     with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response, atomic_path(path) as temporary:
         announced = response.headers.get("Content-Length")
         expected = size if size is not None else (int(announced) if announced else None)
         with (
             temporary.open("wb") as file,
-            tqdm.wrapattr(response, "read", expected, desc=path.name, unit_divisor=1000, disable=None) as stream,
+            tqdm(total=expected, desc=path.name, unit="B", unit_scale=True, disable=None) as bar,
         ):
-            shutil.copyfileobj(stream, file, CHUNK)
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                digest.update(chunk)
+                bar.update(len(chunk))
         received = temporary.stat().st_size
         if expected is not None and received != expected:
             raise ValueError(f"{received:,} bytes arrived, expected {expected:,}")
-    _checksum_path(path).write_text(f"{sha256_of(path)}  {path.name}\n")
+    _checksum_path(path).write_text(f"{digest.hexdigest()}  {path.name}\n")
     return path
 
 
