@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
     target: Tensor
 
 
-def random_network(name: str, device: torch.device, **overrides: Any) -> Network:
+def random_network(name: str, device: torch.device, **overrides: object) -> Network:
     """Build a network with random weights, in eval mode, in which the official network drops no labels."""
     torch.manual_seed(0)
     with device:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import DDT, DiT, Network, SkipDiT
+from models.contract import State
 from models.dydit_block import Routing
 from models.llama_layers import RMSNorm
 
@@ -74,7 +74,7 @@ def layer_norm_elements(network: Network) -> int:
     return elements
 
 
-def _on_meta(network: Network) -> tuple[Network, Callable[[Network, Any], Any]]:
+def _on_meta(network: Network) -> tuple[Network, Callable[[Network, State], State]]:
     """Build a network of the same config without values, and a function that evaluates it and returns its state."""
     with torch.device("meta"):
         empty = network if next(network.parameters()).is_meta else type(network)(network.config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -47,7 +46,7 @@ class SamplingCost:
         finally:
             handle.remove()
 
-    def _count(self, module: nn.Module, args: Any, options: dict[str, Any], output: object) -> None:
+    def _count(self, module: nn.Module, args: tuple[object, ...], options: dict[str, object], output: object) -> None:
         if not isinstance(module, Network) or not isinstance(output, ModelOutput):
             return
         rows = len(output.sample)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from models import family_of, model_config
 from models.loading import build_network, resolve_checkpoint
 from models.skip_dit import default_cache_depth
 from runtime.errors import UserError
-from runtime.settings import Given
+from runtime.settings import Given, Values
 from sampling.config import KINDS, SamplingSettings
 from sampling.pipeline import Pipeline
 from sampling.run import PreparedRun
@@ -58,7 +58,7 @@ def open_model(path: Path, cache_depth: int | None = None, device: torch.device 
     info, weights = resolve_checkpoint(path)
     if info.meta is None or info.image_shape != (1, 8, 8):
         raise UserError(f"--ckpt {path}: not a checkpoint of train.py that was trained on the digits")
-    config, fields = model_config(info.model, **info.config), dict[str, Any]()
+    config, fields = model_config(info.model, **info.config), Values()
     if takes_cache_depth(config):
         fields["cache_depth"] = cache_depth or default_cache_depth(config.depth)
     network = build_network(info, weights, device=device, **fields)
@@ -94,7 +94,7 @@ class SamplingSetup(NamedTuple):
 
     steps: int  # of the sampler
     interval: int  # evaluations from one that computes the kept state to the next; 1 if all do
-    settings: Mapping[str, Any]  # as `Pipeline.prepare` takes them
+    settings: Mapping[str, object]  # as `Pipeline.prepare` takes them
 
     @property
     def label(self) -> str:
@@ -106,7 +106,7 @@ class SamplingSetup(NamedTuple):
 
 
 def sampling_setups(
-    model: TrainedModel, steps: Sequence[int], intervals: Sequence[int], **settings: Any
+    model: TrainedModel, steps: Sequence[int], intervals: Sequence[int], **settings: object
 ) -> list[SamplingSetup]:
     """All setups of a model: with ever fewer steps; and with the first number of them, reusing state.
 
@@ -117,12 +117,12 @@ def sampling_setups(
         UserError: For settings that do not fit.
     """
     process = model.pipeline.info.process
-    fixed: dict[str, Any] = dict(zip(("sampler", "cfg_scale"), PROTOCOLS[process], strict=True))
+    fixed: Values = dict(zip(("sampler", "cfg_scale"), PROTOCOLS[process], strict=True))
     fixed |= {name: value for name, value in settings.items() if value is not None}
     if SAMPLERS[fixed["sampler"]].process != process:
         raise UserError(f"--ckpt {model.path}: --sampler {fixed['sampler']}: the network was trained under {process!r}")
 
-    def setup(count: int, interval: int = 1, **reuse: Any) -> SamplingSetup:
+    def setup(count: int, interval: int = 1, **reuse: object) -> SamplingSetup:
         spec = f"ddim{count}" if fixed["sampler"] == "ddim" else str(count)
         return SamplingSetup(count, interval, {"num_sampling_steps": spec, **fixed, **reuse})
 

@@ -104,7 +104,7 @@ def evaluator_cases(device: torch.device, sizes: EvaluatorSizes) -> list[Case]:
         return [feature_statistics(random_features(rows, sizes.spatial, seed)) for seed in (2, 3)]
 
     shown = f"{sizes.reference:,} and {sizes.samples:,}"
-    work: dict[str, Callable[[None], Any]] = {
+    work: dict[str, Callable[[None], object]] = {
         f"Inception Score of {sizes.samples:,}": lambda _: inception_score(network.probabilities(samples)),
         f"FID of {shown}": lambda _: frechet_distance_from_features(reference, samples),
         f"precision and recall of {shown}": lambda _: precision_recall(reference, samples),
@@ -141,7 +141,7 @@ class Stage:
     seconds_goal: float | None = None  # largest time that is good; None without a goal
 
 
-def run_alone(work: Callable[..., Stage], threads: int, *arguments: Any) -> Stage:
+def run_alone(work: Callable[..., Stage], threads: int, *arguments: object) -> Stage:
     """Run a stage in a fresh process with a number of CPU threads."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
@@ -260,7 +260,7 @@ class DryRunBackend:
     def __init__(self, sizes: EvaluatorSizes) -> None:
         self.network, self.sizes, self.calls = make_network(sizes), sizes, 0
 
-    def features(self, images: npt.NDArray[Any]) -> Features:
+    def features(self, images: npt.NDArray[np.uint8]) -> Features:
         """Random features of (N, H, W, 3) images."""
         self.calls += 1
         if self.calls <= REAL_BATCHES:
@@ -278,8 +278,9 @@ def dry_run(sizes: EvaluatorSizes) -> Stage:
     world, backend = World(0, 1, torch.device("cpu")), DryRunBackend(sizes)
 
     def extract(path: Path, count: int) -> ImageSet:
-        options: dict[str, Any] = {"batch_size": sizes.batch, "spatial": True, "world": world, "title": path.name}
-        extracted = extract_features(ImageFile(path), backend, count, **options)
+        extracted = extract_features(
+            ImageFile(path), backend, count, batch_size=sizes.batch, spatial=True, world=world, title=path.name
+        )
         assert extracted is not None  # the only process is the main one
         return ImageSet(extracted.pool, None, extracted.spatial, backend.probabilities)
 

@@ -9,13 +9,12 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.timing import Row
 from runtime.files import atomic_path
-from runtime.settings import to_dict
+from runtime.settings import Values, to_dict
 
 DATASHEET = {"H100": 989.4e12, "H200": 989.4e12}  # dense bf16 FLOP/s, by a word of the device's name
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -57,7 +56,7 @@ def commit() -> str | None:
     return revision.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def machine_info(device: torch.device, clock: str) -> dict[str, Any]:
+def machine_info(device: torch.device, clock: str) -> Values:
     """Describe the machine, for readers of the numbers."""
     cpu, features = cpu_info()
     return {
@@ -73,7 +72,7 @@ def machine_info(device: torch.device, clock: str) -> dict[str, Any]:
     }
 
 
-def document(settings: Any, machine: dict[str, Any], rows: Sequence[Any], **more: Any) -> dict[str, Any]:
+def document(settings: object, machine: Values, rows: Sequence[object], **more: object) -> Values:
     """Build the JSON document of a run.
 
     Args:
@@ -90,7 +89,7 @@ def document(settings: Any, machine: dict[str, Any], rows: Sequence[Any], **more
     return {"format": 2, "settings": values, "machine": machine, "rows": results, **more}
 
 
-def report(settings: Any, machine: dict[str, Any], rows: Sequence[Row], skipped: Sequence[str]) -> dict[str, Any]:
+def report(settings: object, machine: Values, rows: Sequence[Row], skipped: Sequence[str]) -> Values:
     """Build the JSON document of timed cases: rows, rates, and shares of the peaks."""
     best = peaks(rows)
     datasheet = datasheet_peak(machine["device"])
@@ -114,9 +113,9 @@ def report(settings: Any, machine: dict[str, Any], rows: Sequence[Row], skipped:
     return document(settings, machine, results, peak_flop_per_second=known, skipped=list(skipped))
 
 
-def markdown(document: dict[str, Any]) -> str:
+def markdown(document: Values) -> str:
     """The results as a Markdown table, a row a case; columns without any number are left out."""
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+    columns: dict[str, Callable[[Values], str]] = {
         "ms": lambda r: f"{r['seconds'] * 1e3:,.2f}",
         "spread": lambda r: f"{spread(r['rounds'], r['seconds']):.0%}",
         "us/step": lambda r: _shown(r["seconds_per_step"], "{:,.1f}", 1e6),
@@ -155,7 +154,7 @@ def _shown(value: float | None, form: str, scale: float = 1.0) -> str:
     return "" if value is None else form.format(value * scale)
 
 
-def headline(document: dict[str, Any]) -> str:
+def headline(document: Values) -> str:
     """One line on the machine, and one on its peaks if they were measured."""
     machine, best = document["machine"], document.get("peak_flop_per_second", {})
     features = f" ({', '.join(machine['cpu_features'])})" if machine["cpu_features"] else ""
@@ -165,7 +164,7 @@ def headline(document: dict[str, Any]) -> str:
     return f"{line}\nPeak in GFLOP/s: {', '.join(known)}" if known else line
 
 
-def write_json(document: dict[str, Any], path: Path | None) -> None:
+def write_json(document: Values, path: Path | None) -> None:
     """Write a document, whole or not at all; with None, nothing."""
     if path is not None:
         with atomic_path(path) as temporary:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from benchmarks.costs import run_cost
 from benchmarks.report import aligned
@@ -12,6 +11,7 @@ from benchmarks.sampling import SamplingRun, prepare
 from benchmarks.timing import Case, Row
 from diffusion.caching import check_keeps_state
 from models import Network, family_of
+from runtime.settings import Values
 from sampling.pipeline import Pipeline
 
 
@@ -27,7 +27,7 @@ def reuse_runs(
     check_keeps_state(pipeline.network)
     flow = family_of(pipeline.info.model).process == "flow"
     label, rule, sampler = ("R", "sharing_interval", "euler") if flow else ("N", "cache_interval", "ddpm")
-    fixed: dict[str, Any] = {"sampler": sampler, "num_sampling_steps": steps, "cfg_scale": 1.0, "precision": precision}
+    fixed: Values = {"sampler": sampler, "num_sampling_steps": steps, "cfg_scale": 1.0, "precision": precision}
     return {f"{label} = {n}": prepare(pipeline, images, **fixed, **{rule: n}) for n in intervals}
 
 
@@ -60,7 +60,7 @@ def count_blocks(network: Network, work: Callable[[], object]) -> int:
     return count
 
 
-def results(rows: Sequence[Row], runs: Sequence[SamplingRun]) -> list[dict[str, Any]]:
+def results(rows: Sequence[Row], runs: Sequence[SamplingRun]) -> list[Values]:
     """Results of timed runs against the first one, which computes state at every step.
 
     A speed-up is the median over rounds of the first run's time over a run's own; the bound is the ratio of their MACs.
@@ -78,7 +78,7 @@ def results(rows: Sequence[Row], runs: Sequence[SamplingRun]) -> list[dict[str, 
     return entries
 
 
-def table(entries: Sequence[dict[str, Any]]) -> str:
+def table(entries: Sequence[Values]) -> str:
     """The results as a Markdown table."""
     columns = {
         "state computed": "{name}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,7 +182,7 @@ def executed_flop(run: Run) -> float:
     network, total = run.network, 0.0
     assert isinstance(network, Network)
 
-    def counted(x: Tensor, *args: Any, **options: Any) -> ModelOutput:
+    def counted(x: Tensor, *args: Tensor, **options: Tensor) -> ModelOutput:
         nonlocal total
         out = network(x, *args, **options)
         total += 2 * len(x) * sum(executed_cost(network, out).values())

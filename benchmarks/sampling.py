@@ -29,7 +29,7 @@ from models import DiT, ModelOutput, Network, family_of
 from models.acceleration import Capture, CudaCapture, GraphedNetwork
 from models.loading import CheckpointInfo
 from runtime.background import Background
-from runtime.settings import Given
+from runtime.settings import Given, Values
 from sampling.config import KINDS, SamplingSettings
 from sampling.pipeline import Pipeline, PreparedRun
 
@@ -136,7 +136,7 @@ def file_cases(folder: Path) -> list[Case]:
 # The whole, on a GPU
 
 
-def random_pipeline(model: str, device: torch.device, compiler: str | None = None, **overrides: Any) -> Pipeline:
+def random_pipeline(model: str, device: torch.device, compiler: str | None = None, **overrides: object) -> Pipeline:
     """Build the pipeline of a network with random weights, for latents only; blocks compiled if there is a backend."""
     network, process = random_network(model, device, **overrides).requires_grad_(False), family_of(model).process
     if compiler is not None:
@@ -175,7 +175,7 @@ class SamplingRun(NamedTuple):
         return self.pipeline.denoise(self.prepared, 0, range(self.images), {"y": labels})
 
 
-def prepare(pipeline: Pipeline, images: int, steps: int | None = None, **settings: Any) -> SamplingRun:
+def prepare(pipeline: Pipeline, images: int, steps: int | None = None, **settings: object) -> SamplingRun:
     """Prepare a run with the settings of sample.py; with `steps`, only so many of its first steps."""
     with tf32_restored():
         run = pipeline.prepare(**settings)
@@ -184,7 +184,7 @@ def prepare(pipeline: Pipeline, images: int, steps: int | None = None, **setting
     return SamplingRun(pipeline, run, images)
 
 
-def guided(name: str) -> dict[str, Any]:
+def guided(name: str) -> Values:
     """Settings of guided sampling in bf16 by one of `SAMPLERS`."""
     sampler, steps = SAMPLERS[name]
     return {"sampler": sampler, "num_sampling_steps": steps, "cfg_scale": GUIDANCE, "precision": "bf16"}
@@ -209,7 +209,7 @@ def _title(name: str, images: int) -> str:
     return f"{name}-{LENGTHS[name]}, {images} guided image{'s' if images > 1 else ''}, bf16"
 
 
-def _of_guided_steps(network: Network, images: int, name: str, steps: int) -> dict[str, Any]:
+def _of_guided_steps(network: Network, images: int, name: str, steps: int) -> Values:
     flop, share = steps * forward_flop(network, 2 * images), images * steps / LENGTHS[name]
     return {"outcome": _result, "tolerance": BF16, "flop": flop, "images": share, "precision": "bf16", "steps": steps}
 

@@ -22,7 +22,7 @@ WARM_UPS = 2
 # Largest max|difference| / max|reference| of a tensor. A bf16 product keeps 8 bits, and errors of the layers add up.
 SAME, SAME_GRADIENT, BF16 = 1e-5, 1e-4, 0.1
 
-Clock = Callable[[Callable[[], Any]], float]  # seconds of a call
+Clock = Callable[[Callable[[], object]], float]  # seconds of a call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Case:
     """One thing to be timed."""
 
     name: str  # in tables, unique within a group
-    prepare: Callable[[], Any]  # makes the state, once
+    prepare: Callable[[], object]  # makes the state, once
     run: Callable[[Any], Any]  # the work, given the state
     # (state, result of the first run) -> tensors that must agree with the reference's; None: not compared
     outcome: Callable[[Any, Any], Sequence[Tensor]] | None = None
@@ -104,7 +104,7 @@ class Row:
     predicted_memory: int | None = None
 
 
-def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Clock) -> dict[str, list[float]]:
+def interleave(runs: Mapping[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, list[float]]:
     """Time A B C, A B C, ...: what slows the machine for a while then slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -172,7 +172,7 @@ def measure(
         UserError: If a case does not agree with its reference.
     """
     outcomes = {} if known is None else known
-    runs: dict[str, Callable[[], Any]] = {}
+    runs: dict[str, Callable[[], object]] = {}
     rows: list[Row] = []
     for case in cases:
         state = case.prepare()
@@ -197,21 +197,21 @@ def measure(
     ]
 
 
-def process_seconds(work: Callable[[], Any]) -> float:
+def process_seconds(work: Callable[[], object]) -> float:
     """CPU time of a call, over all threads of the process."""
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
-def wall_seconds(work: Callable[[], Any]) -> float:
+def wall_seconds(work: Callable[[], object]) -> float:
     """Wall time of a call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
-def cuda_seconds(work: Callable[[], Any]) -> float:
+def cuda_seconds(work: Callable[[], object]) -> float:
     """Time of a call on the GPU, between two events of its stream."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()

@@ -88,8 +88,10 @@ def worker(tree: Path, model: str, images: int, threads: int) -> Iterator[Clock]
     environment = {**os.environ, "PYTHONPATH": str(tree.resolve()), "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
         command = [sys.executable, "-P", __file__, model, str(images)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-        process = subprocess.Popen(command, cwd=folder, env=environment, text=True, bufsize=1, **pipes)
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, text=True, bufsize=1, stdin=pipe, stdout=pipe, stderr=log
+        )
         assert process.stdin is not None and process.stdout is not None
         requests, answers = process.stdin, process.stdout
 

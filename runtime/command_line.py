@@ -32,7 +32,7 @@ from runtime.settings import (
 )
 
 T = TypeVar("T")
-Aliases = Mapping[str, Mapping[str, Any]]  # value of --model -> flag -> value
+Aliases = Mapping[str, Mapping[str, object]]  # value of --model -> flag -> value
 
 
 class _Parser(argparse.ArgumentParser):

@@ -84,7 +84,7 @@ class Kind(NamedTuple):
         return {name: flag for name, flag in own.items() if flag.field.metadata["sampling"] or not self.sampling}
 
 
-def choose_owners(kinds: Sequence[Kind], names: Mapping[str, Any]) -> dict[str, str]:
+def choose_owners(kinds: Sequence[Kind], names: Mapping[str, str | None]) -> dict[str, str]:
     """Resolve the owner of each kind: chosen by its name, or following from another kind's owner.
 
     Args:

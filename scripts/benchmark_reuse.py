@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -26,7 +26,7 @@ from models import model_config
 from runtime import distributed
 from runtime.command_line import parse_config
 from runtime.errors import error_prefix, run
-from runtime.settings import setting
+from runtime.settings import Values, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +55,11 @@ class ReuseSettings(TimingSettings):
                 )
 
 
-def measure_runs(config: ReuseSettings, device: torch.device) -> list[dict[str, Any]]:
+def measure_runs(config: ReuseSettings, device: torch.device) -> list[Values]:
     """Build the network, and time its runs."""
     with error_prefix(f"--model {config.model}"):
         side, channels = config.input_size, model_config(config.model).sample_shape[0]
-        fields: dict[str, Any] = {"sample_shape": (channels, side, side)}
+        fields: Values = {"sample_shape": (channels, side, side)}
         names = ("hidden_size", "num_heads", "cache_depth")
         fields |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
         pipeline, intervals = random_pipeline(config.model, device, **fields), dict.fromkeys((1, *config.intervals))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -26,7 +26,7 @@ from models import DyDiT, family_of, model_config
 from runtime import distributed
 from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
-from runtime.settings import flag_name, setting
+from runtime.settings import Values, flag_name, setting
 
 # About half of the blocks' work: where the goals are stated.
 WORKLOADS = (
@@ -93,7 +93,7 @@ def table(groups: Sequence[Sequence[Row]]) -> str:
     return aligned(["case", "", "ms", "spread", "speed-up", "less work", "quotient"], rows, left=2)
 
 
-def savings(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def savings(rows: Sequence[Row]) -> list[Values]:
     """Results of one group against the plain DiT, for the JSON."""
     results = {row.name: speedup(rows, row.name) for row in rows if row.name != DENSE}
     return [

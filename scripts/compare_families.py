@@ -30,7 +30,7 @@ from runtime import distributed
 from runtime.command_line import parse_config
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import flag_name, setting, to_dict
+from runtime.settings import Values, flag_name, setting, to_dict
 
 # Scripts and the folders of their runs.
 MADE_BY = {
@@ -96,7 +96,7 @@ def plan(config: CompareSettings) -> list[tuple[TrainedModel, list[SamplingSetup
     device = distributed.choose_device(config.device)
     paths = digits.find_checkpoints(config.ckpt)
     models = digits.newest([digits.open_model(path, config.cache_depth, device) for path in paths])
-    settings: dict[str, Any] = {"sampler": config.sampler, "cfg_scale": config.cfg_scale}
+    settings: Values = {"sampler": config.sampler, "cfg_scale": config.cfg_scale}
     settings["sharing_dir"] = config.output_dir / "sharing"
     steps, intervals = config.num_sampling_steps, config.chosen_intervals
     return [(model, digits.sampling_setups(model, steps, intervals, **settings)) for model in models]
@@ -147,7 +147,7 @@ def table(results: Sequence[Result]) -> str:
     return aligned(titles, rows, left=2)
 
 
-def plot_line(axis: Any, rows: Sequence[Sequence[Result]], **options: Any) -> tuple[float, float]:
+def plot_line(axis: Any, rows: Sequence[Sequence[Result]], **options: object) -> tuple[float, float]:
     """Draw Frechet distances against work, with the range of seeds; returns the first point."""
     cost = np.array([mean([result.macs / 1e6 for result in seeds]) for seeds in rows])
     scores = [[result.scores.frechet_distance for result in seeds] for seeds in rows]
@@ -220,7 +220,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"{result.name}, seed {result.seed}: {result.setup}", file=sys.stderr, flush=True)
     text = table(results)
     text += f"\n\nReal held-out digits have a Frechet distance of {results[0].scores.frechet_distance_of_test:.2f}."
-    document: dict[str, Any] = {"settings": to_dict(config), "rows": [dataclasses.asdict(result) for result in results]}
+    document: Values = {"settings": to_dict(config), "rows": [dataclasses.asdict(result) for result in results]}
     for suffix, content in (("json", json.dumps(document, indent=2)), ("md", text)):
         with atomic_path(config.output_dir / f"families.{suffix}") as temporary:
             temporary.write_text(content + "\n")

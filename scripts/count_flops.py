@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -27,7 +27,7 @@ from models import DyDiT, Network, create_model, model_config
 from models.dydit_block import Routing
 from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
-from runtime.settings import flag_name, setting
+from runtime.settings import Values, flag_name, setting
 
 # (model, side of the latent image), as published with arXiv 2212.09748: all sizes at 256 pixels, the largest at 512.
 PUBLISHED = tuple((f"DiT-{size}/{patch}", 32) for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)) + (
@@ -89,7 +89,7 @@ class Count(NamedTuple):
     torch_macs_with_state: int | None  # likewise
 
 
-def count(name: str, config: CountSettings, **overrides: Any) -> Count:
+def count(name: str, config: CountSettings, **overrides: object) -> Count:
     """Count one model, without memory for its weights.
 
     Raises:
@@ -170,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
     counts = []
     for name, input_size in [(name, config.input_size) for name in config.model] or PUBLISHED:
         sizes = {"input_size": input_size, "cache_depth": config.cache_depth}
-        fields: dict[str, Any] = {field: value for field, value in sizes.items() if value is not None}
+        fields: Values = {field: value for field, value in sizes.items() if value is not None}
         flags = "".join(f" {flag_name(field)} {value}" for field, value in fields.items())
         intervals = " ".join(map(str, config.cache_interval))
         with error_prefix(f"--model {name}{flags}" + (f" --cache-interval {intervals}" if intervals else "")):

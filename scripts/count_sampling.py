@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from benchmarks.report import aligned
 from benchmarks.timing import check_at_least
 from runtime import distributed
 from runtime.errors import run
-from runtime.settings import Given, setting
+from runtime.settings import Given, Values, setting
 from sampling.config import SamplingSettings, parse_settings
 from sampling.pipeline import Pipeline
 
@@ -38,7 +37,7 @@ class CountSamplingSettings(SamplingSettings):
         check_at_least(self, 1, "num_images")
 
 
-def summary(cost: SamplingCost, images: int) -> dict[str, Any]:
+def summary(cost: SamplingCost, images: int) -> Values:
     """MACs of an evaluated row by part, of an image, and the executed share of the blocks' work."""
     return {
         "evaluations_per_image": cost.rows / images,
@@ -51,7 +50,7 @@ def summary(cost: SamplingCost, images: int) -> dict[str, Any]:
     }
 
 
-def count_sampling(given: Given[CountSamplingSettings]) -> dict[str, Any]:
+def count_sampling(given: Given[CountSamplingSettings]) -> Values:
     """Sample latents from a checkpoint and count the work.
 
     Raises:
@@ -71,7 +70,7 @@ def unit_of(number: float) -> tuple[str, float]:
     return ("G", 1e9) if number >= 1e9 else ("M", 1e6)
 
 
-def summary_table(counted: dict[str, Any]) -> str:
+def summary_table(counted: Values) -> str:
     """MACs of an evaluated row on average, by part, against the network with nothing left out."""
     parts = {**counted["parts"], "all": counted["macs"]}
     dense = {**counted["dense_parts"], "all": counted["dense_macs"]}

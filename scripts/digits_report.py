@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from evaluator.digits import DigitsScores, score_digits
 from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import setting
+from runtime.settings import Values, setting
 
 TILES_PER_CLASS = 10
 TILE_SIZE = 48
@@ -119,7 +119,7 @@ def plot_digits(real: npt.NDArray[np.uint8], sampled: npt.NDArray[np.uint8], cap
     save_figure(figure, path)
 
 
-def plot_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
+def plot_loss(metrics: Sequence[Values], path: Path) -> None:
     """Draw the logged training loss against steps."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
@@ -133,7 +133,7 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[Values]:
     """Read the metrics of a training run.
 
     Raises:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from runtime.command_line import parse, parse_config
 from runtime.distributed import World
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import setting
+from runtime.settings import Values, setting
 from training.config import KINDS, TrainSettings
 from training.dry_run import predict_memory
 from training.setup import Setup, set_up
@@ -250,7 +250,7 @@ def file_stem(device_name: str, date: datetime.date) -> str:
     return f"{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}-{date.isoformat()}"
 
 
-def as_text(document: dict[str, Any]) -> str:
+def as_text(document: Values) -> str:
     """Content of the Markdown file."""
     lines = [f"Tests marked gpu: {document['gpu_tests']}"]
     lines += [f"{name}: {value:.2%}" for name, value in document["sampling"].items()]
