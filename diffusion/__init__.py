@@ -5,8 +5,9 @@ from diffusion.calibration import Calibration
 from diffusion.flow import FlowMatching
 from diffusion.flow_samplers import AdamsSampler, EulerSampler, HeunSampler
 from diffusion.gaussian import GaussianDiffusion, create_diffusion
-from diffusion.gaussian_samplers import AncestralSampler, DDIMSampler, DPMSolverSampler
+from diffusion.gaussian_samplers import AncestralSampler, DDIMSampler, EDMSampler
 from diffusion.loss import Batch, DiffusionLoss, Draws, row_noise
+from diffusion.multistep import DEISSampler, DPMSolverSampler, UniPCSampler
 from diffusion.registry import PREVIEW_SAMPLER, PROCESSES, SAMPLERS, make_sampler
 from diffusion.sampling import Evaluation, ImageNoise, Reuse, evaluations, guided, sample_loop
 from diffusion.schedules import convert_time, space_timesteps
@@ -20,9 +21,11 @@ __all__ = [
     "Batch",
     "Calibration",
     "DDIMSampler",
+    "DEISSampler",
     "DPMSolverSampler",
     "DiffusionLoss",
     "Draws",
+    "EDMSampler",
     "EulerSampler",
     "Evaluation",
     "FlowMatching",
@@ -30,6 +33,7 @@ __all__ = [
     "HeunSampler",
     "ImageNoise",
     "Reuse",
+    "UniPCSampler",
     "convert_time",
     "create_diffusion",
     "evaluations",

@@ -24,6 +24,7 @@ from diffusion.gaussian_likelihood import discretized_gaussian_log_likelihood, n
 from diffusion.predictions import Prediction, prediction_tables
 from diffusion.sampling import Denoiser, Evaluation
 from diffusion.schedules import BETA_SCHEDULES, Array, append_dims, gaussian_tables, named_betas, space_timesteps
+from diffusion.time_grids import TimeGrid, interpolated, time_grid
 from models.contract import TimeConvention
 from runtime.settings import setting
 
@@ -91,17 +92,17 @@ class GaussianDiffusion:
         if loss_weight != "constant" and loss in ("kl", "rescaled_kl"):
             raise ValueError(f"loss weight {loss_weight!r} has no effect on loss {loss!r}, which has no squared error")
         self.prediction, self.variance, self.loss = prediction, variance, loss
-        self.loss_weight, self.min_snr_gamma, self._original_betas = loss_weight, min_snr_gamma, betas
+        self.loss_weight, self.min_snr_gamma = loss_weight, min_snr_gamma
+        self._original_abar: Array = np.cumprod(1 - betas, dtype=np.float64)
         self._keep(range(len(betas)) if timesteps is None else timesteps)
 
-    def _keep(self, timesteps: Iterable[int]) -> None:
+    def _keep(self, timesteps: Iterable[float]) -> None:
         """Set up the process on these original timesteps."""
-        betas = self._original_betas
         self.timesteps = tuple(sorted(set(timesteps)))
-        if not self.timesteps or not 0 <= self.timesteps[0] <= self.timesteps[-1] < len(betas):
-            raise ValueError(f"timesteps must be some of 0 .. {len(betas) - 1}")
+        if not self.timesteps or not 0 <= self.timesteps[0] <= self.timesteps[-1] <= len(self._original_abar) - 1:
+            raise ValueError(f"timesteps must be in 0 .. {len(self._original_abar) - 1}")
         # Betas that walk the original process in longer strides; the full schedule goes through the same arithmetic.
-        kept = np.cumprod(1 - betas)[list(self.timesteps)]
+        kept = interpolated(self._original_abar, np.asarray(self.timesteps, dtype=np.float64))
         self.tables = gaussian_tables(1 - kept / np.append(1.0, kept[:-1]))
         self.tables |= prediction_tables(self.tables["alphas_cumprod"], self.prediction, self.min_snr_gamma)
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
@@ -111,12 +112,12 @@ class GaussianDiffusion:
         """Number of steps of this (respaced) process."""
         return len(self.timesteps)
 
-    def respaced(self, spec: str | Sequence[int]) -> GaussianDiffusion:
-        """Build the same process on the ORIGINAL timesteps of a step spec of `space_timesteps`, such as "ddim50"."""
-        return self.restricted(space_timesteps(len(self._original_betas), spec))
+    def respaced(self, spec: str | Sequence[int], grid: TimeGrid = "uniform") -> GaussianDiffusion:
+        """Build the same process on the ORIGINAL timesteps of a `time_grid`, by default those of `space_timesteps`."""
+        return self.restricted(time_grid(grid, spec, self._original_abar))
 
-    def restricted(self, timesteps: Sequence[int]) -> GaussianDiffusion:
-        """Build the same process on these original timesteps."""
+    def restricted(self, timesteps: Sequence[float]) -> GaussianDiffusion:
+        """Build the same process on these original timesteps; at fractions, abar is interpolated by its logarithm."""
         process = copy.copy(self)
         process._keep(timesteps)
         return process

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import numpy as np
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor
 from diffusion.gaussian import GaussianDiffusion, value_in
 from diffusion.sampling import NoiseFn
 from diffusion.schedules import Array
+from diffusion.time_grids import TimeGrid
 from models.contract import TimeConvention
 from runtime.settings import setting
 
 Steps = str | Sequence[int] | None
 
 
-class _AffineStep:
+class AffineStep:
     """a x_0 + b x with the clean sample x_0 that the network predicts.
 
     x_0 is affine in x and the prediction, and so is the whole, unless x_0 is clipped: two operations. The coefficients
@@ -43,13 +44,14 @@ class _AffineStep:
         return torch.add(self._by_x[index] * x, prediction, alpha=self._by_prediction[index])
 
 
-class _GaussianSampler:
+class GaussianSampler:
     """Evaluations of a (respaced) process.
 
     Args:
         process: Process that the network was trained under.
         steps: Step spec, such as "250" or "ddim50", over the original timesteps; None keeps the process as it is.
         start: Leave out this many of the noisiest steps: x starts as `sampler.process.q_sample` at its last index.
+        grid: Time grid; None takes the sampler's own, `default_grid`. It has no effect where `steps` is None.
 
     Attributes:
         process: The process on the steps that are taken.
@@ -60,9 +62,11 @@ class _GaussianSampler:
     """
 
     time_convention: ClassVar[TimeConvention] = GaussianDiffusion.time_convention
+    default_grid: ClassVar[TimeGrid] = "uniform"
+    times: tuple[float, ...]
 
-    def __init__(self, process: GaussianDiffusion, steps: Steps, start: int) -> None:
-        process = process if steps is None else process.respaced(steps)
+    def __init__(self, process: GaussianDiffusion, steps: Steps, start: int, grid: TimeGrid | None) -> None:
+        process = process if steps is None else process.respaced(steps, grid or self.default_grid)
         if not 0 <= start < process.num_timesteps:
             raise ValueError(f"the start must be in 0..{process.num_timesteps - 1}, not {start}")
         self.process = process.restricted(process.timesteps[: process.num_timesteps - start]) if start else process
@@ -70,24 +74,37 @@ class _GaussianSampler:
 
 
 @dataclass(frozen=True)
-class AncestralSettings:
-    """Settings of the ancestral sampler, and of every other one of the Gaussian diffusion."""
+class GaussianSamplerSettings:
+    """Settings of every sampler of the Gaussian diffusion."""
 
     clip_denoised: bool | None = setting(
         None, "clamp predicted clean images to [-1, 1]", shown="yes for pixels, no for latents"
     )
+    grid: TimeGrid | None = setting(
+        None,
+        "spacing of the timesteps",
+        get_args(TimeGrid),
+        flag="--time-grid",
+        shown="uniform for ddpm and ddim, quadratic for the others",
+    )
 
 
-class AncestralSampler(_GaussianSampler):
+class AncestralSampler(GaussianSampler):
     """Draws x_{t-1} from p(x_{t-1} | x_t), from the last index down to 0 (Ho et al., 2020, algorithm 2)."""
 
     def __init__(
-        self, process: GaussianDiffusion, steps: Steps = None, *, clip_denoised: bool = False, start: int = 0
+        self,
+        process: GaussianDiffusion,
+        steps: Steps = None,
+        *,
+        grid: TimeGrid | None = None,
+        clip_denoised: bool = False,
+        start: int = 0,
     ) -> None:
-        super().__init__(process, steps, start)
+        super().__init__(process, steps, start, grid)
         tables = self.process.tables
         a, b = tables["posterior_mean_coef1"], tables["posterior_mean_coef2"]
-        self._mean = _AffineStep(self.process, a, b, clip_denoised=clip_denoised)
+        self._mean = AffineStep(self.process, a, b, clip_denoised=clip_denoised)
         small, large = tables["posterior_log_variance_clipped"], tables["log_betas"]
         # A learned variance is between the two, by a value v from -1 to 1; its root is midpoint * exp(v * half-range).
         fixed = {"fixed_small": small, "fixed_large": tables["log_fixed_large"]}
@@ -108,18 +125,18 @@ class AncestralSampler(_GaussianSampler):
 
 
 @dataclass(frozen=True)
-class DDIMSettings(AncestralSettings):
+class DDIMSettings(GaussianSamplerSettings):
     """Settings of DDIM."""
 
     eta: float = setting(0.0, "noise of DDIM: 0 none, 1 as much as DDPM")
 
 
-class DDIMSampler(_GaussianSampler):
+class DDIMSampler(GaussianSampler):
     """Non-Markovian steps between noise levels (Song et al., 2021, arXiv 2010.02502, equation 12), in either direction.
 
     With x_0 and epsilon both affine in x and the prediction, a step is  x <- a x_0 + b x + sigma noise.
-    It is deterministic at eta 0, and as noisy as DDPM at eta 1. In reverse it goes from a sample to the noise that
-    would produce it.
+    It is deterministic at eta 0. At eta 1 it is as noisy as DDPM, and the same as "Euler ancestral" (k-diffusion). In
+    reverse it goes from a sample to the noise that would produce it.
 
     Raises:
         ValueError: If eta is negative, or so large that a step would carry more noise than the level it leads to.
@@ -132,10 +149,11 @@ class DDIMSampler(_GaussianSampler):
         *,
         eta: float = 0.0,
         reverse: bool = False,
+        grid: TimeGrid | None = None,
         clip_denoised: bool = False,
         start: int = 0,
     ) -> None:
-        super().__init__(process, steps, start)
+        super().__init__(process, steps, start, grid)
         self.eta = eta
         tables, order = self.process.tables, slice(None, None, 1 if reverse else -1)
         here, there = tables["alphas_cumprod"], tables["alphas_cumprod_next" if reverse else "alphas_cumprod_prev"]
@@ -146,7 +164,7 @@ class DDIMSampler(_GaussianSampler):
         # The share of epsilon = (x / sqrt(abar) - x_0) / sqrt(1 / abar - 1), spread over x_0 and x.
         share = np.sqrt(1 - there - sigma**2) / tables["sqrt_recipm1_alphas_cumprod"]
         a, b = np.sqrt(there) - share, share * tables["sqrt_recip_alphas_cumprod"]
-        self._mean = _AffineStep(self.process, a, b, clip_denoised=clip_denoised)
+        self._mean = AffineStep(self.process, a, b, clip_denoised=clip_denoised)
         self._sigma = sigma.tolist()
         self.times = self.times[::-1] if reverse else self.times
         self._indices = range(len(self.times))[order]
@@ -158,45 +176,49 @@ class DDIMSampler(_GaussianSampler):
         return torch.add(mean, noise_fn(x), alpha=self._sigma[index]) if self.eta else mean
 
 
-class DPMSolverSampler(_GaussianSampler):
-    """DPM-Solver++(2M): the probability-flow ODE in lambda = log(sqrt(abar) / sqrt(1 - abar)), half its log-SNR.
+class EDMSampler(GaussianSampler):
+    """Heun's method: a DDIM step to predict, a second evaluation there, then the mean of both predictions of the noise.
 
-    Between two levels x changes by an exactly integrated linear part and by a clean sample D, extrapolated to the
-    midpoint of the step from this evaluation's prediction and the one before:
+    It evaluates twice a step, 2 N - 1 times in all: the last step is DDIM's, and returns the predicted clean sample.
 
-        x <- sigma'/sigma x + alpha' (1 - exp(-h)) D,    D = x_0 + h / (2 h_before) (x_0 - x_0 before)
-
-    with h the step in lambda. The first step has nothing before it and is of first order. So is the last, with
-    infinite h: it returns the predicted clean sample. The levels are those of the process, whatever its step spec.
-
-    Source: Lu et al., 2022 (arXiv 2211.01095), algorithm 2 with the midpoint choice of section 4.
+    Source: Karras et al., 2022 (arXiv 2206.00364), algorithm 1 without noise, in sigma / alpha.
     """
 
-    # Known to be defective. Its numbers stay what they are until that is mended on its own.
+    default_grid = "quadratic"
 
     def __init__(
-        self, process: GaussianDiffusion, steps: Steps = None, *, clip_denoised: bool = False, start: int = 0
+        self,
+        process: GaussianDiffusion,
+        steps: Steps = None,
+        *,
+        grid: TimeGrid | None = None,
+        clip_denoised: bool = False,
+        start: int = 0,
     ) -> None:
-        super().__init__(process, steps, start)
-        one = np.ones(self.process.num_timesteps)
-        self._x_start = _AffineStep(self.process, one, 0 * one, clip_denoised=clip_denoised)
-        abar = self.process.tables["alphas_cumprod"][::-1]
+        super().__init__(process, steps, start, grid)
+        self.times = (self.times[0], *(t for t in self.times[1:] for _ in range(2)))
+        abar = self.process.tables["alphas_cumprod"]
         alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
-        h = np.diff(np.log(alpha / sigma))
-        gain = -alpha[1:] * np.expm1(-h)
-        # The share of `gain` that the extrapolation takes from the earlier prediction and adds to this one.
-        shifted = gain * np.append(0.0, h[1:] / h[:-1])[: len(h)] / 2
-        columns = (np.append(sigma[1:] / sigma[:-1], 0.0), np.append(gain + shifted, 1.0), np.append(-shifted, 0.0))
-        self._coefficients = list(zip(*(column.tolist() for column in columns), strict=True))
-        self._before: Tensor | None = None
+        one = np.ones_like(alpha)
+        self._x_start = AffineStep(self.process, one, 0 * one, clip_denoised=clip_denoised)
+        self._noise = AffineStep(self.process, -alpha / sigma, 1 / sigma, clip_denoised=clip_denoised)
+        # To the next level: x <- by_x x + by_noise epsilon
+        by_x = np.append(1.0, alpha[:-1]) / alpha
+        by_noise = np.append(0.0, sigma[:-1]) - by_x * sigma
+        self._by_x, self._by_noise = by_x.tolist(), by_noise.tolist()
+        self._begun: tuple[Tensor, Tensor] | None = None  # x and noise at the start of the step
 
     def step(self, i: int, x: Tensor, sample: Tensor, noise_fn: NoiseFn) -> Tensor:
-        """One step, without noise. Evaluation 0 forgets the history of an earlier run."""
-        by_x, by_x_start, by_before = self._coefficients[i]
-        index = len(self.times) - 1 - i
-        x_start = self._x_start(x, sample.to(x.dtype), index)
-        before, self._before = (None if i == 0 else self._before), x_start
-        first_order = torch.add(by_x * x, x_start, alpha=by_x_start)
-        if before is None or not by_before:
-            return first_order
-        return torch.add(first_order, before, alpha=by_before)
+        """Move to the predicted end of a step, or from there to the corrected one."""
+        index = self.process.num_timesteps - 1 - (i + 1) // 2  # of the level that x is at
+        sample = sample.to(x.dtype)
+        if i == len(self.times) - 1:
+            return self._x_start(x, sample, index)
+        noise = self._noise(x, sample, index)
+        if i == 0:
+            self._begun = None
+        if self._begun is None:
+            self._begun = x, noise
+            return torch.add(self._by_x[index] * x, noise, alpha=self._by_noise[index])
+        (start, first), self._begun = self._begun, None
+        return torch.add(self._by_x[index + 1] * start, first + noise, alpha=self._by_noise[index + 1] / 2)

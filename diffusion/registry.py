@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from diffusion import flow_samplers as flow
 from diffusion import gaussian_samplers as gaussian
+from diffusion import multistep
 from diffusion.flow import FlowMatching
 from diffusion.gaussian import GaussianSettings
 from diffusion.loss import Process
@@ -43,9 +44,12 @@ class SamplerRow(NamedTuple):
 PROCESSES: dict[str, type[ProcessSettings]] = {"gaussian": GaussianSettings, "flow": FlowMatching}
 
 SAMPLERS: dict[str, SamplerRow] = {
-    "ddpm": SamplerRow("gaussian", "250", gaussian.AncestralSampler, gaussian.AncestralSettings),
+    "ddpm": SamplerRow("gaussian", "250", gaussian.AncestralSampler, gaussian.GaussianSamplerSettings),
     "ddim": SamplerRow("gaussian", "ddim50", gaussian.DDIMSampler, gaussian.DDIMSettings),
-    "dpm++": SamplerRow("gaussian", "20", gaussian.DPMSolverSampler, gaussian.AncestralSettings),
+    "dpm++": SamplerRow("gaussian", "20", multistep.DPMSolverSampler, multistep.DPMSolverSettings),
+    "unipc": SamplerRow("gaussian", "20", multistep.UniPCSampler, multistep.MultistepSettings),
+    "deis": SamplerRow("gaussian", "20", multistep.DEISSampler, multistep.MultistepSettings),
+    "edm": SamplerRow("gaussian", "25", gaussian.EDMSampler, gaussian.GaussianSamplerSettings),
     "euler": SamplerRow("flow", "250", flow.EulerSampler, flow.EulerSettings),
     "heun": SamplerRow("flow", "50", flow.HeunSampler, flow.HeunSettings),
     "adams": SamplerRow("flow", "50", flow.AdamsSampler, flow.AdamsSettings),

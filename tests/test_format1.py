@@ -151,10 +151,13 @@ def test_a_recorded_config_starts_the_run_again(name, workplace):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_latents_are_those_of_the_old_code(name, written, workplace, monkeypatch):
+    """All but those of `dpm++`, which took too long a last step at second order."""
     sampled, decode = [], Pipeline.decode
     monkeypatch.setattr(Pipeline, "decode", lambda self, x, *run: sampled.append(x) or decode(self, x, *run))
     recorded = load_file(format1.FOLDER / name / "latents.safetensors")
-    for case, flags in MANIFEST["runs"][name]["cases"].items():
+    cases = {case: flags for case, flags in MANIFEST["runs"][name]["cases"].items() if case != "dpm++"}
+    assert cases
+    for case, flags in cases.items():
         argv = ["--ckpt", str(written[name]), *MANIFEST["sample_argv"].split(), *flags.split()]
         assert run(sample.main, "sample.py", argv) == 0, case
         assert_close(sampled[-1].float().cpu(), torch.from_numpy(recorded[case]), 1e-4)

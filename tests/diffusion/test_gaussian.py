@@ -63,7 +63,7 @@ def test_unknown_choices_are_named(setting: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"timesteps": [3, 100]}, r"timesteps must be some of 0 \.\. 99"),
+        ({"timesteps": [3, 100]}, r"timesteps must be in 0 \.\. 99"),
         ({"min_snr_gamma": 0.0}, "the gamma of min-SNR must be positive and finite, not 0.0"),
         ({"loss_weight": "min_snr", "loss": "kl"}, "loss weight 'min_snr' has no effect on loss 'kl'"),
     ],

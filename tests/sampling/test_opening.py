@@ -47,7 +47,7 @@ def test_a_sampler_has_a_number_of_steps(ckpt: Path, sampler: str, steps: str, e
 
 def test_a_sampler_of_another_process_is_refused(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SAMPLERS, "ddim", SAMPLERS["ddim"]._replace(process="other"))
-    with pytest.raises(UserError, match=r"trained under 'gaussian'; choose from ddpm, dpm\+\+$"):
+    with pytest.raises(UserError, match=r"trained under 'gaussian'; choose from ddpm, dpm\+\+, unipc, deis, edm$"):
         pipeline(ckpt, sampler="ddim")
 
 
