@@ -19,11 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime  # noqa: F401  # first: it reports other packages named models
-from data.pixels import Images, enlarge, grid, save_gif, save_png, to_picture
+from data.pixels import Images, enlarge, grid, save_gif, save_png, to_picture, written_by
 from models import ModelOutput
 from runtime import distributed
-from runtime.errors import run
-from runtime.files import check_writable
+from runtime.errors import UserError, run
+from runtime.files import check_writable, remove_temporary
 from runtime.settings import setting
 from sampling.config import GuidanceSettings, SamplingSettings, check_labels, parse_settings
 from sampling.pipeline import Pipeline
@@ -53,6 +53,7 @@ class PictureSettings:
     output: Path = setting(Path("sample.png"), "the picture")
     trajectory: Path | None = setting(None, "also show the steps of sampling: a .png strip, or a .gif")
     trajectory_frames: int = setting(10, "moments of the trajectory that are shown")
+    overwrite: bool = setting(False, "replace existing files and unfinished jobs with other settings")
 
     def __post_init__(self) -> None:
         """Validate the fields."""
@@ -62,6 +63,8 @@ class PictureSettings:
             raise ValueError(f"--output {self.output}: must end in .png, .jpg or .webp")
         if self.trajectory is not None and self.trajectory.suffix.lower() not in (".png", ".gif"):
             raise ValueError(f"--trajectory {self.trajectory}: must end in .png (a strip) or .gif")
+        if self.trajectory == self.output:
+            raise ValueError(f"--trajectory {self.trajectory}: is --output, too; give another name")
         if self.trajectory_frames < 2:
             raise ValueError(f"--trajectory-frames {self.trajectory_frames}: must be at least 2")
 
@@ -97,22 +100,34 @@ def sample(pipeline: Pipeline, prepared: PreparedRun, settings: PictureSettings,
     return kept
 
 
+def check_replaceable(path: Path, flag: str, overwrite: bool) -> None:
+    """Check before sampling that a picture can be written, and replaces none of another origin.
+
+    Raises:
+        UserError: Naming the flag.
+    """
+    check_writable(path, flag)
+    remove_temporary(path)
+    if path.exists() and not (overwrite or written_by(path, PROGRAM)):
+        raise UserError(f"{flag} {path}: exists, and is no picture of {PROGRAM}; --overwrite replaces it")
+
+
 def save_trajectory(moments: Sequence[Images], columns: int, path: Path) -> None:
     """Save a strip with a row an image and a column a moment; or an animation of the whole picture."""
     if path.suffix.lower() == ".gif":
-        save_gif([grid(images, columns)[0] for images in moments], path)
+        save_gif([grid(images, columns)[0] for images in moments], path, software=PROGRAM)
     else:
         rows = np.stack([image for images in zip(*moments, strict=True) for image in images])
-        save_png(grid(rows, len(moments))[0], path)
+        save_png(grid(rows, len(moments))[0], path, PROGRAM)
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse flags, sample, write the picture."""
     given = parse_settings(SampleSettings, argv, PROGRAM, __doc__)
     settings = given.general.picture
-    check_writable(settings.output, "--output")
+    check_replaceable(settings.output, "--output", settings.overwrite)
     if settings.trajectory is not None:
-        check_writable(settings.trajectory, "--trajectory")
+        check_replaceable(settings.trajectory, "--trajectory", settings.overwrite)
     with distributed.world(given.general.compute.device) as world:
         pipeline = Pipeline.open(given, world.device, default_vae="mse")
         prepared = pipeline.prepare()
@@ -125,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
             enlarge(to_picture(pipeline.decode(latents, prepared)).cpu().numpy(), factor)
             for latents in sample(pipeline, prepared, settings, labels)
         ]
-        save_png(grid(moments[-1], columns)[0], settings.output)
+        save_png(grid(moments[-1], columns)[0], settings.output, PROGRAM)
         print(f"Saved {len(labels)} images to {settings.output}")
         if settings.trajectory is not None:
             save_trajectory(moments, columns, settings.trajectory)

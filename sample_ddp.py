@@ -36,8 +36,8 @@ def main(argv: Sequence[str]) -> None:
         distributed.allow_tf32(prepared.config.compute.allows_tf32)  # in the thread that decodes, too
         job = Job(pipeline, prepared, world)
         ready = time.perf_counter()
-        job.sample()
-        distributed.barrier()
+        with distributed.raise_on_all_ranks():
+            job.sample()
         if world.is_main:
             seconds, images = time.perf_counter() - ready, sum(map(job.file.rows_in, job.missing))
             path = job.finish(

@@ -163,7 +163,7 @@ class NpzFile:
         crc = crc_of([Piece(zlib.crc32(self._npy_header), len(self._npy_header)), *pieces])
         entries = [self._entry(crc)]
         with self.path.open("rb+") as file:
-            file.write(entries[0].header())
+            file.write(entries[0].header() + self._npy_header)
             file.seek(self.bytes_reserved)
             for name, array in others.items():
                 content = npy_header(array.shape, array.dtype) + np.ascontiguousarray(array).tobytes()

@@ -14,6 +14,7 @@ from torch import Tensor
 from runtime.files import atomic_path
 
 Images = npt.NDArray[np.uint8]  # (N, H, W, C), or clips (N, F, H, W, C)
+SOFTWARE_TAG = 0x0131  # of EXIF
 
 
 def from_uint8(images: Tensor) -> Tensor:
@@ -54,18 +55,35 @@ def enlarge(images: Images, factor: int) -> Images:
     return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
-def save_png(image: Images, path: Path) -> None:
-    """Write one image (H, W, C) with 1 or 3 channels, whole or not at all."""
+def save_png(image: Images, path: Path, software: str = "") -> None:
+    """Write one image (H, W, C) with 1 or 3 channels, whole or not at all; `software` is noted in the file."""
+    picture, exif = _picture(image), Image.Exif()
+    if software:
+        exif[SOFTWARE_TAG] = software
     with atomic_path(path) as temporary:
-        _picture(image).save(temporary)
+        picture.save(temporary, exif=exif)
 
 
-def save_gif(images: Sequence[Images], path: Path, *, milliseconds: int = 120, last: int = 2000) -> None:
+def written_by(path: Path, software: str) -> bool:
+    """True for a picture that notes this software."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "GIF")) as picture:
+            noted = picture.getexif().get(SOFTWARE_TAG), picture.info.get("comment")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+    return software in noted or software.encode() in noted
+
+
+def save_gif(
+    images: Sequence[Images], path: Path, *, milliseconds: int = 120, last: int = 2000, software: str = ""
+) -> None:
     """Write images (H, W, C) as a repeating animation, whole or not at all; the last one is shown for longer."""
     durations = [milliseconds] * (len(images) - 1) + [last]
     pictures = [_picture(image) for image in images]
     with atomic_path(path) as temporary:
-        pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+        pictures[0].save(
+            temporary, save_all=True, append_images=pictures[1:], duration=durations, loop=0, comment=software
+        )
 
 
 def _picture(image: Images) -> Image.Image:

@@ -7,7 +7,8 @@ During sampling there is a folder NAME.partial/ next to the final file:
     settings.json   all settings that fix the images
 
 A killed job is resumed from it: chunks with the right checksum are kept, all others are made again. Processes on
-several nodes need a shared file system.
+several nodes need a shared file system. A finished job is NAME.npz, NAME.json, and a folder NAME of PNG files where
+they are asked for. What no job wrote keeps its place, whatever its name.
 """
 
 from __future__ import annotations
@@ -15,17 +16,25 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from data.npz_file import NpzFile, Piece
+from runtime import migrate
 from runtime.errors import UserError
-from runtime.files import atomic_path
+from runtime.files import atomic_path, remove_temporary
+
+_PARTIAL_NAME = re.compile(r"samples\.npz|settings\.json|finished\.\d+|lock")
+_PNG_NAME, _PNG_TEMPORARY = re.compile(r"\d{6,}\.png"), re.compile(r"\.\d{6,}\.\d+\.tmp\.png")
+_FINISHED_LINE = re.compile(rb"^(\d{1,9}) (\d{1,10})$", re.MULTILINE)
 
 
 class SampleFile:
@@ -40,84 +49,134 @@ class SampleFile:
     Attributes:
         chunks: Number of chunks.
         partial: Folder of the unfinished job.
+        pngs: Folder of PNG files.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], chunk: int, rank: int = 0) -> None:
         self.path, self.images, self.chunk = path, shape[0], chunk
         self.chunks = -(-shape[0] // chunk)
-        self.partial = path.with_name(f"{path.stem}.partial")
-        self._npz = NpzFile(self.partial / "samples.npz", shape)
-        self._settings = self.partial / "settings.json"
+        self.partial, self.pngs = path.with_name(f"{path.stem}.partial"), path.with_suffix("")
+        self._npz, self._final = NpzFile(self.partial / "samples.npz", shape), NpzFile(path, shape)
+        self._record, self._settings = path.with_suffix(".json"), self.partial / "settings.json"
         self._finished = self.partial / f"finished.{rank}"
         self._lock: IO[bytes] | None = None
 
-    def open(self, settings: Mapping[str, object], *, overwrite: bool = False) -> list[int]:
+    def open(self, settings: Mapping[str, object], *, overwrite: bool = False, png: bool = False) -> list[int]:
         """Start or resume the job; on one process, before the others write.
 
         Args:
             settings: All settings that fix the images, as JSON values by flag or name.
             overwrite: Delete images made with other settings, and replace a finished file.
+            png: Make the folder of PNG files, too.
 
         Returns:
             Numbers of the chunks that are still to be made.
 
         Raises:
-            UserError: If the file exists, was started with other settings, is being written, or exceeds the disk.
+            UserError: If the file exists, was started with other settings, is being written, or exceeds the disk, or
+                if something that no job wrote has the name of one of its files.
         """
-        if self.path.exists() and not overwrite:
+        self._check_origin(png)
+        if self.path.exists() and not overwrite and not self._settings.exists():
             raise UserError(f"{self.path} exists already; --overwrite replaces it")
         self.partial.mkdir(parents=True, exist_ok=True)
         self._acquire_lock()
-        started = self._started_settings()
-        changed = [] if started is None else differences(started, settings)
-        if changed and not overwrite:
+        try:
+            return self._open(settings, overwrite, png)
+        except UserError:
             self.close()
+            raise
+
+    def _open(self, settings: Mapping[str, object], overwrite: bool, png: bool) -> list[int]:
+        """Start or resume the job under the lock."""
+        for path in (self._settings, self._record):
+            remove_temporary(path)
+        started = _read_json(self._settings)
+        if started is None and self._settings.exists():
+            print(f"warning: {self._settings} is damaged; the job starts again", file=sys.stderr)
+        changed = [] if started is None else differences(migrate.sample_job(started, settings), settings)
+        if changed and not overwrite:
             raise UserError(
                 f"{self.partial} was started with other settings ({'; '.join(changed)}); "
                 "--overwrite deletes it and starts again"
             )
-        if started is None or changed:
-            self._start(settings)
-        return self._missing()
+        resumes = started is not None and not changed
+        if resumes and not self._npz.path.exists() and self.path.exists() and not self._missing(self._final):
+            os.replace(self.path, self._npz.path)  # `finish` was killed after its first step, and is repeated
+        for path in (self.path, self._record):
+            if path.exists() and not overwrite and (path == self.path or not resumes):
+                raise UserError(f"{path} exists already; --overwrite replaces it")
+        if not resumes or not self._npz.path.exists():
+            self._start(settings, png)
+        if png:
+            self.pngs.mkdir(exist_ok=True)
+            _remove_files(self.pngs, _PNG_TEMPORARY)
+        return self._missing(self._npz, png)
+
+    def _check_origin(self, png: bool) -> None:
+        """Raise a UserError if something that no job wrote has the name of one of this job's files."""
+        record = _read_json(self._record) or {}
+        if self._record.exists() and not ("config" in record and "checkpoint" in record):
+            raise _foreign(self._record)
+        settings = _read_json(self._settings) or {}
+        if self.partial.exists() and "--ckpt" not in settings:
+            names = {path.name for path in self.partial.iterdir()} if self.partial.is_dir() else {""}
+            killed = "lock" in names or names >= {"samples.npz", "settings.json"}  # before all settings were written
+            if names and (settings or not killed or not all(map(_PARTIAL_NAME.fullmatch, names))):
+                raise _foreign(self.partial / min(names))
+        ours = settings.get("--save-png") or _saved_png(record)
+        if png and not ours and self.pngs.exists() and not (self.pngs.is_dir() and not any(self.pngs.iterdir())):
+            raise _foreign(self.pngs)
 
     def _acquire_lock(self) -> None:
         """Lock the folder against other jobs until this process ends."""
-        self._lock = (self.partial / "lock").open("wb")
+        path = self.partial / "lock"
+        self._lock = path.open("wb")
+        busy = False
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.close()
-            raise UserError(
-                f"{self.partial}: another process is writing it; wait for it, or give another name"
-            ) from None
+            busy = True
         except OSError:
             pass  # a file system without locks
+        if busy or not path.exists():  # the other job may have just finished, and removed it
+            self.close()
+            raise UserError(f"{self.partial}: another process is writing it; wait for it, or give another name")
 
-    def _started_settings(self) -> dict[str, object] | None:
-        """The settings of a job that can be resumed; they are written last."""
-        try:
-            return json.loads(self._settings.read_text()) if self._npz.path.exists() else None
-        except (OSError, ValueError):
-            return None
-
-    def _start(self, settings: Mapping[str, object]) -> None:
-        self._settings.unlink(missing_ok=True)
-        for old in self.partial.glob("finished.*"):
-            old.unlink()
-        self._npz.path.unlink(missing_ok=True)
+    def _start(self, settings: Mapping[str, object], png: bool) -> None:
+        for folder, pattern in ((self.partial, _PARTIAL_NAME), (self.pngs, _PNG_NAME))[: 1 + png]:
+            _remove_files(folder, pattern)
         needed, free = self._npz.bytes_reserved, shutil.disk_usage(self.partial).free
         if needed > free:
-            shutil.rmtree(self.partial)
-            self.close()
+            self._remove_partial()
             raise UserError(f"{self.path}: the images take {needed:,} bytes, and {free:,} are free on the disk")
         self._npz.create()
-        with atomic_path(self._settings) as temporary:
+        with atomic_path(self._settings) as temporary:  # last: with them the job can be resumed
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
-    def _missing(self) -> list[int]:
+    def _remove_partial(self) -> None:
+        """Delete the job's files in its folder, and the folder if nothing else is in it."""
+        _remove_files(self.partial, _PARTIAL_NAME)
+        (self.partial / "lock").unlink(missing_ok=True)
+        with suppress(OSError):
+            self.partial.rmdir()
+        if self.partial.exists():
+            print(f"warning: {self.partial} is kept: it has files that no job wrote", file=sys.stderr)
+
+    def _missing(self, npz: NpzFile, png: bool = False) -> list[int]:
         """Chunks that are not finished, or have another checksum: a disk may lose bytes, a copy may be cut short."""
         pieces = self._pieces()
-        return [k for k in range(self.chunks) if k not in pieces or pieces[k] != self._npz.read_piece(*self._rows(k))]
+        return [
+            chunk
+            for chunk in range(self.chunks)
+            if chunk not in pieces
+            or pieces[chunk] != npz.read_piece(*self._rows(chunk))
+            or (png and not all(self.png_path(i).exists() for i in range(*self._rows(chunk))))
+        ]
+
+    def png_path(self, index: int) -> Path:
+        """Path of an image as PNG."""
+        return self.pngs / f"{index:06d}.png"
 
     def rows_in(self, chunk: int) -> int:
         """Number of images in a chunk."""
@@ -128,14 +187,13 @@ class SampleFile:
         return chunk * self.chunk, min((chunk + 1) * self.chunk, self.images)
 
     def _pieces(self) -> dict[int, Piece]:
-        """Finished chunks of all processes. A line that a kill cut short has too few words, or a wrong checksum."""
+        """Finished chunks of all processes. A damaged line has another form, or another checksum than the chunk."""
         pieces: dict[int, Piece] = {}
         for path in self.partial.glob("finished.*"):
-            for line in path.read_text().splitlines():
-                words = line.split()
-                if len(words) == 2 and all(word.isdigit() for word in words) and int(words[0]) < self.chunks:
-                    start, stop = self._rows(int(words[0]))
-                    pieces[int(words[0])] = Piece(int(words[1]), (stop - start) * self._npz.row_bytes)
+            for chunk, crc in _FINISHED_LINE.findall(path.read_bytes() if path.is_file() else b""):
+                if int(chunk) < self.chunks:
+                    start, stop = self._rows(int(chunk))
+                    pieces[int(chunk)] = Piece(int(crc), (stop - start) * self._npz.row_bytes)
         return pieces
 
     def write(self, chunk: int, images: npt.NDArray[np.uint8]) -> None:
@@ -145,24 +203,37 @@ class SampleFile:
             UserError: If the disk is full; finished chunks are kept.
         """
         start, stop = self._rows(chunk)
-        try:
+        with self._writing():
             piece = self._npz.write(start, images[: stop - start])
             with self._finished.open("a") as file:
                 # The line break in front separates it from a line that a kill cut short
                 file.write(f"\n{chunk} {piece.crc}\n")
                 file.flush()
                 os.fsync(file.fileno())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
-                f"{self.partial}: cannot write there ({error.strerror}); the same command resumes the job"
+                f"{self.partial}: cannot write there ({error.strerror or error}); the same command resumes the job"
             ) from error
 
-    def finish(self, labels: npt.NDArray[np.int64]) -> None:
-        """Move the file to its final name, and remove the rest; on one process, after all others."""
+    def finish(self, labels: npt.NDArray[np.int64], record: Mapping[str, object] | None = None) -> None:
+        """Move the file to its final name, write NAME.json, and remove the rest; on one process, after all others.
+
+        Raises:
+            UserError: If the disk is full.
+        """
         pieces = self._pieces()
-        self._npz.seal([pieces[k] for k in range(self.chunks)], {"arr_1": labels})
-        os.replace(self._npz.path, self.path)
-        shutil.rmtree(self.partial)
+        with self._writing():
+            self._npz.seal([pieces[k] for k in range(self.chunks)], {"arr_1": labels})
+            os.replace(self._npz.path, self.path)
+            if record is not None:
+                with atomic_path(self._record) as temporary:
+                    temporary.write_text(json.dumps(record, indent=2) + "\n")
+        self._remove_partial()
         self.close()
 
     def close(self) -> None:
@@ -182,3 +253,32 @@ def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[s
         for name in {**then, **now}
         if then.get(name) != now.get(name)
     ]
+
+
+def _remove_files(folder: Path, pattern: re.Pattern[str]) -> None:
+    """Delete files of these names, but not the lock."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name != "lock" and pattern.fullmatch(path.name):
+            path.unlink()
+
+
+def _foreign(path: Path) -> UserError:
+    return UserError(f"{path}: no sampling job wrote it, so it is not replaced; move it, or give another --output")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None if there is none."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _saved_png(record: Mapping[str, Any]) -> bool:
+    """True if the job that wrote this record, of either format, wrote PNG files."""
+    try:
+        config = record["config"]
+        return bool(config.get("job", config)["save_png"])
+    except (KeyError, TypeError, AttributeError):
+        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,3 +55,22 @@ def check_writable(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path}: cannot write there ({error.strerror})") from error
     if path.is_dir():
         raise UserError(f"{flag} {path}: is a folder; give a file name")
+
+
+def remove_temporary(path: Path) -> None:
+    """Remove temporary files that killed processes left at `path`."""
+    name = re.compile(rf"\.{re.escape(path.stem)}\.(\d+)\.tmp{re.escape(path.suffix)}")
+    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = name.fullmatch(entry.name)
+        if match and (int(match[1]) == os.getpid() or not _is_running(int(match[1]))):
+            entry.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        pass
+    return True

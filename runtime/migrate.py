@@ -136,3 +136,21 @@ def latent_index(old: Mapping[str, Any]) -> Json:
     kept = {name: value for name, value in old.items() if name not in (*names, "moments_shape")}
     shape = {"row_shape": old["moments_shape"]} if "moments_shape" in old else {}
     return {**kept, **shape, "format": 2, "encoder": encoder}
+
+
+def sample_job(old: Json, now: Mapping[str, object]) -> Json:
+    """Migrate the settings of an unfinished sampling job.
+
+    Args:
+        old: Settings in its folder; returned as they are if this version would make other images.
+        now: Settings of the present job, by flag.
+    """
+    if "format" in old or "torch" not in old or old.get("--sampler") == "dpm++":
+        return old
+    recorded = {**old, "format": now.get("format"), "--sharing-interval": old.get("--refresh-rate")}
+    # version 0.1 recorded what the checkpoint decides, too, and settings of samplers that the job does not use
+    of_checkpoint = {name: old.get(name) for name in ("--image-size", "--num-classes")}
+    for flag, default in {**of_checkpoint, "--clip-denoised": old.get("--vae") == "none"}.items():
+        if now.get(flag) is None and old.get(flag) == default:
+            recorded[flag] = None
+    return {flag: recorded.get(flag) for flag in now}

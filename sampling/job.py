@@ -24,7 +24,7 @@ from runtime.background import Background
 from runtime.distributed import World
 from runtime.download import read_record, sha256_of
 from runtime.errors import UserError, error_prefix
-from runtime.files import atomic_path, check_writable
+from runtime.files import check_writable
 from runtime.seeds import derive_seed
 from runtime.settings import Values, document, flag_name, flag_of, flatten, free_settings, setting
 from sampling.config import KINDS, SamplingSettings, check_labels
@@ -43,9 +43,7 @@ class JobSettings:
 
     sample_dir: Path = setting(Path("samples"), "folder of the .npz, under a name made of the settings", free=True)
     output: Path | None = setting(None, "exact path of the .npz", shown="a name in --sample-dir", free=True)
-    overwrite: bool = setting(
-        False, "replace an existing .npz, and delete an unfinished job with other settings", free=True
-    )
+    overwrite: bool = setting(False, "replace existing files and unfinished jobs with other settings", free=True)
     num_fid_samples: int | None = setting(
         None, "number of images", shown="50,000, or the number that --class-seeds makes"
     )
@@ -196,17 +194,15 @@ class Job:
                 background.submit(partial(self._store, chunk, latents, bar))
 
     def finish(self, timings: Values) -> Path:
-        """Move the file to its final name and write the JSON next to it, on one process; returns the path."""
-        self.file.finish(self.plan.labels.numpy())
-        with atomic_path(self.file.path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps({**self._result(), "run": timings}, indent=2) + "\n")
+        """Complete the file and write the JSON next to it, on one process; returns the path."""
+        self.file.finish(self.plan.labels.numpy(), {**self._result(), "run": timings})
         return self.file.path
 
     def _store(self, chunk: int, latents: Tensor, bar: tqdm) -> None:
         images = to_uint8(self.pipeline.decode(latents, self.run)).cpu().numpy()[: self.file.rows_in(chunk)]
         if self.config.job.save_png:
             for index, image in enumerate(images, start=chunk * self.size):
-                save_png(image, self.file.path.with_suffix("") / f"{index:06d}.png")
+                save_png(image, self.file.png_path(index))
         self.file.write(chunk, images)
         bar.update(min(len(images) * self.world.size, self.total - bar.n))
 
@@ -242,11 +238,10 @@ class Job:
         """Start or resume the file, on one process; returns the chunks that are still to be made."""
         job, file = self.config.job, self.file
         try:
-            missing = file.open({**deciding, "torch": torch.__version__}, overwrite=job.overwrite)
+            settings = {**deciding, "torch": torch.__version__}
+            missing = file.open(settings, overwrite=job.overwrite, png=job.save_png)
         except UserError as error:
             raise UserError(f"{flag}: {error}") from error
-        if job.save_png:
-            file.path.with_suffix("").mkdir(exist_ok=True)
         if len(missing) < file.chunks:
             print(f"Continuing {file.partial}: {file.chunks - len(missing)} of {file.chunks} chunks are there")
         return missing

@@ -223,10 +223,20 @@ class Pipeline:
         Args:
             latents: (N, ..., h, w).
             run: The run that they are from, which decides on TF32; None for the pipeline's settings.
+
+        Raises:
+            UserError: For images that are not finite.
         """
         config = self._given.general if run is None else run.config
         with distributed.tf32_inside(config.compute.allows_tf32):
-            return torch.cat([self.encoder.decode(part) for part in latents.split(config.encoder.vae_batch_size)])
+            pixels = torch.cat([self.encoder.decode(part) for part in latents.split(config.encoder.vae_batch_size)])
+        if not torch.isfinite(pixels).all():
+            decoded = bool(torch.isfinite(latents).all())
+            source = f"--vae {self.info.encoder}" if decoded else f"--ckpt {self.info.path}"
+            raise UserError(
+                f"{source}: its images have NaN or infinity; are the weights damaged, or too large for bf16?"
+            )
+        return pixels
 
     def _check_rows(self, rows: Mapping[str, Any]) -> dict[str, Tensor]:
         """Check the conditioning of all images; labels may be any whole numbers."""

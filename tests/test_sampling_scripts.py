@@ -17,10 +17,10 @@ import models
 import sample
 import sample_ddp
 import train
-from diffusion import guided
+from diffusion import guided, sample_loop
 from models import create_model
 from runtime.checkpoint import read_checkpoint, save_checkpoint
-from runtime.errors import run
+from runtime.errors import UserError, run
 from sampling import pipeline
 from sampling.config import SAMPLERS, CachingSettings
 from sampling.job import JobSettings, auto_batch_size, plan_job
@@ -209,7 +209,7 @@ def test_another_cache_depth_does_not_go_on_with_a_job(tmp_path, monkeypatch, ca
     assert run(sample_ddp.main, "sample_ddp.py", [*argv, "2"]) == 2
     assert "started with other settings (--cache-depth was 1, now 2);" in capsys.readouterr().err
     assert run(sample_ddp.main, "sample_ddp.py", [*argv, "1"]) == 0
-    assert "2 of 5 chunks are there" in capsys.readouterr().out
+    assert " of 5 chunks are there" in capsys.readouterr().out
     assert json.loads((tmp_path / "a.json").read_text())["config"]["model"] == {
         "name": "DiT-digits/2",
         "cache_depth": 1,
@@ -223,6 +223,49 @@ def test_images_can_be_written_as_png_too(ckpt, tmp_path):
     for path, image in zip(paths, images, strict=True):
         with Image.open(path) as picture:
             assert np.array_equal(np.asarray(picture), image[..., 0])
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.partial/mine.txt", "a/mine.png"])
+def test_a_job_leaves_files_that_it_did_not_write(ckpt, tmp_path, capsys, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    argv = ["--ckpt", str(ckpt), "--output", str(tmp_path / "a.npz"), "--device", "cpu", "--save-png", *OPTIONS]
+    for flags in ([], ["--overwrite"]):
+        assert run(sample_ddp.main, "sample_ddp.py", [*argv, *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"sample_ddp.py: error: --output: {tmp_path / 'a'}") and error.count("\n") == 1
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == [name]
+
+
+def test_a_job_with_pngs_is_repeated_on_request(ckpt, tmp_path):
+    draw(ckpt, tmp_path / "a.npz", "--save-png")
+    draw(ckpt, tmp_path / "a.npz", "--save-png", "--overwrite", "--num-fid-samples", "5")
+    assert len(list((tmp_path / "a").iterdir())) == 5
+
+
+@pytest.mark.parametrize(("script", "name"), [(sample_ddp, "a.npz"), (sample, "a.png")])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_images_that_are_not_finite_are_refused_by_the_name_of_the_checkpoint(
+    ckpt, tmp_path, monkeypatch, capsys, script, name, value
+):
+    """Of a model on pixels, by any script; weights that are not finite are refused earlier."""
+    monkeypatch.setattr(
+        pipeline,
+        "sample_loop",
+        lambda network, sampler, x, *args, **options: sample_loop(network, sampler, value * x, *args, **options),
+    )
+    argv = ["--ckpt", str(ckpt), "--output", str(tmp_path / name), "--num-sampling-steps", "2", "--device", "cpu"]
+    assert run(script.main, f"{script.__name__}.py", argv) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert f"--ckpt {ckpt}: its images have NaN or infinity" in line
+    assert not (tmp_path / name).exists()
+
+
+def test_a_decoder_that_overflows_is_named(ckpt, monkeypatch):
+    made = Pipeline.from_pretrained(ckpt, device="cpu")
+    monkeypatch.setattr(made.encoder, "decode_rows", lambda z: z * torch.inf)
+    with pytest.raises(UserError, match="--vae none: its images have NaN or infinity"):
+        made.decode(torch.ones(1, 1, 8, 8))
 
 
 @pytest.mark.parametrize(("macs", "size"), [(118_621_000_000, 64), (524_500_000_000, 8), (10**15, 1), (10, 256)])
@@ -318,6 +361,25 @@ def test_a_trajectory_is_a_strip_or_an_animation(ckpt, tmp_path, suffix, frames,
             strip = np.concatenate([np.asarray(shown)[66 * k + 2 : 66 * (k + 1), 3 * 66 + 2 : -2] for k in range(3)])
             assert np.array_equal(strip, column)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", f"steps.{suffix}"]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif"])
+def test_a_picture_replaces_its_own_kind_only(ckpt, tmp_path, capsys, suffix):
+    flag = "--trajectory" if suffix == "gif" else "--output"
+    path = tmp_path / f"mine.{suffix}"
+    Image.new("RGB", (8, 8)).save(path)
+    mine = path.read_bytes()
+    argv = ["--ckpt", str(ckpt), "--output", str(tmp_path / "a.png"), flag, str(path), "--device", "cpu"]
+    argv += "--class-labels 1 --num-sampling-steps 2".split()
+    assert run(sample.main, "sample.py", argv) == 2
+    error = capsys.readouterr().err
+    assert f"{flag} {path}: exists, and is no picture of sample.py; --overwrite replaces it" in error
+    assert path.read_bytes() == mine and not (tmp_path / "a.png").exists()
+    assert run(sample.main, "sample.py", [*argv, "--overwrite"]) == 0
+    assert path.read_bytes() != mine
+    assert run(sample.main, "sample.py", argv) == 0, "its own"
+    path.write_text("notes")
+    assert run(sample.main, "sample.py", argv) == 2 and path.read_text() == "notes"
 
 
 @pytest.fixture(scope="module")
@@ -524,6 +586,7 @@ def test_help_says_where_similarities_are_kept_and_git_leaves_them_alone(capsys)
         (["--output", "a.xyz"], "must end in .png"),
         (["--columns", "-3"], "--columns -3: must be at least 1"),
         (["--trajectory", "a.jpg"], "--trajectory a.jpg: must end in .png (a strip) or .gif"),
+        (["--output", "a.png", "--trajectory", "a.png"], "--trajectory a.png: is --output, too"),
         (["--trajectory-frames", "1"], "--trajectory-frames 1: must be at least 2"),
     ],
 )

@@ -1,5 +1,7 @@
 """Jobs that are started, killed, damaged and resumed."""
 
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -187,3 +189,158 @@ def test_a_disk_that_fills_up_is_one_line_and_loses_nothing(tmp_path, monkeypatc
         fill(file, [1])
     file.close()
     assert job(tmp_path / "a.npz").open(SETTINGS) == list(range(1, 9))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that no job wrote
+
+RECORD = {"config": {"job": {"save_png": True}}, "checkpoint": {}}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a.json": b'{"my": "notes"}'},
+        {"a.json": b"no JSON"},
+        {"a.json": b"[1]"},
+        {"a.partial": b"a file"},
+        {"a.partial/thesis.tex": b"words"},
+        {"a.partial/samples.npz": b"my samples"},
+        {"a.partial/settings.json": b'{"editor.fontSize": 12}'},
+        {"a.partial/settings.json": b"// comments", "a.partial/finished.0": b"a"},
+        {"a.partial/lock": b"", "a.partial/photo.png": b"p"},
+        {"a/holiday.png": b"p"},
+        {"a/000001.png": b"p"},
+        {"a": b"a file"},
+        {"a.json": json.dumps({**RECORD, "config": {"job": {"save_png": False}}}).encode(), "a/000001.png": b"p"},
+    ],
+    ids=lambda files: "+".join(files),
+)
+def test_what_no_job_wrote_is_left_as_it_is(tmp_path, files, overwrite):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=r"a\S*: no sampling job wrote it, so it is not replaced; move it"):
+        job(tmp_path / "a.npz").open(SETTINGS, overwrite=overwrite, png=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_user_s_file_in_the_folder_of_a_job_outlives_it(tmp_path, capsys):
+    file = job(tmp_path / "a.npz")
+    file.open(SETTINGS)
+    (file.partial / "notes.txt").write_text("words")
+    file.close()
+    again = job(tmp_path / "a.npz")
+    again.open({**SETTINGS, "--eta": 1.0}, overwrite=True)
+    fill(again, list(range(9)))
+    again.finish(np.arange(600), RECORD)
+    assert tree(again.partial) == {"notes.txt": b"words"} and "a.partial is kept" in capsys.readouterr().err
+    assert json.loads((tmp_path / "a.json").read_text()) == RECORD
+
+
+def test_an_own_record_and_own_pngs_are_replaced_on_request_only(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(RECORD))
+    (tmp_path / "a").mkdir()
+    for name in ("000599.png", "photo.png"):
+        (tmp_path / "a" / name).write_bytes(b"p")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="a.json exists already; --overwrite replaces it"):
+        job(tmp_path / "a.npz").open(SETTINGS, png=True)
+    assert {name: data for name, data in tree(tmp_path).items() if "partial" not in name} == before
+    assert job(tmp_path / "a.npz").open(SETTINGS, overwrite=True, png=True) == list(range(9))
+    assert names(tmp_path / "a") == ["photo.png"]
+
+
+def test_a_chunk_without_its_pngs_is_made_again(tmp_path):
+    settings = {**SETTINGS, "--save-png": True}
+    file = job(tmp_path / "a.npz")
+    file.open(settings, png=True)
+    for i in range(140):
+        file.png_path(i).touch()
+    fill(file, [0, 1])
+    file.png_path(75).unlink()
+    (file.pngs / ".000080.99999999.tmp.png").touch()
+    file.close()
+    assert job(tmp_path / "a.npz").open(settings, png=True) == list(range(1, 9))
+    assert not list(file.pngs.glob(".*"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Damage and kills
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\x00\xff", '{"--ckpt": 1', "1"])
+def test_damaged_settings_are_named_and_the_job_starts_again(tmp_path, text, capsys):
+    file = job(tmp_path / "a.npz")
+    file.open(SETTINGS)
+    fill(file, [0])
+    (file.partial / "settings.json").write_bytes(text.encode("latin1"))
+    file.close()
+    again = job(tmp_path / "a.npz")
+    assert again.open(SETTINGS) == list(range(9))
+    assert capsys.readouterr().err == f"warning: {again.partial / 'settings.json'} is damaged; the job starts again\n"
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe0 1", "\u00b2 \u00b2".encode(), b"9" * 6000 + b" 1", b"0 " + b"9" * 6000]
+)
+def test_damaged_records_of_chunks_count_for_nothing(tmp_path, content):
+    file = job(tmp_path / "a.npz")
+    file.open(SETTINGS)
+    fill(file, [3])
+    (file.partial / "finished.5").write_bytes(content)
+    file.close()
+    assert job(tmp_path / "a.npz").open(SETTINGS) == [0, 1, 2, 4, 5, 6, 7, 8]
+
+
+def test_a_damaged_header_is_written_again(tmp_path):
+    file = job(tmp_path / "a.npz")
+    file.open(SETTINGS)
+    fill(file, list(range(9)))
+    with (file.partial / "samples.npz").open("rb+") as raw:
+        raw.write(bytes(100))
+    file.finish(np.arange(600))
+    with np.load(tmp_path / "a.npz") as loaded:
+        assert np.array_equal(loaded["arr_0"], IMAGES)
+
+
+@pytest.mark.parametrize("step", ["replace", "record", "remove"])
+def test_a_kill_after_any_step_of_the_end_is_repaired_by_the_same_command(tmp_path, step, monkeypatch):
+    file = job(tmp_path / "a.npz")
+    file.open(SETTINGS)
+    fill(file, list(range(9)))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        if step == "remove":
+            patch.setattr(SampleFile, "_remove_partial", lambda self: 1 / 0)
+        else:
+            replace = os.replace
+            patch.setattr(
+                "os.replace", lambda a, b: 1 / 0 if step == "replace" or b == tmp_path / "a.json" else replace(a, b)
+            )
+        file.finish(np.arange(600), RECORD)
+    file.close()
+    (tmp_path / ".a.99999999.tmp.json").touch()
+    again = job(tmp_path / "a.npz")
+    assert again.open(SETTINGS) == []
+    again.finish(np.arange(600), RECORD)
+    assert names(tmp_path) == ["a.json", "a.npz"]
+    with np.load(tmp_path / "a.npz") as loaded:
+        assert np.array_equal(loaded["arr_0"], IMAGES)
+
+
+def test_a_finished_file_of_another_job_is_not_taken_for_the_lost_one(tmp_path):
+    file = job(tmp_path / "a.npz")
+    file.open(SETTINGS)
+    fill(file, [0])
+    (file.partial / "samples.npz").unlink()
+    file.close()
+    (tmp_path / "a.npz").write_bytes(b"other")
+    with pytest.raises(UserError, match="a.npz exists already"):
+        job(tmp_path / "a.npz").open(SETTINGS)
+    assert (tmp_path / "a.npz").read_bytes() == b"other"
