@@ -16,18 +16,21 @@ from evaluator.inception.backend import Backend
 from evaluator.inception.network import load_network
 from evaluator.inception.tensorflow_backend import TensorFlowBackend
 from evaluator.inception.weights import Weights, find_weights, inspect_weights
-from evaluator.inputs import EvaluationInput, open_inputs
-from evaluator.report import library_versions, protocol_path, read_protocol, write_document
+from evaluator.inputs import EvaluationInput, open_inputs, order_warnings
+from evaluator.metrics import float16_noise
+from evaluator.report import is_result, library_versions, path_next_to, protocol_path, read_protocol, write_document
 from evaluator.scores import ImageSet, compute_scores
 from evaluator.settings import EvaluatorConfig
 from runtime import distributed
 from runtime.distributed import World
 from runtime.errors import UserError, error_prefix
-from runtime.files import check_folder, check_writable
+from runtime.files import check_folder, check_writable, remove_temporary
 from runtime.settings import to_dict
 
 FORMAT = 2  # of the result; format 1 called the warnings "remarks"
 PUBLISHED_COUNT = 50_000  # images of published FIDs
+FEATURES = 2048  # from as many images their covariance is singular
+FLOAT16_LIMIT = 0.01
 
 
 def evaluate(config: EvaluatorConfig, world: World) -> None:
@@ -41,12 +44,16 @@ def evaluate(config: EvaluatorConfig, world: World) -> None:
         inputs = open_inputs(config.ref_batch, config.sample_batch, config.metric_names, config.num_samples)
         protocol = read_protocol(config.sample_batch)
         output = output_path(config)
+        if world.is_main:
+            remove_temporary(output)
         check_folder(config.cache, "--cache-dir")
         with watch.measure("weights"):
             weights = inspect_weights(shared_weights(config, world))
             backend = make_backend(config, weights.path, world.device)
-        digests, scores = score_files(config, world, inputs, weights, backend, watch)
-    warnings = list_warnings(inputs[1], weights)
+        order = order_warnings(*inputs, (read_protocol(config.ref_batch), protocol))
+        print_warnings(order, world)  # before the work, which may be for nothing
+        digests, scores, rounding = score_files(config, world, inputs, weights, backend, watch)
+    warnings = [*list_warnings(inputs, weights, protocol), *rounding]
     document = {
         "format": FORMAT,
         "scores": {name.lower().replace(" ", "_"): value for name, value in scores.items()},
@@ -63,12 +70,11 @@ def evaluate(config: EvaluatorConfig, world: World) -> None:
         },
         "versions": library_versions(config.backend),
         "seconds": watch.seconds,
-        "warnings": warnings,
+        "warnings": order + warnings,
     }
     with distributed.raise_on_all_ranks():
         if world.is_main:
-            for line in warnings:
-                print(f"warning: {line}", file=sys.stderr)
+            print_warnings(warnings, world)
             for name, value in scores.items():  # first: a full disk must not lose what was computed
                 print(f"{name}: {value:.6f}")
             write_document(document, output)
@@ -82,8 +88,8 @@ def score_files(
     weights: Weights,
     backend: Backend,
     watch: Stopwatch,
-) -> tuple[tuple[str, str], dict[str, float]]:
-    """Compute checksums of both files, the features and the scores; what is returned counts on rank 0 only."""
+) -> tuple[tuple[str, str], dict[str, float], list[str]]:
+    """Compute checksums, scores and warnings about their precision; what is returned counts on rank 0 only."""
     reference, samples = inputs
     with ThreadPoolExecutor(1) as thread:
         pending = thread.submit(digest_on_main, samples, world)  # reads gigabytes while the network computes
@@ -97,12 +103,15 @@ def score_files(
         with distributed.raise_on_all_ranks():
             sample_digest = pending.result()
     scores: dict[str, float] = {}
+    warnings: list[str] = []
     with watch.measure("metrics"), distributed.raise_on_all_ranks():
         if world.is_main:
             with error_prefix(f"{config.sample_batch} against {config.ref_batch}"):
                 sets = image_set(reference, of_reference, backend), image_set(samples, of_samples, backend)
                 scores = compute_scores(config.metric_names, *sets, config.pr_precision)
-    return (reference_digest, sample_digest), scores
+                if "pr" in config.metric_names and config.pr_precision == "adm":
+                    warnings = rounding_warnings(*sets, scores)
+    return (reference_digest, sample_digest), scores, warnings
 
 
 def output_path(config: EvaluatorConfig) -> Path:
@@ -112,11 +121,13 @@ def output_path(config: EvaluatorConfig) -> Path:
         UserError: If nothing can be written there, or a file that is read would be overwritten.
     """
     flag = "sample_batch" if config.json is None else "--json"
-    path = config.json or config.sample_batch.with_suffix(".scores.json")
+    path = config.json or path_next_to(config.sample_batch, ".scores.json")
     read = (config.ref_batch, config.sample_batch, protocol_path(config.sample_batch))
     if any(path.resolve() == each.resolve() for each in read):
         raise UserError(f"{flag} {path}: the evaluation reads this file; choose another name")
     check_writable(path, flag)
+    if path.exists() and not is_result(path):
+        raise UserError(f"{flag} {path}: exists, and is no result of the evaluator; move it, or give another --json")
     return path
 
 
@@ -163,6 +174,7 @@ def features_of(
     cached = None
     with distributed.raise_on_all_ranks():
         if cache is not None and world.is_main:
+            remove_temporary(cache)
             cached = cached_features(source, backend, world.device, cache)
     if distributed.broadcast(cached is not None):
         return cached
@@ -203,19 +215,52 @@ def image_set(source: EvaluationInput, features: FileFeatures | None, backend: B
     return ImageSet(
         pool=None if features is None else features.pool,
         pool_statistics=None if stored is None else stored.pool,
-        spatial_statistics=computed if stored is None else stored.spatial,
+        spatial_statistics=computed if stored is None or stored.spatial is None else stored.spatial,
         probabilities=backend.probabilities,
     )
 
 
-def list_warnings(samples: EvaluationInput, weights: Weights) -> list[str]:
+def print_warnings(warnings: list[str], world: World) -> None:
+    """Print warnings, on one rank."""
+    for line in warnings if world.is_main else ():
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def list_warnings(inputs: tuple[EvaluationInput, EvaluationInput], weights: Weights, protocol: object) -> list[str]:
     """Reasons why the scores may not be comparable with published ones."""
-    warnings = []
+    samples, warnings = inputs[1], []
+    if protocol is None:
+        warnings.append(f"{protocol_path(samples.file.path)}: not there; the settings of the samples are unknown")
+    for each in inputs:
+        if each.stored is not None and each.stored.spatial is None:
+            warnings.append(
+                f"{each.file.path}: has mu and sigma only, so it is not ADM's; statistics of another Inception network "
+                "(pytorch-fid) are not comparable with ours"
+            )
     if weights.warning is not None:
         warnings.append(f"{weights.warning}: these scores are not comparable with published ones")
     if samples.stored is None and samples.count != PUBLISHED_COUNT:
-        warnings.append(f"FID falls with the number of images: here {samples.count:,}, in papers {PUBLISHED_COUNT:,}")
+        few = min(each.count for each in inputs if each.stored is None) <= FEATURES
+        advice = f"; with {FEATURES:,} or fewer it says little, and KID is better" if few else ""
+        warnings.append(
+            f"FID falls with the number of images: here {samples.count:,}, in papers {PUBLISHED_COUNT:,}{advice}"
+        )
     return warnings
+
+
+def rounding_warnings(reference: ImageSet, samples: ImageSet, scores: dict[str, float]) -> list[str]:
+    """Warning if float16 decides precision and recall, with the exact ones."""
+    noise = float16_noise(reference.rows(), samples.rows())
+    if noise <= FLOAT16_LIMIT:
+        return []
+    exact = compute_scores(["pr"], reference, samples, "float32")
+    if all(abs(value - scores[name]) <= FLOAT16_LIMIT for name, value in exact.items()):
+        return []
+    values = ", ".join(f"{name} {value:.4f}" for name, value in exact.items())
+    return [
+        f"precision and recall are rounding noise: float16's step is {noise:.1%} of the mean squared distance of these "
+        f"features; --pr-precision float32 gives {values}"
+    ]
 
 
 def describe(source: EvaluationInput, digest: str) -> dict[str, object]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluator.npz import BadImageFile, ImageFile, StoredStatistics
+from evaluator.png_folder import open_images
 from evaluator.scores import METRICS
 from runtime.errors import UserError
 
@@ -38,8 +39,8 @@ def open_inputs(
     """Open both files.
 
     Args:
-        reference: .npz of real images, their statistics, or both.
-        samples: .npz of generated images.
+        reference: .npz of real images, their statistics, or both; or a folder of PNG files.
+        samples: The same of generated images.
         metrics: Keys of `METRICS`.
         num_samples: Number of samples to use, the first ones; None takes all.
 
@@ -49,7 +50,7 @@ def open_inputs(
     Raises:
         UserError: If a file cannot be used, the resolutions differ, or a metric needs more than a file holds.
     """
-    real, generated = ImageFile(reference), ImageFile(samples)
+    real, generated = open_images(reference), open_images(samples)
     if real.size and generated.size and real.size != generated.size:
         raise UserError(
             f"{samples}: images of {_shown(generated.size)} pixels, but {reference} has {_shown(real.size)}; "
@@ -67,7 +68,7 @@ def open_inputs(
 
 def _plan_input(title: str, file: ImageFile, count: int, metrics: Sequence[str]) -> EvaluationInput:
     stored = file.statistics if count == file.count else None
-    computed = [name for name in metrics if stored is None or not METRICS[name].statistics]
+    computed = [name for name in metrics if not (METRICS[name].statistics and _holds(stored, METRICS[name].spatial))]
     for name in computed:
         if count < METRICS[name].images:
             raise BadImageFile(
@@ -76,6 +77,32 @@ def _plan_input(title: str, file: ImageFile, count: int, metrics: Sequence[str])
             )
     spatial = any(METRICS[name].spatial for name in computed)
     return EvaluationInput(title, file, count, stored, bool(computed), spatial)
+
+
+def _holds(stored: StoredStatistics | None, spatial: bool) -> bool:
+    """True if statistics of these features are stored."""
+    return stored is not None and (stored.spatial if spatial else stored.pool) is not None
+
+
+def order_warnings(reference: EvaluationInput, samples: EvaluationInput, protocols: tuple[object, object]) -> list[str]:
+    """Signs that the two files are one, or in the wrong order.
+
+    Args:
+        reference: The first file.
+        samples: The second one.
+        protocols: The JSON next to each, None without one.
+    """
+    first, second = reference.file.path, samples.file.path
+    if first.resolve() == second.resolve():
+        return [f"{second}: reference and samples are the same file"]
+    signs = []
+    if protocols[0] is not None and protocols[1] is None:
+        signs.append(f"{first} has the settings of a sampling job")
+    if "VIRTUAL_imagenet" in second.name and "VIRTUAL_imagenet" not in first.name:
+        signs.append(f"{second} has the name of a reference")
+    if samples.file.has_statistics and not reference.file.has_statistics:
+        signs.append(f"{second} holds statistics, as references do")
+    return [f"{'; '.join(signs)}: the reference comes first, then the samples"] if signs else []
 
 
 def _shown(size: tuple[int, int]) -> str:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -331,6 +332,30 @@ def manifold_radii(
     if clamp_to_percentile is not None:
         radii[radii > torch.quantile(radii, clamp_to_percentile / 100)] = 0
     return radii
+
+
+def float16_noise(reference: Array, samples: Array) -> float:
+    """Estimate float16's rounding of squared distances, relative to their mean.
+
+    Distances are differences of squared norms, so their steps are those of float16 at the norms, however close the rows
+    are to each other. Above 0.01, precision and recall by "adm" and "float32" may differ by several hundredths.
+
+    Args:
+        reference: (N, D) features.
+        samples: (M, D) features.
+
+    Returns:
+        Spacing of float16 at twice the mean squared norm, over the mean squared distance of two rows; 0 where it
+        overflows, because distances are then computed in float32.
+    """
+    sets = [as_rows(reference, "reference"), as_rows(samples, "samples")]
+    count = sum(map(len, sets))
+    norm = sum(float(rows.float().square().sum(dim=1).sum(dtype=torch.float64)) for rows in sets) / count
+    mean = torch.stack([rows.sum(dim=0, dtype=torch.float64) for rows in sets]).sum(dim=0) / count
+    distance = 2 * (norm - float(mean.square().sum()))
+    if 2 * norm > torch.finfo(torch.float16).max or distance <= 0:
+        return 0.0
+    return float(np.spacing(np.float16(2 * norm))) / distance
 
 
 def _check_manifold_arguments(

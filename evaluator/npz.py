@@ -25,7 +25,7 @@ from evaluator.statistics import Statistics
 from runtime.errors import UserError
 
 IMAGES = "arr_0"
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+POOL, SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")  # statistics: ADM's references have both, others the first
 LOCAL_HEADER = 30  # bytes of a zip entry's local header before its name; two lengths follow byte 26
 BYTES_AT_ONCE = 1 << 20  # read at a time where only a checksum is taken, or bytes are skipped
 LARGEST_WHOLE = 2 * 10**9  # bytes of pixels that may be decompressed at once
@@ -43,10 +43,10 @@ class BadImageFile(UserError, ValueError):
 
 
 class StoredStatistics(NamedTuple):
-    """Statistics in a file: of pool features, and of spatial ones."""
+    """Statistics in a file: of pool features, and of spatial ones; None for those that it does not hold."""
 
-    pool: Statistics
-    spatial: Statistics
+    pool: Statistics | None
+    spatial: Statistics | None
 
 
 class _Layout(NamedTuple):
@@ -87,12 +87,13 @@ class ImageFile:
             raise BadImageFile(f"{path}: cannot be read ({error.strerror or error})") from error
         except DAMAGED as error:
             raise BadImageFile(f"{path}: not an .npz file, or cut short ({error})") from error
-        self.has_statistics = STATISTICS[0] in names
-        missing = [name for name in STATISTICS if name not in names]
-        if self.has_statistics and missing:
-            raise BadImageFile(
-                f"{path}: has {STATISTICS[0]} but not {', '.join(missing)}; ADM's references have all four"
-            )
+        self._pairs = [pair for pair in (POOL, SPATIAL) if {*pair} & {*names}]
+        for pair in self._pairs:
+            missing = [name for name in pair if name not in names]
+            if missing:
+                (present,) = {*pair} - {*missing}
+                raise BadImageFile(f"{path}: has {present} but not {missing[0]}; a mean and a covariance go together")
+        self.has_statistics = bool(self._pairs)
         if self._layout is None and not self.has_statistics:
             raise BadImageFile(f"{path}: has no array {IMAGES} (the images), only {', '.join(names) or 'nothing'}")
 
@@ -117,8 +118,12 @@ class ImageFile:
             return None
         try:
             with np.load(self.path, allow_pickle=False) as file:
-                mu, sigma, mu_s, sigma_s = (_real_numbers(file[name], name) for name in STATISTICS)
-            return StoredStatistics(Statistics(mu, sigma), Statistics(mu_s, sigma_s))
+                numbers = {name: _real_numbers(file[name], name) for pair in self._pairs for name in pair}
+            pool, spatial = (
+                Statistics(numbers[mean], numbers[covariance]) if mean in numbers else None
+                for mean, covariance in (POOL, SPATIAL)
+            )
+            return StoredStatistics(pool, spatial)
         except (*DAMAGED, *NO_HEADER, MemoryError) as error:  # a damaged header may ask for any number of bytes
             raise BadImageFile(f"{self.path}: its statistics cannot be used ({error})") from error
 

@@ -16,7 +16,12 @@ from runtime.files import atomic_path
 
 def protocol_path(samples: Path) -> Path:
     """Path of the JSON that sample_ddp.py writes with the samples: name.npz -> name.json."""
-    return samples.with_suffix(".json")
+    return path_next_to(samples, ".json")
+
+
+def path_next_to(samples: Path, ending: str) -> Path:
+    """Path next to the samples: name.npz, or a folder name -> name + ending."""
+    return samples.with_name((samples.stem if samples.suffix == ".npz" else samples.name) + ending)
 
 
 def read_protocol(samples: Path) -> object:
@@ -30,7 +35,7 @@ def read_protocol(samples: Path) -> object:
         return None
     try:
         content: object = json.loads(path.read_text(), parse_constant=_finite, parse_float=_finite)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadImageFile(
             f"{path}: cannot read the settings of the samples as JSON ({error}); repair or remove it"
         ) from error
@@ -42,6 +47,15 @@ def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError(f"{text} is no finite number")
     return value
+
+
+def is_result(path: Path) -> bool:
+    """True for a file that `write_document` wrote."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and document.keys() >= {"format", "scores"}
 
 
 def library_versions(backend: str) -> dict[str, str]:

@@ -22,8 +22,10 @@ class EvaluatorConfig:
         ValueError: Naming the flag and its value.
     """
 
-    ref_batch: Path = positional("reference .npz: arr_0 images (N, H, W, 3) uint8, or mu, sigma, mu_s, sigma_s, or all")
-    sample_batch: Path = positional("samples .npz: arr_0 images (N, H, W, 3) uint8")
+    ref_batch: Path = positional(
+        "reference .npz: arr_0 images (N, H, W, 3) uint8, or mu, sigma, mu_s, sigma_s, or all; or a folder of PNG"
+    )
+    sample_batch: Path = positional("samples .npz: arr_0 images (N, H, W, 3) uint8; or a folder of PNG")
     metrics: str = setting(",".join(ADM_METRICS), f"metrics, separated by commas: {', '.join(METRICS)}")
     num_samples: int | None = setting(None, "use only the first images of the samples", shown="all")
     pr_precision: DistancePrecision = setting(

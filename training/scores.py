@@ -69,7 +69,7 @@ def open_inception(reference: Path, image_size: tuple[int, ...], device: torch.d
     file = ImageFile(reference)
     if file.size not in (None, image_size):
         raise UserError(f"{flag}: its images are of {file.size} pixels, this run's of {image_size}")
-    if file.statistics is None:
+    if file.statistics is None or file.statistics.pool is None:
         raise UserError(f"{flag}: holds no mu and sigma, as ADM's references do; take one of those")
     reference_statistics = file.statistics.pool
     weights = distributed.on_rank0(lambda: inspect_weights(find_weights(None, default_cache(), offline=False)))

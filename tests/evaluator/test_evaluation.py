@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from benchmarks.inception_graph import synthetic_graph
 from evaluator import evaluation
 from evaluator.__main__ import main
+from evaluator.features import FileFeatures
 from evaluator.inception.graph_def import read_graph
 from evaluator.inception.network import load_network
 from evaluator.inception.weights import inspect_weights
@@ -291,6 +293,130 @@ def test_statistics_alone_serve_as_a_reference_for_what_needs_no_images(files, g
     assert result()["reference"]["images"] == 0
 
 
+def test_mean_and_covariance_alone_serve_for_fid(files, graph, capsys):
+    """As pytorch-fid keeps them, on either side."""
+    for path in ("ref", "samples"):
+        np.savez(f"{path}-fid.npz", **{name: stored(graph, f"{path}.npz")[name] for name in ("mu", "sigma")})
+    assert evaluate(graph, "--metrics", "fid", "--json", "images.json") == 0
+    wanted = pytest.approx(result("images.json")["scores"]["fid"], rel=1e-4)
+    capsys.readouterr()
+    for reference, samples in (("ref-fid", "samples"), ("ref", "samples-fid"), ("ref-fid", "samples-fid")):
+        assert evaluate(graph, "--metrics", "fid", reference=f"{reference}.npz", samples=f"{samples}.npz") == 0
+        assert result(f"{samples}.scores.json")["scores"]["fid"] == wanted
+        assert "has mu and sigma only, so it is not ADM's; statistics of another" in capsys.readouterr().err
+    for metric in ("sfid", "pr", "kid"):
+        assert evaluate(graph, "--metrics", f"fid,{metric}", reference="ref-fid.npz") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"ref-fid.npz: no images to use, but metric {metric} needs at least" in line
+
+
+def test_mean_and_covariance_beside_images_leave_the_rest_to_the_images(files, graph, capsys, monkeypatch):
+    with np.load("ref.npz") as file:
+        write_npz(files / "both.npz", file["arr_0"], mu=stored(graph, "ref.npz")["mu"], sigma=np.eye(128))
+    sets = []
+    monkeypatch.setattr(evaluation, "compute_scores", lambda names, *args: sets.extend(args[:2]) or {"FID": 1.0})
+    assert evaluate(graph, "--metrics", "fid,sfid", reference="both.npz") == 0
+    assert torch.equal(sets[0].statistics().covariance, torch.eye(128, dtype=torch.float64))
+    assert sets[0].spatial_statistics.count == 14
+
+
+def write_pngs(folder, images, mode="RGB", suffix="png", **options):
+    for i, image in enumerate(images):
+        path = Path(folder) / f"{i % 2}" / f"{i:03d}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).convert(mode).save(path, **options)
+
+
+def test_a_folder_of_png_is_the_npz_of_its_images_in_order(files, graph, capsys):
+    with np.load("samples.npz") as file:
+        images = file["arr_0"]
+    write_pngs("v1.5", images)
+    for name in ("._000.png", ".cache/a.jpg", "__MACOSX/a.png", "notes.txt"):
+        path = Path("v1.5", name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no picture")
+    write_npz(files / "sorted.npz", np.concatenate([images[::2], images[1::2]]))
+    assert evaluate(graph, *QUICK, "--batch-size", "4", samples="v1.5") == 0
+    assert evaluate(graph, *QUICK, "--batch-size", "4", samples="sorted.npz") == 0
+    folder, npz = result("v1.5.scores.json"), result("sorted.scores.json")
+    assert folder["scores"] == npz["scores"] and folder["samples"]["images"] == 11
+    assert evaluate(graph, *QUICK, "--batch-size", "4", reference="sorted.npz", samples="v1.5") == 0
+    assert result("v1.5.scores.json")["scores"]["fid"] == pytest.approx(0, abs=1e-6)
+    Image.fromarray(images[0]).save("v1.5/0/000.png")
+    assert result("v1.5.scores.json")["samples"]["sha256"] == folder["samples"]["sha256"]
+
+
+def test_a_png_that_is_cut_short_is_named(files, graph, capsys):
+    write_pngs("a", make_images(6))
+    path = files / "a" / "1" / "003.png"
+    path.write_bytes(path.read_bytes()[:-300])
+    assert evaluate(graph, *QUICK, samples="a") == 2
+    assert "evaluator: error: a/1/003.png: damaged or cut short" in capsys.readouterr().err
+
+
+def order(graph, capsys, reference, samples):
+    assert evaluate(graph, "--metrics", "is", reference=reference, samples=samples) == 0
+    return [line for line in capsys.readouterr().err.splitlines() if "reference comes first" in line or "same" in line]
+
+
+def test_files_in_the_wrong_order_are_remarked(files, graph, capsys):
+    assert order(graph, capsys, "ref.npz", "samples.npz") == []
+    assert order(graph, capsys, "samples.npz", "./samples.npz") == [
+        "warning: samples.npz: reference and samples are the same file"
+    ]
+    Path("samples.json").write_text('{"config": {}}')
+    assert order(graph, capsys, "ref.npz", "samples.npz") == []
+    (line,) = order(graph, capsys, "samples.npz", "ref.npz")
+    assert (
+        line == "warning: samples.npz has the settings of a sampling job: the reference comes first, then the samples"
+    )
+    Path("ref.npz").rename("VIRTUAL_imagenet256_labeled.npz")
+    (line,) = order(graph, capsys, "samples.npz", "VIRTUAL_imagenet256_labeled.npz")
+    assert "VIRTUAL_imagenet256_labeled.npz has the name of a reference" in line
+    with np.load("samples.npz") as file:
+        write_npz(files / "with.npz", file["arr_0"], **GOOD)
+    (line,) = order(graph, capsys, "samples.npz", "with.npz")
+    assert "with.npz holds statistics, as references do" in line
+
+
+def test_two_evaluations_that_share_a_cache_are_both_right(files, graph, capsys, monkeypatch):
+    """The second runs from start to end while the first computes; then both keep the same features."""
+    assert evaluate(graph, *QUICK, "--json", "alone.json") == 0
+    (kept,) = (files / "cache" / "features").iterdir()
+    content = kept.read_bytes()
+    kept.unlink()
+    (kept.parent / f".{kept.stem}.99999999.tmp.safetensors").write_bytes(b"left by a kill")
+    real = evaluation.extract_features
+
+    def interrupted(*args, **options):
+        monkeypatch.setattr(evaluation, "extract_features", real)
+        found = real(*args, **options)
+        assert evaluate(graph, *QUICK, "--json", "second.json") == 0
+        return found
+
+    monkeypatch.setattr(evaluation, "extract_features", interrupted)
+    assert evaluate(graph, *QUICK, "--json", "first.json") == 0
+    assert {str(result(f"{name}.json")["scores"]) for name in ("alone", "first", "second")} == {
+        str(result("alone.json")["scores"])
+    }
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name] and kept.read_bytes() == content
+
+
+def test_rounding_noise_of_float16_is_a_warning_with_the_exact_numbers(files, graph, capsys, monkeypatch):
+    far = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)) / 20 + 11  # squared norms of 15,500
+
+    def features(file, *args, **options):
+        return FileFeatures(far[:14] if file.path.name == "ref.npz" else far[14:25], None)
+
+    monkeypatch.setattr(evaluation, "extract_features", features)
+    for path, flags, warned in (("a", (), True), ("b", ("--pr-precision", "float32"), False)):
+        assert evaluate(graph, "--metrics", "pr", *flags, "--json", f"{path}.json") == 0
+        assert ("precision and recall are rounding noise" in capsys.readouterr().err) == warned
+    exact = result("b.json")["scores"]
+    (line,) = (line for line in result("a.json")["warnings"] if "noise" in line)
+    assert f"--pr-precision float32 gives Precision {exact['precision']:.4f}, Recall {exact['recall']:.4f}" in line
+
+
 def test_statistics_of_the_samples_are_not_those_of_a_prefix(files, graph, capsys):
     with np.load("samples.npz") as file:
         write_npz(files / "with.npz", file["arr_0"], **stored(graph, "ref.npz"))
@@ -376,6 +502,7 @@ def other_resolution(name):
     save(name, arr_0=make_images(14, (64, 32)))
 
 
+GOOD = {"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
 NAN_STATISTICS = {"mu": np.full(3, np.nan), "sigma": np.eye(3), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
 OTHER_NETWORK = {"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
 
@@ -431,6 +558,41 @@ WRONG = {
     ),
     "result over the samples": (lambda: None, {}, ("--json", "samples.npz"), "--json samples.npz: the evaluation"),
     "result over the protocol": (lambda: None, {}, ("--json", "./samples.json"), "the evaluation reads this file"),
+    "result over another file": (
+        lambda: Path("samples.scores.json").write_text('{"scores": "of a game"}'), {}, (),
+        "sample_batch samples.scores.json: exists, and is no result of the evaluator; move it",
+    ),
+    "result over text": (
+        lambda: Path("a.json").write_text("notes"), {}, ("--json", "a.json"), "--json a.json: exists, and is no result",
+    ),
+    "a folder of JPEG": (
+        lambda: write_pngs("a", make_images(5), suffix="jpg"), {"samples": "a"}, (),
+        "a/0/000.jpg: lossy compression changes the scores; save the samples as PNG",
+    ),
+    "a folder of PNG and TIFF": (
+        lambda: (write_pngs("a", make_images(5)), write_pngs("a", make_images(1), suffix="tiff")), {"samples": "a"}, (),
+        "a/0/000.tiff: is no PNG",
+    ),
+    "PNG of mixed sizes": (
+        lambda: (write_pngs("a", make_images(1)), Image.new("RGB", (32, 16)).save("a/0/001.png")), {"samples": "a"}, (),
+        "a/0/001.png: 32 x 16 pixels, but the first image has 32 x 32",
+    ),
+    "grey PNG": (
+        lambda: write_pngs("a", make_images(5), "L"), {"samples": "a"}, (), "a/0/000.png: is in mode L; expected 8-bit",
+    ),
+    "PNG with alpha": (
+        lambda: write_pngs("a", make_images(5), "RGBA"), {"reference": "a"}, (), "a/0/000.png: is in mode RGBA; exp",
+    ),
+    "PNG with a transparent colour": (
+        lambda: write_pngs("a", make_images(5), transparency=(0, 0, 0)), {"samples": "a"}, (), "a/0/000.png: has tr",
+    ),
+    "JPEG named PNG": (
+        lambda: write_pngs("a", make_images(5), format="JPEG"), {"samples": "a"}, (), "a/0/000.png: is no PNG",
+    ),
+    "an empty folder": (lambda: Path("a").mkdir(), {"samples": "a"}, (), "a: a folder without PNG files; give an .npz"),
+    "an unfinished sampling job": (
+        lambda: Path("a.partial").mkdir(), {"samples": "a.partial"}, (), "a folder without PNG files; run the sampling",
+    ),
     "result in a file": (lambda: None, {}, ("--json", "ref.npz/a.json"), "--json ref.npz/a.json: cannot write there"),
     "cache in a file": (lambda: None, {}, ("--cache-dir", "ref.npz"), r"--cache-dir ref.npz: cannot write there"),
     "missing weights": (lambda: None, {}, ("--weights", "no.pb"), "--weights no.pb: there is no such file; get it"),

@@ -14,6 +14,7 @@ import torch
 
 from evaluator.metrics import (
     PrecisionRecall,
+    float16_noise,
     frechet_distance,
     frechet_distance_from_features,
     inception_score,
@@ -606,3 +607,11 @@ def test_importing_metrics_loads_nothing_heavy():
     program = f"import sys, evaluator.metrics; print(*(sys.modules.keys() & {heavy}))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(("offset", "noisy"), [(0.0, False), (0.5, True), (7.0, True), (8.0, False)])
+def test_float16_noise_tells_where_the_precisions_differ(rng, offset, noisy):
+    """At 8 squared norms overflow, and distances are computed in float32."""
+    sets = [(rng.normal(size=(200, 512)) / 10 + offset).astype(np.float32) for _ in range(2)]
+    adm, exact = (np.array(precision_recall(*sets, precision=precision)) for precision in ("adm", "float32"))
+    assert (float16_noise(*sets) > 0.01) == noisy == (np.abs(adm - exact).max() > 0.02)

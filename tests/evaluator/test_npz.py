@@ -375,7 +375,14 @@ def test_statistics_without_images_are_enough(tmp_path):
     assert file.count == 0 and file.size is None and file.statistics is not None
 
 
-def test_statistics_of_pool_features_alone_are_refused(tmp_path):
+def test_statistics_of_pool_features_alone(tmp_path):
     np.savez(tmp_path / "a.npz", mu=GOOD["mu"], sigma=GOOD["sigma"])
-    with pytest.raises(BadImageFile, match="a.npz: has mu but not mu_s, sigma_s"):
+    statistics = ImageFile(tmp_path / "a.npz").statistics
+    assert statistics is not None and statistics.pool is not None and statistics.spatial is None
+
+
+@pytest.mark.parametrize(("kept", "missing"), [("mu", "sigma"), ("sigma", "mu"), ("mu_s", "sigma_s")])
+def test_half_of_the_statistics_is_refused(tmp_path, kept, missing):
+    np.savez(tmp_path / "a.npz", **{kept: GOOD[kept]})
+    with pytest.raises(BadImageFile, match=f"a.npz: has {kept} but not {missing}; a mean and a covariance go together"):
         ImageFile(tmp_path / "a.npz")
