@@ -50,7 +50,7 @@ def evaluate(config: EvaluatorConfig, world: World) -> None:
         with watch.measure("weights"):
             weights = inspect_weights(shared_weights(config, world))
             backend = make_backend(config, weights.path, world.device)
-        order = order_warnings(*inputs, (read_protocol(config.ref_batch), protocol))
+        order = order_warnings(*inputs)
         print_warnings(order, world)  # before the work, which may be for nothing
         digests, scores, rounding = score_files(config, world, inputs, weights, backend, watch)
     warnings = [*list_warnings(inputs, weights, protocol), *rounding]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from evaluator.npz import BadImageFile, ImageFile, StoredStatistics
 from evaluator.png_folder import open_images
+from evaluator.report import is_sampled
 from evaluator.scores import METRICS
 from runtime.errors import UserError
 
@@ -84,19 +85,13 @@ def _holds(stored: StoredStatistics | None, spatial: bool) -> bool:
     return stored is not None and (stored.spatial if spatial else stored.pool) is not None
 
 
-def order_warnings(reference: EvaluationInput, samples: EvaluationInput, protocols: tuple[object, object]) -> list[str]:
-    """Signs that the two files are one, or in the wrong order.
-
-    Args:
-        reference: The first file.
-        samples: The second one.
-        protocols: The JSON next to each, None without one.
-    """
+def order_warnings(reference: EvaluationInput, samples: EvaluationInput) -> list[str]:
+    """Signs that the two files are one, or in the wrong order."""
     first, second = reference.file.path, samples.file.path
     if first.resolve() == second.resolve():
         return [f"{second}: reference and samples are the same file"]
     signs = []
-    if protocols[0] is not None and protocols[1] is None:
+    if is_sampled(first) and not is_sampled(second):
         signs.append(f"{first} has the settings of a sampling job")
     if "VIRTUAL_imagenet" in second.name and "VIRTUAL_imagenet" not in first.name:
         signs.append(f"{second} has the name of a reference")

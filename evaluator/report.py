@@ -42,6 +42,15 @@ def read_protocol(samples: Path) -> object:
     return content
 
 
+def is_sampled(images: Path) -> bool:
+    """True for images with the settings of a sampling job next to them."""
+    try:
+        protocol = read_protocol(images)
+    except BadImageFile:
+        return False
+    return isinstance(protocol, dict) and "config" in protocol
+
+
 def _finite(text: str) -> float:
     """Parse a number; Python would accept NaN and Infinity, which JSON does not have, and 1e999 as infinity."""
     if not math.isfinite(value := float(text)):

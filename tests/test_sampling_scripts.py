@@ -17,6 +17,7 @@ import models
 import sample
 import sample_ddp
 import train
+from data.sample_file import SampleFile
 from diffusion import guided, sample_loop
 from models import create_model
 from runtime.checkpoint import read_checkpoint, save_checkpoint
@@ -235,6 +236,19 @@ def test_a_job_leaves_files_that_it_did_not_write(ckpt, tmp_path, capsys, name):
         error = capsys.readouterr().err
         assert error.startswith(f"sample_ddp.py: error: --output: {tmp_path / 'a'}") and error.count("\n") == 1
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == [name]
+
+
+def test_a_second_job_with_the_same_output_is_one_line_and_status_2(ckpt, tmp_path, capsys):
+    other = SampleFile(tmp_path / "a.npz", (23, 8, 8, 1), 5)
+    other.open({"--ckpt": "of another process"})
+    before = (other.partial / "settings.json").read_bytes()
+    argv = ["--ckpt", str(ckpt), "--output", str(tmp_path / "a.npz"), "--device", "cpu", *OPTIONS]
+    for flags in ([], ["--overwrite"], ["--save-png"]):
+        assert run(sample_ddp.main, "sample_ddp.py", [*argv, *flags]) == 2
+        error = capsys.readouterr().err
+        assert f"{other.partial}: another process is writing it" in error and error.count("\n") == 1
+    assert (other.partial / "settings.json").read_bytes() == before and not (tmp_path / "a").exists()
+    other.close()
 
 
 def test_a_job_with_pngs_is_repeated_on_request(ckpt, tmp_path):

@@ -364,8 +364,10 @@ def test_files_in_the_wrong_order_are_remarked(files, graph, capsys):
     assert order(graph, capsys, "samples.npz", "./samples.npz") == [
         "warning: samples.npz: reference and samples are the same file"
     ]
+    Path("ref.json").write_text("no JSON, and nothing of ours")
     Path("samples.json").write_text('{"config": {}}')
     assert order(graph, capsys, "ref.npz", "samples.npz") == []
+    Path("ref.json").unlink()
     (line,) = order(graph, capsys, "samples.npz", "ref.npz")
     assert (
         line == "warning: samples.npz has the settings of a sampling job: the reference comes first, then the samples"
