@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -76,13 +77,14 @@ class SampleFile:
             UserError: If the file exists, was started with other settings, is being written, or exceeds the disk, or
                 if something that no job wrote has the name of one of its files.
         """
-        self._check_origin(png)
-        if self.path.exists() and not overwrite and not self._settings.exists():
-            raise UserError(f"{self.path} exists already; --overwrite replaces it")
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self._acquire_lock()
         try:
-            return self._open(settings, overwrite, png)
+            with self._writing():
+                self._check_origin(png)
+                if self.path.exists() and not overwrite and not self._settings.exists():
+                    raise UserError(f"{self.path} exists already; --overwrite replaces it")
+                self.partial.mkdir(parents=True, exist_ok=True)
+                self._acquire_lock()
+                return self._open(settings, overwrite, png)
         except UserError:
             self.close()
             raise
@@ -101,12 +103,12 @@ class SampleFile:
                 "--overwrite deletes it and starts again"
             )
         resumes = started is not None and not changed
-        if resumes and not self._npz.path.exists() and self.path.exists() and not self._missing(self._final):
+        if resumes and not self._npz.path.is_file() and self.path.exists() and not self._missing(self._final):
             os.replace(self.path, self._npz.path)  # `finish` was killed after its first step, and is repeated
         for path in (self.path, self._record):
             if path.exists() and not overwrite and (path == self.path or not resumes):
                 raise UserError(f"{path} exists already; --overwrite replaces it")
-        if not resumes or not self._npz.path.exists():
+        if not resumes or not self._npz.path.is_file():
             self._start(settings, png)
         if png:
             self.pngs.mkdir(exist_ok=True)
@@ -131,8 +133,7 @@ class SampleFile:
     def _acquire_lock(self) -> None:
         """Lock the folder against other jobs until this process ends."""
         path = self.partial / "lock"
-        self._lock = path.open("wb")
-        busy = False
+        self._lock, busy = path.open("a+b"), False
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -140,8 +141,16 @@ class SampleFile:
         except OSError:
             pass  # a file system without locks
         if busy or not path.exists():  # the other job may have just finished, and removed it
+            self._lock.seek(0)
+            owner = self._lock.read(200).decode(errors="replace").strip()
             self.close()
-            raise UserError(f"{self.partial}: another process is writing it; wait for it, or give another name")
+            raise UserError(
+                f"{self.partial}: another process is writing it{f' ({owner})' if owner else ''}; wait for it, or give "
+                "another name"
+            )
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}".encode())
+        self._lock.flush()
 
     def _start(self, settings: Mapping[str, object], png: bool) -> None:
         for folder, pattern in ((self.partial, _PARTIAL_NAME), (self.pngs, _PNG_NAME))[: 1 + png]:

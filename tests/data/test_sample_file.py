@@ -344,3 +344,15 @@ def test_a_finished_file_of_another_job_is_not_taken_for_the_lost_one(tmp_path):
     with pytest.raises(UserError, match="a.npz exists already"):
         job(tmp_path / "a.npz").open(SETTINGS)
     assert (tmp_path / "a.npz").read_bytes() == b"other"
+
+
+@pytest.mark.parametrize("name", ["lock", "settings.json", "samples.npz"])
+def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path, name):
+    file = job(tmp_path / "a.npz")
+    file.open(SETTINGS)
+    file.close()
+    (file.partial / name).unlink()
+    (file.partial / name).mkdir()
+    with pytest.raises(UserError, match="a.partial"):
+        job(tmp_path / "a.npz").open(SETTINGS)
+    assert (file.partial / name).is_dir()
