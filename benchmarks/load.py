@@ -53,7 +53,7 @@ class Load(NamedTuple):
 
 
 class Watch:
-    """Records the load of this process as images go by."""
+    """Recorder of the load of this process."""
 
     def __init__(self, total: int) -> None:
         self.total, self.images, self.start = total, 0, time.perf_counter()
@@ -130,7 +130,7 @@ def evaluate(folder: Path, images: int) -> Load:
 
 
 def measure(images: int) -> list[Load]:
-    """Run both stages, each in a process of its own."""
+    """Run both stages, each in a separate process."""
     stages: tuple[Callable[[Path, int], Load], ...] = (sample, evaluate)
     with tempfile.TemporaryDirectory() as name:
         loads = []
