@@ -33,7 +33,7 @@ Kind = Literal["ode", "sde"]
 
 
 class Step(NamedTuple):
-    """How one step moves x: by_x x + sum of weights times predictions, newest first, + deviation noise."""
+    """One step: x becomes by_x x + the sum of weights times predictions, newest first, + deviation noise."""
 
     by_x: float
     weights: tuple[float, ...]
