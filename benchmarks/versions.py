@@ -8,6 +8,7 @@ started anew after some rounds: where their memory happens to be makes a differe
 
 from __future__ import annotations
 
+import importlib
 import os
 import statistics
 import subprocess
@@ -152,7 +153,6 @@ def parts(model: str, images: int) -> dict[str, Callable[[], object]]:
 
     import sample
     import train
-    from sampling import pipeline
     from training import trainer as training
 
     argv = (
@@ -163,13 +163,15 @@ def parts(model: str, images: int) -> dict[str, Callable[[], object]]:
     (checkpoint,) = Path().rglob("*.safetensors")
     labels = " ".join(str(image % 10) for image in range(images))
     argv = f"--ckpt {checkpoint} --class-labels {labels} --num-sampling-steps {SAMPLING_STEPS} --device cpu"
-    args, options = intercept(pipeline, "sample_loop", sample.main, argv)
+    modules = (importlib.import_module(f"sampling.{name}") for name in ("pipeline", "run"))  # its place has changed
+    loop = next(module for module in modules if hasattr(module, "sample_loop"))
+    args, options = intercept(loop, "sample_loop", sample.main, argv)
     batches, network = training.batches(trainer.setup, trainer.world, 0), trainer.setup.network
     x, y, t = torch.randn(images, 1, 8, 8), torch.arange(images) % 10, torch.full((images,), 0.5)
     return {
         "forward": torch.no_grad()(lambda: network(x, t, y=y)),
         "training step": lambda: trainer.train_step(*next(batches)),
-        "sampling step": lambda: pipeline.sample_loop(*args, **options),
+        "sampling step": lambda: loop.sample_loop(*args, **options),
     }
 
 

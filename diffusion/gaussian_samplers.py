@@ -85,7 +85,7 @@ class GaussianSamplerSettings:
         "spacing of the timesteps",
         get_args(TimeGrid),
         flag="--time-grid",
-        shown="uniform for ddpm and ddim, quadratic for the others",
+        shown="uniform for ddpm and ddim, logsnr for edm, chebyshev for the others, quadratic at order 3",
     )
 
 
@@ -184,7 +184,7 @@ class EDMSampler(GaussianSampler):
     Source: Karras et al., 2022 (arXiv 2206.00364), algorithm 1 without noise, in sigma / alpha.
     """
 
-    default_grid = "quadratic"
+    default_grid = "logsnr"  # an error in the noise of the first steps is multiplied by their length in sigma / alpha
 
     def __init__(
         self,

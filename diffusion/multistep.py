@@ -65,8 +65,8 @@ class DPMSolverSettings(MultistepSettings):
 class MultistepSampler(GaussianSampler):
     """A solver in the form of a table of steps.
 
-    Subclasses write `rows`, and say which predictions it weighs. Few evaluations are best spent on a quadratic grid,
-    which is the default.
+    Subclasses write `row`, and say which predictions it weighs. Few evaluations are best spent at both ends of time: in
+    the first step, of first order, all errors are made at once, and near t = 0 the log-SNR changes fastest.
 
     Args:
         order: Number of predictions that a step extrapolates from, 1 to 3.
@@ -79,7 +79,7 @@ class MultistepSampler(GaussianSampler):
         ValueError: If the order is out of range, or above the number of evaluations.
     """
 
-    default_grid = "quadratic"
+    few_evaluations: tuple[TimeGrid, TimeGrid] = ("chebyshev", "quadratic")  # at order 2, and at order 3
     predicts: Literal["x_start", "epsilon"] = "x_start"
 
     def __init__(
@@ -92,7 +92,7 @@ class MultistepSampler(GaussianSampler):
         clip_denoised: bool = False,
         start: int = 0,
     ) -> None:
-        super().__init__(process, steps, start, grid)
+        super().__init__(process, steps, start, grid or self.few_evaluations[order > 2])
         if not 1 <= order <= MAX_ORDER:
             raise ValueError(f"the solver's order must be in 1..{MAX_ORDER}, not {order}")
         count = len(self.times) + start
@@ -203,6 +203,7 @@ class DEISSampler(MultistepSampler):
     Source: Zhang and Chen, 2023 (arXiv 2204.13902), tAB-DEIS with the polynomial in lambda.
     """
 
+    few_evaluations = ("chebyshev", "chebyshev")
     predicts = "epsilon"
 
     def row(self, i: int, levels: Levels) -> Step:

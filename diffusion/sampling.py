@@ -139,7 +139,7 @@ def sample_loop(
     """Carry x through all evaluations of a sampler.
 
     Args:
-        denoise: From `guided`, or any function of its kind.
+        denoise: From `guided`, perhaps in a `Forecast`, or any function of its kind.
         sampler: Such as `DDIMSampler(create_diffusion(), "ddim50")`.
         x: (N, ..., C, H, W) float32 starting noise (for a reverse sampler: samples).
         run: From `evaluations(sampler.times, ...)`.
@@ -155,13 +155,17 @@ def sample_loop(
     """
     _check_run(denoise, sampler, run)
     cache = Reuse() if cache is None else cache
+    forget: Callable[[], object] = getattr(denoise, "clear", lambda: None)  # of outputs that a forecast goes through
     cache.clear()
+    forget()
     for i, evaluation in enumerate(run):
         out = denoise(x, evaluation, cache.get(evaluation))
         cache.put(evaluation, out)
         x = sampler.step(i, x, out.sample, noise_fn)
         replaced = None if on_step is None else on_step(i, x, out)
-        x = x if replaced is None else replaced
+        if replaced is not None:
+            x = replaced
+            forget()
     return x
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from diffusion.schedules import Array, space_timesteps
 
-TimeGrid = Literal["uniform", "trailing", "quadratic", "logsnr", "karras"]
+TimeGrid = Literal["uniform", "trailing", "quadratic", "chebyshev", "logsnr", "karras"]
 KARRAS_RHO = 7.0
 
 
@@ -33,7 +33,8 @@ def time_grid(kind: TimeGrid, steps: str | Sequence[int], alphas_cumprod: Array)
     Args:
         kind: "uniform" is `space_timesteps`, from 0 to T - 1; "trailing" steps of equal length that begin at T - 1 and
             end before 0 (Lin et al., 2024, arXiv 2305.08891, table 2); "quadratic" squares of equal steps (Song et al.,
-            2021, arXiv 2010.02502, appendix D.2); "logsnr" equal steps in the log-SNR (Lu et al., 2022, arXiv
+            2021, arXiv 2010.02502, appendix D.2); "chebyshev" (1 - cos(pi u)) / 2 of equal steps u, close at
+            both ends (the Chebyshev-Lobatto nodes); "logsnr" equal steps in the log-SNR (Lu et al., 2022, arXiv
             2206.00927, section 3.4); "karras" equal steps in sigma / alpha to the power 1 / 7 (Karras et al., 2022,
             arXiv 2206.00364, equation 5). All but "trailing" begin at T - 1 and end at 0.
         steps: Number of evaluations; for "uniform" any step spec.
@@ -55,6 +56,8 @@ def time_grid(kind: TimeGrid, steps: str | Sequence[int], alphas_cumprod: Array)
     part = np.linspace(0, 1, count) if count > 1 else np.ones(1)  # a single evaluation is at the noisiest timestep
     if kind == "quadratic":
         return [float(t) for t in (total - 1) * part**2]
+    if kind == "chebyshev":
+        return [float(t) for t in (total - 1) * (1 - np.cos(np.pi * part)) / 2]
     noise = -half_log_snr(alphas_cumprod)  # log(sigma / alpha), rising
     if kind == "logsnr":
         levels = noise[0] + part * (noise[-1] - noise[0])

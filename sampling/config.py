@@ -98,14 +98,39 @@ class CachingSettings:
         "uniform", "compute it every R-th time, or at the cheapest ones by similarity, measured once"
     )
     sharing_dir: Path = setting(Path("sharing"), "folder of measured similarities, with their settings", free=True)
+    cache_forecast: int | None = setting(
+        None, "extrapolate kept state in time by a polynomial of this order", shown="plain reuse of the last state"
+    )
+    forecast: str | None = setting(
+        None, "N,O: call the network every N steps, and forecast its output between them by a polynomial of order O"
+    )
 
     def __post_init__(self) -> None:
         """Validate the fields."""
         _at_least_1(self, "cache_interval", "sharing_interval")
+        reuses = self.cache_interval is not None or self.sharing_interval is not None
+        if self.cache_forecast is not None and (self.cache_forecast < 0 or not reuses):
+            needs = "must be at least 0" if reuses else "has no effect without --cache-interval or --sharing-interval"
+            raise ValueError(f"--cache-forecast {self.cache_forecast}: {needs}")
+        if self.forecast is not None and reuses:
+            raise ValueError(f"--forecast {self.forecast}: does not go with --cache-interval or --sharing-interval")
+        _ = self.forecast_numbers  # checked before work starts
         if self.cache_interval is not None and self.sharing_interval is not None:
             raise ValueError(f"--sharing-interval {self.sharing_interval}: has no effect with --cache-interval")
         if self.sharing != "uniform" and self.sharing_interval is None:
             raise ValueError(f"--sharing {self.sharing}: has no effect without --sharing-interval")
+
+    @property
+    def forecast_numbers(self) -> tuple[int, int] | None:
+        """Interval N and order O of `forecast`; a ValueError for any other text."""
+        if self.forecast is None:
+            return None
+        interval, _, order = self.forecast.partition(",")
+        if not (interval.isdecimal() and order.isdecimal() and int(interval) > 1):
+            raise ValueError(
+                f"--forecast {self.forecast}: must be N,O: an interval of at least 2, and an order, such as 3,2"
+            )
+        return int(interval), int(order)
 
 
 @dataclass(frozen=True, kw_only=True)

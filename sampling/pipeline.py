@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.encoders import Encoder
 from data.pixels import Images, to_uint8
-from diffusion import PROCESSES, ImageNoise, guided, row_noise, sample_loop
+from diffusion import PROCESSES, ImageNoise, row_noise
 from diffusion.sampling import StepHook
 from models import FAMILIES, Network
 from models.contract import Conditioning
@@ -199,10 +199,7 @@ class Pipeline:
             None if rows is None else {name: leaf.to(self.device) for name, leaf in rows.items()}
             for rows in (conditioning, null)
         )
-        channels = run.config.guidance.guidance_channels
-        denoise = guided(run.evaluate, cond or {}, second, times=run.sampler.time_convention, channels=channels)
-        with distributed.tf32_inside(run.config.compute.allows_tf32):
-            return sample_loop(denoise, run.sampler, noise.initial(), run.table, noise_fn=noise, on_step=on_step)
+        return run.denoise(noise.initial(), cond or {}, second, noise, on_step)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, seed: int = 0) -> Tensor:

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from diffusion import Evaluation, convert_time, evaluations, make_sampler
+from diffusion import Evaluation, convert_time, evaluations, guided, make_sampler, sample_loop
 from diffusion.caching import cheapest, check_keeps_state, every_nth, sharing_budget, skip_cache
 from diffusion.calibration import Calibration
+from diffusion.forecast import Forecast, ForecastState, forecast_schedule
 from diffusion.loss import Process
-from diffusion.sampling import Sampler
+from diffusion.sampling import Denoiser, NoiseFn, Sampler, StepHook
 from models import Network, family_of
 from models.acceleration import COMPILE_BACKEND, AutocastNetwork, GraphedNetwork, cast_weights_once
-from models.contract import NetworkLike
+from models.contract import Conditioning, NetworkLike
 from models.loading import CheckpointInfo
 from runtime import distributed
 from runtime.errors import UserError, error_prefix
@@ -41,6 +43,25 @@ class PreparedRun(NamedTuple):
     table: tuple[Evaluation, ...]
     network: Network
     evaluate: NetworkLike
+
+    def denoise(
+        self,
+        x: Tensor,
+        conditioning: Conditioning,
+        null: Conditioning | None,
+        noise_fn: NoiseFn,
+        on_step: StepHook | None = None,
+    ) -> Tensor:
+        """Carry noise x (N, ..., C, H, W) through all evaluations; returns latents like x."""
+        channels, caching = self.config.guidance.guidance_channels, self.config.caching
+        denoise: Denoiser = guided(
+            self.evaluate, conditioning, null, times=self.sampler.time_convention, channels=channels
+        )
+        if (numbers := caching.forecast_numbers) is not None:
+            denoise = Forecast(denoise, numbers[1])
+        cache = None if caching.cache_forecast is None else ForecastState(caching.cache_forecast)
+        with distributed.tf32_inside(self.config.compute.allows_tf32):
+            return sample_loop(denoise, self.sampler, x, self.table, cache=cache, noise_fn=noise_fn, on_step=on_step)
 
 
 def prepare_run(
@@ -73,9 +94,11 @@ def prepare_run(
     with distributed.tf32_inside(config.compute.allows_tf32):
         refresh = refresh_schedule(network, info, config, settings, sampler, interval)
         prepared, evaluate = accelerate(network, info.model, sampler, config.compute)
-    return PreparedRun(
-        config, settings, sampler, evaluations(sampler.times, scale, interval, refresh), prepared, evaluate
-    )
+    table = evaluations(sampler.times, scale, interval, refresh)
+    if (numbers := config.caching.forecast_numbers) is not None:
+        with error_prefix(f"--forecast {config.caching.forecast}"):
+            table = forecast_schedule(table, numbers[0])
+    return PreparedRun(config, settings, sampler, table, prepared, evaluate)
 
 
 def refresh_schedule(

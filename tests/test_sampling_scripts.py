@@ -23,6 +23,7 @@ from models import create_model
 from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.errors import UserError, run
 from sampling import pipeline
+from sampling import run as sampling_run
 from sampling.config import SAMPLERS, CachingSettings
 from sampling.job import JobSettings, auto_batch_size, plan_job
 from sampling.pipeline import Pipeline
@@ -267,7 +268,7 @@ def test_images_that_are_not_finite_are_refused_by_the_name_of_the_checkpoint(
 ):
     """Of a model on pixels, by any script; weights that are not finite are refused earlier."""
     monkeypatch.setattr(
-        pipeline,
+        sampling_run,
         "sample_loop",
         lambda network, sampler, x, *args, **options: sample_loop(network, sampler, value * x, *args, **options),
     )
@@ -428,7 +429,9 @@ def test_an_official_file_is_sampled_with_flags_and_guides_three_channels(tmp_pa
     torch.save({"ema": network.state_dict()}, tmp_path / "official.pt")
     channels = []
     monkeypatch.setattr(
-        pipeline, "guided", lambda *args, **options: channels.append(options["channels"]) or guided(*args, **options)
+        sampling_run,
+        "guided",
+        lambda *args, **options: channels.append(options["channels"]) or guided(*args, **options),
     )
     argv = ["--ckpt", str(tmp_path / "official.pt"), "--output", str(tmp_path / "a.png"), "--device", "cpu"]
     argv += "--model DiT-debug/2 --vae none --image-size 8 --num-classes 10 --num-sampling-steps 2".split()

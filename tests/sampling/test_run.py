@@ -11,7 +11,7 @@ from models import Network, create_model
 from models.acceleration import GraphedNetwork
 from models.layers import TimestepEmbedder
 from runtime.errors import UserError
-from sampling import pipeline as pipeline_module
+from sampling import run as run_module
 from sampling.pipeline import Pipeline
 from tests.checkpoints import write_network
 from tests.golden_data import relative_error
@@ -52,8 +52,8 @@ def test_an_interval_in_timesteps_is_that_of_the_flow(tmp_path: Path) -> None:
 
 
 def test_guidance_gets_what_the_settings_say(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    given, guided = [], pipeline_module.guided
-    monkeypatch.setattr(pipeline_module, "guided", lambda *args, **k: given.append((args, k)) or guided(*args, **k))  # type: ignore[func-returns-value]
+    given, guided = [], run_module.guided
+    monkeypatch.setattr(run_module, "guided", lambda *args, **k: given.append((args, k)) or guided(*args, **k))  # type: ignore[func-returns-value]
     sampled(pipeline, guidance_channels=1)
     ((_, cond, null), options) = given[0]
     assert cond["y"].tolist() == [0, 1] and null["y"].tolist() == [10, 10]
