@@ -20,6 +20,7 @@ from diffusion.time_grids import TimeGrid
 from evaluator.digits import DigitsScores, score_digits
 from models.loading import resolve_checkpoint
 from runtime.settings import Values
+from sampling.config import open_table
 from sampling.pipeline import Pipeline
 
 # Settings to compare of a sampler of the registry; all others once, with their defaults
@@ -132,6 +133,19 @@ def make_default(process: str, settings: Values) -> object:
     kind: Any = SAMPLERS[settings["sampler"]].sampler
     pair = getattr(kind, "few_evaluations", None)
     return kind.default_grid if pair is None else pair[settings.get("solver_order", 2) > 2]
+
+
+def searched(opened: Opened, tables: Sequence[str]) -> Iterator[Setup]:
+    """Tables of search_solver.py that are of the network's process.
+
+    Raises:
+        UserError: If one cannot be read, or does not fit the network.
+    """
+    for source in tables:
+        table = open_table(source, None)
+        if table.process == opened.pipeline.info.process:
+            opened.pipeline.prepare(solver_table=source)
+            yield Setup("searched", Path(source).stem, {"solver_table": source})
 
 
 def forecasts(process: str, numbers: Sequence[str]) -> Iterator[Setup]:

@@ -102,10 +102,14 @@ class GaussianDiffusion:
         if not self.timesteps or not 0 <= self.timesteps[0] <= self.timesteps[-1] <= len(self._original_abar) - 1:
             raise ValueError(f"timesteps must be in 0 .. {len(self._original_abar) - 1}")
         # Betas that walk the original process in longer strides; the full schedule goes through the same arithmetic.
-        kept = interpolated(self._original_abar, np.asarray(self.timesteps, dtype=np.float64))
+        kept = self.alphas_cumprod_at(np.asarray(self.timesteps, dtype=np.float64))
         self.tables = gaussian_tables(1 - kept / np.append(1.0, kept[:-1]))
         self.tables |= prediction_tables(self.tables["alphas_cumprod"], self.prediction, self.min_snr_gamma)
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
+
+    def alphas_cumprod_at(self, timesteps: Array) -> Array:
+        """Abar at original timesteps in [0, T - 1], interpolated between whole ones."""
+        return interpolated(self._original_abar, timesteps)
 
     @property
     def num_timesteps(self) -> int:

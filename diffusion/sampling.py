@@ -88,7 +88,7 @@ def evaluations(
         raise ValueError(f"the refresh schedule has {len(fresh)} flags for {len(times)} evaluations")
     if fresh and not fresh[0]:
         raise ValueError("the first evaluation of a refresh schedule must be a refresh: there is no state to reuse")
-    scales = [scale if interval is None or _inside(t, interval) else 1.0 for t in times]
+    scales = [scale if interval is None or inside_interval(t, interval) else 1.0 for t in times]
     # State made on N rows cannot serve 2 N rows: within a reuse window (a refresh up to the next), all or none.
     window = np.cumsum(fresh)
     with_both = {w for w, value in zip(window, scales, strict=True) if value != 1 or (always_both and scale != 1)}
@@ -98,7 +98,8 @@ def evaluations(
     )
 
 
-def _inside(t: float, interval: tuple[float, float]) -> bool:
+def inside_interval(t: float, interval: tuple[float, float]) -> bool:
+    """True if an evaluation at time t is guided; a ValueError for an empty interval."""
     # Strict bounds in float32: the released samplers compare so, and evaluations fall on bounds.
     low, high = sorted(np.float32(bound) for bound in interval)
     if not low < high:

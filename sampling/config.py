@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 import torch
 
 from diffusion import PROCESSES, SAMPLERS
+from diffusion.solver_table import SolverTable, read_table
 from models import FAMILIES, family_name
 from models.acceleration import can_compile
 from models.loading import CheckpointInfo
@@ -168,6 +169,9 @@ class SamplingSettings:
     num_sampling_steps: str | None = setting(
         None, "number of steps, or step spec such as 10,15,20 or ddim50", shown="the sampler's, or a release's own"
     )
+    solver_table: str | None = setting(
+        None, "sample by a table of search_solver.py, or a published one: DiT-XL/2, SiT-XL/2", shown="none"
+    )
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
@@ -176,6 +180,8 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         """Validate what concerns several groups."""
+        if self.solver_table is not None and self.sampler is not None:
+            raise ValueError(f"--solver-table {self.solver_table}: takes the place of --sampler {self.sampler}")
         if self.checkpoint.ckpt is None and self.model is None and self.checkpoint.image_size is None:
             raise ValueError(
                 "--ckpt: required; give a checkpoint of train.py, an official file, or a released one by its name; "
@@ -224,7 +230,7 @@ def preset_of(info: CheckpointInfo) -> Preset:
 
 
 def resolve(given: Given[C], info: CheckpointInfo) -> tuple[C, object]:
-    """Settings with nothing left to the checkpoint, and those of the sampler.
+    """Settings with nothing left to the checkpoint, and those of the sampler, or the table in its place.
 
     A preset's interval belongs to its scale: with another scale it is not used.
 
@@ -232,13 +238,15 @@ def resolve(given: Given[C], info: CheckpointInfo) -> tuple[C, object]:
         UserError: If the sampler is not one of the checkpoint's process, or settings do not go with each other.
     """
     config, preset = given.general, preset_of(info)
+    table = None if config.solver_table is None else open_table(config.solver_table, config.num_sampling_steps)
     name, guidance = config.sampler or preset.sampler, config.guidance
     row, published, default_scale = SAMPLERS[name], name == preset.sampler, guidance.cfg_scale is None
     if row.process != info.process:
         fitting = ", ".join(sampler for sampler, other in SAMPLERS.items() if other.process == info.process)
         raise UserError(f"--sampler {name}: --ckpt was trained under {info.process!r}; choose from {fitting}")
-    given.check_owners(sampler=name)
-    settings = given.build("sampler", name, **(preset.options if published else {}))
+    given.check_owners(sampler="" if table else name)
+    settings = table or given.build("sampler", name, **(preset.options if published else {}))
+    steps = str(table.evaluations) if table else preset.steps if published else row.steps
     with error_prefix(""):  # a flag may not go with what the checkpoint decides
         guidance = replace(
             guidance,
@@ -249,12 +257,24 @@ def resolve(given: Given[C], info: CheckpointInfo) -> tuple[C, object]:
     resolved = replace(
         config,
         model=info.model,
-        sampler=name,
-        num_sampling_steps=config.num_sampling_steps or (preset.steps if published else row.steps),
+        sampler=None if table else name,
+        num_sampling_steps=config.num_sampling_steps or steps,
         encoder=replace(config.encoder, vae=info.encoder),
         guidance=guidance,
     )
     return resolved, settings
+
+
+def open_table(source: str, steps: str | None) -> SolverTable:
+    """Read the table of `--solver-table`.
+
+    Raises:
+        UserError: If it cannot be read, or is for another number of evaluations.
+    """
+    if steps is not None and not steps.isdecimal():
+        raise UserError(f"--num-sampling-steps {steps}: a table has a number of evaluations, such as 10")
+    with error_prefix(f"--solver-table {source}"):
+        return read_table(source, None if steps is None else int(steps))
 
 
 def check_labels(labels: Sequence[int], num_classes: int, flag: str = "--class-labels") -> None:

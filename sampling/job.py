@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data.pixels import save_png, to_uint8
 from data.sample_file import SampleFile
+from diffusion.solver_table import SolverTable
 from models import family_name
 from runtime import distributed
 from runtime.background import Background
@@ -26,7 +27,7 @@ from runtime.download import read_record, sha256_of
 from runtime.errors import UserError, error_prefix
 from runtime.files import check_writable
 from runtime.seeds import derive_seed
-from runtime.settings import Values, document, flag_name, flag_of, flatten, free_settings, setting
+from runtime.settings import Values, document, flag_name, flag_of, flatten, free_settings, setting, to_dict
 from sampling.config import KINDS, SamplingSettings, check_labels
 from sampling.pipeline import Pipeline, batch_indices
 from sampling.run import PreparedRun
@@ -213,14 +214,16 @@ class Job:
             flag.field.name: getattr(network.config, flag.field.name)
             for flag in KINDS[0].flags(family_name(model)).values()
         }
-        sampler = (config.sampler or "", self.run.settings)
-        return {**document(config, sampler=sampler), "model": {"name": model, **own}}
+        owners = {} if config.sampler is None else {"sampler": (config.sampler, self.run.settings)}
+        return {**document(config, **owners), "model": {"name": model, **own}}
 
     def _deciding_settings(self, config: SampleDDPSettings) -> Values:
         """Everything that decides the images, by flag."""
         cls = type(config)
         free, values = free_settings(cls), flatten(self._sections(config))
         settings = {flag_of(cls, KINDS, path): value for path, value in values.items() if path not in free}
+        if isinstance(self.run.settings, SolverTable):
+            settings["--solver-table"] = to_dict(self.run.settings)  # not the name of a file that may change
         return {"format": 2, "--ckpt": self.checksum, "--device": self.world.device.type, **settings}
 
     def _name(self, deciding: Values) -> str:
@@ -229,7 +232,7 @@ class Job:
         digest = hashlib.blake2b(json.dumps(deciding, sort_keys=True).encode(), digest_size=4).hexdigest()
         parts = [
             info.model, info.path.stem, "size", self.pipeline.image_shape[-2], "vae", Path(info.encoder).name,
-            "cfg", config.guidance.cfg_scale, "seed", deciding["--global-seed"], config.sampler,
+            "cfg", config.guidance.cfg_scale, "seed", deciding["--global-seed"], config.sampler or "table",
             config.num_sampling_steps, digest,
         ]  # fmt: skip
         return f"{'-'.join(map(str, parts)).replace('/', '-')}.npz"

@@ -158,7 +158,7 @@ class Pipeline:
         config, own = resolve(given, self.info)
         key = repr((config, own))
         if key not in self._runs:
-            flags = given.prefix("sampler", config.sampler or "")
+            flags = "" if config.sampler is None else given.prefix("sampler", config.sampler)
             self._runs[key] = prepare_run(self.network, self.info, self.process, config, own, flags)
         self._runs.move_to_end(key)
         if len(self._runs) > KEPT_RUNS:

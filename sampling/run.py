@@ -12,9 +12,12 @@ from torch import Tensor
 from diffusion import Evaluation, convert_time, evaluations, guided, make_sampler, sample_loop
 from diffusion.caching import cheapest, check_keeps_state, every_nth, sharing_budget, skip_cache
 from diffusion.calibration import Calibration
+from diffusion.flow import FlowMatching
 from diffusion.forecast import Forecast, ForecastState, forecast_schedule
+from diffusion.gaussian import GaussianDiffusion
 from diffusion.loss import Process
 from diffusion.sampling import Denoiser, NoiseFn, Sampler, StepHook
+from diffusion.solver_table import SolverTable, TableSampler
 from models import Network, family_of
 from models.acceleration import COMPILE_BACKEND, AutocastNetwork, GraphedNetwork, cast_weights_once
 from models.contract import Conditioning, NetworkLike
@@ -30,7 +33,7 @@ class PreparedRun(NamedTuple):
 
     Attributes:
         config: The settings, with everything that the checkpoint decides filled in.
-        settings: Settings of the sampler.
+        settings: Settings of the sampler, or the table that it follows.
         sampler: The sampler.
         table: One row per evaluation.
         network: Prepared for the sampler's times; a copy, where compiling or bf16 changes it.
@@ -80,11 +83,12 @@ def prepare_run(
     Raises:
         UserError: For settings that do not fit the network or each other.
     """
-    assert config.sampler is not None and config.guidance.cfg_scale is not None  # chosen by `resolve`
+    assert config.guidance.cfg_scale is not None  # chosen by `resolve`
     scale, interval = config.guidance.cfg_scale, config.guidance.guidance_interval
+    if config.solver_table is not None:
+        flags = f"--solver-table {config.solver_table}"
     with error_prefix(f"{flags} --num-sampling-steps {config.num_sampling_steps}".strip()):
-        steps, pixels = config.num_sampling_steps, info.encoder == "none"
-        sampler = make_sampler(config.sampler, process, steps, settings, pixels=pixels)
+        sampler = choose_sampler(process, config, settings, pixels=info.encoder == "none")
     if scale != 1 and network.conditioning == ("y",):  # unconditional rows of text come with the text
         with error_prefix(f"--cfg-scale {scale}"):
             network.null_conditioning(1)
@@ -99,6 +103,18 @@ def prepare_run(
         with error_prefix(f"--forecast {config.caching.forecast}"):
             table = forecast_schedule(table, numbers[0])
     return PreparedRun(config, settings, sampler, table, prepared, evaluate)
+
+
+def choose_sampler(process: Process, config: SamplingSettings, settings: object, *, pixels: bool) -> Sampler:
+    """Build the sampler of resolved settings, or the one that follows a table.
+
+    Raises:
+        ValueError: If settings or table do not fit the process.
+    """
+    if config.sampler is not None:
+        return make_sampler(config.sampler, process, config.num_sampling_steps, settings, pixels=pixels)
+    assert isinstance(settings, SolverTable) and isinstance(process, GaussianDiffusion | FlowMatching)
+    return TableSampler(process, settings, clip_denoised=pixels)
 
 
 def refresh_schedule(

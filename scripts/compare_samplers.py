@@ -1,7 +1,7 @@
-"""Compare all ways to sample from a network in few evaluations: solvers, time grids, forecasts.
+"""Compare all ways to sample from a network in few evaluations: solvers, time grids, forecasts, searched tables.
 
     python scripts/compare_samplers.py --ckpt quickstart_out
-    python scripts/compare_samplers.py --ckpt a.safetensors b.safetensors --evaluations 8 10 --seeds 0 1 2
+    python scripts/compare_samplers.py --ckpt a.safetensors --evaluations 8 10 --seeds 0 1 2 --solver-tables a-8.json
 
 For each: the distance to the solution of the ODE, which 1,000 evaluations from the same noise come close to (root mean
 square of latents, PSNR of images), seconds, and scores where the data set has some (the digits). Checkpoints of one
@@ -39,6 +39,7 @@ class SamplersSettings:
     ckpt: tuple[Path, ...] = setting((), "checkpoints, or folders of runs: the newest of each")
     evaluations: tuple[int, ...] = setting((5, 8, 10, 15, 20), "numbers of network evaluations")
     forecasts: tuple[str, ...] = setting(("3,3", "4,2", "5,2", "8,2", "10,2"), "forecasts N,O between 50 steps")
+    solver_tables: tuple[str, ...] = setting((), "tables of search_solver.py for these networks")
     reference_evaluations: int = setting(1000, "evaluations of what counts as the solution")
     cfg_scale: float | None = setting(None, "guidance scale", shown="1.1 for digits by diffusion; 1, no guidance, else")
     num_images: int = setting(100, "images of every row, of all classes in turn")
@@ -74,6 +75,7 @@ def plan(config: SamplersSettings) -> list[tuple[Opened, list[Setup]]]:
             setups += samplers.forecasts(process, config.forecasts)
             for setup in setups[-len(config.forecasts) :]:
                 opened.pipeline.prepare(**setup.settings)
+            setups += samplers.searched(opened, config.solver_tables)
             planned.append((opened, setups))
     return planned
 
