@@ -6,10 +6,11 @@ from diffusion.flow import FlowMatching
 from diffusion.flow_samplers import AdamsSampler, EulerSampler, HeunSampler
 from diffusion.gaussian import GaussianDiffusion, create_diffusion
 from diffusion.gaussian_samplers import AncestralSampler, DDIMSampler, EDMSampler
+from diffusion.guidance import guided
 from diffusion.loss import Batch, DiffusionLoss, Draws, row_noise
 from diffusion.multistep import DEISSampler, DPMSolverSampler, UniPCSampler
 from diffusion.registry import PREVIEW_SAMPLER, PROCESSES, SAMPLERS, make_sampler
-from diffusion.sampling import Evaluation, ImageNoise, Reuse, evaluations, guided, sample_loop
+from diffusion.sampling import Evaluation, ImageNoise, Reuse, evaluations, sample_loop
 from diffusion.schedules import convert_time, space_timesteps
 
 __all__ = [

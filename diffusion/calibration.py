@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffusion.sampling import Denoiser, Evaluation, ImageNoise, NoiseFn, Sampler, evaluations, guided, sample_loop
+from diffusion.guidance import guided
+from diffusion.sampling import Denoiser, Evaluation, ImageNoise, NoiseFn, Sampler, evaluations, sample_loop
 from models.contract import Conditioning, ModelOutput, Network
 from runtime import migrate
 from runtime.checkpoint import read_groups, save_checkpoint

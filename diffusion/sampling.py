@@ -1,8 +1,8 @@
-"""The sampling loop, its table of evaluations, guidance, reuse of state, and noise that belongs to an image.
+"""The sampling loop, its table of evaluations, reuse of state, and noise that belongs to an image.
 
 There is one loop. It knows no family, sampler or accelerator: a sampler has the times of the evaluations and moves x by
-a raw output; the table (`evaluations`) has the guidance scale of each and what it may reuse; `guided` evaluates the
-network. All of it is host numbers made before the run, so the loop never waits for the device.
+a raw output; the table (`evaluations`) has the guidance scale of each and what it may reuse; `diffusion.guidance`
+evaluates the network. All of it is host numbers made before the run, so the loop never waits for the device.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.schedules import convert_time
-from models.contract import Conditioning, ModelOutput, State, TimeConvention
+from models.contract import ModelOutput, State, TimeConvention
 from runtime.seeds import image_seed
 
 NoiseFn = Callable[[Tensor], Tensor]
@@ -28,7 +27,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         t: Process time, a host number (or (N,), which samplers do not use).
-        scale: Guidance scale; 1 is the plain conditional output.
+        scale: Guidance scale; 1 is the plain conditional output, and 0 without `guided` an output of zeros.
         guided: The unconditional rows are evaluated too.
         refresh: State is computed anew, instead of reused.
         call: The network is called at all; False is a forecast.
@@ -64,7 +63,7 @@ class Sampler(Protocol):
 
 def evaluations(
     times: Sequence[float],
-    scale: float = 1.0,
+    scale: float | Sequence[float] = 1.0,
     interval: tuple[float, float] | None = None,
     refresh: Sequence[bool] | None = None,
     *,
@@ -74,7 +73,7 @@ def evaluations(
 
     Args:
         times: The sampler's.
-        scale: Guidance scale; at 1 the unconditional rows are never evaluated.
+        scale: Guidance scale, or one for each time; at 1 the unconditional rows are never evaluated.
         interval: Guide only at process times strictly between these bounds, in either order (Kynkaanniemi et al., 2024,
             arXiv 2404.07724); the scale is 1 outside.
         refresh: One flag per evaluation, whether state is computed anew; the first must be True. None: always.
@@ -88,10 +87,18 @@ def evaluations(
         raise ValueError(f"the refresh schedule has {len(fresh)} flags for {len(times)} evaluations")
     if fresh and not fresh[0]:
         raise ValueError("the first evaluation of a refresh schedule must be a refresh: there is no state to reuse")
-    scales = [scale if interval is None or inside_interval(t, interval) else 1.0 for t in times]
+    wanted = [scale] * len(times) if isinstance(scale, int | float) else list(scale)
+    scales = [
+        value if interval is None or inside_interval(t, interval) else 1.0
+        for t, value in zip(times, wanted, strict=True)
+    ]
     # State made on N rows cannot serve 2 N rows: within a reuse window (a refresh up to the next), all or none.
     window = np.cumsum(fresh)
-    with_both = {w for w, value in zip(window, scales, strict=True) if value != 1 or (always_both and scale != 1)}
+    with_both = {
+        w
+        for w, value in zip(window, scales, strict=True)
+        if value != 1 or (always_both and any(each != 1 for each in wanted))
+    }
     return tuple(
         Evaluation(t, value, bool(w in with_both), flag)
         for t, value, w, flag in zip(times, scales, window, fresh, strict=True)
@@ -181,120 +188,6 @@ def _check_run(denoise: Denoiser, sampler: Sampler, run: Sequence[Evaluation]) -
             f"the sampler's times are in {own!r} and `denoise` expects {convention!r}; "
             "give guided(..., times=sampler.time_convention)"
         )
-
-
-class Guided:
-    """A network with its conditioning and guidance bound, from `guided`.
-
-    Attributes:
-        time_convention: Of the evaluations' times; None takes them as they are.
-    """
-
-    def __init__(
-        self,
-        network: Model,
-        cond: Conditioning,
-        second: Conditioning | Model | None,
-        times: TimeConvention | None,
-        channels: int | None,
-    ) -> None:
-        self._network, self._cond, self._channels = network, dict(cond), channels
-        self._second = second if callable(second) else None
-        # Conditioning of [conditional; unconditional] rows
-        self._both = None if second is None or callable(second) else _doubled(cond, second)
-        self._convention: TimeConvention | None = getattr(network, "time_convention", times)
-        self.time_convention = self._convention if times is None else times
-
-    def __call__(self, x: Tensor, evaluation: Evaluation, state: State = None, /) -> ModelOutput:
-        """Evaluate at x (N, ..., C, H, W).
-
-        Returns:
-            Output of N rows; its `state` belongs to all rows that were evaluated.
-
-        Raises:
-            ValueError: If the evaluation is a forecast, or guided without anything to guide by.
-        """
-        t, scale = evaluation.t, evaluation.scale
-        if not evaluation.call:
-            raise ValueError(f"evaluation at {t} does not call the network: it needs a forecast")
-        if not evaluation.guided:
-            return self._network(x, self._time(t, self._network), state=state, **self._cond)
-        if self._both is not None:
-            rows = torch.cat([t, t]) if isinstance(t, Tensor) else t
-            out = self._network(torch.cat([x, x]), self._time(rows, self._network), state=state, **self._both)
-            first, second = out.sample.chunk(2)
-            return out._replace(sample=self._mix(x, first, second, scale))
-        if self._second is None:
-            raise ValueError(f"guidance scale {scale:g} needs unconditional rows or a second network")
-        of_first, of_second = (None, None) if state is None else state
-        out = self._network(x, self._time(t, self._network), state=of_first, **self._cond)
-        other = self._second(x, self._time(t, self._second), state=of_second)
-        kept = None if out.state is None and other.state is None else (out.state, other.state)
-        return out._replace(sample=self._mix(x, out.sample, other.sample, scale), state=kept)
-
-    def _mix(self, x: Tensor, first: Tensor, second: Tensor, scale: float) -> Tensor:
-        """Second + scale * (first - second) on the guided channels, first's values on all others."""
-        if scale == 1:
-            return first
-        first, second = first.to(x.dtype), second.to(x.dtype)  # a scale multiplies half-precision rounding
-        count = x.shape[-3] if self._channels is None else min(self._channels, x.shape[-3])
-        kept = first.narrow(-3, count, first.shape[-3] - count)
-        first, second = first.narrow(-3, 0, count), second.narrow(-3, 0, count)
-        mixed = torch.add(second, first - second, alpha=scale)
-        return torch.cat([mixed, kept], dim=-3) if kept.shape[-3] else mixed
-
-    def _time(self, t: float | Tensor, network: object) -> float | Tensor:
-        """An evaluation's time in the units of one of the networks."""
-        target = getattr(network, "time_convention", self._convention)
-        if self.time_convention is None or target is None:
-            return t
-        return convert_time(t, self.time_convention, target)
-
-
-def guided(
-    network: Model,
-    cond: Conditioning,
-    second: Conditioning | Model | None = None,
-    *,
-    times: TimeConvention | None = None,
-    channels: int | None = None,
-) -> Guided:
-    """Bind conditioning and guidance to a network: the only place that doubles rows.
-
-    Guided channels become second + scale * (first - second), with the scale of each evaluation.
-
-    Args:
-        network: A network, or any function with its signature. If it has no `time_convention`, it takes process times.
-        cond: Conditioning of N rows.
-        second: The unconditional rows, for classifier-free guidance (Ho and Salimans, 2022, arXiv 2207.12598): the same
-            network is evaluated once on [conditional; unconditional] rows. Or another network with its conditioning
-            bound, called as second(x, t, state=state), for autoguidance (Karras et al., 2024, arXiv 2406.02507); its
-            times are those of `network` unless it has a `time_convention`. None: the runs have no guided evaluation.
-        times: Convention of the process's times, such as `sampler.time_convention`; None: the network's own.
-        channels: Guide only this many leading channels of x; None guides all. 3 is that of the official DiT releases.
-
-    Raises:
-        ValueError: If the network does not take this conditioning, or the unconditional rows do not fit it.
-    """
-    names = getattr(network, "conditioning", None)
-    unknown = [] if names is None else [name for name in cond if name not in names]
-    if unknown:
-        takes = f"takes {', '.join(names)}" if names else "takes none"
-        raise ValueError(f"the network has no conditioning {', '.join(map(repr, unknown))}; it {takes}")
-    return Guided(network, cond, second, times, channels)
-
-
-def _doubled(cond: Conditioning, second: Conditioning) -> dict[str, Tensor]:
-    """Conditioning of the rows [conditional; unconditional]."""
-    if cond.keys() != second.keys():
-        raise ValueError(f"the unconditional rows have {sorted(second)}, the conditional ones {sorted(cond)}")
-    for name, value in cond.items():
-        if second[name].shape != value.shape:
-            raise ValueError(
-                f"the unconditional rows of {name!r} have shape {tuple(second[name].shape)}, "
-                f"the conditional ones {tuple(value.shape)}"
-            )
-    return {name: torch.cat([value, second[name]]) for name, value in cond.items()}
 
 
 class ImageNoise:

@@ -3,7 +3,7 @@
 The network is sampled by the table and, from the same noise, by many small steps (the teacher). The loss is the mean
 square distance of the table's points from the teacher's path, and a Huber loss of their ends.
 
-Source: Wang et al., 2025 (arXiv 2505.21114), whose loss and optimizer these are. The search begins at a second-order
+Source: Wang et al., 2025 (arXiv 2505.21114), also for loss and optimizer. The search begins at a second-order
 solver instead of Euler's steps, and ends at the best table on held-out noise, not at the last.
 """
 

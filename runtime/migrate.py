@@ -138,6 +138,9 @@ def latent_index(old: Mapping[str, Any]) -> Json:
     return {**kept, **shape, "format": 2, "encoder": encoder}
 
 
+LATER_FLAGS = {"--guidance": "cfg", "--guidance-schedule": "constant"}  # with the value of what version 0.1 did
+
+
 def sample_job(old: Json, now: Mapping[str, object]) -> Json:
     """Migrate the settings of an unfinished sampling job.
 
@@ -147,7 +150,7 @@ def sample_job(old: Json, now: Mapping[str, object]) -> Json:
     """
     if "format" in old or "torch" not in old or old.get("--sampler") == "dpm++":
         return old
-    recorded = {**old, "format": now.get("format"), "--sharing-interval": old.get("--refresh-rate")}
+    recorded = {**LATER_FLAGS, **old, "format": now.get("format"), "--sharing-interval": old.get("--refresh-rate")}
     # version 0.1 recorded what the checkpoint decides, too, and settings of samplers that the job does not use
     of_checkpoint = {name: old.get(name) for name in ("--image-size", "--num-classes")}
     for flag, default in {**of_checkpoint, "--clip-denoised": old.get("--vae") == "none"}.items():

@@ -222,6 +222,8 @@ class Job:
         cls = type(config)
         free, values = free_settings(cls), flatten(self._sections(config))
         settings = {flag_of(cls, KINDS, path): value for path, value in values.items() if path not in free}
+        if self.pipeline.guide is not None:
+            settings["--guide-ckpt"] = fingerprint(self.pipeline.guide.info.path)
         if isinstance(self.run.settings, SolverTable):
             settings["--solver-table"] = to_dict(self.run.settings)  # not the name of a file that may change
         return {"format": 2, "--ckpt": self.checksum, "--device": self.world.device.type, **settings}

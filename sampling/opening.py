@@ -15,6 +15,7 @@ from runtime.errors import UserError, error_prefix
 from runtime.releases import release_of_model
 from runtime.settings import Given
 from sampling.config import SamplingSettings, resolve
+from sampling.run import WeakerNetwork
 
 
 def open_checkpoint(
@@ -60,6 +61,35 @@ def open_checkpoint(
     network = build_network(info, weights, device=device, **fields)
     check_shapes(network, info, encoder)
     return network, info, encoder
+
+
+def open_guide(
+    config: SamplingSettings, network: Network, info: CheckpointInfo, device: torch.device
+) -> WeakerNetwork | None:
+    """Open the weaker network of autoguidance, if there is one.
+
+    Raises:
+        UserError: If it is of another process, shape or number of classes.
+    """
+    path = config.guidance.guide_ckpt
+    if path is None:
+        return None
+    flag, chosen = f"--guide-ckpt {path}", config.checkpoint
+    guide_info, weights = resolve_checkpoint(
+        path, weights=chosen.weights, download_dir=chosen.pretrained_dir, flag="--guide-ckpt"
+    )
+    guide = build_network(guide_info, weights, device=device)
+    facts = [
+        ("process", guide_info.process, info.process),
+        ("settings of the process", dict(guide_info.process_settings), dict(info.process_settings)),
+        ("shape of latents", guide.sample_shape, network.sample_shape),
+        ("number of classes", *(getattr(each.config, "num_classes", 0) for each in (guide, network))),
+        ("classes", *(each.classes for each in (guide_info, info))),
+    ]
+    for name, own, wanted in facts:
+        if own != wanted and None not in (own, wanted):
+            raise UserError(f"{flag}: its {name} is {own}, that of --ckpt {wanted}")
+    return WeakerNetwork(guide, guide_info)
 
 
 def open_its_encoder(

@@ -34,8 +34,8 @@ from sampling.config import (
     check_labels,
     resolve,
 )
-from sampling.opening import open_checkpoint
-from sampling.run import PreparedRun, prepare_run
+from sampling.opening import open_checkpoint, open_guide
+from sampling.run import PreparedRun, WeakerNetwork, prepare_run
 
 KEPT_RUNS = 4  # prepared runs that a pipeline keeps
 
@@ -49,12 +49,18 @@ class Pipeline:
         encoder: Between latents and pixels.
         process: Noise process that the network was trained under.
         image_shape: (C, H, W) of the images.
+        guide: Weaker network of autoguidance; None without.
     """
 
     def __init__(
-        self, network: Network, info: CheckpointInfo, encoder: Encoder, given: Given[SamplingSettings]
+        self,
+        network: Network,
+        info: CheckpointInfo,
+        encoder: Encoder,
+        given: Given[SamplingSettings],
+        guide: WeakerNetwork | None = None,
     ) -> None:
-        self.network, self.info, self.encoder = network, info, encoder
+        self.network, self.info, self.encoder, self.guide = network, info, encoder, guide
         learns_variance = network.out_channels != network.sample_shape[-3]
         self.process = PROCESSES[info.process](**info.process_settings).make(learns_variance)
         self.image_shape = encoder.image_shape(network.sample_shape)
@@ -91,7 +97,8 @@ class Pipeline:
         Raises:
             UserError: For anything about the file or the settings that does not fit.
         """
-        return cls(*open_checkpoint(given, device, default_vae), given)
+        network, info, encoder = open_checkpoint(given, device, default_vae)
+        return cls(network, info, encoder, given, open_guide(given.general, network, info, device))
 
     @property
     def num_classes(self) -> int:
@@ -159,7 +166,7 @@ class Pipeline:
         key = repr((config, own))
         if key not in self._runs:
             flags = "" if config.sampler is None else given.prefix("sampler", config.sampler)
-            self._runs[key] = prepare_run(self.network, self.info, self.process, config, own, flags)
+            self._runs[key] = prepare_run(self.network, self.info, self.process, config, own, flags, self.guide)
         self._runs.move_to_end(key)
         if len(self._runs) > KEPT_RUNS:
             self._runs.popitem(last=False)
@@ -192,7 +199,7 @@ class Pipeline:
             UserError: If the run is guided and there are no unconditional rows.
         """
         noise = ImageNoise(seed, indices, self.network.sample_shape, self.device)
-        if null is None and any(evaluation.guided for evaluation in run.table):
+        if null is None and run.guide is None and any(evaluation.guided for evaluation in run.table):
             with error_prefix("null"):
                 null = self.network.null_conditioning(len(indices))
         cond, second = (
@@ -254,7 +261,13 @@ class Pipeline:
 
 
 # Settings that a run cannot change
-OF_PIPELINE = {"model", "device", *CheckpointSettings.__dataclass_fields__, *EncoderSettings.__dataclass_fields__}
+OF_PIPELINE = {
+    "model",
+    "device",
+    "guide_ckpt",
+    *CheckpointSettings.__dataclass_fields__,
+    *EncoderSettings.__dataclass_fields__,
+}
 OF_PIPELINE |= {flag.field.name for row in FAMILIES.values() for flag in flags_of(row.config).values()}
 
 

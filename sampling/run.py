@@ -15,6 +15,7 @@ from diffusion.calibration import Calibration
 from diffusion.flow import FlowMatching
 from diffusion.forecast import Forecast, ForecastState, forecast_schedule
 from diffusion.gaussian import GaussianDiffusion
+from diffusion.guidance import Guide, scheduled, zero_init, zero_star
 from diffusion.loss import Process
 from diffusion.sampling import Denoiser, NoiseFn, Sampler, StepHook
 from diffusion.solver_table import SolverTable, TableSampler
@@ -28,6 +29,13 @@ from runtime.settings import to_dict
 from sampling.config import ComputeSettings, SamplingSettings
 
 
+class WeakerNetwork(NamedTuple):
+    """Guide of autoguidance, and the description of its checkpoint."""
+
+    network: Network
+    info: CheckpointInfo
+
+
 class PreparedRun(NamedTuple):
     """Everything that one set of settings fixes.
 
@@ -38,6 +46,7 @@ class PreparedRun(NamedTuple):
         table: One row per evaluation.
         network: Prepared for the sampler's times; a copy, where compiling or bf16 changes it.
         evaluate: The same in the precision that is asked for, perhaps recorded.
+        guide: Weaker network of autoguidance, as it will be evaluated; None without.
     """
 
     config: SamplingSettings
@@ -46,6 +55,7 @@ class PreparedRun(NamedTuple):
     table: tuple[Evaluation, ...]
     network: Network
     evaluate: NetworkLike
+    guide: NetworkLike | None = None
 
     def denoise(
         self,
@@ -56,9 +66,14 @@ class PreparedRun(NamedTuple):
         on_step: StepHook | None = None,
     ) -> Tensor:
         """Carry noise x (N, ..., C, H, W) through all evaluations; returns latents like x."""
-        channels, caching = self.config.guidance.guidance_channels, self.config.caching
+        guidance, caching = self.config.guidance, self.config.caching
         denoise: Denoiser = guided(
-            self.evaluate, conditioning, null, times=self.sampler.time_convention, channels=channels
+            self.evaluate,
+            conditioning,
+            null if self.guide is None else Guide(self.guide, conditioning),
+            times=self.sampler.time_convention,
+            channels=guidance.guidance_channels,
+            mix=zero_star if guidance.guidance == "cfg-zero-star" else None,
         )
         if (numbers := caching.forecast_numbers) is not None:
             denoise = Forecast(denoise, numbers[1])
@@ -68,7 +83,13 @@ class PreparedRun(NamedTuple):
 
 
 def prepare_run(
-    network: Network, info: CheckpointInfo, process: Process, config: SamplingSettings, settings: object, flags: str
+    network: Network,
+    info: CheckpointInfo,
+    process: Process,
+    config: SamplingSettings,
+    settings: object,
+    flags: str,
+    guide: WeakerNetwork | None = None,
 ) -> PreparedRun:
     """Prepare what settings fix; the network stays as it is.
 
@@ -79,6 +100,7 @@ def prepare_run(
         config: Settings with nothing left to the checkpoint.
         settings: Settings of the sampler.
         flags: These as they were given, for messages.
+        guide: Weaker network of autoguidance.
 
     Raises:
         UserError: For settings that do not fit the network or each other.
@@ -89,7 +111,8 @@ def prepare_run(
         flags = f"--solver-table {config.solver_table}"
     with error_prefix(f"{flags} --num-sampling-steps {config.num_sampling_steps}".strip()):
         sampler = choose_sampler(process, config, settings, pixels=info.encoder == "none")
-    if scale != 1 and network.conditioning == ("y",):  # unconditional rows of text come with the text
+    check_guidance(config, process)
+    if scale != 1 and guide is None and network.conditioning == ("y",):  # unconditional rows of text come with the text
         with error_prefix(f"--cfg-scale {scale}"):
             network.null_conditioning(1)
     if interval is not None:
@@ -98,11 +121,28 @@ def prepare_run(
     with distributed.tf32_inside(config.compute.allows_tf32):
         refresh = refresh_schedule(network, info, config, settings, sampler, interval)
         prepared, evaluate = accelerate(network, info.model, sampler, config.compute)
-    table = evaluations(sampler.times, scale, interval, refresh)
+        weaker = None if guide is None else accelerate(guide.network, guide.info.model, sampler, config.compute)[1]
+    scales = scheduled(config.guidance.guidance_schedule, scale, sampler.times, sampler.time_convention)
+    table = evaluations(sampler.times, scales, interval, refresh)
+    if config.guidance.guidance == "cfg-zero-star":
+        table = zero_init(table)
     if (numbers := config.caching.forecast_numbers) is not None:
         with error_prefix(f"--forecast {config.caching.forecast}"):
             table = forecast_schedule(table, numbers[0])
-    return PreparedRun(config, settings, sampler, table, prepared, evaluate)
+    return PreparedRun(config, settings, sampler, table, prepared, evaluate, weaker)
+
+
+def check_guidance(config: SamplingSettings, process: Process) -> None:
+    """Check that the kind of guidance goes with the process and with what reuses state.
+
+    Raises:
+        UserError: If it does not.
+    """
+    kind, caching = config.guidance.guidance, config.caching
+    if kind == "cfg-zero-star" and (process.name != "flow" or getattr(process, "prediction", None) != "velocity"):
+        raise UserError(f"--guidance {kind}: needs a flow, and a network that predicts the velocity")
+    if kind != "cfg" and caching.sharing == "cheapest":
+        raise UserError(f"--guidance {kind}: --sharing cheapest is measured with cfg; give --sharing uniform")
 
 
 def choose_sampler(process: Process, config: SamplingSettings, settings: object, *, pixels: bool) -> Sampler:

@@ -34,7 +34,8 @@ from benchmarks.plotting import pyplot, save_figure, style
 from benchmarks.report import aligned
 from benchmarks.timing import check_at_least
 from diffusion import PROCESSES, create_diffusion, make_sampler, skip_cache
-from diffusion.sampling import ImageNoise, Sampler, evaluations, guided, sample_loop
+from diffusion.guidance import guided
+from diffusion.sampling import ImageNoise, Sampler, evaluations, sample_loop
 from models import Network, model_config
 from models.loading import build_network, resolve_checkpoint
 from models.skip_dit import default_cache_depth

@@ -4,8 +4,8 @@
     python sample.py --ckpt a.safetensors --solver-table results/solvers/a-8.json
 
 The network stays as it is. Its samples in few evaluations are brought close to those in many from the same noise, by
-gradients through the network; the table that is best on held-out noise is kept. A search that was interrupted goes on
-with the same command. Source: Wang et al., 2025 (arXiv 2505.21114).
+gradients through the network; the table that is best on held-out noise is kept. The same command continues a search
+that was interrupted. Source: Wang et al., 2025 (arXiv 2505.21114).
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Search:
         return float((solved - end).square().mean().sqrt())
 
     def save(self, path: Path, identity: str) -> None:
-        """Write everything that the search goes on with."""
+        """Write everything that the search is continued from."""
         state = self.optimizer.state_dict()["state"]
         tensors = {f"{kind}.{name}": value for kind, values in self._groups().items() for name, value in values.items()}
         tensors |= {f"mean.{number}": values["mean"].cpu() for number, values in state.items()}
@@ -162,7 +162,7 @@ class Search:
         return {"now": self.parameters(), "best": self.best[1]}
 
     def load(self, path: Path, identity: str) -> None:
-        """Go on with a search that was saved.
+        """Continue a search that was saved.
 
         Raises:
             UserError: If it had other settings, or the file is damaged.
@@ -185,7 +185,7 @@ class Search:
 
 
 def recomputed(denoise: Denoiser) -> Denoiser:
-    """The same function, whose activations are computed again for gradients."""
+    """The same function; its activations are computed again for gradients."""
 
     def evaluate(x: Tensor, evaluation: Evaluation, state: State = None, /) -> ModelOutput:
         out: ModelOutput = checkpoint(denoise, x, evaluation, state, use_reentrant=False)

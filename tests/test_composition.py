@@ -26,6 +26,7 @@ WITH: dict[str, dict[str, Any]] = {
     "cache": {"cache_interval": 2},
     "sharing": {"sharing_interval": 2},
     "calibrated sharing": {"sharing_interval": 2, "sharing": "cheapest"},
+    "schedule": {"guidance_schedule": "cosine"},
     "forecast": {"forecast": "2,1"},
     "cache forecast": {"cache_interval": 2, "cache_forecast": 1},
     "sharing forecast": {"sharing_interval": 2, "cache_forecast": 1},

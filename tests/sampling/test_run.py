@@ -57,7 +57,7 @@ def test_guidance_gets_what_the_settings_say(pipeline: Pipeline, monkeypatch: py
     sampled(pipeline, guidance_channels=1)
     ((_, cond, null), options) = given[0]
     assert cond["y"].tolist() == [0, 1] and null["y"].tolist() == [10, 10]
-    assert options == {"times": "index", "channels": 1}
+    assert options == {"times": "index", "channels": 1, "mix": None}
 
 
 def test_bf16_is_float32_within_its_precision(pipeline: Pipeline) -> None:
