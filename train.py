@@ -12,12 +12,14 @@ import sys
 from collections.abc import Sequence
 
 import runtime  # noqa: F401  # first: it reports other packages named models
+from data.dataset import check_same_data
 from runtime import distributed
 from runtime.errors import run
 from runtime.files import check_folder
 from training.config import PROGRAM, parse_settings
 from training.dry_run import dry_run
-from training.run import find_run, open_run
+from training.resume import find_run
+from training.run import locked_run
 from training.setup import set_up
 from training.trainer import Trainer
 
@@ -33,11 +35,13 @@ def main(argv: Sequence[str]) -> None:
     with distributed.world(config.compute.device, config.compute.dist_timeout) as world:
         distributed.allow_tf32(config.compute.precision != "fp32")
         setup = set_up(given, world.device)
+        check_same_data(setup.dataset)
         saved = find_run(setup)
         distributed.barrier()  # every rank has searched before rank 0 makes a new folder
-        trainer = Trainer(setup, world, open_run(setup, world, saved), saved)
-        del saved  # a second copy of weights, average and optimizer
-        trainer.run()
+        with locked_run(setup, world, saved) as folder:
+            trainer = Trainer(setup, world, folder, saved)
+            del saved  # a second copy of weights, average and optimizer
+            trainer.run()
 
 
 if __name__ == "__main__":

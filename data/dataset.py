@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from runtime import distributed
+from runtime.errors import UserError
 from runtime.seeds import derive_seed
 
 Key = tuple[int, int]  # (epoch, index)
@@ -46,6 +48,27 @@ class Dataset(Protocol):
 def conditioning(labels: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Conditioning of a collated batch: labels (N,) become {"y": labels}, a dict of tensors stays as it is."""
     return {"y": labels} if isinstance(labels, Tensor) else dict(labels)
+
+
+def digest_of(dataset: Dataset) -> str | None:
+    """Digest of what a data set holds, the same on every machine with the same files; None if it has none."""
+    digest = getattr(dataset, "digest", None)
+    return None if digest is None else str(digest())
+
+
+def check_same_data(dataset: Dataset, flag: str = "--data-path") -> None:
+    """Check that all ranks read the same data; a collective operation.
+
+    Raises:
+        UserError: On every rank, naming one that differs from rank 0.
+    """
+    facts = {"images": len(dataset), "classes": list(dataset.classes), "files": digest_of(dataset)}
+    first, *others = distributed.objects_from_all_ranks(facts)
+    for rank, own in enumerate(others, start=1):
+        for name, value in own.items():
+            if value != first[name]:
+                detail = f" ({first[name]} and {value})" if name == "images" else ""
+                raise UserError(f"{flag}: rank {rank} has other {name} than rank 0{detail}; is the disk the same?")
 
 
 class DatasetSettings(NamedTuple):

@@ -6,6 +6,7 @@ because a lost disk must not look like a million damaged images.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import warnings
@@ -185,6 +186,13 @@ class ImageFolder:
     def unreadable(self) -> list[str]:
         """Paths of damaged images met so far by this process and its workers, relative to the root."""
         return [self.path(index) for index in self._damaged.nonzero().flatten().tolist()]
+
+    def digest(self) -> str:
+        """Digest of the paths of all images, in their order."""
+        total = hashlib.sha256()
+        for index in range(len(self)):
+            total.update(f"{self.path(index)}\n".encode(errors="surrogateescape"))
+        return total.hexdigest()
 
     def path(self, index: int) -> str:
         """Path of an image relative to the root, with forward slashes."""

@@ -165,6 +165,27 @@ def read_groups(
     return read, meta
 
 
+def check_finite(groups: Mapping[str, Mapping[str, Tensor]], where: str) -> None:
+    """Check that all numbers are finite.
+
+    Raises:
+        UserError: Naming the first tensor with NaN or infinity.
+    """
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise UserError(f"{where}: {group}/{name} has NaN or infinity")
+
+
+def is_whole(path: Path) -> bool:
+    """True if a safetensors file is as long as it says; its numbers are not read."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
 def _require_file(path: Path, flag: str) -> None:
     if path.is_dir():
         raise UserError(f"{flag} {path}: is a folder; give a file in it, such as checkpoints/0050000.safetensors")

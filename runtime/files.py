@@ -10,6 +10,9 @@ from pathlib import Path
 
 from runtime.errors import UserError
 
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -22,6 +25,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o666 & ~UMASK)  # some writers keep others from reading it
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -59,8 +63,17 @@ def check_writable(path: Path, flag: str) -> None:
 
 def remove_temporary(path: Path) -> None:
     """Remove temporary files that killed processes left at `path`."""
-    name = re.compile(rf"\.{re.escape(path.stem)}\.(\d+)\.tmp{re.escape(path.suffix)}")
-    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+    _remove(path.parent, rf"\.{re.escape(path.stem)}\.(\d+)\.tmp{re.escape(path.suffix)}")
+
+
+def sweep(folder: Path) -> None:
+    """Remove all temporary files that killed processes left in a folder; the caller holds its lock."""
+    _remove(folder, r"\..+\.(\d+)\.tmp(\.\w+)?")
+
+
+def _remove(folder: Path, pattern: str) -> None:
+    name = re.compile(pattern)
+    for entry in folder.iterdir() if folder.is_dir() else ():
         match = name.fullmatch(entry.name)
         if match and (int(match[1]) == os.getpid() or not _is_running(int(match[1]))):
             entry.unlink(missing_ok=True)

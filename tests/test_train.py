@@ -30,7 +30,13 @@ def trained(tmp_path_factory):
 def test_a_run_leaves_log_metrics_config_and_checkpoints(trained):
     folder = run_folder(trained)
     assert folder.name == "000-DiT-digits-2"
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "config.json", "log.txt", "metrics.jsonl"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock",
+        "checkpoints",
+        "config.json",
+        "log.txt",
+        "metrics.jsonl",
+    ]
     names = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert names == ["0000004.safetensors", "0000006.safetensors"]
     assert [m["step"] for m in metrics(trained)] == [1, 2, 3, 4, 5, 6]
@@ -66,7 +72,8 @@ def test_a_checkpoint_holds_everything_that_sampling_needs(trained):
     }  # fmt: skip
     assert meta["loss"] == {"name": "diffusion"} and meta["optimizer"]["name"] == "adamw"
     assert meta["encoder"] == {"name": "none"}
-    assert meta["data"] == {"image_shape": [1, 8, 8], "classes": [str(k) for k in range(10)]}
+    classes = [str(k) for k in range(10)]
+    assert meta["data"] == {"image_shape": [1, 8, 8], "classes": classes, "images": 1297, "digest": None}
     model = read_checkpoint(path, "model").weights
     assert model.keys() == average.weights.keys()
     assert not torch.equal(model["final_layer.linear.weight"], average.weights["final_layer.linear.weight"])
@@ -170,7 +177,7 @@ def test_latents_on_disk_train_as_their_images_do(images, tmp_path):
         ("--dataset digits --in-channels 3", "--in-channels 3: 3 for RGB or 1 for grey"),
         ("--data-path {images} --vae none --in-channels 2", "--in-channels 2"),
         ("--data-path {images} --vae nothing --num-classes 2", "--vae nothing: no such folder; give none, ema, mse"),
-        ("--dataset digits --lr nan", "--lr nan: must be positive and finite"),
+        ("--dataset digits --lr nan", "--lr nan: must be positive, and finite in float32"),
         ("--dataset digits --adam-betas 0.9 1.5", "--adam-betas 0.9 1.5: both must lie in [0, 1)"),
         ("--dataset digits --ema-decay 2", "--ema-decay 2.0"),
         ("--dataset digits --lr -1", "--lr -1.0: must be positive"),

@@ -24,6 +24,7 @@ from training.losses import LOSSES, loss_of
 from training.optimization import OPTIMIZERS
 
 PROGRAM = "train.py"
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +140,7 @@ class RunSettings:
     resume: str | None = setting(
         None, "resume a run: a checkpoint, or auto for the newest run of these settings", free=True
     )
+    override: tuple[str, ...] = setting((), "resume with other values of these flags, such as lr precision", free=True)
     init_from: Path | None = setting(None, "start from the weights in a file: ours, or an official .pt", free=True)
     log_every: int = setting(100, "steps between log lines", free=True)
     ckpt_every: int = setting(50_000, "steps between checkpoints; the last step always makes one", free=True)
@@ -152,6 +154,8 @@ class RunSettings:
         _at_least(self, 1, "log_every", "ckpt_every", "keep_last")
         if self.resume not in (None, "auto") and self.init_from is not None:
             raise ValueError(f"--init-from {self.init_from}: has no effect with --resume {self.resume}")
+        if self.override and self.resume is None:
+            raise ValueError(f"--override {' '.join(self.override)}: has no effect without --resume")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("--tensorboard: the package is not installed; pip install tensorboard")
 
@@ -273,5 +277,5 @@ def _at_least(settings: object, least: int, *names: str) -> None:
 def _positive(settings: object, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{flag_name(name)} {value}: must be positive and finite")
+        if value is not None and not 0 < value <= FLOAT32_MAX:
+            raise ValueError(f"{flag_name(name)} {value}: must be positive, and finite in float32")

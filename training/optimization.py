@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -54,8 +53,8 @@ class AdamW:
         """Validate the fields."""
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"--adam-betas {' '.join(map(str, self.adam_betas))}: both must lie in [0, 1)")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"--weight-decay {self.weight_decay}: must not be negative, and finite")
+        if not 0 <= self.weight_decay <= torch.finfo(torch.float32).max:
+            raise ValueError(f"--weight-decay {self.weight_decay}: must not be negative, and finite in float32")
 
     def make(self, parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
         """Build the optimizer."""

@@ -1,29 +1,28 @@
-"""A run: its folder, log and metrics, the checkpoint that it is resumed from, signals that stop it, and its profile."""
+"""A run: its folder, log and metrics, signals that stop it, and its profile."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from data.dataset import digest_of
 from runtime import distributed
-from runtime.checkpoint import read_groups
 from runtime.distributed import World
 from runtime.errors import UserError
-from runtime.files import atomic_path
-from runtime.settings import differences, document, flag_of, flatten, free_settings
-from training.config import KINDS, TrainSettings, upgrade
+from runtime.files import atomic_path, sweep
+from runtime.locks import locked
+from training.resume import ResumeState, run_number, set_aside
 from training.setup import Setup
 
 if TYPE_CHECKING:
@@ -50,8 +49,8 @@ def create_run_folder(results: Path, name: str) -> Path:
     try:
         results.mkdir(parents=True, exist_ok=True)
         while True:
-            taken = [int(p.name[:3]) for p in results.iterdir() if p.name[:3].isdigit()]
-            folder = results / f"{max(taken, default=-1) + 1:03d}-{name}"
+            number = 1 + max(map(run_number, results.iterdir()), default=-1)
+            folder = results / f"{number:03d}-{name}"
             try:
                 folder.mkdir()
             except FileExistsError:
@@ -107,116 +106,103 @@ def open_events(folder: Path) -> SummaryWriter:
     return SummaryWriter(str(folder))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Resuming
-
-
-class ResumeState(NamedTuple):
-    """A run to resume.
-
-    Attributes:
-        folder: Folder of the run.
-        groups: "model", "optimizer", the averages, and "projector" if the run has one: name -> tensor.
-        meta: The checkpoint's JSON document.
-    """
-
-    folder: Path
-    groups: dict[str, dict[str, Tensor]]
-    meta: dict[str, Any]
-
-
-def read_resume_state(path: Path) -> ResumeState:
-    """Read everything from one checkpoint of train.py.
+@contextmanager
+def locked_run(setup: Setup, world: World, saved: ResumeState | None = None) -> Iterator[Path | None]:
+    """The folder of `open_run`, on rank 0 and locked while the block runs.
 
     Raises:
-        UserError: If the file is missing, damaged, or not such a checkpoint.
+        UserError: On every rank, if another job trains in it, or it cannot be written to.
     """
+    with ExitStack() as stack:
 
-    def everything(present: Sequence[str]) -> list[str]:
-        return list(dict.fromkeys([*present, "model"]))
+        def opened() -> Path | None:
+            resumed = None if saved is None else saved.folder
+            if resumed is not None:
+                stack.enter_context(locked(resumed, f"--resume {setup.config.run.resume}: {resumed}"))
+            folder = open_run(setup, world, saved)
+            if folder is not None and resumed is None:
+                stack.enter_context(locked(folder, f"--results-dir {folder}"))
+            return folder
 
-    groups, meta = read_groups(path, everything, "--resume")
-    if meta is None:
-        raise UserError(f"--resume {path}: not a checkpoint of train.py; to start from weights alone use --init-from")
-    return ResumeState(path.parent.parent, groups, meta)
-
-
-def find_run(setup: Setup) -> ResumeState | None:
-    """The run that --resume means: that of a checkpoint, or the newest run with the same settings.
-
-    Raises:
-        UserError: If a checkpoint was named that is unusable, or was made with other settings.
-    """
-    resume, results = setup.config.run.resume, setup.config.run.results_dir
-    if resume is None:
-        return None
-    if resume != "auto":
-        state = read_resume_state(Path(resume))
-        changed = changes_since(setup, state.meta)
-        if changed:
-            raise UserError(f"--resume {resume}: the run has other settings: {'; '.join(changed[:3])}")
-        return state
-    for folder in sorted((p for p in results.glob("[0-9][0-9][0-9]-*") if p.is_dir()), reverse=True):
-        for path in sorted((folder / "checkpoints").glob("[0-9]*.safetensors"), reverse=True):
-            try:
-                state = read_resume_state(path)
-            except UserError as error:
-                print(f"skipped: {error}", file=sys.stderr)
-                continue
-            if changes_since(setup, state.meta):
-                break  # another run; its older checkpoints are no closer
-            return state
-    return None
-
-
-def changes_since(setup: Setup, meta: dict[str, Any]) -> list[str]:
-    """Settings of a checkpoint's run that are others now, and that its result depends on."""
-    free = free_settings(TrainSettings)
-    # A cosine spans all steps: with another number of them, the steps already taken would have been others.
-    if setup.config.optimization.lr_schedule != "constant":
-        free -= {"optimization.epochs", "optimization.max_steps"}
-    if setup.config.run.init_from is not None:
-        free -= {"run.init_from"}  # with --resume auto: the run that began there, or a new one
-    # Settings that did not exist yet had the effect of their defaults.
-    defaults = {kind: (name, type(settings)()) for kind, (name, settings) in setup.owners.items() if kind != "model"}
-    then = flatten(document(TrainSettings(), **{**setup.owners, **defaults})) | flatten(upgrade(meta["train"]))
-    then |= flatten({kind: meta[kind] for kind in setup.owners if kind in meta})
-    return differences(then, setup.document(), free, partial(flag_of, TrainSettings, KINDS))
+        folder = distributed.on_rank0(opened)
+        yield folder if world.is_main else None
 
 
 def open_run(setup: Setup, world: World, saved: ResumeState | None = None) -> Path | None:
-    """The run's folder, on rank 0: that of the run to resume, or a new one with its config."""
+    """The run's folder, on rank 0: that of the run to resume, or a new one with its config.
+
+    Raises:
+        UserError: If it cannot be written to.
+    """
     if not world.is_main:
         return None
-    if saved is not None:
-        step, folder = saved.meta["step"], saved.folder
-        cut_metrics(folder, step)
-        log = RunLog(folder)
-        log.line(f"Resumed {folder} at step {step}")
-        if saved.meta.get("draws") != DRAWS:
-            log.line("Note: the random draws of a step (times, noise, dropped labels) changed with version 0.2")
-        return folder
-    folder = create_run_folder(setup.config.run.results_dir, setup.config.model.replace("/", "-"))
-    (folder / "checkpoints").mkdir()
-    (folder / "config.json").write_text(json.dumps(setup.document(), indent=2) + "\n")
-    log = RunLog(folder)
-    log.line(f"Experiment directory created at {folder}")
-    for note in setup.notes:
-        log.line(f"--init-from: {note}")
+    resumed = None if saved is None else saved.folder
+    if saved is not None and resumed is not None:
+        rewind(resumed, saved.meta["step"])
+    folder = new_run(setup) if resumed is None else resumed
+    introduce(RunLog(folder), setup, saved)
     return folder
 
 
+def new_run(setup: Setup) -> Path:
+    """Make the folder of a new run, with its config.
+
+    Raises:
+        UserError: If it cannot be written; nothing of it is left.
+    """
+    folder = create_run_folder(setup.config.run.results_dir, setup.config.model.replace("/", "-"))
+    try:
+        (folder / "checkpoints").mkdir()
+        with atomic_path(folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(setup.document(), indent=2) + "\n")
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"--results-dir {folder}: cannot write there ({error.strerror})") from error
+    return folder
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Return a run's folder to a step: later metrics are dropped, later checkpoints renamed."""
+    for place in (folder, folder / "checkpoints"):
+        sweep(place)
+    cut_metrics(folder, step)
+    for path in set_aside(folder, step):
+        RunLog(folder).line(f"Set aside {path}")
+
+
+def introduce(log: RunLog, setup: Setup, saved: ResumeState | None) -> None:
+    """Log where a run starts, and what differs from the checkpoint that it starts from."""
+    if saved is None or saved.folder is None:
+        log.line(f"Experiment directory created at {log.folder}")
+        if saved is None and setup.config.run.resume is not None:
+            log.line(f"Nothing to resume in {setup.config.run.results_dir}: a new run")
+    for note in setup.notes:
+        log.line(f"--init-from: {note}")
+    if saved is None:
+        return
+    log.line(f"Resumed {saved.path if saved.folder is None else saved.folder} at step {saved.meta['step']}")
+    if saved.changed:
+        log.line(f"Changed since then: {'; '.join(saved.changed)}")
+    then = saved.meta.get("data", {})
+    if then.get("images") not in (None, len(setup.dataset)):
+        log.line(f"Note: the data has {len(setup.dataset):,} images; it had {then['images']:,}")
+    elif then.get("digest") not in (None, digest_of(setup.dataset)):
+        log.line("Note: the data has as many images as before, but not the same")
+    if saved.meta.get("draws") != DRAWS:
+        log.line("Note: the random draws of a step (times, noise, dropped labels) changed with version 0.2")
+
+
 def cut_metrics(folder: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl about steps after `step`, which are about to be repeated."""
+    """Drop the lines of metrics.jsonl about steps after `step`, which are about to be repeated, and damaged ones."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 lines.append(line + "\n")
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             continue  # the kill cut this line short
     with atomic_path(path) as temporary:
         temporary.write_text("".join(lines))

@@ -18,15 +18,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import GlobalBatches, conditioning
+from data.dataset import digest_of
 from data.pixels import to_unit_range
 from diffusion.loss import Batch, Draws
 from models import Network, family_name
 from runtime import distributed
-from runtime.checkpoint import load_weights, save_checkpoint
+from runtime.checkpoint import check_finite, load_weights, save_checkpoint
 from runtime.distributed import World
 from runtime.errors import FAILED_STATUS
 from training.optimization import EMA, FiniteGuard
-from training.run import DRAWS, INTERRUPTED_STATUS, ResumeState, RunLog, stop_on_signal, trace_steps
+from training.resume import ResumeState, thin
+from training.run import DRAWS, INTERRUPTED_STATUS, RunLog, stop_on_signal, trace_steps
 from training.setup import Setup, encode
 from training.validation import Validation
 
@@ -44,7 +46,12 @@ def checkpoint_meta(setup: Setup, step: int) -> dict[str, Any]:
         "step": step,
         **owners,
         "encoder": {"name": setup.config.data.vae},
-        "data": {"image_shape": list(setup.dataset.image_shape), "classes": list(setup.dataset.classes)},
+        "data": {
+            "image_shape": list(setup.dataset.image_shape),
+            "classes": list(setup.dataset.classes),
+            "images": len(setup.dataset),
+            "digest": digest_of(setup.dataset),
+        },
         "averages": {f"ema-{decay:g}": {"decay": decay}},
         "train": sections,
         "draws": DRAWS,
@@ -255,16 +262,21 @@ class Trainer:
             raise SystemExit(FAILED_STATUS)
 
     def save(self) -> None:
-        """Write a checkpoint, then remove those that --keep-last leaves out."""
+        """Write a checkpoint, then remove those that --keep-last leaves out.
+
+        Raises:
+            UserError: On every rank, if weights, average or optimizer are not finite.
+        """
         self.check_finite()
+        groups = self.state.groups()
+        check_finite(groups, f"step {self.state.step}: not saved; earlier checkpoints are intact")
         if self.folder is None:
             return
         path = self.folder / "checkpoints" / f"{self.state.step:07d}.safetensors"
-        save_checkpoint(path, self.state.groups(), checkpoint_meta(self.setup, self.state.step))
+        save_checkpoint(path, groups, checkpoint_meta(self.setup, self.state.step))
         self.log.line(f"Saved checkpoint to {path}")
         if self.config.run.keep_last is not None:
-            for old in sorted(path.parent.glob("[0-9]*.safetensors"))[: -self.config.run.keep_last]:
-                old.unlink()
+            thin(self.folder, self.state.step, self.config.run.keep_last)
 
 
 def recompute_activations(network: Network) -> None:

@@ -71,8 +71,28 @@ def test_two_ranks_resume_bit_by_bit_and_one_rank_continues_alike(tmp_path, whol
 
 def test_auto_starts_a_new_run_where_there_is_nothing_or_something_else(tmp_path):
     assert start(tmp_path, "--max-steps", 2, "--resume", "auto") == 0
-    assert start(tmp_path, "--max-steps", 2, "--resume", "auto", "--global-seed", 1) == 0
+    assert "Nothing to resume in" in runs.log(tmp_path)
+    assert start(tmp_path, "--max-steps", 2, "--resume", "auto", "--depth", 1) == 0, "another model"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000-DiT-digits-2", "001-DiT-digits-2"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (
+            "--lr 0.003",
+            "differs in --lr (0.002, 0.003); --override lr resumes all the same; leave out --resume",
+        ),
+        ("--global-seed 1 --grad-clip 1.0", "--global-seed (0, 1); --override"),
+        ("--process flow", "differs in --process (gaussian, flow)"),
+    ],
+)
+def test_auto_says_what_differs_in_a_run_of_this_model_and_data(argv, words, whole, capsys):
+    before = sorted(whole.rglob("*"))
+    assert start(whole, "--max-steps", 8, "--resume", "auto", *argv.split()) == 2
+    error = runs.the_error(capsys)
+    assert "--resume auto: nothing to resume: run 000-DiT-digits-2 " in error and words in error
+    assert sorted(whole.rglob("*")) == before
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path):
@@ -85,13 +105,13 @@ def test_a_finished_run_stays_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("--lr 1e-3", "--lr was 0.002, now 0.001"),
-        ("--model DiT-digits/2 --mlp-ratio 2", "--mlp-ratio was 4.0, now 2.0"),
-        ("--noise-schedule squaredcos_cap_v2", "--noise-schedule was 'linear', now 'squaredcos_cap_v2'"),
-        ("--process flow", "--process was 'gaussian', now 'flow'"),
-        ("--weight-decay 0.1", "--weight-decay was 0.0, now 0.1"),
-        ("--model DyDiT-digits/2", "--model was 'DiT-digits/2', now 'DyDiT-digits/2'"),
-        ("--precision bf16", "--precision was 'tf32', now 'bf16'"),
+        ("--lr 1e-3", "--lr (0.002, 0.001); --override lr resumes all the same"),
+        ("--model DiT-digits/2 --mlp-ratio 2", "--mlp-ratio (4.0, 2.0)"),
+        ("--noise-schedule squaredcos_cap_v2", "--noise-schedule (linear, squaredcos_cap_v2)"),
+        ("--process flow", "--process (gaussian, flow)"),
+        ("--weight-decay 0.1", "--weight-decay (0.0, 0.1)"),
+        ("--model DyDiT-digits/2", "--model (DiT-digits/2, DyDiT-digits/2)"),
+        ("--precision bf16", "--precision (tf32, bf16)"),
     ],
 )
 def test_a_named_checkpoint_of_other_settings_is_refused_with_their_flags(argv, words, whole, tmp_path, capsys):
@@ -116,7 +136,7 @@ def test_the_length_of_a_cosine_cannot_change_on_the_way(tmp_path, capsys):
     cosine = ["--lr-schedule", "cosine", "--max-steps"]
     assert start(tmp_path, *cosine, 4, "--ckpt-every", 2) == 0
     assert start(tmp_path, *cosine, 8, "--resume", checkpoint(tmp_path, 2)) == 2
-    assert "--max-steps was 4, now 8" in runs.the_error(capsys)
+    assert "--max-steps (4, 8)" in runs.the_error(capsys)
     before = state(checkpoint(tmp_path, 4))
     checkpoint(tmp_path, 4).unlink()
     assert start(tmp_path, *cosine, 4, "--resume", "auto") == 0
