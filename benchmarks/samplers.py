@@ -20,7 +20,7 @@ from diffusion.time_grids import TimeGrid
 from evaluator.digits import DigitsScores, score_digits
 from models.loading import resolve_checkpoint
 from runtime.settings import Values
-from sampling.config import open_table
+from sampling.config import chosen_table
 from sampling.pipeline import Pipeline
 
 # Settings to compare of a sampler of the registry; all others once, with their defaults
@@ -142,7 +142,7 @@ def searched(opened: Opened, tables: Sequence[str]) -> Iterator[Setup]:
         UserError: If one cannot be read, or does not fit the network.
     """
     for source in tables:
-        table = open_table(source, None)
+        table = chosen_table(source, None)
         if table.process == opened.pipeline.info.process:
             opened.pipeline.prepare(solver_table=source)
             yield Setup("searched", Path(source).stem, {"solver_table": source})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,6 @@ from torch import Tensor
 from diffusion.flow import FlowMatching
 from diffusion.gaussian import GaussianDiffusion
 from diffusion.predictions import conversion
-from diffusion.published_solvers import PUBLISHED, Published
 from diffusion.sampling import NoiseFn
 from diffusion.time_grids import half_log_snr
 from models.contract import TimeConvention
@@ -90,60 +89,24 @@ class SolverTable:
                 raise ValueError("searched for another noise schedule")
 
 
-def published_table(name: str, evaluations: int) -> SolverTable:
-    """One of the tables of the authors, for the official weights. Their FIDs were not checked here.
+def read_table(path: Path) -> SolverTable:
+    """Read a table of search_solver.py.
 
     Raises:
-        ValueError: For an unknown name, or a number of evaluations without a table.
+        ValueError: If there is none, or it is damaged.
     """
-    tables = PUBLISHED[name]
-    if evaluations not in tables.rows:
-        raise ValueError(f"{name} has tables for {', '.join(map(str, tables.rows))} evaluations, not {evaluations}")
-    sizes, rows = tables.rows[evaluations]
-    weights = tuple((*row, 1 - sum(row)) for row in ((), *rows))
-    times, levels = published_times(tables, sizes)
-    return SolverTable(tables.process, times, levels, weights, {"source": f"arXiv 2505.21114, {name}"})
-
-
-def published_times(tables: Published, sizes: Sequence[float]) -> tuple[tuple[float, ...], Levels]:
-    """Times in the process's units and levels of published step sizes."""
-    if tables.process == "flow":
-        ends = np.minimum(np.cumsum([0.0, *sizes]), 1.0)
-        return tuple(ends.tolist()), tuple(zip(ends.tolist(), (1 - ends).tolist(), strict=True))
-    t = np.clip(0.999 - np.cumsum([0.0, *sizes]), 1e-3, 1)
-    log_alpha = -(9.95 * t**2 + 0.1 * t) / 2  # the authors' continuous form of linear betas
-    alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
-    return tuple((1000 * t).tolist()), tuple(zip(alpha.tolist(), sigma.tolist(), strict=True))
-
-
-def read_table(source: str, evaluations: int | None = None) -> SolverTable:
-    """Read a table of search_solver.py, or a published one by its name.
-
-    Args:
-        source: File, or a name in `PUBLISHED`.
-        evaluations: Number of evaluations; None takes the file's, and 10 of a published one.
-
-    Raises:
-        ValueError: If there is none, it is damaged, or is for another number of evaluations.
-    """
-    if source in PUBLISHED:
-        return published_table(source, evaluations or 10)
     try:
-        document = json.loads(Path(source).read_text())
+        document = json.loads(path.read_text())
         if document["format"] != FORMAT:
             raise ValueError(f"format {document['format']}; this version reads {FORMAT}")
         levels = tuple((float(alpha), float(sigma)) for alpha, sigma in document["levels"])
         weights = tuple(tuple(map(float, row)) for row in document["weights"])
         times = tuple(map(float, document["times"]))
-        table = SolverTable(str(document["process"]), times, levels, weights, dict(document["protocol"]))
+        return SolverTable(str(document["process"]), times, levels, weights, dict(document["protocol"]))
     except OSError as error:
-        known = ", ".join(PUBLISHED)
-        raise ValueError(f"{error.strerror or error}; give a file of search_solver.py, or one of {known}") from error
+        raise ValueError(f"{error.strerror or error}; give a file of search_solver.py") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a table of search_solver.py, or damaged ({error})") from error
-    if evaluations not in (None, table.evaluations):
-        raise ValueError(f"a table of {table.evaluations} evaluations, not {evaluations}")
-    return table
 
 
 def write_table(table: SolverTable, path: Path) -> None:

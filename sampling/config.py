@@ -17,7 +17,7 @@ import torch
 
 from diffusion import PROCESSES, SAMPLERS
 from diffusion.guidance import Guidance, ScaleSchedule
-from diffusion.solver_table import SolverTable, read_table
+from diffusion.solver_table import SolverTable
 from models import FAMILIES, family_name
 from models.acceleration import can_compile
 from models.loading import CheckpointInfo
@@ -27,6 +27,7 @@ from runtime.distributed import PRECISIONS
 from runtime.errors import UserError, error_prefix
 from runtime.releases import ALIASES, Preset
 from runtime.settings import Given, Kind, flag_name, setting
+from sampling.published_solvers import open_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +269,7 @@ def resolve(given: Given[C], info: CheckpointInfo) -> tuple[C, object]:
         UserError: If the sampler is not one of the checkpoint's process, or settings do not go with each other.
     """
     config, preset = given.general, preset_of(info)
-    table = None if config.solver_table is None else open_table(config.solver_table, config.num_sampling_steps)
+    table = None if config.solver_table is None else chosen_table(config.solver_table, config.num_sampling_steps)
     name, guidance = config.sampler or preset.sampler, config.guidance
     row, published, default_scale = SAMPLERS[name], name == preset.sampler, guidance.cfg_scale is None
     if row.process != info.process:
@@ -295,7 +296,7 @@ def resolve(given: Given[C], info: CheckpointInfo) -> tuple[C, object]:
     return resolved, settings
 
 
-def open_table(source: str, steps: str | None) -> SolverTable:
+def chosen_table(source: str, steps: str | None) -> SolverTable:
     """Read the table of `--solver-table`.
 
     Raises:
@@ -304,7 +305,7 @@ def open_table(source: str, steps: str | None) -> SolverTable:
     if steps is not None and not steps.isdecimal():
         raise UserError(f"--num-sampling-steps {steps}: a table has a number of evaluations, such as 10")
     with error_prefix(f"--solver-table {source}"):
-        return read_table(source, None if steps is None else int(steps))
+        return open_table(source, None if steps is None else int(steps))
 
 
 def check_labels(labels: Sequence[int], num_classes: int, flag: str = "--class-labels") -> None:

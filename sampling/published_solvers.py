@@ -6,7 +6,13 @@ The authors report FIDs of 2.33 for DiT-XL/2 in 10 evaluations; for SiT-XL/2 in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+
+from diffusion.solver_table import Levels, SolverTable, read_table
 
 Numbers = tuple[float, ...]
 
@@ -169,3 +175,47 @@ PUBLISHED: dict[str, Published] = {
     }),
 }
 # fmt: on
+
+
+def open_table(source: str, evaluations: int | None = None) -> SolverTable:
+    """Read a table of search_solver.py, or a published one by its name.
+
+    Args:
+        source: File, or a name in `PUBLISHED`.
+        evaluations: Number of evaluations; None takes the file's, and 10 of a published one.
+
+    Raises:
+        ValueError: If there is none, it is damaged, or is for another number of evaluations.
+    """
+    if source in PUBLISHED:
+        return published_table(source, evaluations or 10)
+    table = read_table(Path(source))
+    if evaluations not in (None, table.evaluations):
+        raise ValueError(f"a table of {table.evaluations} evaluations, not {evaluations}")
+    return table
+
+
+def published_table(name: str, evaluations: int) -> SolverTable:
+    """One of the tables of the authors, for the official weights. Their FIDs were not checked here.
+
+    Raises:
+        ValueError: For an unknown name, or a number of evaluations without a table.
+    """
+    tables = PUBLISHED[name]
+    if evaluations not in tables.rows:
+        raise ValueError(f"{name} has tables for {', '.join(map(str, tables.rows))} evaluations, not {evaluations}")
+    sizes, rows = tables.rows[evaluations]
+    weights = tuple((*row, 1 - sum(row)) for row in ((), *rows))
+    times, levels = published_times(tables, sizes)
+    return SolverTable(tables.process, times, levels, weights, {"source": f"arXiv 2505.21114, {name}"})
+
+
+def published_times(tables: Published, sizes: Sequence[float]) -> tuple[tuple[float, ...], Levels]:
+    """Times in the process's units and levels of published step sizes."""
+    if tables.process == "flow":
+        ends = np.minimum(np.cumsum([0.0, *sizes]), 1.0)
+        return tuple(ends.tolist()), tuple(zip(ends.tolist(), (1 - ends).tolist(), strict=True))
+    t = np.clip(0.999 - np.cumsum([0.0, *sizes]), 1e-3, 1)
+    log_alpha = -(9.95 * t**2 + 0.1 * t) / 2  # the authors' continuous form of linear betas
+    alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
+    return tuple((1000 * t).tolist()), tuple(zip(alpha.tolist(), sigma.tolist(), strict=True))
