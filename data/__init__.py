@@ -45,6 +45,7 @@ def open_dataset(
     flip: bool | None = None,
     seed: int = 0,
     strict: bool = False,
+    trust_stamps: bool = False,
 ) -> Dataset:
     """Open a training set by the value of `--dataset`, one of `DATASETS`; the rest becomes its `DatasetSettings`.
 
@@ -56,7 +57,7 @@ def open_dataset(
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     size = None if image_size is None else sides(image_size)
-    return DATASETS[name](DatasetSettings(path, size, channels, flip, seed, strict))
+    return DATASETS[name](DatasetSettings(path, size, channels, flip, seed, strict, trust_stamps))
 
 
 def encoder_for(dataset: Dataset, vae: str, device: torch.device | str = "cpu") -> Encoder:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+import inspect
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from data.encoders import Encoder, LatentScaling
@@ -17,6 +25,11 @@ from runtime.download import quiet_hub
 OFFICIAL_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 OFFICIAL_FACTOR = 8
 OFFICIAL_CHANNELS = 4  # of their latents
+
+_WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.(safetensors|bin)")  # that diffusers reads in a folder
+_NORMALISATION = re.compile("scal|shift|mean|std|offset|whiten")  # in keys of a config
+_NOT_ENCODING = re.compile("decoder|up|out_|use_post|sample_size|force_upcast")  # starts of keys of a config
+_LONGEST = 1000  # characters of a value: longer lists are buffers of the module, which the fingerprint covers
 
 
 class Autoencoder(Encoder):
@@ -30,24 +43,44 @@ class Autoencoder(Encoder):
     decoder_parts: ClassVar[tuple[str, ...]] = ("decoder.",)  # prefixes of the weights that do not encode
     latents: ClassVar[str] = "latent"  # field of the module's encoding
     blocks: ClassVar[str] = "block_out_channels"  # key of the config with a number for each level of resolution
+    scaling_keys: ClassVar[tuple[str, ...]] = tuple(field.name for field in fields(LatentScaling))  # applied here
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(name)
         for package in self.packages:
             if importlib.util.find_spec(package) is None:
                 raise ValueError(f"{self.class_name} needs the package {package}; install it with pip")
-        self.module = _load(self.class_name, OFFICIAL_VAES.get(name, name), dtype)
-        self.module.to(device).eval().requires_grad_(False)
+        self.module = _load(self.class_name, OFFICIAL_VAES.get(name, name))
+        self.module.eval().requires_grad_(False)
+        config = self.module.config
+        self.read_config(config)
+        own = inspect.signature(type(self.module).__init__).parameters.keys() - set(self.scaling_keys)
+        self.check_normalisation(config, {*own, *self.scaling_keys, "block_out_channels"})
+        encoding = {key: config[key] for key in own & config.keys() if not _NOT_ENCODING.match(key)}
+        self.settings = {key: value for key, value in sorted(encoding.items()) if len(str(value)) < _LONGEST}
+        self._sha256 = ""
+        if dtype != torch.float32:
+            self.encoder_sha256()  # of the weights before they are rounded
+        nn.Module.to(self.module, device, dtype)  # that of diffusers warns where there is nothing to warn of
         if dtype != torch.float32:  # convolutions are faster channels last; float32 keeps the rounding of training
             self.module.to(memory_format=torch.channels_last)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.module.parameters())
-        self.read_config(self.module.config)
 
     def read_config(self, config: Mapping[str, Any]) -> None:
         """Set channels, factor and scaling."""
         self.image_channels, self.latent_channels = config["in_channels"], config["latent_channels"]
         self.factor = 2 ** (len(config[self.blocks]) - 1)
         self.scaling = LatentScaling.from_config(config, self.latent_channels)
+
+    def check_normalisation(self, config: Mapping[str, Any], known: Set[str]) -> None:
+        """Raise a ValueError for a key of the config that seems to normalise latents, and that nothing reads."""
+        for key, value in config.items():
+            if key[:1] != "_" and key not in known and value is not None and _NORMALISATION.search(key):
+                raise ValueError(f"its config.json has {key} {value}, which diffusers' {self.class_name} does not know")
+        if "scaling_factor" in {*config.get("_use_default_values", ())}.intersection(self.scaling_keys):
+            if self.name not in OFFICIAL_VAES:
+                factor = f"{config['scaling_factor']}, the default of {self.class_name}"
+                warnings.warn(f"--vae {self.name}: config.json has no scaling_factor; it is {factor}", stacklevel=2)
 
     def encode_rows(self, pixels: Tensor) -> Tensor:
         """Raw latents, float32."""
@@ -60,12 +93,14 @@ class Autoencoder(Encoder):
 
     def encoder_sha256(self) -> str:
         """Fingerprint of the weights that encode; autoencoders that differ in the decoder alone share it."""
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.module.state_dict().items()):
-            if not name.startswith(self.decoder_parts):
-                digest.update(f"{name} {tuple(weight.shape)} ".encode())
-                digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        if not self._sha256:
+            digest = hashlib.sha256()
+            for name, weight in sorted(self.module.state_dict().items()):
+                if not name.startswith(self.decoder_parts):
+                    digest.update(f"{name} {tuple(weight.shape)} ".encode())
+                    digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+            self._sha256 = digest.hexdigest()
+        return self._sha256
 
 
 class KLAutoencoder(Autoencoder, folder_class="AutoencoderKL"):
@@ -102,6 +137,7 @@ class RepresentationAutoencoder(Autoencoder, folder_class="AutoencoderRAE"):
     """AutoencoderRAE: features of a frozen vision transformer, for images of one size; deterministic."""
 
     packages = ("transformers",)
+    scaling_keys = ()  # the autoencoder itself normalises
 
     def read_config(self, config: Mapping[str, Any]) -> None:
         """Set channels and factor; there is no scaling, because the autoencoder itself normalises by position."""
@@ -120,19 +156,25 @@ class RepresentationAutoencoder(Autoencoder, folder_class="AutoencoderRAE"):
         return super().decode_rows(z) * 2 - 1
 
 
-def _load(class_name: str, source: str, dtype: torch.dtype) -> Any:
-    """Load an autoencoder of diffusers from a folder or the hub; any failure is a ValueError of one line."""
+def _load(class_name: str, source: str) -> Any:
+    """Load an autoencoder of diffusers in float32, from a folder or the hub.
+
+    Raises:
+        ValueError: Of one line, for any failure, weights that do not fit, and numbers that are not finite.
+    """
     import diffusers  # heavy, and only latents need it
     from diffusers.utils import logging
 
+    _check_files(Path(source))
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it warns of is an error here, in one line
+    logging.disable_progress_bar()
     try:
         with quiet_hub():
             module, report = getattr(diffusers, class_name).from_pretrained(
                 source,
                 low_cpu_mem_usage=False,
-                torch_dtype=dtype,
+                torch_dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report
             )
@@ -143,7 +185,51 @@ def _load(class_name: str, source: str, dtype: torch.dtype) -> Any:
     finally:
         logging.set_verbosity(level)
     _check_report(module, report)
+    for name, weight in module.state_dict().items():
+        if not weight.isfinite().all():
+            raise ValueError(f"the weights {name} of {source!r} are not finite; the file is damaged, download it again")
     return module
+
+
+def _check_files(folder: Path) -> None:
+    """Check the files of weights where diffusers does not: names in shards, checksums of zip files, types of numbers.
+
+    Raises:
+        ValueError: Naming the file. Files that cannot be read are left to the loader.
+    """
+    files = {path.name: path for path in folder.glob("*") if _WEIGHTS.fullmatch(path.name)}
+    safe = {name: path for name, path in files.items() if path.suffix == ".safetensors"}
+    types = {name: _types(path) for name, path in (safe or files).items()}
+    for name, held in types.items():
+        for key, is_floating in held.items():
+            if not is_floating:
+                raise ValueError(f"{folder / name}: {key} does not hold floating-point numbers; quantised weights?")
+    for index in folder.glob("diffusion_pytorch_model.*.index.json"):
+        shards = json.loads(index.read_text())["weight_map"]
+        for key, name in shards.items():
+            if types.get(name) and key not in types[name]:
+                raise ValueError(f"{folder / name}: lacks {key}, which {index.name} places there")
+
+
+def _types(path: Path) -> dict[str, bool]:
+    """Names in a file of weights, and True for floating-point numbers; empty if it cannot be read.
+
+    Raises:
+        ValueError: Naming the file, if a checksum of the zip format does not match.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: "F" in file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"{path}: damaged, {damaged} does not match its checksum; download it again")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: value.is_floating_point() for name, value in content.items() if isinstance(value, Tensor)}
+    except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError):
+        return {}
 
 
 def _check_report(module: nn.Module, report: Mapping[str, Sequence[Any]]) -> None:

@@ -5,17 +5,18 @@ The images of each step are a function of (seed, step), independent of ranks, wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from runtime import distributed
-from runtime.errors import UserError
+from runtime.errors import RankError, UserError
 from runtime.seeds import derive_seed
 
+T = TypeVar("T")
 Key = tuple[int, int]  # (epoch, index)
 Example = tuple[Tensor, int | Mapping[str, Tensor], int]  # (image, label or conditioning, index)
 
@@ -71,6 +72,27 @@ def check_same_data(dataset: Dataset, flag: str = "--data-path") -> None:
                 raise UserError(f"{flag}: rank {rank} has other {name} than rank 0{detail}; is the disk the same?")
 
 
+def read_batches(loader: Iterable[T], flag: str = "--data-path") -> Iterator[T]:
+    """Iterate over a loader of a data set.
+
+    Raises:
+        RankError: In one line, for a ValueError or OSError of the data set, in this process or a worker.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (OSError, ValueError) as error:
+            first, *traceback = str(error).strip().splitlines()  # a worker sends a traceback, which ends in TYPE: TEXT
+            message = traceback[-1].partition(": ")[2] if traceback else first
+            break
+        yield batch
+    del batches  # its workers end now, and not after the timeout of a late collection
+    raise RankError(f"{flag}: {message}")
+
+
 class DatasetSettings(NamedTuple):
     """Settings that a data set is opened with; None leaves the choice to the data set."""
 
@@ -80,6 +102,7 @@ class DatasetSettings(NamedTuple):
     flip: bool | None = None  # mirror at random; None does so for photographs and not for digits
     seed: int = 0  # of the flips
     strict: bool = False  # an image that cannot be read is an error, instead of being replaced and named
+    trust_stamps: bool = False  # use stored latents that are not newer than their index without checksums
 
     def require_path(self, content: str) -> Path:
         """The folder; a ValueError if none is given."""

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -44,14 +45,21 @@ class LatentScaling:
         for name, value in vars(self).items():
             positive = name in ("scaling_factor", "latents_std")
             for number in value if isinstance(value, tuple) else (value,):
-                if not math.isfinite(number) or (positive and number <= 0):
-                    raise ValueError(f"{name} {value}: must be {'positive' if positive else 'finite'}")
+                if isinstance(number, bool) or not isinstance(number, (int, float)):
+                    raise ValueError(f"{name} {value}: not a number")
+                rounded = float(torch.tensor(float(number), dtype=torch.float32))
+                if not math.isfinite(rounded) or (positive and rounded <= 0):
+                    raise ValueError(f"{name} {value}: must be {'positive' if positive else 'finite'} in float32")
+        if bool(self.latents_mean) != bool(self.latents_std):
+            raise ValueError("latents_mean and latents_std belong together; one of them is missing")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], channels: int) -> LatentScaling:
         """Read the fields from a config of diffusers or a latent store's index; absent and null mean no effect."""
         values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
         for name in values.keys() & {"latents_mean", "latents_std"}:
+            if not isinstance(values[name], (list, tuple)):
+                raise ValueError(f"{name} {values[name]}: not a list of numbers, one per latent channel")
             values[name] = tuple(values[name])
             if len(values[name]) not in (0, channels):
                 raise ValueError(f"{name} has {len(values[name])} numbers for {channels} latent channels")
@@ -85,6 +93,7 @@ class Encoder:
 
     stochastic = False  # raw latents are posterior parameters, and `to_latents` needs noise
     scaling = LatentScaling()
+    settings: Mapping[str, object] = MappingProxyType({})  # JSON values that, with the weights, fix raw latents
     weight_bytes = 0  # on the device
     image_channels = 3
     image_size: tuple[int, int] | None = None  # (H, W), if the encoder takes no other
@@ -157,7 +166,22 @@ class Encoder:
     def describe(self) -> dict[str, object]:
         """JSON values that fix raw latents, and how they become latents."""
         identity = {"name": self.name, "class": self.class_name or type(self).__name__, "sha256": self.encoder_sha256()}
-        return {**identity, "stochastic": self.stochastic, **asdict(self.scaling)}
+        return {**identity, "stochastic": self.stochastic, **asdict(self.scaling), "settings": dict(self.settings)}
+
+    def check_same(self, recorded: Mapping[str, Any]) -> None:
+        """Raise a ValueError if a description is that of another encoder; it may lack entries.
+
+        Decoders may differ, as those of the official pair do.
+        """
+        if recorded.get("sha256", self.encoder_sha256()) != self.encoder_sha256():
+            raise ValueError(f"the autoencoder {self.name!r} is not the one that made these latents")
+        scaling = LatentScaling.from_config(recorded, self.latent_channels)
+        if "scaling_factor" in recorded and scaling != self.scaling:
+            raise ValueError(f"the autoencoder {self.name!r} has {self.scaling}, but these latents {scaling}")
+        theirs = recorded.get("settings", {})
+        for name, value in json.loads(json.dumps(dict(self.settings))).items():
+            if theirs.get(name, value) != value:
+                raise ValueError(f"the autoencoder {self.name!r} has {name} {value}, but these latents {theirs[name]}")
 
     def encoder_sha256(self) -> str:
         """Fingerprint of the weights that encode; encoders that differ in the decoder alone share it."""
@@ -221,6 +245,8 @@ def check_sides(sides: Sequence[int], factor: int) -> None:
 def _class_of_folder(folder: Path) -> type[Encoder]:
     """The encoder for a folder, by the class that its config.json names."""
     supported = ", ".join(sorted(Encoder.folder_classes))
+    if folder.is_file():
+        raise ValueError(f"is a file; give a folder of diffusers, with config.json and weights ({supported})")
     if not folder.is_dir():
         raise ValueError(f"no such folder; give {', '.join(Encoder.names)}, or the folder of an autoencoder")
     try:
@@ -228,6 +254,6 @@ def _class_of_folder(folder: Path) -> type[Encoder]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         hint = "give its subfolder vae" if (folder / "vae").is_dir() else f"supported are {supported} of diffusers"
         raise ValueError(f"has no config.json that names a class (_class_name); {hint}") from error
-    if name not in Encoder.folder_classes:
+    if not isinstance(name, str) or name not in Encoder.folder_classes:
         raise ValueError(f"{name} is not supported; supported are {supported}, which take single images and frames")
     return Encoder.folder_classes[name]

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from data.dataset import DatasetSettings, Example, Key, sides
+from data.layouts import describe_layout
 from data.pixels import Images
 from runtime.seeds import derive_seed
 
@@ -155,7 +156,8 @@ class ImageFolder:
         try:
             self._samples = (scanned := Scanner(str(root))).samples
         except FileNotFoundError as error:
-            raise ValueError(f"{root}: expected class folders with images in them ({error})") from error
+            expected = f"{root}: expected class folders with images in them ({error})"
+            raise ValueError(describe_layout(root) or expected) from error
         self.classes: list[str] = scanned.classes
         self.image_shape: tuple[int, ...] = (channels, *sides(image_size))
         self._root, self._flip, self._seed, self._strict = root, flip, seed, strict

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from data.layouts import describe_layout
 from data.npz_file import npy_header
 from runtime.download import sha256_of
 from runtime.files import atomic_path
@@ -121,11 +122,13 @@ def read_index(folder: Path) -> Json:
     """
     path = folder / INDEX
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+        raise ValueError(f"{folder}: {'not a' if folder.exists() else 'no such'} folder")
     try:
         index = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: missing; the extraction is not finished, {REMEDY}") from error
+        unfinished = f"{path}: missing; the extraction is not finished, {REMEDY}"
+        other = None if (folder / MANIFEST).exists() or shard_files(folder) else describe_layout(folder)
+        raise ValueError(other or unfinished) from error
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); {REMEDY}") from error
     index = latent_index(index) if isinstance(index, dict) else {}
@@ -148,8 +151,8 @@ def write_json(path: Path, value: Mapping[str, object], indent: int | None = 2) 
 
 def remove_partial(folder: Path) -> None:
     """Remove temporary files of a killed extraction."""
-    for path in folder.glob(".*.tmp.*"):
-        if re.fullmatch(r"\.(\d{5}|index|manifest)\.\d+\.tmp\.(npy|json)", path.name):
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\.(\d{5}|index|manifest)\.(\d+\.tmp\.(npy|json)|json\.\d+\.probe)", path.name):
             path.unlink(missing_ok=True)
 
 
@@ -159,8 +162,8 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def remove_shards(folder: Path) -> None:
-    """Remove an extraction: index, manifest and shards, the index first."""
-    for path in (folder / INDEX, folder / MANIFEST, *shard_files(folder)):
+    """Remove an extraction: index, shards and manifest; by that order the rest is recognised after a kill."""
+    for path in (folder / INDEX, *shard_files(folder), folder / MANIFEST):
         path.unlink(missing_ok=True)
 
 
@@ -172,6 +175,12 @@ def check_size(path: Path, expected: int) -> None:
         raise ValueError(f"{path}: missing; {REMEDY}") from error
     if actual != expected:
         raise ValueError(f"{path}: {actual:,} bytes instead of {expected:,}; delete it and {REMEDY}")
+
+
+def check_sha256(path: Path, shard: Json) -> None:
+    """Raise a ValueError unless a file of a shard is the one that was written."""
+    if sha256_of(path) != shard["files"][path.name]["sha256"]:
+        raise ValueError(f"{path}: not what was written (sha256); delete it and {REMEDY}")
 
 
 def map_array(path: Path, shape: tuple[int, ...]) -> Raw:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from data.autoencoders import OFFICIAL_VAES
 from data.dataset import DatasetSettings, Example, Key
 from data.encoders import Encoder, LatentScaling, Shape, open_encoder
 from data.image_folder import is_flipped
@@ -20,19 +21,20 @@ from data.latent_files import (
     Json,
     Raw,
     array_path,
+    check_sha256,
     check_size,
     is_finite,
     map_array,
     read_index,
 )
-from runtime.download import sha256_of
 
 _ROWS_AT_A_TIME = 256
 
 
 def open_latents(settings: DatasetSettings) -> LatentShards:
     """Open a latent store; a ValueError if there is none, or it is of images of another shape."""
-    latents = LatentShards(settings.require_path("a folder of latents"), flip=settings.flip, seed=settings.seed)
+    folder = settings.require_path("a folder of latents")
+    latents = LatentShards(folder, flip=settings.flip, seed=settings.seed, trust_stamps=settings.trust_stamps)
     expected = (*latents.image_shape[:-3], settings.channels, *(settings.size or latents.image_shape[-2:]))
     if latents.image_shape != expected:
         raise ValueError(f"the latents are of images {latents.image_shape}, not {expected}; check size and channels")
@@ -42,10 +44,14 @@ def open_latents(settings: DatasetSettings) -> LatentShards:
 class LatentShards:
     """A latent store as a data set; its items are raw latents.
 
+    The index and the descriptions of shards are compared with their checksums here; an array at its first use, in the
+    process that reads it.
+
     Args:
         folder: Output of scripts/extract_latents.py.
         flip: Mirror at random, as `random_flip` does; None does so if both flips are stored.
         seed: Seed of the flips.
+        trust_stamps: Use arrays that are not newer than the index without comparing their checksums.
 
     Attributes:
         raw_shape: Shape of an item.
@@ -57,9 +63,9 @@ class LatentShards:
 
     worth_workers = True
 
-    def __init__(self, folder: Path, *, flip: bool | None = None, seed: int = 0) -> None:
+    def __init__(self, folder: Path, *, flip: bool | None = None, seed: int = 0, trust_stamps: bool = False) -> None:
         index = read_index(folder)
-        self._folder, self._seed = folder, seed
+        self._folder, self._seed, self._trust_stamps = folder, seed, trust_stamps
         self._shards, self._encoder = index["shards"], index["encoder"]
         self.classes: list[str] = index["classes"]
         self.image_shape: tuple[int, ...] = tuple(index["image_shape"])
@@ -71,6 +77,8 @@ class LatentShards:
         self._flip = flips == 2 and flip is not False
         self._row_shape = (flips, *raw_shape)
         self._ends = np.cumsum([shard["count"] for shard in self._shards])
+        # Shared with the loader's workers, which share the pages of the file, too
+        self._checked = torch.zeros(len(self._shards), dtype=torch.bool).share_memory_()
         self._map_shards()
         self._labels = self._read_labels()
 
@@ -92,12 +100,14 @@ class LatentShards:
 
         Raises:
             IndexError: If an index is out of range.
-            ValueError: Naming file and image, if its latents are not finite.
+            ValueError: Naming the file, if it is not what was written, or its latents are not finite.
         """
         indices = np.array([index for _, index in keys], dtype=np.int64)
         if len(keys) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"indices must be in [0, {len(self)})")
         shards, rows = self._locate(indices)
+        for position in {*shards.tolist()}:
+            self._check_array(position)
         raw = np.empty((len(keys), *self.raw_shape), np.float16)
         for out, shard, row, key in zip(raw, shards.tolist(), rows.tolist(), keys, strict=True):
             out[...] = self._arrays[shard][row, int(self._flip and is_flipped(key, self._seed))]
@@ -114,25 +124,36 @@ class LatentShards:
         return json.loads(self._description(int(shard)).read_text())["paths"][row]
 
     def verify(self) -> None:
-        """Check checksums of all files, and that all latents are finite; a ValueError names the first bad file."""
+        """Check checksums of all arrays, and that all latents are finite; a ValueError names the first bad file."""
         for shard, array in zip(self._shards, self._arrays, strict=True):
-            for name, record in shard["files"].items():
-                if sha256_of(self._folder / name) != record["sha256"]:
-                    raise ValueError(f"{self._folder / name}: not what was written (sha256); delete it and {REMEDY}")
+            check_sha256(array_path(self._folder, shard), shard)
             for start in range(0, len(array), _ROWS_AT_A_TIME):
                 if not is_finite(array[start : start + _ROWS_AT_A_TIME]):
                     path = array_path(self._folder, shard)
                     raise ValueError(f"{path}: holds NaN or infinity; delete it and {REMEDY}")
 
+    def _check_array(self, position: int) -> None:
+        """Compare an array with its checksum, once for this process and its workers."""
+        if self._checked[position]:
+            return
+        shard = self._shards[position]
+        path = array_path(self._folder, shard)
+        if not (self._trust_stamps and path.stat().st_mtime_ns <= (self._folder / INDEX).stat().st_mtime_ns):
+            check_sha256(path, shard)
+        self._checked[position] = True
+
     def encoder(self, vae: str | None = None, device: torch.device | str = "cpu") -> StoredEncoder:
         """The encoder of these items, which decodes with `vae` (a value of `--vae`; None is that of the extraction).
 
         Raises:
-            ValueError: For "none".
+            ValueError: For "none", and for an autoencoder that is not the one of these latents.
         """
         if vae == "none":
             raise ValueError(f"{self._folder} holds latents of the autoencoder {self.vae!r}; give that one")
-        return StoredEncoder(vae or self.vae, device, self._encoder, self.raw_shape, self.image_shape)
+        encoder = StoredEncoder(vae or self.vae, device, self._encoder, self.raw_shape, self.image_shape)
+        if encoder.name != self.vae and {encoder.name, self.vae} != set(OFFICIAL_VAES):
+            encoder.load()
+        return encoder
 
     def __getstate__(self) -> dict[str, object]:
         """The members without the maps: pickling one would copy the whole array to the worker."""
@@ -161,6 +182,7 @@ class LatentShards:
                 raise ValueError(f"{path}: not the description of a shard; delete it and {REMEDY}") from error
             if len(part) != shard["count"]:
                 raise ValueError(f"{path}: {len(part)} labels instead of {shard['count']}; delete it and {REMEDY}")
+            check_sha256(path, shard)
             labels += part
         return np.array(labels, dtype=np.int64)
 
@@ -183,10 +205,10 @@ class StoredEncoder(Encoder):
         self, name: str, device: torch.device | str, recorded: Json, raw_shape: Shape, image_shape: Shape
     ) -> None:
         super().__init__(name)
-        self._sha256, self._raw_shape, self._image_shape = recorded["sha256"], raw_shape, image_shape
+        self._recorded, self._raw_shape, self._image_shape = recorded, raw_shape, image_shape
         self._device = device
         self._decoder: Encoder | None = None
-        self.stochastic = recorded["stochastic"]
+        self.stochastic, self.settings = recorded["stochastic"], recorded.get("settings", {})
         self.scaling = LatentScaling.from_config(recorded, self.latent_shape(image_shape)[-3])
 
     def raw_shape(self, image_shape: Shape) -> Shape:
@@ -206,19 +228,27 @@ class StoredEncoder(Encoder):
             raise ValueError(f"takes stored latents {self._raw_shape}, not {tuple(pixels.shape[1:])}")
         return pixels
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels, not clamped.
+    def encoder_sha256(self) -> str:
+        """The fingerprint in the store."""
+        sha256: str = self._recorded["sha256"]
+        return sha256
+
+    def describe(self) -> dict[str, object]:
+        """The description in the store, with the name of the autoencoder that decodes."""
+        return {**self._recorded, "name": self.name}
+
+    def load(self) -> Encoder:
+        """Load the autoencoder.
 
         Raises:
-            ValueError: If the autoencoder cannot be loaded, or is not the one that encoded.
+            ValueError: If it cannot be loaded, or is not the one that encoded.
         """
         if self._decoder is None:
             loaded = open_encoder(self.name, self._image_shape, self._device)
-            if loaded.encoder_sha256() != self._sha256:
-                raise ValueError(f"the autoencoder {self.name!r} is not the one that made these latents")
-            if loaded.scaling != self.scaling:
-                raise ValueError(
-                    f"the autoencoder {self.name!r} has {loaded.scaling}, but these latents {self.scaling}"
-                )
+            loaded.check_same(self._recorded)
             self._decoder = loaded
-        return self._decoder.decode(latents)
+        return self._decoder
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels, not clamped; a ValueError as `load` raises it."""
+        return self.load().decode(latents)

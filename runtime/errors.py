@@ -15,6 +15,10 @@ class UserError(Exception):
     """A mistake of the user; the message names flag or file, value and remedy."""
 
 
+class RankError(UserError):
+    """A mistake that one rank may have met alone; it prints the line itself."""
+
+
 class RankTimeout(Exception):
     """A collective operation timed out: another process hangs or is gone."""
 
@@ -42,7 +46,7 @@ def run(main: Callable[[Sequence[str]], None], program: str, argv: Sequence[str]
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR_STATUS
     except RankTimeout as error:

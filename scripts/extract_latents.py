@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -45,6 +46,8 @@ from runtime.command_line import parse_config
 from runtime.distributed import World
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import check_writable
+from runtime.locks import NAME as LOCK
+from runtime.locks import locked
 from runtime.migrate import latent_index
 from runtime.settings import flag_name, setting
 
@@ -147,32 +150,59 @@ def set_up(config: ExtractConfig, device: torch.device) -> Job:
     return Job(config, images, encoder, row_shape, json.loads(json.dumps(manifest)))
 
 
-def check_settings(job: Job) -> None:
-    """Refuse to continue an extraction that was started with other settings.
+def difference_between(job: Job, other: Json) -> tuple[str, str] | None:
+    """First difference from another manifest: its flag, and words for it; None if both make the same bytes."""
+    for name, flag in FLAGS.items():
+        ours, theirs = job.manifest[name], other.get(name)
+        if name == "encoder" and isinstance(theirs, dict):  # its folder may have moved
+            try:
+                job.encoder.check_same(theirs)
+            except ValueError as error:
+                return flag, f"(other encoder): {error}"
+        elif ours != theirs:
+            return flag, f"(other {name})" if name in LONG else f"({name} {ours} instead of {theirs})"
+    return None
+
+
+def check_ranks(job: Job) -> None:
+    """Check that all ranks have the same images, classes and encoder.
 
     Raises:
-        UserError: Naming the first flag that differs.
+        UserError: On all ranks, naming the first that differs from rank 0.
     """
-    path, where = job.config.output / MANIFEST, f"--output {job.config.output}"
+    first, *others = distributed.objects_from_all_ranks(job.manifest)
+    for rank, other in enumerate(others, start=1):
+        for name, flag in FLAGS.items():
+            if other[name] != first[name]:
+                shown = "" if name in LONG else f" ({other[name]} instead of {first[name]})"
+                raise UserError(f"{flag}: rank {rank} has other {name} than rank 0{shown}; give all ranks the same")
+
+
+def check_settings(job: Job) -> None:
+    """Refuse to continue an extraction that was started with other settings, and to touch files of other programs.
+
+    Raises:
+        UserError: Naming the first flag that differs, or the file.
+    """
+    folder, path, where = job.config.output, job.config.output / MANIFEST, f"--output {job.config.output}"
     remedy = "give the same settings, another --output, or --overwrite to start again"
+    by_hand = "give the same settings or another --output, or remove what is there"
+    present = [*filter(Path.exists, (folder / INDEX,)), *shard_files(folder)]
     if not path.exists():
-        if shards := shard_files(job.config.output):
-            raise UserError(f"{where}: {shards[0].name} is there, but no {MANIFEST}; {remedy}")
+        if present:
+            raise UserError(f"{where}: {present[0].name} is there, but no {MANIFEST}; {by_hand}")
         return
     try:
         started = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{where}: {path} is not JSON; {remedy}") from error
+        raise UserError(f"{where}: {path} is not JSON; {by_hand}") from error
     started = latent_index(started) if isinstance(started, dict) else {}
     if started.get("format") != FORMAT:
-        raise UserError(f"{where}: {path} is of another format; {remedy}")
-    # The name is left out: the folder of an encoder may have moved
-    now, then = ({**each, "encoder": {**each.get("encoder", {}), "name": ""}} for each in (job.manifest, started))
-    for name, flag in FLAGS.items():
-        ours, theirs = now[name], then.get(name)
-        if ours != theirs:
-            shown = f"other {name}" if name in LONG else f"{name} {ours} instead of {theirs}"
-            raise UserError(f"{flag}: {path} was started with other settings ({shown}); {remedy}")
+        raise UserError(f"{where}: {path} is of another format; {by_hand}")
+    if job.config.overwrite:
+        return
+    if difference := difference_between(job, started):
+        raise UserError(f"{difference[0]}: {path} was started with other settings {difference[1]}; {remedy}")
 
 
 def check_finished(job: Job) -> list[int]:
@@ -283,12 +313,12 @@ def encode_shard(job: Job, number: int, batches: Iterator[Decoded], world: World
 
 def start(job: Job) -> None:
     """Prepare the output folder; on one process, before the others write."""
-    output = job.config.output
+    path = job.config.output / MANIFEST
     if job.config.overwrite:
-        remove_shards(output)
-    remove_partial(output)
-    if not (output / MANIFEST).exists():
-        write_json(output / MANIFEST, job.manifest)
+        remove_shards(job.config.output)
+    remove_partial(job.config.output)
+    if not path.exists() or json.loads(path.read_text()) != job.manifest:  # of an earlier format, or a moved encoder
+        write_json(path, job.manifest)
 
 
 def finish(job: Job) -> None:
@@ -307,16 +337,18 @@ def finish(job: Job) -> None:
 def main(argv: Sequence[str]) -> None:
     """Parse flags, encode on all processes, write the index."""
     config = parse_config(ExtractConfig, argv, program=PROGRAM, doc=__doc__)
-    with distributed.world(config.device, timeout_seconds=WEEK) as world:
+    with distributed.world(config.device, timeout_seconds=WEEK) as world, ExitStack() as held:
         distributed.allow_tf32(False)
-        job = set_up(config, world.device)
-        if not config.overwrite:
-            check_settings(job)
-        check_writable(config.output / INDEX, "--output")
-        distributed.barrier()  # all have read the manifest
-        if world.is_main:
-            start(job)
-        distributed.barrier()
+        with distributed.raise_on_all_ranks():
+            job = set_up(config, world.device)
+        check_ranks(job)
+        with distributed.raise_on_all_ranks():
+            check_writable(config.output / INDEX, "--output")
+            if world.is_main:
+                held.enter_context(locked(config.output, f"--output {config.output}"))
+                held.callback((config.output / LOCK).unlink, missing_ok=True)  # before it is released
+                check_settings(job)
+                start(job)
         pending = check_finished(job)
         distributed.barrier()  # all have the same list, and none has started
         extract(job, pending, world)

@@ -47,6 +47,9 @@ class DataSettings:
     )
     flip: bool | None = setting(None, "mirror images at random", shown="yes, but not for the digits")
     strict: bool = setting(False, "end the run at an unreadable image instead of replacing and naming it", free=True)
+    trust_stamps: bool = setting(
+        False, "use shards of latents that are not newer than their index without comparing checksums", free=True
+    )
     num_workers: int = setting(4, "loader processes a rank", free=True)
 
     def __post_init__(self) -> None:
@@ -55,6 +58,8 @@ class DataSettings:
         _at_least(self, 0, "num_workers")
         if self.data_path is not None and self.dataset == "digits":
             raise ValueError(f"--data-path {self.data_path}: has no effect with --dataset digits")
+        if self.trust_stamps and self.dataset != "latents":
+            raise ValueError("--trust-stamps: has no effect without --dataset latents")
 
 
 @dataclass(frozen=True, kw_only=True)

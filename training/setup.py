@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from data import Dataset, encoder_for, open_dataset, open_digits
 from data.encoders import Encoder
+from data.latents import LatentShards
 from data.vision_encoder import VisionEncoder
 from diffusion import PREVIEW_SAMPLER, PROCESSES, make_sampler
 from diffusion.alignment import Alignment
@@ -182,6 +183,7 @@ def open_training_data(config: TrainSettings) -> Dataset:
             flip=data.flip,
             seed=config.optimization.global_seed,
             strict=data.strict,
+            trust_stamps=data.trust_stamps,
         )
 
 
@@ -386,15 +388,21 @@ def open_held_out(config: TrainSettings, dataset: Dataset) -> Dataset | None:
         return None
     channels, height, width = dataset.image_shape[-3:]
     with error_prefix("--eval-data-path"):
-        held_out = open_dataset(data.dataset, path, (height, width), channels, flip=False, strict=data.strict)
+        held_out = open_dataset(
+            data.dataset,
+            path,
+            (height, width),
+            channels,
+            flip=False,
+            strict=data.strict,
+            trust_stamps=data.trust_stamps,
+        )
     if list(held_out.classes) != list(dataset.classes):
         raise UserError(
             f"--eval-data-path {path}: its {len(held_out.classes)} classes are not the {len(dataset.classes)} of "
             "--data-path, by name"
         )
-    if held_out.vae != dataset.vae:
-        raise UserError(
-            f"--eval-data-path {path}: latents of the autoencoder {held_out.vae}, but --data-path has those of "
-            f"{dataset.vae}"
-        )
+    if isinstance(dataset, LatentShards) and isinstance(held_out, LatentShards):
+        with error_prefix(f"--eval-data-path {path}: not latents of the same autoencoder as those in --data-path"):
+            held_out.encoder().check_same(dataset.encoder().describe())
     return held_out

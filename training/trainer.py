@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import GlobalBatches, conditioning
-from data.dataset import digest_of
+from data.dataset import digest_of, read_batches
 from data.pixels import to_unit_range
 from diffusion.loss import Batch, Draws
 from models import Network, family_name
@@ -305,7 +305,7 @@ def batches(setup: Setup, world: World, first_step: int) -> Iterator[tuple[int, 
         pin_memory=world.device.type == "cuda",
         persistent_workers=workers > 0,
     )
-    for step, (images, labels, index) in zip(steps, loader, strict=True):
+    for step, (images, labels, index) in zip(steps, read_batches(loader), strict=True):
         yield step, micro_batches(setup, world, step, images, conditioning(labels), index)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from data import Dataset, conditioning
+from data.dataset import read_batches
 from data.pixels import enlarge, grid, save_png, to_picture, to_uint8
 from diffusion import ImageNoise, evaluations, guided, sample_loop
 from diffusion.loss import Batch, DiffusionLoss
@@ -142,7 +143,7 @@ class Validation:
         )
         sums = torch.zeros(2, QUARTERS, dtype=torch.float64, device=device)  # losses, and how many
         process = self.loss.process
-        for number, (raw, y, index) in zip(own, loader, strict=True):
+        for number, (raw, y, index) in zip(own, read_batches(loader, "--eval-data-path"), strict=True):
             draws = self.loss.draw(number, len(index), device=device)
             latents = encode(self.setup, raw.to(device), number, range(len(index)), self.seed)
             batch = Batch(latents, {name: leaf.to(device) for name, leaf in conditioning(y).items()}, index)

@@ -30,7 +30,8 @@ def copy(vae_folder, tmp_path):
 
 def edit_config(folder, **changes):
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 
 def edit_weights(folder, change):
@@ -183,6 +184,123 @@ def test_weights_that_do_not_fill_it_are_named(name, copy, recwarn):
     assert "\n" not in str(error.value) and not recwarn.list
 
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def to_bin(folder):
+    """Weights as earlier versions of diffusers write them."""
+    path = folder / "diffusion_pytorch_model.bin"
+    torch.save(load_file(folder / WEIGHTS), path)
+    (folder / WEIGHTS).unlink()
+    return path
+
+
+def to_shards(folder):
+    """Weights in two shards and an index."""
+    weights, map_ = load_file(folder / WEIGHTS), {}
+    (folder / WEIGHTS).unlink()
+    for number in (1, 2):
+        name = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        part = {key: weights[key] for key in sorted(weights)[number - 1 :: 2]}
+        save_file(part, folder / name, metadata={"format": "pt"})
+        map_ |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": map_}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    return sorted(folder.glob("*-of-*"))
+
+
+@pytest.mark.parametrize("write", [to_bin, to_shards])
+def test_other_files_of_the_same_weights_are_read(write, vae_folder, copy):
+    write(copy)
+    first, second = (open_encoder(str(folder), IMAGE) for folder in (vae_folder[0], copy))
+    assert first.encoder_sha256() == second.encoder_sha256()
+
+
+def swap_shards(folder):
+    first, second = to_shards(folder)
+    first.write_bytes(second.read_bytes())
+
+
+def lose_a_shard(folder):
+    to_shards(folder)[1].unlink()
+
+
+def flip_a_bit(folder):
+    path = to_bin(folder)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def store_under_a_key(folder):
+    path = to_bin(folder)
+    torch.save({"state_dict": torch.load(path)}, path)
+
+
+def change_weight(value):
+    return lambda folder: edit_weights(folder, lambda w: {**w, "decoder.conv_in.bias": torch.full((16,), value)})
+
+
+DAMAGES = {
+    "a shard that holds other weights": (swap_shards, r"00001-of-00002.safetensors: lacks decoder.*index.json places"),
+    "a missing shard": (lose_a_shard, "cannot load the autoencoder .*00002-of-00002.safetensors"),
+    "a flipped bit in a zip file": (
+        flip_a_bit,
+        r"model.bin: damaged, .* does not match its checksum; download it again",
+    ),
+    "weights under a key": (store_under_a_key, r"\(missing: encoder.conv_in.weight .*; unexpected: state_dict\)"),
+    "NaN": (change_weight(float("nan")), "the weights decoder.conv_in.bias of .* are not finite"),
+    "infinity": (change_weight(float("inf")), "the weights decoder.conv_in.bias of .* are not finite"),
+    "integers": (change_weight(3), "model.safetensors: decoder.conv_in.bias does not hold floating-point numbers"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_files_of_weights_are_refused(name, copy):
+    damage, message = DAMAGES[name]
+    damage(copy)
+    with pytest.raises(ValueError, match=message) as error:
+        open_encoder(str(copy), IMAGE)
+    assert "\n" not in str(error.value)
+
+
+def test_a_scale_that_is_not_written_down_is_said(copy, recwarn):
+    edit_config(copy, scaling_factor=...)
+    assert open_encoder(str(copy), IMAGE).scaling == LatentScaling(0.18215)
+    (warning,) = recwarn.list
+    assert str(warning.message) == (
+        f"--vae {copy}: config.json has no scaling_factor; it is 0.18215, the default of AutoencoderKL"
+    )
+
+
+def test_what_a_class_does_not_read_is_applied_all_the_same(tmp_path):
+    """AutoencoderDC knows a scaling factor alone."""
+    small_dc().save_pretrained(tmp_path)
+    edit_config(tmp_path, shift_factor=0.5, latents_mean=[0.0, 1.0, 2.0, 3.0], latents_std=[1.0, 2.0, 4.0, 8.0])
+    encoder = open_encoder(str(tmp_path), IMAGE)
+    latents = encoder.to_latents(torch.zeros(1, 4, 8, 8))
+    assert latents[0, :, 0, 0].tolist() == [-0.25, -0.375, -0.3125, -0.21875]
+    assert encoder.describe()["shift_factor"] == 0.5
+
+
+def test_another_encoder_than_a_description_is_refused(vae_folder, copy):
+    recorded = json.loads(json.dumps(open_encoder(str(vae_folder[0]), IMAGE).describe()))
+    half = open_encoder(str(copy), IMAGE, dtype=torch.bfloat16)
+    half.check_same(recorded)  # its fingerprint is that of the file
+    half.check_same({key: recorded[key] for key in ("name", "sha256", "stochastic")})
+    edit_weights(copy, lambda w: {**w, "decoder.conv_in.bias": torch.zeros(16)})
+    open_encoder(str(copy), IMAGE).check_same(recorded)
+    edit_config(copy, norm_num_groups=2)
+    with pytest.raises(ValueError, match="has norm_num_groups 2, but these latents 4"):
+        open_encoder(str(copy), IMAGE).check_same(recorded)
+    edit_config(copy, norm_num_groups=4, shift_factor=0.1)
+    with pytest.raises(ValueError, match=r"has LatentScaling\(.*shift_factor=0.1.* but these latents LatentScaling"):
+        open_encoder(str(copy), IMAGE).check_same(recorded)
+    edit_weights(copy, lambda w: {**w, "quant_conv.bias": torch.zeros(8)})
+    with pytest.raises(ValueError, match="is not the one that made these latents"):
+        open_encoder(str(copy), IMAGE).check_same(recorded)
+
+
 def test_older_names_of_attention_weights_are_understood(vae_folder, copy):
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -212,9 +330,25 @@ def test_image_size_must_fit_the_factor(vae_folder):
     ("change", "words"),
     [
         ({"_class_name": "AutoencoderKLWan"}, "AutoencoderKLWan is not supported; supported are AutoencoderDC, Auto"),
+        ({"_class_name": "AsymmetricAutoencoderKL"}, "AsymmetricAutoencoderKL is not supported"),
+        ({"_class_name": ["AutoencoderKL"]}, r"\['AutoencoderKL'\] is not supported"),
+        ({"_class_name": "AutoencoderTiny"}, "its weights do not fit AutoencoderTiny"),
         ({"latents_mean": [0.0, 1.0]}, "latents_mean has 2 numbers for 4 latent channels"),
-        ({"latents_std": [1.0, 1.0, 1.0, 0.0]}, r"latents_std \(1.0, .*\): must be positive"),
+        ({"latents_mean": 0.0}, "latents_mean 0.0: not a list of numbers, one per latent channel"),
+        ({"latents_mean": [[0.0]] * 4, "latents_std": [1.0] * 4}, r"latents_mean \(.*\): not a number"),
+        ({"latents_mean": [0.0] * 4}, "latents_mean and latents_std belong together; one of them is missing"),
+        ({"latents_std": [2.0] * 4}, "latents_mean and latents_std belong together; one of them is missing"),
+        (
+            {"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 1.0, 0.0]},
+            r"latents_std \(1.0, .*\): must be positive",
+        ),
         ({"scaling_factor": 0.0}, "scaling_factor 0.0: must be positive"),
+        ({"scaling_factor": 1e39}, r"scaling_factor 1e\+39: must be positive in float32"),
+        ({"scaling_factor": True}, "scaling_factor True: not a number"),
+        ({"shift_factor": "0.1"}, "shift_factor 0.1: not a number"),
+        ({"shift_factor": 1e39}, r"shift_factor 1e\+39: must be finite in float32"),
+        ({"scale_factor": 0.3}, "its config.json has scale_factor 0.3, which diffusers' AutoencoderKL does not know"),
+        ({"latent_shift": 0.3}, "its config.json has latent_shift 0.3, which diffusers' AutoencoderKL does not know"),
         ({"block_out_channels": [8, 24]}, "of another shape: decoder.conv_in.bias"),
     ],
 )
@@ -226,6 +360,8 @@ def test_a_config_that_does_not_fit_is_one_line(change, words, copy):
 
 
 def test_a_missing_autoencoder_is_named(copy, tmp_path_factory):
+    with pytest.raises(ValueError, match=r"is a file; give a folder of diffusers, with config.json and weights"):
+        open_encoder(str(copy / "config.json"), IMAGE)
     with pytest.raises(ValueError, match="no such folder; give none, ema, mse, or the folder"):
         open_encoder(str(copy / "nothing"), IMAGE)
     empty = tmp_path_factory.mktemp("empty")

@@ -1,6 +1,9 @@
 import hashlib
 import json
+import os
 import pickle
+import shutil
+import time
 
 import numpy as np
 import pytest
@@ -8,10 +11,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import GlobalBatches, encoder_for, open_dataset
+from data.dataset import read_batches
 from data.encoders import LatentScaling
 from data.image_folder import is_flipped
 from data.latent_files import Encoded, finished_shard, is_finite, write_index, write_json, write_shard
 from data.latents import LatentShards
+from runtime.errors import UserError
 from runtime.migrate import latent_index
 
 COUNTS = (4, 0, 5, 1)
@@ -203,12 +208,6 @@ def test_checksums_are_those_of_the_files(folder):
     LatentShards(folder).verify()
 
 
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
 def edit_index(folder, **changes):
     path = folder / "index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -260,16 +259,76 @@ def test_damage_is_found_at_opening(damage, folder):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["00002.npy", "00000.json"])
-def test_a_wrong_checksum_is_found_on_demand(name, folder):
-    if name.endswith("json"):
-        text = (folder / name).read_text()
-        (folder / name).write_text(text.replace("ant/0", "ant/9"))
-    else:
-        flip_a_bit(folder / name)
+def flip_bit(path, at=0.9):
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 1
+    path.write_bytes(data)
+
+
+def age(*paths, seconds=3600):
+    for path in paths:
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_flipped_bit_in_a_shard_is_found_at_its_first_use(workers, folder):
+    flip_bit(folder / "00002.npy")
     data = LatentShards(folder)
-    with pytest.raises(ValueError, match=rf"{name}: not what was written \(sha256\); delete it and run"):
-        data.verify()
+    assert len(data.gather([(0, 0), (0, 3)])[0]) == 2, "shard 0 is intact"
+    loader = DataLoader(data, batch_sampler=[[(0, 0), (0, 1)], [(0, 2), (0, 4)]], num_workers=workers)
+    batches = read_batches(loader, "--data-path x")
+    next(batches)
+    with pytest.raises(UserError) as error:
+        next(batches)
+    assert str(error.value).startswith(
+        f"--data-path x: {folder / '00002.npy'}: not what was written (sha256); delete it"
+    )
+    assert "\n" not in str(error.value)
+
+
+def test_a_shard_is_read_whole_once_for_all_workers(folder, monkeypatch):
+    data, hashed = LatentShards(folder), []
+    monkeypatch.setattr("data.latents.check_sha256", lambda path, shard: hashed.append(path.name))
+    for _ in range(2):
+        data.gather([(0, i) for i in range(10)])
+    assert sorted(hashed) == ["00000.npy", "00002.npy", "00003.npy"], "the empty shard is never read"
+    data = LatentShards(folder)
+    hashed.clear()
+    list(DataLoader(data, batch_sampler=[[(0, 0)], [(0, 4)]], num_workers=1))
+    data.gather([(0, 1), (0, 5)])
+    assert hashed == [], "its worker has compared them"
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_trusted_stamps_skip_the_checksum_of_shards_that_are_older_than_the_index(copied, folder, tmp_path):
+    if copied:  # no stamp of the original is needed
+        folder = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    flip_bit(folder / "00002.npy")
+    with pytest.raises(ValueError, match="00002.npy: not what was written"):  # newer than the index
+        LatentShards(folder, trust_stamps=True).gather([(0, 4)])
+    age(folder / "00002.npy")
+    assert open_dataset("latents", folder, None, 3, trust_stamps=True)[0, 4]
+    with pytest.raises(ValueError, match="00002.npy: not what was written"):
+        LatentShards(folder).gather([(0, 4)])
+    (folder / "00003.npy").write_bytes(b"")
+    age(folder / "00003.npy")
+    with pytest.raises(ValueError, match=r"00003.npy: 0 bytes instead of 5"):
+        LatentShards(folder, trust_stamps=True)
+
+
+def test_a_changed_description_is_found_at_opening(folder):
+    path = folder / "00000.json"
+    path.write_text(path.read_text().replace('"labels": [0, 1, 0, 1]', '"labels": [0, 1, 1, 1]'))
+    age(path)
+    for trust in (False, True):  # labels are always compared
+        with pytest.raises(ValueError, match=r"00000.json: not what was written \(sha256\); delete it and run"):
+            LatentShards(folder, trust_stamps=trust)
+
+
+def test_all_arrays_are_compared_on_demand(folder):
+    flip_bit(folder / "00003.npy")
+    with pytest.raises(ValueError, match=r"00003.npy: not what was written \(sha256\); delete it and run"):
+        LatentShards(folder).verify()
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from data.autoencoders import KLAutoencoder
 from data.image_folder import ImageFolder
 from data.latents import LatentShards
 from data.pixels import from_uint8
-from runtime.errors import run
+from runtime import distributed
+from runtime.errors import UserError, run
+from runtime.locks import locked
 from scripts import extract_latents
+from scripts.extract_latents import ExtractConfig
 from tests.networks import small_autoencoder
-from tests.processes import run_script
+from tests.processes import run_ranks, run_script
 
 IMAGE = (3, 16, 16)
 COUNT = 8  # shards of 3, 3 and 2 images
@@ -254,6 +258,103 @@ def test_other_settings_are_refused_by_name(change, words, images, vae, copy, tm
     assert error.startswith("extract_latents.py: error: " + words.format(**places)) and error.count("\n") == 1
     assert "another --output, or --overwrite to start again" in error
     assert files(copy) == before
+
+
+def missing_on_rank_1(path):
+    """Fault: that rank sees one image less."""
+    return f"""
+import os
+from data.image_folder import ImageFolder
+if os.environ["RANK"] == "1":
+    init = ImageFolder.__init__
+    def with_one_less(self, *args, **more):
+        init(self, *args, **more)
+        self._samples = [s for s in self._samples if not s[0].endswith({path!r})]
+    ImageFolder.__init__ = with_one_less
+"""
+
+
+@pytest.mark.slow
+def test_ranks_with_other_images_stop_before_they_start(images, vae, tmp_path):
+    argv = flags(images, vae, tmp_path / "latents")
+    done = run_ranks("scripts/extract_latents.py", *argv, folder=tmp_path, fault=missing_on_rank_1("3.png"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "extract_latents.py: error: --data-path: rank 1 has other images than rank 0 (7 instead of 8); give all ranks "
+        "the same"
+    )
+    assert not (tmp_path / "latents").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("classes", ["ant", "dog"], "--data-path: rank 2 has other classes than rank 0; give"),
+        ("paths_sha256", "0", "--data-path: rank 2 has other paths_sha256 than rank 0; give"),
+        ("encoder", {"sha256": "0"}, "--vae: rank 2 has other encoder than rank 0; give"),
+        ("row_shape", [1, 2], r"--both-flips: rank 2 has other row_shape than rank 0 \(\[1, 2\] instead of \[2, 8,"),
+    ],
+)
+def test_everything_that_fixes_the_bytes_is_compared(name, value, words, images, vae, tmp_path, monkeypatch):
+    config = extract_latents.parse_config(ExtractConfig, flags(images, vae, tmp_path), program="x", doc=None)
+    job = extract_latents.set_up(config, torch.device("cpu"))
+    for other in (job.manifest, {**job.manifest, name: value}):
+        monkeypatch.setattr(
+            distributed, "objects_from_all_ranks", lambda manifest, other=other: [manifest, manifest, other]
+        )
+        if other == job.manifest:
+            extract_latents.check_ranks(job)
+        else:
+            with pytest.raises(UserError, match=words):
+                extract_latents.check_ranks(job)
+
+
+def test_two_extractions_do_not_write_into_one_folder(images, vae, copy, capsys):
+    (copy / "00001.npy").unlink()
+    before = files(copy)
+    with locked(copy, "another"):
+        for more in ([], ["--overwrite"]):
+            assert extract(*flags(images, vae, copy), *more) == 2
+            error = capsys.readouterr().err
+            assert f"error: --output {copy}: in use by process {os.getpid()} on" in error and error.count("\n") == 1
+    (copy / ".lock").unlink()
+    assert files(copy) == before
+    assert extract(*flags(images, vae, copy)) == 0 and sorted(files(copy)) == MADE
+
+
+def test_leftovers_of_a_kill_are_swept(images, vae, copy):
+    for name in (".00001.7.tmp.npy", ".00002.7.tmp.json", ".index.7.tmp.json", ".manifest.7.tmp.json", ".lock"):
+        (copy / name).touch()
+    (copy / ".index.json.7.probe").touch()
+    for name in (".mine.7.tmp.npy", ".00001.tmp.npy", "7.npy"):
+        (copy / name).touch()
+    assert extract(*flags(images, vae, copy)) == 0
+    assert sorted(files(copy)) == sorted([*MADE, ".mine.7.tmp.npy", ".00001.tmp.npy", "7.npy"])
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+@pytest.mark.parametrize("name", ["00000.npy", "index.json", "manifest.json"])
+def test_files_of_another_program_are_not_touched(name, more, images, vae, tmp_path, capsys):
+    (tmp_path / name).write_text('{"format": "theirs"}')
+    assert extract(*flags(images, vae, tmp_path), *more) == 2
+    error = capsys.readouterr().err
+    assert "or remove what is there" in error and name in error and error.count("\n") == 1
+    assert files(tmp_path) == {name: b'{"format": "theirs"}'}
+
+
+def test_stored_latents_are_no_images(extracted, vae, tmp_path, capsys):
+    assert extract(*flags(extracted, vae, tmp_path / "latents")) == 2
+    assert f"{extracted}: holds latents of scripts/extract_latents.py" in capsys.readouterr().err
+
+
+def test_another_autoencoder_is_refused_when_training_starts(extracted, vae, tmp_path):
+    stored = LatentShards(extracted)
+    shutil.copytree(vae, tmp_path / "moved")
+    assert encoder_for(stored, str(tmp_path / "moved")).decode(torch.randn(1, 4, 8, 8)).shape == (1, *IMAGE)
+    config = tmp_path / "moved/config.json"
+    config.write_text(config.read_text().replace("0.25", "0.5"))
+    with pytest.raises(ValueError, match=r"has LatentScaling\(scaling_factor=0.5.* but these latents LatentSc.*=0.25"):
+        encoder_for(stored, str(tmp_path / "moved"))
 
 
 def test_overwrite_starts_anew(images, vae, copy):
