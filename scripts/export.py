@@ -3,8 +3,9 @@
     python scripts/export.py --ckpt results/000-DiT-XL-2/checkpoints/0400000.safetensors --output DiT-XL-2.pt
     python scripts/export.py --ckpt DiT-XL-2-256x256 --format diffusers --output dit-xl-2-256
 
-`official` is a flat state dict, as `--ckpt` of the official sample.py and sample_ddp.py takes it. `diffusers` is a
-folder with a DiTTransformer2DModel, the scheduler of its process, and a README with the lines that load them.
+`official` is a flat state dict, as `--ckpt` of the official sample.py and sample_ddp.py takes it; of DDT models it is a
+Lightning checkpoint, as the official main.py (--ckpt_path) and app.py take it. `diffusers` is a folder with a
+DiTTransformer2DModel, the scheduler of its process, and a README with the lines that load them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from models import DiT, Network
+from models import DDT, DiT, Network
 from models.diffusers_format import diffusers_network
 from models.loading import CheckpointInfo, load_network
 from runtime.command_line import parse_config
@@ -28,6 +29,9 @@ from runtime.files import atomic_path, check_writable
 from runtime.settings import setting
 
 OFFICIAL_CLASSES = 1000
+SUFFIXES = (".pt", ".ckpt")
+LIGHTNING_VERSION = "2.5.0"  # Lightning migrates what earlier versions wrote, and does not load without a version
+LIGHTNING_PREFIXES = ("ema_denoiser.", "denoiser.")  # the average that samples, the network that it is swapped with
 PREDICTION_TYPES = {"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}  # in diffusers
 
 README = """# Weights of {model} for diffusers
@@ -57,25 +61,35 @@ class ExportSettings:
     )
     weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
     format: Literal["official", "diffusers"] = setting("official", "code that will load them")
-    output: Path | None = setting(None, "file ending in .pt, or for diffusers a new folder", shown="required")
+    output: Path | None = setting(
+        None, "file ending in .pt (or .ckpt), or for diffusers a new folder", shown="required"
+    )
 
     def __post_init__(self) -> None:
         for name in ("ckpt", "output"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name}: required")
-        if self.output is not None and (self.output.suffix == ".pt") != (self.format == "official"):
+        if self.output is not None and (self.output.suffix in SUFFIXES) != (self.format == "official"):
             kind = "a file ending in .pt" if self.format == "official" else "a folder"
             raise ValueError(f"--output {self.output}: --format {self.format} writes {kind}")
 
 
-def notes_on(classes: int, format: str) -> list[str]:
+def notes_on(network: Network, format: str) -> list[str]:
     """Facts that the file does not carry to other code, as phrases."""
     notes = [
         "the autoencoder, the names of the classes and the preset of guidance: pass them on with the file",
         "optimizer state and the other set of weights (average or network): this is for sampling, not for training",
     ]
-    reader = "the official scripts always take" if format == "official" else "DiTPipeline always takes"
-    null_class = [] if classes == OFFICIAL_CLASSES else [f"the null class {classes}: {reader} {OFFICIAL_CLASSES}"]
+    classes, null_class = network.config.num_classes, []
+    if isinstance(network, DDT):
+        notes.append(
+            "the sizes of the network and its null class: the YAML config of the official code has to name them"
+        )
+    elif classes != OFFICIAL_CLASSES:
+        reader = "the official scripts always take" if format == "official" else "DiTPipeline always takes"
+        null_class = [f"the null class {classes}: {reader} {OFFICIAL_CLASSES}"]
+    if format == "official" and network.config.class_dropout_prob == 0:
+        null_class = ["a null class, which it was trained without: the official code makes a network with one"]
     if format == "official":
         return [*notes, "the process (noise schedule, prediction): the official code assumes its own", *null_class]
     return [
@@ -89,10 +103,23 @@ def notes_on(classes: int, format: str) -> list[str]:
     ]
 
 
-def export_official(network: Network, path: Path) -> None:
-    """Write a flat state dict, whole or not at all."""
+def official_content(network: Network, info: CheckpointInfo) -> dict[str, Any]:
+    """Content of an official file: a flat state dict, or a Lightning checkpoint that holds one under two prefixes."""
+    weights = network.state_dict()
+    if not isinstance(network, DDT):
+        return weights
+    return {
+        "state_dict": {prefix + name: tensor for prefix in LIGHTNING_PREFIXES for name, tensor in weights.items()},
+        "pytorch-lightning_version": LIGHTNING_VERSION,
+        "epoch": 0,
+        "global_step": info.step or 0,
+    }
+
+
+def export_official(network: Network, info: CheckpointInfo, path: Path) -> None:
+    """Write a file for the official code, whole or not at all."""
     with atomic_path(path) as temporary:
-        torch.save(network.state_dict(), temporary)
+        torch.save(official_content(network, info), temporary)  # tensors that share memory are written once
 
 
 def export_diffusers(network: Network, info: CheckpointInfo, folder: Path, notes: Sequence[str]) -> None:
@@ -137,9 +164,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--output {config.output}: exists already; delete it, or give another name")
     check_writable(config.output, "--output")
     network, info = load_network(config.ckpt, weights=config.weights)
-    notes = notes_on(network.config.num_classes, config.format)
+    notes = notes_on(network, config.format)
     if config.format == "official":
-        export_official(network, config.output)
+        export_official(network, info, config.output)
     else:
         export_diffusers(network, info, config.output, notes)
     print(f"Wrote the {config.weights} weights of {info.model} to {config.output}. Not carried:")

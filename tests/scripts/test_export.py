@@ -7,28 +7,34 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
+from torch import nn
 
 from diffusion import create_diffusion
-from models import DiT, create_model
+from models import Network, create_model
 from models.diffusers_format import correct_timesteps
+from models.loading import CheckpointInfo
 from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.errors import run
 from scripts import export
-from tests.golden_data import assert_close, relative_error
+from tests.golden_data import assert_close, relative_error, table
 from tests.networks import randomise
 
 
-def checkpoint(path: Path, process: dict[str, object] | None = None, **fields: object) -> DiT:
+def checkpoint(
+    path: Path, process: dict[str, object] | None = None, name: str = "DiT-debug/2", **fields: object
+) -> Network:
     """A checkpoint as train.py writes it, with the positions of a fresh network."""
-    network = create_model("DiT-debug/2", **fields)
-    assert isinstance(network, DiT)
-    positions = network.pos_embed.clone()
+    network = create_model(name, **fields)
+    positions = getattr(network, "pos_embed", None)
+    kept = None if positions is None else positions.clone()
     randomise(network)
-    with torch.no_grad():
-        network.pos_embed.copy_(positions)
+    if positions is not None:
+        with torch.no_grad():
+            positions.copy_(kept)
     meta = {
         "format": 2,
-        "model": {"name": "DiT-debug/2", **dataclasses.asdict(network.config)},
+        "step": 40,
+        "model": {"name": name, **dataclasses.asdict(network.config)},
         "process": process or {"name": "gaussian", "noise_schedule": "linear", "prediction": "epsilon"},
         "encoder": {"name": "ema"},
         "data": {"image_shape": [3, 64, 64]},
@@ -60,6 +66,96 @@ def test_an_official_file_holds_the_weights_and_nothing_else(
     assert exported(tmp_path / "a.pt", tmp_path / "b.pt", "official") == 0
     again = torch.load(tmp_path / "b.pt", weights_only=True)
     assert all(torch.equal(again[name], content[name]) for name in content)
+
+
+class LightningModule(nn.Module):
+    """The two networks of the official DDT trainer and its own loading: what is missing is not noticed."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.denoiser, self.ema_denoiser = create_model(name), create_model(name)
+
+    @classmethod
+    def from_cli(cls, name: str, path: Path) -> "LightningModule":
+        """What `main.py predict --ckpt_path` does with the file."""
+        content = torch.load(path, weights_only=True)
+        assert [int(part) for part in content["pytorch-lightning_version"].split(".")] >= [2, 0, 0]
+        assert content.get("callbacks") is None and isinstance(content["global_step"] + content["epoch"], int)
+        module = cls(name)
+        problems = module.load_state_dict(content["state_dict"], strict=False)
+        assert not problems.missing_keys and not problems.unexpected_keys
+        return module
+
+
+def load_in_app(name: str, path: Path) -> Network:
+    """What the official demo does with the file: names that it does not find are printed."""
+    network, weights = create_model(name), torch.load(path, weights_only=True)["state_dict"]
+    with torch.no_grad():
+        for key, value in network.state_dict().items():
+            value.copy_(weights[f"ema_denoiser.{key}"])  # KeyError where the demo goes on
+    return network
+
+
+def load_in_scripts(name: str, path: Path) -> Network:
+    """What the official sample.py and sample_ddp.py of DiT, DyDiT and Skip-DiT do with the file."""
+    content = torch.load(path, weights_only=True)
+    network = create_model(name)
+    network.load_state_dict(content["ema"] if "ema" in content else content)
+    return network
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt"])
+@pytest.mark.parametrize("name", ["DDT-debug/2", "IDiT-digits/2"])
+def test_the_loaders_of_the_official_ddt_fill_their_networks(
+    name: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = checkpoint(tmp_path / "a.safetensors", {"name": "flow"}, name)
+    output = tmp_path / f"a{suffix}"
+    assert exported(tmp_path / "a.safetensors", output, "official") == 0
+    module = LightningModule.from_cli(name, output)
+    x, t, y = torch.randn(2, *network.sample_shape), torch.tensor([0.1, 0.7]), torch.tensor([0, 3])
+    expected = network(x, t, y=y).sample
+    for loaded in (module.denoiser, module.ema_denoiser, load_in_app(name, output)):
+        assert torch.equal(loaded.eval()(x, t, y=y).sample, expected)
+    size = sum(tensor.nbytes for tensor in network.state_dict().values())
+    assert output.stat().st_size < 1.5 * size, "both networks share the numbers in the file"
+    assert torch.load(output, weights_only=True)["global_step"] == 40
+    assert "the YAML config of the official code has to name them" in capsys.readouterr().out
+    for weights in ("ema", "model"):  # and back again
+        read = read_checkpoint(output, weights).weights
+        assert all(torch.equal(read[key], tensor) for key, tensor in network.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["DiT-debug/2", "DyDiT-debug/2", "Skip-DiT-debug/2"])
+def test_the_loaders_of_the_other_official_scripts_fill_their_networks(name: str, tmp_path: Path) -> None:
+    network = checkpoint(tmp_path / "a.safetensors", name=name)
+    assert exported(tmp_path / "a.safetensors", tmp_path / "a.pt", "official") == 0
+    loaded = load_in_scripts(name, tmp_path / "a.pt")
+    x, y = torch.randn(2, *network.sample_shape), torch.tensor([0, 3])
+    assert torch.equal(loaded.eval()(x, 500.0, y=y).sample, network(x, 500.0, y=y).sample)
+
+
+@pytest.mark.parametrize(
+    ("name", "golden"),
+    [
+        ("DDT-XL/2", "ddt/official_xl_22en6de_256_keys"),
+        ("DiT-XL/2", "dit/official_xl2_256_keys"),
+        ("Skip-DiT-XL/2", "skip_dit/official_xl2_skip_keys"),
+    ],
+)
+def test_exported_names_and_shapes_are_the_official_ones(name: str, golden: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        network = create_model(name)
+    content = export.official_content(network, CheckpointInfo(tmp_path, "ema", name, {}, "flow", {}, "ema", None))
+    weights = content.get("state_dict", content)
+    official = table(golden)
+    keys = official.get("keys", official)
+    assert len(keys) > 200
+    prefixes = ("ema_denoiser.", "denoiser.") if "state_dict" in content else ("",)
+    expected = {prefix + key: shape for prefix in prefixes for key, shape in keys.items()}
+    assert {key: list(tensor.shape) for key, tensor in weights.items()} == expected
 
 
 @torch.no_grad()
