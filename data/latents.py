@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,18 +173,26 @@ class LatentShards:
             self.shards.append(map_array(array_path(self._folder, shard), (shard["count"], *self._row_shape)))
         self._arrays = [shard.view(np.ndarray) for shard in self.shards]  # indexing memmaps is slow
 
+    def digest(self) -> str:
+        """Digest of the paths of all images, in their order, and of the encoder."""
+        return self._digest
+
     def _read_labels(self) -> npt.NDArray[np.int64]:
         labels: list[int] = []
+        digest = hashlib.sha256(self._encoder["sha256"].encode())
         for position, shard in enumerate(self._shards):
             path = self._description(position)
             try:
-                part = json.loads(path.read_text())["labels"]
+                description = json.loads(path.read_text())
+                part = description["labels"]
+                digest.update("\n".join([*description["paths"], ""]).encode(errors="surrogateescape"))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}: not the description of a shard; delete it and {REMEDY}") from error
             if len(part) != shard["count"]:
                 raise ValueError(f"{path}: {len(part)} labels instead of {shard['count']}; delete it and {REMEDY}")
             check_sha256(path, shard)
             labels += part
+        self._digest = digest.hexdigest()
         return np.array(labels, dtype=np.int64)
 
     def _description(self, position: int) -> Path:

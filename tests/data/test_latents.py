@@ -198,6 +198,16 @@ def test_open_dataset_checks_what_the_flags_say(folder):
         open_dataset("latents", None, None, 3)
 
 
+def test_a_digest_is_that_of_the_images_and_the_encoder(folder, tmp_path, raw):
+    digest = LatentShards(folder).digest()
+    store(tmp_path / "other", raw + 1, (5, 5))
+    assert LatentShards(tmp_path / "other").digest() == digest, "neither of the shards nor of rounding"
+    store(tmp_path / "encoder", raw, encoder={**ENCODER, "sha256": "1"})
+    store(tmp_path / "fewer", raw[:9], (9,))
+    for other in ("encoder", "fewer"):
+        assert LatentShards(tmp_path / other).digest() != digest
+
+
 def test_checksums_are_those_of_the_files(folder):
     index = json.loads((folder / "index.json").read_text())
     assert index["count"] == 10 and [shard["count"] for shard in index["shards"]] == list(COUNTS)
