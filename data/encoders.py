@@ -173,7 +173,7 @@ class Encoder:
 
         Decoders may differ, as those of the official pair do.
         """
-        if recorded.get("sha256", self.encoder_sha256()) != self.encoder_sha256():
+        if recorded.get("sha256") and recorded["sha256"] != self.encoder_sha256():
             raise ValueError(f"the autoencoder {self.name!r} is not the one that made these latents")
         scaling = LatentScaling.from_config(recorded, self.latent_channels)
         if "scaling_factor" in recorded and scaling != self.scaling:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,6 +116,13 @@ def open_its_encoder(
     dtype = torch.float32 if config.encoder.vae_precision == "fp32" else torch.bfloat16
     with error_prefix(f"--vae {name}"):
         encoder = open_encoder(name, known or (() if size is None else (size, size)), device, dtype)
+    try:
+        encoder.check_same((info.meta or {}).get("autoencoder", {}))
+    except ValueError as error:
+        problem = f"--ckpt {info.path}: was trained with another autoencoder ({error})"
+        if config.encoder.vae is None:
+            raise UserError(f"{problem}; give its own by --vae, or --vae {name} to decode with this one") from error
+        warnings.warn(problem, stacklevel=2)
     return replace(info, encoder=name), encoder
 
 

@@ -25,7 +25,7 @@ from models import Network, family_name
 from runtime import distributed
 from runtime.checkpoint import check_finite, load_weights, save_checkpoint
 from runtime.distributed import World
-from runtime.errors import FAILED_STATUS
+from runtime.errors import FAILED_STATUS, error_prefix
 from training.optimization import EMA, FiniteGuard
 from training.resume import ResumeState, thin
 from training.run import DRAWS, INTERRUPTED_STATUS, RunLog, stop_on_signal, trace_steps
@@ -46,6 +46,7 @@ def checkpoint_meta(setup: Setup, step: int) -> dict[str, Any]:
         "step": step,
         **owners,
         "encoder": {"name": setup.config.data.vae},
+        "autoencoder": setup.encoder.describe(),
         "data": {
             "image_shape": list(setup.dataset.image_shape),
             "classes": list(setup.dataset.classes),
@@ -145,6 +146,8 @@ class Trainer:
         self.log = RunLog(folder, tensorboard=self.config.run.tensorboard)
         self.state = TrainingState(setup)
         if saved is not None:
+            with error_prefix(f"--resume {saved.folder}: it was trained with another autoencoder"):
+                setup.encoder.check_same(saved.meta.get("autoencoder", {}))
             self.state.restore(saved)
         if self.config.compute.grad_checkpointing:
             recompute_activations(setup.network)
