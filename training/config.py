@@ -47,9 +47,6 @@ class DataSettings:
     )
     flip: bool | None = setting(None, "mirror images at random", shown="yes, but not for the digits")
     strict: bool = setting(False, "end the run at an unreadable image instead of replacing and naming it", free=True)
-    trust_stamps: bool = setting(
-        False, "use shards of latents that are not newer than their index without comparing checksums", free=True
-    )
     num_workers: int = setting(4, "loader processes a rank", free=True)
 
     def __post_init__(self) -> None:
@@ -58,8 +55,6 @@ class DataSettings:
         _at_least(self, 0, "num_workers")
         if self.data_path is not None and self.dataset == "digits":
             raise ValueError(f"--data-path {self.data_path}: has no effect with --dataset digits")
-        if self.trust_stamps and self.dataset != "latents":
-            raise ValueError("--trust-stamps: has no effect without --dataset latents")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +145,9 @@ class RunSettings:
     log_every: int = setting(100, "steps between log lines", free=True)
     ckpt_every: int = setting(50_000, "steps between checkpoints; the last step always makes one", free=True)
     keep_last: int | None = setting(None, "number of newest checkpoints to keep", shown="all", free=True)
+    trust_stamps: bool = setting(
+        False, "use shards of latents that are not newer than their index without comparing checksums", free=True
+    )
     tensorboard: bool = setting(False, "write metrics for TensorBoard too (needs the package)", free=True)
     profile: bool = setting(False, "trace some early steps of rank 0 into the run's folder", free=True)
     dry_run: bool = setting(False, "print settings, cost and memory; train and write nothing", free=True)
@@ -231,6 +229,8 @@ class TrainSettings:
         """Validate what concerns several groups."""
         data, validation = self.data, self.validation
         digits = data.dataset == "digits"
+        if self.run.trust_stamps and data.dataset != "latents":
+            raise ValueError("--trust-stamps: has no effect without --dataset latents")
         if validation.eval_reference is not None and (digits or data.channels == 1):
             raise ValueError(f"--eval-reference {validation.eval_reference}: is for RGB images")
         if validation.eval_data_path is not None and digits:

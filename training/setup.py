@@ -183,7 +183,7 @@ def open_training_data(config: TrainSettings) -> Dataset:
             flip=data.flip,
             seed=config.optimization.global_seed,
             strict=data.strict,
-            trust_stamps=data.trust_stamps,
+            trust_stamps=config.run.trust_stamps,
         )
 
 
@@ -395,7 +395,7 @@ def open_held_out(config: TrainSettings, dataset: Dataset) -> Dataset | None:
             channels,
             flip=False,
             strict=data.strict,
-            trust_stamps=data.trust_stamps,
+            trust_stamps=config.run.trust_stamps,
         )
     if list(held_out.classes) != list(dataset.classes):
         raise UserError(
