@@ -25,6 +25,7 @@ _ZIP64_VERSION, _UNIX = 45, 3
 _MIDNIGHT_1980 = (0, 0x21)  # equal content, equal bytes
 _IN_EXTRA = 0xFFFFFFFF  # sizes and offsets are always in the ZIP64 field
 _READ_BYTES = 1 << 24
+_WRITE_BYTES = 1 << 30  # of one call; macOS refuses 2 GB
 
 
 class Piece(NamedTuple):
@@ -142,9 +143,9 @@ class NpzFile:
         file = os.open(self.path, os.O_WRONLY)
         try:
             done = 0
-            while done < len(data):  # one call writes 2 GB at most
-                done += os.pwrite(file, data[done:], offset + done)
-            os.fdatasync(file)
+            while done < len(data):
+                done += os.pwrite(file, data[done : done + _WRITE_BYTES], offset + done)
+            getattr(os, "fdatasync", os.fsync)(file)  # macOS has no fdatasync
         finally:
             os.close(file)
         return Piece(zlib.crc32(data), len(data))

@@ -15,7 +15,7 @@ begin() {
     shift 4
     case "${1:-}" in
         -*)
-            sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "$script"
+            sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p;}' "$script"
             exit 0
             ;;
     esac
@@ -26,8 +26,10 @@ begin() {
             exit 2
         fi
     done
-    out=$(realpath -m "${1:-$(dirname "$script")/../$folder}")
+    out=${1:-}
+    case "$out" in "" | /*) ;; *) out=$PWD/$out ;; esac
     cd "$(dirname "$script")/.."
+    out=${out:-$PWD/$folder}
     python=$own
     if [ -z "$python" ]; then
         bash scripts/setup.sh

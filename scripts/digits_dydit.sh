@@ -15,7 +15,7 @@ start="${DIGITS_DIT:-}"
 if [ -z "$start" ]; then
     newest() { find quickstart_out/runs -path '*DiT-digits-2/checkpoints/*.safetensors' 2>/dev/null | sort | tail -n 1; }
     [ -n "$(newest)" ] || QUICKSTART_PYTHON="${DIGITS_PYTHON:-}" bash scripts/quickstart.sh
-    start=$(realpath "$(newest)")
+    start=$PWD/$(newest)
 fi
 steps="${DIGITS_STEPS:-1800}"
 read -r -a targets <<<"${DIGITS_TARGETS:-0.7 0.5}"

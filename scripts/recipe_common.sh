@@ -13,7 +13,7 @@ begin_recipe() {
     shift 3
     case "${1:-}" in
         -*)
-            sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "$script"
+            sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p;}' "$script"
             exit 0
             ;;
     esac
@@ -23,7 +23,7 @@ begin_recipe() {
     fi
     paths=()
     for path in "${@:1:number}"; do
-        if [ -e "$path" ]; then path=$(realpath "$path"); fi
+        case "$path" in /*) ;; *) if [ -e "$path" ]; then path=$PWD/$path; fi ;; esac
         paths+=("$path")
     done
     cd "$(dirname "$script")/.."

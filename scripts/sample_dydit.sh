@@ -19,7 +19,7 @@ fi
 model=()
 case "$checkpoint" in *.safetensors) ;; *) model=(--model DyDiT-XL/2) ;; esac # our own files know theirs
 if ! [ -f "$samples" ]; then
-    "${launch[@]}" sample_ddp.py --ckpt "$checkpoint" "${model[@]}" --num-fid-samples 50000 --per-proc-batch-size 32 \
+    "${launch[@]}" sample_ddp.py --ckpt "$checkpoint" ${model[@]+"${model[@]}"} --num-fid-samples 50000 --per-proc-batch-size 32 \
         --cfg-scale 1.5 --num-sampling-steps 250 --output "$samples" "${@:3}"
 fi
 exec "${launch[@]}" evaluator/evaluator.py "$reference" "$samples"

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Make ./.venv from the lock file, once; a second call returns at once unless the lock or pyproject.toml changed.
-# Uses uv where it is installed, otherwise Python's own venv and pip. PYTHON=... chooses the interpreter (>= 3.11).
+# Every package must have a hash of the lock file. Uses uv where it is installed, otherwise Python's own venv and pip.
+# PYTHON=... chooses the interpreter (>= 3.11).
 set -euo pipefail
 if [ $# -gt 0 ]; then
-    sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "${BASH_SOURCE[0]}"
+    sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p;}' "${BASH_SOURCE[0]}"
     exit 0
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -27,13 +28,13 @@ find_python() {
 
 echo "setup: installing exact pins from requirements.lock into .venv (several GB for PyTorch's CUDA build, once)"
 if command -v uv >/dev/null 2>&1; then
-    uv venv --quiet --allow-existing --python ">=3.11" .venv
-    uv pip install --quiet --python .venv/bin/python -r requirements.lock
-    uv pip install --quiet --python .venv/bin/python --no-deps -e .
+    uv venv --quiet --allow-existing --python "${PYTHON:->=3.11}" .venv
+    install=(uv pip install --quiet --python .venv/bin/python)
 else
     python=$(find_python)
     "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+    install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
 fi
+"${install[@]}" --require-hashes -r requirements.lock
+"${install[@]}" --no-deps --no-build-isolation -e . # built by the setuptools of the lock file
 echo "$stamp" > .venv/.stamp

@@ -6,7 +6,7 @@
 #   .venv-tensorflow/bin/python evaluator/evaluator.py REF.npz SAMPLES.npz --backend tensorflow
 set -euo pipefail
 if [ $# -gt 0 ]; then
-    sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "${BASH_SOURCE[0]}"
+    sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p;}' "${BASH_SOURCE[0]}"
     exit 0
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,10 +21,11 @@ echo "setup: installing TensorFlow into .venv-tensorflow (1.3 GB, once)"
 where='import sysconfig; print(sysconfig.get_path("purelib"))'
 if command -v uv >/dev/null 2>&1; then
     uv venv --quiet --allow-existing --python .venv/bin/python .venv-tensorflow
-    uv pip install --quiet --python .venv-tensorflow/bin/python --no-deps -r requirements-tensorflow.lock
+    install=(uv pip install --quiet --python .venv-tensorflow/bin/python)
 else
     .venv/bin/python -m venv .venv-tensorflow
-    .venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-tensorflow.lock
+    install=(.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check)
 fi
+"${install[@]}" --no-deps --require-hashes -r requirements-tensorflow.lock
 .venv/bin/python -c "$where" > "$(.venv-tensorflow/bin/python -c "$where")/layer.pth"
 echo "$stamp" > .venv-tensorflow/.stamp
