@@ -22,6 +22,7 @@ from diffusion.sampling import Denoiser, Evaluation, ImageNoise, NoiseFn, Sample
 from models.contract import Conditioning, ModelOutput, Network
 from runtime import migrate
 from runtime.checkpoint import read_groups, save_checkpoint
+from runtime.devices import float64_device
 from runtime.errors import UserError
 
 GROUP, TENSOR = "sharing", "similarity"
@@ -40,10 +41,12 @@ def state_similarity(states: Sequence[Tensor]) -> Tensor:
     rows, tokens, width = states[0].shape
     directions = [functional.normalize(state.float(), dim=-1).reshape(-1, width) for state in states]
     # Products in float64: the costs of schedules are sums of small differences from 1.
-    total = torch.zeros(len(states), len(states), dtype=torch.float64, device=states[0].device)
+    place = float64_device(states[0].device)
+    total = torch.zeros(len(states), len(states), dtype=torch.float64, device=place)
     step = max(1, _CHUNK // (len(states) * width))
     for start in range(0, rows * tokens, step):
-        part = torch.stack([direction[start : start + step] for direction in directions]).double().flatten(1)
+        part = torch.stack([direction[start : start + step] for direction in directions])
+        part = part.to(place).double().flatten(1)
         total += part @ part.T
     return (total / (rows * tokens)).cpu()
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from diffusion.alignment import Alignment
 from diffusion.schedules import append_dims, convert_time
 from models.contract import ModelOutput, Network, TimeConvention
+from runtime.devices import float64_device
 from runtime.seeds import derive_seed, image_seed
 
 
@@ -83,6 +84,13 @@ class Draws(NamedTuple):
         dropped = None if self.dropped is None else self.dropped[:, rows]
         return Draws(self.t[rows], self.noise[rows], dropped, {k: v[rows] for k, v in self.extra.items()})
 
+    def to(self, device: torch.device | str) -> Draws:
+        """Move all of them to a device."""
+        dropped = None if self.dropped is None else self.dropped.to(device)
+        return Draws(
+            self.t.to(device), self.noise.to(device), dropped, {k: v.to(device) for k, v in self.extra.items()}
+        )
+
 
 def row_generators(
     purpose: str, seed: int, step: int, rows: range, device: torch.device | str = "cpu"
@@ -98,12 +106,13 @@ def row_noise(
 ) -> Tensor:
     """Standard normal noise of rows of the global batch, (len(rows), *shape) float32, by (purpose, seed, step, row).
 
-    A row's noise is the same whichever rows it is made with. CPU and CUDA give different numbers.
+    A row's noise is the same whichever rows it is made with. CPU and CUDA give different numbers; MPS has the CPU's.
     """
-    noise = torch.empty(len(rows), *shape, device=device)
-    for row, generator in zip(noise, row_generators(purpose, seed, step, rows, device), strict=True):
+    place = float64_device(device)
+    noise = torch.empty(len(rows), *shape, device=place)
+    for row, generator in zip(noise, row_generators(purpose, seed, step, rows, place), strict=True):
         row.normal_(generator=generator)
-    return noise
+    return noise.to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +194,7 @@ class DiffusionLoss(nn.Module):
 
     def draw(self, step: int, count: int, rows: range | None = None, device: torch.device | str = "cpu") -> Draws:
         """Make the randomness of some rows (None: all) of a step's GLOBAL batch of `count`; CPU and CUDA differ."""
+        target, device = device, float64_device(device)
         rows = range(count) if rows is None else rows
         own = slice(rows.start, rows.stop)
         dropped = None
@@ -197,7 +207,7 @@ class DiffusionLoss(nn.Module):
             row_noise("noise", self.seed, step, rows, self.network.sample_shape, device),
             dropped,
             self.draw_extra(step, rows, device),
-        )
+        ).to(target)
 
     def passes(self, step: int) -> int:
         """Number of forward passes in a step; each drops the conditioning of other rows."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.contract import ModelOutput, State, TimeConvention
+from runtime.devices import float64_device
 from runtime.seeds import image_seed
 
 NoiseFn = Callable[[Tensor], Tensor]
@@ -199,7 +200,7 @@ class ImageNoise:
         seed: Seed of the whole job.
         indices: Absolute image numbers of this batch, each in [0, 2^32).
         shape: (..., C, H, W) of one image or clip.
-        device: Device of x. CPU and CUDA generators give different numbers.
+        device: Device of x. CPU and CUDA generators give different numbers; on MPS they are the CPU's.
     """
 
     STEPS_PER_DRAW = 16  # part of the format: with another number the same generator gives other noise to a step
@@ -207,7 +208,7 @@ class ImageNoise:
     def __init__(
         self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
     ) -> None:
-        device = torch.device(device)
+        self._target, device = device, float64_device(device)
         self._generators = [torch.Generator(device).manual_seed(image_seed(seed, i)) for i in indices]
         self._buffer = torch.empty(len(indices), self.STEPS_PER_DRAW, *shape, device=device)
         self._used = self.STEPS_PER_DRAW
@@ -215,7 +216,8 @@ class ImageNoise:
     def initial(self) -> Tensor:
         """Starting noise x_T, (N, ..., C, H, W) float32; to be called first, and once."""
         shape = self._buffer.shape[2:]
-        return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in self._generators])
+        noise = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in self._generators])
+        return noise.to(self._target)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Noise of the next step, like x, valid until the next call; a `noise_fn` for `sample_loop`."""
@@ -224,4 +226,4 @@ class ImageNoise:
                 row.normal_(generator=generator)
             self._used = 0
         self._used += 1
-        return self._buffer[:, self._used - 1]
+        return self._buffer[:, self._used - 1].to(self._target)

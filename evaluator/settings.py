@@ -9,6 +9,7 @@ from typing import Literal
 from evaluator.inception.weights import default_cache
 from evaluator.metrics import DistancePrecision
 from evaluator.scores import ADM_METRICS, METRICS
+from runtime.devices import DeviceName
 from runtime.settings import flag_name, positional, setting
 
 BATCH_SIZE = {"cuda": 64, "cpu": 8}  # a CPU is fastest while layers fit into its caches
@@ -43,7 +44,7 @@ class EvaluatorConfig:
     )
     json: Path | None = setting(None, "file for the result", shown="SAMPLES.scores.json")
     batch_size: int | None = setting(None, "images at a time", shown="64 on a GPU, 8 on a CPU")
-    device: Literal["cuda", "cpu"] | None = setting(None, "where to compute", shown="cuda if there is one")
+    device: DeviceName | None = setting(None, "where to compute", shown="cuda if there is one")
 
     def __post_init__(self) -> None:
         """Validate the fields."""
@@ -51,6 +52,8 @@ class EvaluatorConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{flag_name(name)} {value}: must be at least 1")
+        if self.device == "mps":
+            raise ValueError("--device mps: scores need float64, which Apple's GPUs do not compute; use --device cpu")
         if not self._names or self._names - METRICS.keys():
             raise ValueError(f"--metrics {self.metrics}: choose from {', '.join(METRICS)}, separated by commas")
 

@@ -6,7 +6,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import os
 import sys
 import types
 import typing
@@ -14,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from runtime.errors import UserError
+from runtime.errors import UserError, is_first
 from runtime.settings import (
     Flag,
     Given,
@@ -106,7 +105,7 @@ def _current(parsed: Values, flags: Sequence[Flag], program: str) -> Values:
         if name in former:
             new, stands_for = former[name]
             text = new if stands_for is None else f"{new} {stands_for}"
-            if os.environ.get("RANK", "0") == "0":
+            if is_first():
                 print(
                     f"{program}: warning: {name} is now {text}; the old name goes with the next version",
                     file=sys.stderr,

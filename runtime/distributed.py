@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.errors import RankTimeout, UserError
+from runtime.devices import choose_device
+from runtime.errors import RankError, RankTimeout, UserError
+from runtime.launch import Launch, read_launch
 
 T = TypeVar("T")
 TIMEOUT = timedelta(seconds=10)  # of waiting for ranks that leave, too
@@ -44,47 +46,34 @@ class World:
 PRECISIONS = ("fp32", "tf32", "bf16")  # of a network's matrix products
 
 
-def world_size() -> int:
-    """Number of processes that torchrun started, known before anything is set up."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def choose_device(name: str | None) -> torch.device:
-    """Device of a single process: "cuda", "cpu", or None for CUDA if there is one.
-
-    Raises:
-        UserError: If CUDA is asked for and absent.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device; use --device cpu, or check the driver")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 @contextmanager
 def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[World]:
     """Join the process group that torchrun announces (NCCL on CUDA, gloo on CPU), and leave it at the end.
 
     Args:
-        device: "cuda", "cpu", or None for CUDA if there is one.
+        device: "cuda", "mps", "cpu", or None for CUDA if there is one.
         timeout_seconds: Timeout of collective operations.
 
     Raises:
-        UserError: If CUDA is asked for and absent.
+        UserError: If the device is absent, or several processes cannot use it.
+        RankError: For wrong variables of the launcher.
+        RankTimeout: If the other processes cannot be reached.
     """
-    place = choose_device(device)
+    launch, place = read_launch(), choose_device(device)
+    _, size, _ = launch
     kind = place.type
     if kind == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        place = choose_gpu(launch)
         torch.cuda.set_device(place)
-    size = world_size()
-    if "RANK" not in os.environ or size == 1:
+    if size == 1:
         yield World(0, 1, place)
         return
+    if kind == "mps":
+        raise UserError(f"--device mps: for one process, not for WORLD_SIZE={size}; use --device cpu for several")
     timeout = timedelta(seconds=timeout_seconds)
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    # After torchrun restarted the workers, addresses of the old ones may still be in the store.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt_{attempt}", store)
+    store, rank = _join(timeout)
+    if kind == "cuda":
+        check_gpus(store, rank, size, str(torch.cuda.get_device_properties(place).uuid), timeout)
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
         store=store,
@@ -112,6 +101,60 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
     finally:
         _host_group.cache_clear()
         dist.destroy_process_group()
+
+
+def choose_gpu(launch: Launch) -> torch.device:
+    """The GPU of this process.
+
+    Raises:
+        RankError: If this machine has none of that number, or several processes have no numbers.
+    """
+    number, count = launch.local_rank, torch.cuda.device_count()
+    if number is None and launch.size > 1:
+        raise RankError("LOCAL_RANK: not set, so processes would share a GPU; start them with torchrun")
+    if number is not None and number >= count:
+        raise RankError(
+            f"LOCAL_RANK={number}: this machine has {count} CUDA device{'' if count == 1 else 's'}; start one process "
+            "for each (torchrun --nproc-per-node gpu), or use --device cpu"
+        )
+    return torch.device("cuda", number or 0)
+
+
+def check_gpus(store: dist.Store, rank: int, size: int, gpu: str, timeout: timedelta) -> None:
+    """Check that no two processes share a GPU.
+
+    Args:
+        store: Store of all processes.
+        rank: Number of this process.
+        size: Number of processes.
+        gpu: Identity of its GPU.
+        timeout: Longest time to wait for the others.
+
+    Raises:
+        UserError: On all processes, naming the first two that share one.
+    """
+    keys = [f"gpu_{peer}" for peer in range(size)]
+    store.set(keys[rank], gpu)
+    store.wait(keys, timeout)
+    gpus = store.multi_get(keys)
+    for peer, other in enumerate(gpus):
+        if (first := gpus.index(other)) < peer:
+            raise UserError(
+                f"LOCAL_RANK: ranks {first} and {peer} have the same GPU ({gpu}); start them with torchrun, which "
+                "numbers the processes of a machine"
+            )
+
+
+def _join(timeout: timedelta) -> tuple[dist.Store, int]:
+    """The store of all processes at MASTER_ADDR, and the rank in it."""
+    try:
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except (OSError, RuntimeError, ValueError) as error:
+        rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+        reason = str(error).splitlines()[0]
+        raise RankTimeout(f"rank {rank}: cannot join the others at {address}:{port} (MASTER_ADDR): {reason}") from error
+    # After torchrun restarted the workers, addresses of the old ones may still be in the store.
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -16,11 +16,17 @@ class UserError(Exception):
 
 
 class RankError(UserError):
-    """A mistake that one rank may have met alone; it prints the line itself."""
+    """A mistake that one rank may have met alone, or when ranks are not known yet; each prints the line itself."""
 
 
 class RankTimeout(Exception):
     """A collective operation timed out: another process hangs or is gone."""
+
+
+def is_first() -> bool:
+    """True on rank 0, known before the launcher's variables are checked: a value that is no rank counts as 0."""
+    rank = os.environ.get("RANK", "0")
+    return not (rank.isascii() and rank.isdigit() and int(rank) > 0)
 
 
 @contextmanager
@@ -46,7 +52,7 @@ def run(main: Callable[[Sequence[str]], None], program: str, argv: Sequence[str]
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+        if is_first() or isinstance(error, RankError):
             print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR_STATUS
     except RankTimeout as error:

@@ -23,6 +23,7 @@ from models.acceleration import can_compile
 from models.loading import CheckpointInfo
 from runtime import migrate
 from runtime.command_line import parse
+from runtime.devices import DeviceName, check_mps
 from runtime.distributed import PRECISIONS
 from runtime.errors import UserError, error_prefix
 from runtime.releases import ALIASES, Preset
@@ -173,11 +174,19 @@ class ComputeSettings:
     tf32: bool = setting(True, "TF32 for what is in float32, with --precision tf32 or bf16 (CUDA)")
     compile: bool = setting(False, "compile every block (on a CPU this needs a C++ compiler)")
     cuda_graphs: bool = setting(False, "record evaluations as CUDA graphs: faster small batches, slower first one")
-    device: Literal["cuda", "cpu"] | None = setting(None, "where to compute", shown="cuda if there is one", free=True)
+    device: DeviceName | None = setting(None, "where to compute", shown="cuda if there is one", free=True)
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        on_gpu = self.device != "cpu" and torch.cuda.is_available()
+        check_mps(
+            self.device,
+            {
+                "--precision bf16": self.precision == "bf16",
+                "--compile": self.compile,
+                "--cuda-graphs": self.cuda_graphs,
+            },
+        )
+        on_gpu = self.device not in ("cpu", "mps") and torch.cuda.is_available()
         if self.cuda_graphs and not on_gpu:
             raise ValueError("--cuda-graphs: needs a CUDA device")
         if self.compile and not can_compile("cuda" if on_gpu else "cpu"):
@@ -218,6 +227,7 @@ class SamplingSettings:
                 "--ckpt: required; give a checkpoint of train.py, an official file, or a released one by its name; "
                 "or --model for a model's released checkpoint"
             )
+        check_mps(self.compute.device, {"--vae-precision bf16": self.encoder.vae_precision == "bf16"})
 
 
 KINDS = (

@@ -24,6 +24,7 @@ from models import FAMILIES, Network
 from models.contract import Conditioning
 from models.loading import CheckpointInfo
 from runtime import distributed
+from runtime.devices import choose_device
 from runtime.errors import UserError, error_prefix
 from runtime.settings import Given, flags_of
 from sampling.config import (
@@ -82,7 +83,7 @@ class Pipeline:
             UserError: For anything about the file or the settings that does not fit.
         """
         given = Given(SamplingSettings(checkpoint=CheckpointSettings(ckpt=Path(source))), KINDS)
-        place = device if isinstance(device, torch.device) else distributed.choose_device(device)
+        place = device if isinstance(device, torch.device) else choose_device(device)
         return cls.open(_replaced(given, {"device": place.type, **settings}), place)
 
     @classmethod

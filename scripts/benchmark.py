@@ -26,8 +26,8 @@ from benchmarks.report import document, headline, machine_info, markdown, report
 from benchmarks.sampling import file_cases, loop_cases
 from benchmarks.timing import Case, Clock, Row, TimingSettings, check_at_least, choose_clock, measure, process_seconds
 from models import model_config
-from runtime import distributed
 from runtime.command_line import parse_config
+from runtime.devices import choose_device
 from runtime.errors import error_prefix, run
 from runtime.settings import setting
 
@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
     config.start()
     if config.against_version is not None:
         return compare_versions(config, config.against_version)
-    device = distributed.choose_device(config.device)
+    device = choose_device(config.device)
     clock_name, clock = choose_clock(device, config.threads)
     rows, skipped = network_rows(config, device, clock)
     others: dict[str, Callable[[], Rows]] = {

@@ -23,8 +23,8 @@ from benchmarks.reuse import results, reuse_case, reuse_runs, table
 from benchmarks.sampling import random_pipeline
 from benchmarks.timing import TimingSettings, check_at_least, cuda_seconds, measure, wall_seconds
 from models import model_config
-from runtime import distributed
 from runtime.command_line import parse_config
+from runtime.devices import choose_device
 from runtime.errors import error_prefix, run
 from runtime.settings import Values, setting
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse flags, measure, print the table, write the JSON; exit with status 1 if a check fails."""
     config = parse_config(ReuseSettings, argv, program="benchmark_reuse.py", doc=__doc__)
     config.start()
-    device = distributed.choose_device(config.device)
+    device = choose_device(config.device)
     entries = measure_runs(config, device)
     clock = "CUDA events" if device.type == "cuda" else "wall time"
     result = document(config, machine_info(device, clock), entries)

@@ -23,8 +23,8 @@ from benchmarks.report import aligned, headline, machine_info, report, spread, w
 from benchmarks.routing import ALL_ON, DENSE, ROUTED, Workload, routing_cases, speedup
 from benchmarks.timing import Row, TimingSettings, check_at_least, choose_clock, measure
 from models import DyDiT, family_of, model_config
-from runtime import distributed
 from runtime.command_line import parse_config
+from runtime.devices import choose_device
 from runtime.errors import UserError, error_prefix, run
 from runtime.settings import Values, flag_name, setting
 
@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse flags, measure, print the tables, write the JSON."""
     config = parse_config(RoutingSettings, argv, program="benchmark_routing.py", doc=__doc__)
     config.start()
-    device = distributed.choose_device(config.device)
+    device = choose_device(config.device)
     compiler = find_compiler(device) if config.compile else None
     if config.compile and compiler is None:
         raise UserError("--compile: needs a C++ compiler, or Triton on a GPU")

@@ -26,8 +26,8 @@ from benchmarks.plotting import pyplot, save_figure, style
 from benchmarks.report import aligned
 from benchmarks.timing import check_at_least
 from diffusion import SAMPLERS
-from runtime import distributed
 from runtime.command_line import parse_config
+from runtime.devices import choose_device
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
 from runtime.settings import Values, flag_name, setting, to_dict
@@ -93,7 +93,7 @@ def plan(config: CompareSettings) -> list[tuple[TrainedModel, list[SamplingSetup
         if not any(path.exists() for path in digits.find_checkpoints([place])):
             made_by = f"; bash scripts/{MADE_BY[place]} makes some" if place in MADE_BY else ""
             raise UserError(f"--ckpt {place}: no checkpoint there{made_by}")
-    device = distributed.choose_device(config.device)
+    device = choose_device(config.device)
     paths = digits.find_checkpoints(config.ckpt)
     models = digits.newest([digits.open_model(path, config.cache_depth, device) for path in paths])
     settings: Values = {"sampler": config.sampler, "cfg_scale": config.cfg_scale}

@@ -43,6 +43,7 @@ from data.latent_files import (
 )
 from runtime import distributed
 from runtime.command_line import parse_config
+from runtime.devices import DeviceName
 from runtime.distributed import World
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import check_writable
@@ -82,7 +83,7 @@ class ExtractConfig:
     strict: bool = setting(False, "stop at an image that cannot be read, instead of skipping and naming it")
     overwrite: bool = setting(False, "delete the shards in the output folder first")
     num_workers: int = setting(4, "data loading processes per rank")
-    device: str | None = setting(None, "cuda where there is one, else cpu", ("cuda", "cpu"))
+    device: DeviceName | None = setting(None, "where to compute", shown="cuda if there is one")
 
     def __post_init__(self) -> None:
         """Validate the fields."""

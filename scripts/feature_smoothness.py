@@ -39,8 +39,8 @@ from diffusion.sampling import ImageNoise, Sampler, evaluations, sample_loop
 from models import Network, model_config
 from models.loading import build_network, resolve_checkpoint
 from models.skip_dit import default_cache_depth
-from runtime import distributed
 from runtime.command_line import parse_config
+from runtime.devices import choose_device
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
 from runtime.settings import setting, to_dict
@@ -333,7 +333,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse flags, examine every network, write pictures and numbers."""
     config = parse_config(SmoothnessSettings, argv, program="feature_smoothness.py", doc=__doc__)
     check_writable(config.output_dir / "smoothness.json", "--output-dir")
-    device = distributed.choose_device(config.device)
+    device = choose_device(config.device)
     findings, deep = {}, {}
     for number, model in enumerate([open_model(path, config, device) for path in config.ckpt]):
         name = model.name if model.name not in findings else f"{model.name} ({number})"

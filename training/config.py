@@ -15,9 +15,11 @@ from data import DATASETS
 from diffusion import PROCESSES
 from models import FAMILIES, family_name, family_of
 from models.acceleration import can_compile
-from runtime import distributed, migrate
+from runtime import migrate
 from runtime.command_line import parse
+from runtime.devices import DeviceName, check_mps
 from runtime.distributed import PRECISIONS
+from runtime.launch import world_size
 from runtime.releases import ALIASES
 from runtime.settings import Given, Kind, Values, flag_name, setting
 from training.losses import LOSSES, loss_of
@@ -90,10 +92,10 @@ class OptimizationSettings:
             raise ValueError(f"--lr-final-ratio {self.lr_final_ratio}: has no effect without --lr-schedule cosine")
         if self.grad_norm_mode == "skip" and self.grad_clip is None:
             raise ValueError("--grad-norm-mode skip: needs --grad-clip, the norm from which updates are skipped")
-        shares = distributed.world_size() * self.grad_accum
+        shares = world_size() * self.grad_accum
         if self.global_batch_size % shares:
             raise ValueError(
-                f"--global-batch-size {self.global_batch_size}: not divisible by the {distributed.world_size()} "
+                f"--global-batch-size {self.global_batch_size}: not divisible by the {world_size()} "
                 f"processes times {self.grad_accum} micro-batches; choose a multiple of {shares}"
             )
 
@@ -121,13 +123,14 @@ class ComputeSettings:
     grad_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, a third slower", free=True
     )
-    device: Literal["cuda", "cpu"] | None = setting(None, "where to compute", shown="cuda if there is one", free=True)
+    device: DeviceName | None = setting(None, "where to compute", shown="cuda if there is one", free=True)
     dist_timeout: float = setting(1800.0, "seconds to wait for another process before the run ends", free=True)
 
     def __post_init__(self) -> None:
         """Validate the fields."""
         _positive(self, "dist_timeout")
-        on_gpu = self.device != "cpu" and torch.cuda.is_available()
+        check_mps(self.device, {"--precision bf16": self.precision == "bf16", "--compile": self.compile})
+        on_gpu = self.device not in ("cpu", "mps") and torch.cuda.is_available()
         if self.compile and not can_compile("cuda" if on_gpu else "cpu"):
             raise ValueError("--compile: on a CPU it needs a C++ compiler (g++ or clang++), and none is found")
 

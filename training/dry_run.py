@@ -7,7 +7,6 @@ precision. Blocks are not compiled there; compiled ones keep less.
 from __future__ import annotations
 
 import json
-import os
 
 import torch
 from torch import Tensor
@@ -15,8 +14,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.data import default_collate
 
 from data import conditioning
-from runtime import distributed
+from runtime.devices import choose_device
 from runtime.distributed import World
+from runtime.errors import is_first
+from runtime.launch import world_size
 from runtime.live_memory import LiveMemory
 from runtime.settings import Given
 from training.config import TrainSettings
@@ -73,8 +74,8 @@ def dry_run(given: Given[TrainSettings]) -> None:
     Raises:
         UserError: For anything that does not fit, as `set_up`.
     """
-    world = World(0, distributed.world_size(), distributed.choose_device(given.general.compute.device))
-    if int(os.environ.get("RANK", "0")) != world.rank:
+    world = World(0, world_size(), choose_device(given.general.compute.device))
+    if not is_first():
         return
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     setup = set_up(given, world.device, fake=fake)

@@ -96,8 +96,8 @@ class EMA(Generic[N]):
 class FiniteGuard:
     """Skips optimizer steps with a non-finite gradient, and records the step and rank of a non-finite loss.
 
-    The decision stays on the device: fused optimizers skip an update where their `found_inf` is 1. Gradients are
-    already averaged over ranks, so all ranks skip together.
+    The decision stays on the device: fused optimizers skip an update where their `found_inf` is 1, except on MPS, where
+    `step` reads it. Gradients are already averaged over ranks, so all ranks skip together.
 
     Args:
         optimizer: A fused optimizer.
@@ -105,7 +105,7 @@ class FiniteGuard:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._reads_decision = optimizer, device.type == "mps"
         self._skipped = torch.zeros((), device=device)
         self._too_large = torch.zeros((), device=device)
         self._last_bad_loss = torch.full((), -1.0, device=device)
@@ -125,6 +125,12 @@ class FiniteGuard:
         self._skipped += bad
         self._too_large += too_large
         self._last_bad_loss = torch.where(torch.isfinite(loss.detach()), self._last_bad_loss, float(step))
+
+    def step(self) -> None:
+        """Step the optimizer, unless the step that was watched last is to be skipped."""
+        if self._reads_decision and bool(self._optimizer.found_inf):  # type: ignore[attr-defined]
+            return
+        self._optimizer.step()
 
     def count_too_large(self) -> int:
         """Finite gradients that were skipped since the last call, the same on every rank. Waits for the device."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from evaluator.metrics import frechet_distance, inception_score
 from evaluator.npz import ImageFile
 from evaluator.statistics import feature_statistics
 from runtime import distributed
-from runtime.errors import UserError, error_prefix
+from runtime.errors import UserError, error_prefix, is_first
 from training.config import TrainSettings
 
 
@@ -88,6 +87,6 @@ def open_inception(reference: Path, image_size: tuple[int, ...], device: torch.d
         width = network.features(torch.zeros(1, *image_size, 3, dtype=torch.uint8).numpy()).pool.shape[1]
         if len(reference_statistics.mean) != width:
             raise ValueError(f"its mu has {len(reference_statistics.mean):,} numbers, the network {width:,} features")
-    if weights.warning is not None and os.environ.get("RANK", "0") == "0":
+    if weights.warning is not None and is_first():
         print(f"warning: {weights.warning}: these scores are not comparable with published ones", file=sys.stderr)
     return Scorer(features, scores)

@@ -21,9 +21,9 @@ from diffusion.loss import DiffusionLoss, LossSettings, row_noise
 from diffusion.sampling import Sampler
 from models import Network, create_model, family_of, model_config
 from models.transfer import adapt_weights
-from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.errors import UserError, error_prefix
+from runtime.launch import world_size
 from runtime.seeds import derive_seed
 from runtime.settings import Given, Values, choose_owners, document, flag_name
 from training.config import KINDS, PROGRAM, TrainSettings
@@ -272,7 +272,7 @@ def check_loss(given: Given[TrainSettings], name: str, settings: LossSettings) -
     Raises:
         UserError: Naming the flags, if they do not.
     """
-    run, ranks = given.general.run, distributed.world_size()
+    run, ranks = given.general.run, world_size()
     with error_prefix(given.prefix("loss", name)):
         settings.check(
             rows=given.general.optimization.global_batch_size // ranks,

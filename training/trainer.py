@@ -226,7 +226,7 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(state.trained.values(), optimization.grad_clip, grad_norm)
         limit = optimization.grad_clip if optimization.grad_norm_mode == "skip" else None
         self.guard.watch(step, losses["loss"].mean(), grad_norm, limit)
-        state.optimizer.step()
+        self.guard.step()
         state.ema.update()
         self.meter.add(losses)
         return grad_norm

@@ -32,6 +32,7 @@ from models import Network
 from models.acceleration import AutocastNetwork
 from models.contract import NetworkLike
 from runtime import distributed
+from runtime.devices import float64_device
 from runtime.distributed import World
 from runtime.seeds import derive_seed
 from training.setup import Setup, ValidationData, encode
@@ -141,7 +142,8 @@ class Validation:
             batch_sampler=[[(0, i) for i in chunks[number]] for number in own],
             num_workers=workers,
         )
-        sums = torch.zeros(2, QUARTERS, dtype=torch.float64, device=device)  # losses, and how many
+        place = float64_device(device)
+        sums = torch.zeros(2, QUARTERS, dtype=torch.float64, device=place)  # losses, and how many
         process = self.loss.process
         for number, (raw, y, index) in zip(own, read_batches(loader, "--eval-data-path"), strict=True):
             draws = self.loss.draw(number, len(index), device=device)
@@ -150,7 +152,7 @@ class Validation:
             loss = self.loss(batch, draws, number, {})["loss"]
             timesteps = convert_time(process.to_time(draws.t), process.time_convention, "index")
             quarter = (timesteps / (1000 / QUARTERS)).long().clamp(0, QUARTERS - 1)
-            sums.index_add_(1, quarter, torch.stack([loss, torch.ones_like(loss)]).double())
+            sums.index_add_(1, quarter.to(place), torch.stack([loss, torch.ones_like(loss)]).to(place).double())
         total, seen = distributed.mean_over_ranks(sums).tolist()
         quarters = {f"val_loss_q{q + 1}": loss / n for q, (loss, n) in enumerate(zip(total, seen, strict=True)) if n}
         return {"val_loss": sum(total) / sum(seen)} | quarters

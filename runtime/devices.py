@@ -1,0 +1,46 @@
+"""Devices: CUDA, Apple's GPUs (MPS) and CPUs, and what MPS does not compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from runtime.errors import UserError
+
+DeviceName = Literal["cuda", "mps", "cpu"]
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Device of a single process: "cuda", "mps", "cpu", or None for CUDA if there is one, else the CPU.
+
+    Raises:
+        UserError: If one is asked for that is absent.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device; use --device cpu, or check the driver")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: PyTorch finds no Apple GPU; use --device cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def float64_device(device: torch.device | str) -> torch.device:
+    """Device of random numbers and float64 sums: the CPU for MPS, which has no float64, else the device itself."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def check_mps(device: str | None, flags: Mapping[str, bool]) -> None:
+    """Check that a job on MPS has no setting that is not possible there.
+
+    Args:
+        device: Value of --device.
+        flags: True for each such setting that is given, by its flag.
+
+    Raises:
+        ValueError: Naming the first of them.
+    """
+    for flag, is_given in flags.items():
+        if device == "mps" and is_given:
+            raise ValueError(f"{flag}: not with --device mps, which computes in float32 and compiles nothing")
