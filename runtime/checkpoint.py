@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from runtime import migrate
 from runtime.errors import UserError
-from runtime.files import atomic_path
+from runtime.files import atomic_path, check_utf8
 
 FORMAT = 2  # of our files; runtime/migrate.py converts earlier ones
 METADATA_KEY = "dit_family"
@@ -187,6 +187,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _require_file(path: Path, flag: str) -> None:
+    check_utf8(path, flag)
     if path.is_dir():
         raise UserError(f"{flag} {path}: is a folder; give a file in it, such as checkpoints/0050000.safetensors")
     if not path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,9 @@ def run(main: Callable[[Sequence[str]], None], program: str, argv: Sequence[str]
     Returns:
         0; 2 after a `UserError`, which is printed as one line (by one rank only); 1 after a `RankTimeout`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # paths may hold bytes that are not UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:

@@ -31,12 +31,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_folder(path: Path, flag: str) -> None:
-    """Check that a folder can be written to, or can be made, without making it.
+def check_utf8(path: Path, flag: str) -> None:
+    """Check that the library of checkpoints, which needs UTF-8, can open a path.
 
     Raises:
         UserError: Naming the flag.
     """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag} {path}: not UTF-8, which checkpoints need; rename the folder or file") from None
+
+
+def check_folder(path: Path, flag: str) -> None:
+    """Check that a folder of checkpoints can be written to, or can be made, without making it.
+
+    Raises:
+        UserError: Naming the flag.
+    """
+    check_utf8(path, flag)
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise UserError(f"{flag} {path}: cannot write there ({existing} is a file)")

@@ -79,7 +79,7 @@ class RunLog:
         now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         stamp = f"\033[34m{now}\033[0m" if sys.stdout.isatty() else now
         print(f"[{stamp}] {message}", flush=True)
-        with (self.folder / "log.txt").open("a") as file:
+        with (self.folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"[{now}] {message}\n")
 
     def metrics(self, step: int, **values: float) -> None:
