@@ -71,7 +71,7 @@ def read_launch() -> Launch:
 
 
 def _check_other_launchers() -> None:
-    """Refuse to run every process of another launcher as if it were the only one."""
+    """Refuse several processes of another launcher, each of which would run alone."""
     for variable, counts in OTHER_LAUNCHERS.items():
         if variable not in os.environ:
             continue

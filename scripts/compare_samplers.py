@@ -23,8 +23,8 @@ from benchmarks.plotting import pyplot, save_figure, style
 from benchmarks.report import aligned, machine_info
 from benchmarks.samplers import Opened, SamplerResult, Setup
 from benchmarks.timing import check_at_least
-from runtime import distributed
 from runtime.command_line import parse_config
+from runtime.devices import choose_device
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
 from runtime.settings import Values, setting, to_dict
@@ -63,7 +63,7 @@ def plan(config: SamplersSettings) -> list[tuple[Opened, list[Setup]]]:
     Raises:
         UserError: If a place holds no checkpoint, or a forecast does not fit.
     """
-    device, planned = distributed.choose_device(config.device), []
+    device, planned = choose_device(config.device), []
     for place in config.ckpt:
         paths = list(digits.find_checkpoints([place]))
         if not any(path.exists() for path in paths):
@@ -183,7 +183,7 @@ def main(argv: Sequence[str]) -> None:
             results += each
     names = dict.fromkeys(result.name for result in results)
     text = "\n\n".join(tables([result for result in results if result.name == name]) for name in names)
-    machine = machine_info(distributed.choose_device(config.device), "wall time")
+    machine = machine_info(choose_device(config.device), "wall time")
     document: Values = {
         "settings": to_dict(config),
         "machine": machine,

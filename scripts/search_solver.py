@@ -32,8 +32,8 @@ from diffusion.solver_search import Interval, Lion, SearchedSolver, search_loss,
 from diffusion.solver_table import write_table
 from models import ModelOutput
 from models.contract import State
-from runtime import distributed
 from runtime.command_line import parse_config
+from runtime.devices import choose_device
 from runtime.download import sha256_of
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
@@ -203,7 +203,7 @@ def main(argv: Sequence[str]) -> None:
     unfinished = path.with_suffix(".search")
     if path.exists() and not settings.overwrite:
         raise UserError(f"--output {path}: exists; --overwrite searches again")
-    device = distributed.choose_device(settings.device)
+    device = choose_device(settings.device)
     pipeline = Pipeline.from_pretrained(settings.ckpt, device=device)
     pipeline.network.requires_grad_(False)
     checksum, deciding = sha256_of(pipeline.info.path), to_dict(settings)

@@ -26,8 +26,8 @@ from benchmarks.timing import check_at_least
 from diffusion import SAMPLERS
 from diffusion.guidance import ScaleSchedule
 from evaluator.digits import DigitsScores
-from runtime import distributed
 from runtime.command_line import parse_config
+from runtime.devices import choose_device
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
 from runtime.settings import Values, setting, to_dict
@@ -92,7 +92,7 @@ def open_all(config: SweepSettings) -> tuple[Opened, dict[str, Pipeline]]:
     paths = list(digits.find_checkpoints([config.ckpt]))
     if not paths:
         raise UserError(f"--ckpt {config.ckpt}: no checkpoint there")
-    device, path = distributed.choose_device(config.device), paths[-1]
+    device, path = choose_device(config.device), paths[-1]
     plain = samplers.open_network(path, device)
     if plain.scores is None:
         raise UserError(f"--ckpt {path}: not trained on the digits, and there are no scores for other data here")
