@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from data.layouts import describe_layout
 from data.npz_file import npy_header
 from runtime.download import sha256_of
 from runtime.files import atomic_path
+from runtime.json_file import is_intact, read_json, write_json
 from runtime.migrate import latent_index
 
 FORMAT = 2
@@ -89,7 +90,7 @@ def finished_shard(folder: Path, number: int) -> Json | None:
     """The description of a shard that is complete, judged by the size of its array; None for any other."""
     array, description_path = shard_paths(folder, number)
     try:
-        description = json.loads(description_path.read_text())
+        description = read_json(description_path)
         return description if array.stat().st_size == description["bytes"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -109,7 +110,7 @@ def write_index(folder: Path, shard_count: int) -> Json:
         }
         shards.append({"count": description["count"], "skipped": len(description["skipped"]), "files": files})
     totals = {name: sum(shard[name] for shard in shards) for name in ("count", "skipped")}
-    index = {**latent_index(json.loads((folder / MANIFEST).read_text())), **totals, "shards": shards}
+    index = {**latent_index(read_json(folder / MANIFEST)), **totals, "shards": shards}
     write_json(folder / INDEX, index)
     return index
 
@@ -143,10 +144,11 @@ def read_index(folder: Path) -> Json:
     return index
 
 
-def write_json(path: Path, value: Mapping[str, object], indent: int | None = 2) -> None:
-    """Write one JSON document, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent) + "\n")
+def check_index(folder: Path) -> None:
+    """Raise a ValueError if index.json has a checksum that it does not match."""
+    index = json.loads((folder / INDEX).read_text())
+    if index.get("format") == FORMAT and not is_intact(index):  # earlier formats have no checksum
+        raise ValueError(f"{folder / INDEX}: edited or damaged, it does not match its checksum; {REMEDY}")
 
 
 def remove_partial(folder: Path) -> None:

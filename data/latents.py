@@ -22,6 +22,7 @@ from data.latent_files import (
     Json,
     Raw,
     array_path,
+    check_index,
     check_sha256,
     check_size,
     is_finite,
@@ -66,16 +67,26 @@ class LatentShards:
 
     def __init__(self, folder: Path, *, flip: bool | None = None, seed: int = 0, trust_stamps: bool = False) -> None:
         index = read_index(folder)
-        self._folder, self._seed, self._trust_stamps = folder, seed, trust_stamps
+        self._folder, self._seed, self._flip, self._trust_stamps = folder, seed, flip, trust_stamps
+        try:
+            self._open(index)
+        except (AttributeError, KeyError, OverflowError, StopIteration, TypeError) as error:
+            check_index(folder)
+            raise ValueError(f"{folder / INDEX}: not an index of latents ({error!r}); {REMEDY}") from error
+        check_index(folder)  # last, because the other messages say more
+
+    def _open(self, index: Json) -> None:
         self._shards, self._encoder = index["shards"], index["encoder"]
         self.classes: list[str] = index["classes"]
         self.image_shape: tuple[int, ...] = tuple(index["image_shape"])
         self.vae: str = self._encoder["name"]
         flips, *raw_shape = index["row_shape"]
         self.raw_shape: tuple[int, ...] = tuple(raw_shape)
-        if flip and flips < 2:
-            raise ValueError(f"{folder / INDEX}: holds no mirrored images; extract with --both-flips, or set --no-flip")
-        self._flip = flips == 2 and flip is not False
+        if self._flip and flips < 2:
+            raise ValueError(
+                f"{self._folder / INDEX}: holds no mirrored images; extract with --both-flips, or set --no-flip"
+            )
+        self._flip = flips == 2 and self._flip is not False
         self._row_shape = (flips, *raw_shape)
         self._ends = np.cumsum([shard["count"] for shard in self._shards])
         # Shared with the loader's workers, which share the pages of the file, too
@@ -111,7 +122,7 @@ class LatentShards:
             self._check_array(position)
         raw = np.empty((len(keys), *self.raw_shape), np.float16)
         for out, shard, row, key in zip(raw, shards.tolist(), rows.tolist(), keys, strict=True):
-            out[...] = self._arrays[shard][row, int(self._flip and is_flipped(key, self._seed))]
+            out[...] = self._arrays[shard][row, int(self._flip is True and is_flipped(key, self._seed))]
         if not is_finite(raw):
             bad = next(i for i, row in enumerate(raw) if not is_finite(row))
             path = array_path(self._folder, self._shards[shards[bad]])

@@ -38,7 +38,6 @@ from data.latent_files import (
     remove_shards,
     shard_files,
     write_index,
-    write_json,
     write_shard,
 )
 from runtime import distributed
@@ -47,6 +46,7 @@ from runtime.devices import DeviceName
 from runtime.distributed import World
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import check_writable
+from runtime.json_file import is_intact, write_json
 from runtime.locks import NAME as LOCK
 from runtime.locks import locked
 from runtime.migrate import latent_index
@@ -197,11 +197,14 @@ def check_settings(job: Job) -> None:
         started = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{where}: {path} is not JSON; {by_hand}") from error
-    started = latent_index(started) if isinstance(started, dict) else {}
+    document = started if isinstance(started, dict) else {}
+    started = latent_index(document)
     if started.get("format") != FORMAT:
         raise UserError(f"{where}: {path} is of another format; {by_hand}")
     if job.config.overwrite:
         return
+    if document["format"] == FORMAT and not is_intact(document):  # earlier formats have no checksum
+        raise UserError(f"{where}: {path} is edited or damaged, it does not match its checksum; {remedy}")
     if difference := difference_between(job, started):
         raise UserError(f"{difference[0]}: {path} was started with other settings {difference[1]}; {remedy}")
 
@@ -318,8 +321,8 @@ def start(job: Job) -> None:
     if job.config.overwrite:
         remove_shards(job.config.output)
     remove_partial(job.config.output)
-    if not path.exists() or json.loads(path.read_text()) != job.manifest:  # of an earlier format, or a moved encoder
-        write_json(path, job.manifest)
+    if not path.exists() or json.loads(path.read_text()).get("encoder") != job.manifest["encoder"]:
+        write_json(path, job.manifest)  # anew for one of an earlier format, or an encoder that has moved
 
 
 def finish(job: Job) -> None:

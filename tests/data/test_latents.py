@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import pickle
+import random
 import shutil
 import time
 
@@ -333,6 +334,40 @@ def test_a_changed_description_is_found_at_opening(folder):
     for trust in (False, True):  # labels are always compared
         with pytest.raises(ValueError, match=r"00000.json: not what was written \(sha256\); delete it and run"):
             LatentShards(folder, trust_stamps=trust)
+
+
+def test_an_edited_index_is_found_at_opening(folder):
+    path = folder / "index.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"scaling_factor": 0.5', '"scaling_factor": 0.7'))
+    with pytest.raises(ValueError, match=r"index.json: edited or damaged, it does not match its checksum; run scr"):
+        LatentShards(folder)
+    path.write_text(whole.replace('"files"', '"filez"'))  # not even read
+    with pytest.raises(ValueError, match=r"index.json: edited or damaged"):
+        LatentShards(folder)
+
+
+@pytest.mark.parametrize("name", ["index.json", "00002.json", "00002.npy"])
+def test_a_flipped_bit_is_never_silent(name, folder):
+    def content():
+        data = LatentShards(folder)
+        return (
+            data.classes,
+            data.vae,
+            data.path(5),
+            [part.tolist() for part in data.gather([(0, i) for i in range(10)])],
+        )
+
+    expected, whole, silent = content(), (folder / name).read_bytes(), []
+    for position in random.Random(0).sample(range(8 * len(whole)), 80):
+        data = bytearray(whole)
+        data[position // 8] ^= 1 << position % 8
+        (folder / name).write_bytes(data)
+        try:
+            silent += [position] if content() != expected else []
+        except ValueError as error:
+            assert "\n" not in str(error)
+    assert silent == []
 
 
 def test_all_arrays_are_compared_on_demand(folder):

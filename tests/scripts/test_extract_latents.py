@@ -342,6 +342,24 @@ def test_files_of_another_program_are_not_touched(name, more, images, vae, tmp_p
     assert files(tmp_path) == {name: b'{"format": "theirs"}'}
 
 
+def test_a_damaged_manifest_is_refused(images, vae, copy, capsys):
+    path = copy / "manifest.json"
+    path.write_text(path.read_text().replace('"stochastic": true', '"stochastic": null'))
+    assert extract(*flags(images, vae, copy)) == 2
+    error = capsys.readouterr().err
+    assert f"--output {copy}: {path} is edited or damaged, it does not match its checksum; give" in error
+    assert extract(*flags(images, vae, copy), "--overwrite") == 0
+
+
+def test_a_shard_with_a_damaged_description_is_made_again(extracted, images, vae, copy):
+    path = copy / "00001.json"
+    path.write_text(path.read_text().replace('"labels": [0, 0, 1]', '"labels": [0, 1, 1]'))
+    assert path.read_bytes() != (extracted / "00001.json").read_bytes()
+    (copy / "index.json").unlink()
+    assert extract(*flags(images, vae, copy)) == 0
+    assert files(copy) == files(extracted)
+
+
 def test_stored_latents_are_no_images(extracted, vae, tmp_path, capsys):
     assert extract(*flags(extracted, vae, tmp_path / "latents")) == 2
     assert f"{extracted}: holds latents of scripts/extract_latents.py" in capsys.readouterr().err

@@ -1,0 +1,52 @@
+"""JSON files of ours, with a checksum of the rest under one key. Those of earlier versions have none."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.files import atomic_path
+
+KEY = "crc32"
+
+
+def write_json(path: Path, document: Mapping[str, object], indent: int | None = 2) -> None:
+    """Write a document and its checksum, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps({**document, KEY: _checksum(document)}, indent=indent) + "\n")
+
+
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """Read a document, without its checksum.
+
+    Args:
+        path: Path of the file.
+        remedy: End of messages.
+
+    Raises:
+        ValueError: In one line, if it is not a JSON object, or is not what was written.
+        OSError: If it cannot be read.
+    """
+    end = f"; {remedy}" if remedy else ""
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}){end}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: not a JSON object{end}")
+    if not is_intact(document):
+        raise ValueError(f"{path}: edited or damaged, it does not match its checksum{end}")
+    return {name: value for name, value in document.items() if name != KEY}
+
+
+def is_intact(document: Mapping[str, object]) -> bool:
+    """True if a document matches its checksum, or has none."""
+    return KEY not in document or document[KEY] == _checksum(document)
+
+
+def _checksum(document: Mapping[str, object]) -> int:
+    rest = json.dumps({name: value for name, value in document.items() if name != KEY})
+    return zlib.crc32(json.dumps(json.loads(rest), sort_keys=True).encode())
