@@ -148,7 +148,7 @@ def set_up(
     else:
         with fake, device:
             loss = make()
-    notes = [] if start is None or fake is not None else load_start(config, loss, start, dataset)
+    notes = [] if start is None or fake is not None else load_start(config, loss, start, dataset, encoder)
 
     owners |= {"model": (config.model, loss.network.config)}
     channels, width = dataset.image_shape[-3], dataset.image_shape[-1]
@@ -243,7 +243,9 @@ def check_classes(config: TrainSettings, fields: Values, dataset: Dataset) -> No
     )
 
 
-def load_start(config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, dataset: Dataset) -> list[str]:
+def load_start(
+    config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, dataset: Dataset, encoder: Encoder
+) -> list[str]:
     """Fill the network with the weights of --init-from; returns what had to be changed to fit.
 
     Raises:
@@ -259,7 +261,12 @@ def load_start(config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, da
     )
     load_weights(loss.network, weights, f"--init-from {config.run.init_from} as {config.model}")
     with error_prefix(f"--init-from {config.run.init_from}"):
-        return notes + loss.start(start.weights)
+        notes += loss.start(start.weights)
+    try:
+        encoder.check_same((start.meta or {}).get("autoencoder", {}))
+    except ValueError as error:
+        notes.append(f"trained with another autoencoder: {error}")
+    return notes
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -75,6 +75,13 @@ def test_training_is_not_resumed_with_another_autoencoder(
         assert status == 2 and "was trained with another autoencoder: the autoencoder" in runs.the_error(capsys)
 
 
+def test_a_start_from_weights_of_another_autoencoder_is_said(changed: tuple[Path, str], tmp_path: Path) -> None:
+    folder, part = changed
+    ckpt = runs.checkpoint(folder / "runs", 2)
+    assert runs.start(tmp_path, *argv(folder), "--max-steps", 1, "--init-from", ckpt) == 0
+    assert ("trained with another autoencoder: the autoencoder" in runs.log(tmp_path)) == (part != "decoder")
+
+
 def test_its_own_autoencoder_may_move_and_be_rounded(trained: Path, tmp_path: Path) -> None:
     ckpt = runs.checkpoint(trained / "runs", 2)
     with warnings.catch_warnings():
