@@ -58,9 +58,9 @@ class Autoencoder(Encoder):
         self.check_normalisation(config, {*own, *self.scaling_keys, "block_out_channels"})
         encoding = {key: config[key] for key in own & config.keys() if not _NOT_ENCODING.match(key)}
         self.settings = {key: value for key, value in sorted(encoding.items()) if len(str(value)) < _LONGEST}
-        self._sha256 = ""
+        self._sha256: dict[bool, str] = {}  # of the parts that do not decode, and of those that do
         if dtype != torch.float32:
-            self.encoder_sha256()  # of the weights before they are rounded
+            self.describe()  # takes the fingerprints, before the weights are rounded
         nn.Module.to(self.module, device, dtype)  # that of diffusers warns where there is nothing to warn of
         if dtype != torch.float32:  # convolutions are faster channels last; float32 keeps the rounding of training
             self.module.to(memory_format=torch.channels_last)
@@ -91,16 +91,23 @@ class Autoencoder(Encoder):
         """Images of latents that are neither shifted nor scaled."""
         return self.module.decode(z.to(self.module.dtype)).sample.float()
 
+    def describe(self) -> dict[str, object]:
+        """JSON values that fix raw latents, how they become latents, and the decoder."""
+        return {**super().describe(), "decoder_sha256": self._fingerprint(decoder=True)}
+
     def encoder_sha256(self) -> str:
         """Fingerprint of the weights that encode; autoencoders that differ in the decoder alone share it."""
-        if not self._sha256:
+        return self._fingerprint(decoder=False)
+
+    def _fingerprint(self, decoder: bool) -> str:
+        if decoder not in self._sha256:
             digest = hashlib.sha256()
             for name, weight in sorted(self.module.state_dict().items()):
-                if not name.startswith(self.decoder_parts):
+                if name.startswith(self.decoder_parts) == decoder:
                     digest.update(f"{name} {tuple(weight.shape)} ".encode())
                     digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
-            self._sha256 = digest.hexdigest()
-        return self._sha256
+            self._sha256[decoder] = digest.hexdigest()
+        return self._sha256[decoder]
 
 
 class KLAutoencoder(Autoencoder, folder_class="AutoencoderKL"):
@@ -178,9 +185,9 @@ def _load(class_name: str, source: str) -> Any:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report
             )
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # a config of other code fails in many ways
         hint = "" if Path(source).is_dir() else " from cache or hub; without network download it and give its folder"
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load the autoencoder {source!r}{hint} ({reason})") from error
     finally:
         logging.set_verbosity(level)

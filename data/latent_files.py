@@ -189,8 +189,9 @@ def map_array(path: Path, shape: tuple[int, ...]) -> Raw:
     """Memory-map the array of a shard; a ValueError unless it is a float16 array of this shape."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except ValueError as error:
-        raise ValueError(f"{path}: not a NumPy array ({error}); delete it and {REMEDY}") from error
+    except Exception as error:  # NumPy parses the header as Python, and a damaged one fails in many ways
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a NumPy array ({reason}); delete it and {REMEDY}") from error
     if array.shape != shape or array.dtype != np.float16:
         raise ValueError(
             f"{path}: {array.dtype} {array.shape} instead of float16 {shape}; it is of another extraction, "

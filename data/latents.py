@@ -255,7 +255,8 @@ class StoredEncoder(Encoder):
 
     def describe(self) -> dict[str, object]:
         """The description in the store, with the name of the autoencoder that decodes."""
-        return {**self._recorded, "name": self.name}
+        kept = {key: value for key, value in self._recorded.items() if key != "decoder_sha256"}
+        return dict(self._recorded) if self.name == self._recorded["name"] else {**kept, "name": self.name}
 
     def load(self) -> Encoder:
         """Load the autoencoder.

@@ -116,14 +116,34 @@ def open_its_encoder(
     dtype = torch.float32 if config.encoder.vae_precision == "fp32" else torch.bfloat16
     with error_prefix(f"--vae {name}"):
         encoder = open_encoder(name, known or (() if size is None else (size, size)), device, dtype)
+    compare_encoder(encoder, info, chosen=config.encoder.vae is not None)
+    return replace(info, encoder=name), encoder
+
+
+def compare_encoder(encoder: Encoder, info: CheckpointInfo, *, chosen: bool) -> None:
+    """Compare an encoder with the one that a checkpoint was trained with, if it records that.
+
+    Args:
+        encoder: The encoder.
+        info: Description of the checkpoint.
+        chosen: A flag names the encoder, which may then be another one; that is a warning.
+
+    Raises:
+        UserError: If nothing but the checkpoint names it, and it has changed since.
+    """
+    recorded = (info.meta or {}).get("autoencoder", {})
     try:
-        encoder.check_same((info.meta or {}).get("autoencoder", {}))
+        encoder.check_same(recorded)
     except ValueError as error:
         problem = f"--ckpt {info.path}: was trained with another autoencoder ({error})"
-        if config.encoder.vae is None:
-            raise UserError(f"{problem}; give its own by --vae, or --vae {name} to decode with this one") from error
+        if not chosen:
+            flag = f"--vae {encoder.name}"
+            raise UserError(f"{problem}; give its own by --vae, or {flag} to decode with this one") from error
         warnings.warn(problem, stacklevel=2)
-    return replace(info, encoder=name), encoder
+        return
+    decoder = recorded.get("decoder_sha256")
+    if decoder and not chosen and encoder.describe().get("decoder_sha256") != decoder:
+        warnings.warn(f"--vae {encoder.name}: its decoder has changed since {info.path} was trained", stacklevel=2)
 
 
 def check_shapes(network: Network, info: CheckpointInfo, encoder: Encoder) -> None:

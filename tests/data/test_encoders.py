@@ -350,6 +350,7 @@ def test_image_size_must_fit_the_factor(vae_folder):
         ({"scale_factor": 0.3}, "its config.json has scale_factor 0.3, which diffusers' AutoencoderKL does not know"),
         ({"latent_shift": 0.3}, "its config.json has latent_shift 0.3, which diffusers' AutoencoderKL does not know"),
         ({"block_out_channels": [8, 24]}, "of another shape: decoder.conv_in.bias"),
+        ({"block_out_channels": []}, "cannot load the autoencoder .* out of range"),
     ],
 )
 def test_a_config_that_does_not_fit_is_one_line(change, words, copy):

@@ -52,7 +52,12 @@ def test_another_autoencoder_is_refused_where_nobody_asked_for_it(changed: tuple
     folder, part = changed
     ckpt = runs.checkpoint(folder / "runs", 2)
     if part == "decoder":  # of which there may be several
-        Pipeline.from_pretrained(ckpt, device="cpu")
+        for precision in ("fp32", "bf16"):
+            with pytest.warns(UserWarning, match=f"--vae .*vae: its decoder has changed since {ckpt} was trained"):
+                Pipeline.from_pretrained(ckpt, device="cpu", vae_precision=precision)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Pipeline.from_pretrained(ckpt, device="cpu", vae=folder / "vae")
         return
     words = rf"{ckpt}: was trained with another autoencoder \(the autoencoder .*vae' (is not the one|has LatentScaling)"
     with pytest.raises(UserError, match=words) as error:
