@@ -1,4 +1,4 @@
-"""Conversion of a DiT to diffusers' DiTTransformer2DModel.
+"""Conversion of a DiT to diffusers' DiTTransformer2DModel, and back.
 
 That class repeats the timestep and label embedders in every block, keeps q, k and v apart, and computes positions
 itself. Its timestep frequencies end at 1/10000, where the official ones would reach it one place later; the setting
@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.dit import DiT
+from models.layers import sincos_position_table
 
 NORM_EPS = 1e-6  # of the official layer norms; the default there is 1e-5
 
@@ -47,6 +49,49 @@ def to_diffusers(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]
         labels = f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight"
         mapped[labels] = weights["y_embedder.embedding_table.weight"]
     return mapped
+
+
+def is_diffusers(weights: Mapping[str, Tensor]) -> bool:
+    """True for weights by the names of a DiTTransformer2DModel."""
+    return "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight" in weights
+
+
+def from_diffusers(weights: Mapping[str, Tensor], grid: int | None = None) -> dict[str, Tensor]:
+    """Name the weights of a DiTTransformer2DModel as ours: the inverse of `to_diffusers`, with positions.
+
+    Args:
+        weights: Its state dict.
+        grid: Tokens of a side; None for 16, that of 256 pixels with patches of 2.
+
+    Raises:
+        ValueError: If a name is missing, or the embedders of its blocks differ, which ours cannot do.
+    """
+    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("transformer_blocks."))
+    mapped: dict[str, Tensor] = {}
+    try:
+        for kind in ("weight", "bias"):
+            mapped |= {f"{ours}.{kind}": weights[f"{theirs}.{kind}"] for ours, theirs in _OUTSIDE.items()}
+            for i in range(depth):
+                block = f"transformer_blocks.{i}"
+                for ours, theirs in _IN_BLOCK.items():
+                    name = ours if ours.startswith("t_embedder") else f"blocks.{i}.{ours}"
+                    _enter(mapped, f"{name}.{kind}", weights[f"{block}.{theirs}.{kind}"])
+                parts = [weights[f"{block}.attn1.to_{part}.{kind}"] for part in "qkv"]
+                mapped[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+        for i in range(depth):
+            labels = weights[f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight"]
+            _enter(mapped, "y_embedder.embedding_table.weight", labels)
+    except KeyError as error:
+        raise ValueError(f"diffusers' layout, but {error.args[0]} is missing") from error
+    side = grid or 16
+    bias = mapped["x_embedder.proj.bias"]
+    mapped["pos_embed"] = sincos_position_table(len(bias), side, side)[None].to(bias)
+    return mapped
+
+
+def _enter(mapped: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if not torch.equal(mapped.setdefault(name, value), value):
+        raise ValueError(f"diffusers' layout, but its blocks have different {name}, which is one for all here")
 
 
 def diffusers_config(network: DiT) -> dict[str, object]:

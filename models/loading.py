@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,19 @@ import torch
 from torch import Tensor
 
 from models import FAMILIES, Network, create_model, family_of, list_models, model_config
+from models.contract import TimeConvention
+from models.diffusers_format import from_diffusers, is_diffusers
 from models.recognise import check_family, describe_unknown, recognise, recognised_name
+from models.transfer import LABEL_TABLE, without_variance
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.download import obtain
 from runtime.errors import UserError, error_prefix
 from runtime.releases import Preset, Release, close_names, find_release, release_of_model
+
+# Files of SiT have DiT's names and shapes, and another process
+SIT_NAME = re.compile(r"(?<![a-z])sit(?![a-z])", re.IGNORECASE)
+PROCESSES_WITH_VARIANCE = {"gaussian"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class CheckpointInfo:
         release: The released checkpoint that it is, if any.
         preset: Settings of the published samples, if it is a release.
         meta: JSON document of our own files, in format 2.
+        time_convention: Units of the network's times, where they are not those of its family.
+        notes: What was found in a file of other code, and how its model and process were guessed.
     """
 
     path: Path
@@ -53,6 +63,8 @@ class CheckpointInfo:
     release: Release | None = None
     preset: Preset | None = None
     meta: Mapping[str, Any] | None = None
+    time_convention: TimeConvention | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_network(
@@ -93,10 +105,15 @@ def resolve_checkpoint(
     model: str | None = None,
     download_dir: str | Path = "pretrained_models",
     flag: str = "--ckpt",
+    process: str | None = None,
+    network_times: TimeConvention | None = None,
 ) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     """Read a checkpoint and find out all that it tells, without building the network.
 
-    Args and exceptions are those of `load_network`.
+    Args and exceptions are those of `load_network`, and for files of other code
+
+        process: Name of the process that the network was trained under; None for a guess.
+        network_times: Units of its times; None for a guess.
 
     Returns:
         The description, and the weights by name.
@@ -112,8 +129,13 @@ def resolve_checkpoint(
     if model is not None and actual not in (None, model):
         raise UserError(f"--model {model}: {flag} {source} was trained with {actual}")
     if checkpoint.meta is not None:
-        return _own_info(path, checkpoint.group, checkpoint.meta), checkpoint.weights
-    return _foreign_info(path, checkpoint, release, model, f"{flag} {source}"), checkpoint.weights
+        info = _own_info(path, checkpoint.group, checkpoint.meta)
+        if process not in (None, info.process):
+            raise UserError(f"--process {process}: {flag} {source} was trained under {info.process!r}")
+        if network_times is not None:
+            raise UserError(f"--network-times {network_times}: has no effect on {flag} {source}, which knows its own")
+        return info, checkpoint.weights
+    return _foreign_info(path, checkpoint, release, model, f"{flag} {source}", process, network_times)
 
 
 def build_network(
@@ -132,11 +154,16 @@ def build_network(
     source, classes = f"{flag} {info.path}", overrides.get("num_classes")
     if info.meta is not None and classes not in (None, info.config["num_classes"]):
         raise UserError(f"--num-classes {classes}: {source} was trained with {info.config['num_classes']}")
+    table = weights.get(LABEL_TABLE)
+    if info.meta is None and classes is not None and table is not None and len(table) == classes:
+        overrides["class_dropout_prob"] = 0.0  # a table without a null class, which shapes alone do not tell
     with error_prefix(source):
         network = create_model(info.model, **{**info.config, **overrides})
         if network.state_dict().keys() != weights.keys():
             check_family(info.model, weights)
     load_weights(network, weights, f"{source} as {info.model}", recognised_name)
+    if info.time_convention is not None:
+        network.time_convention = info.time_convention  # type: ignore[misc]  # of this one network
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -184,22 +211,53 @@ def _own_info(path: Path, group: str, meta: Mapping[str, Any]) -> CheckpointInfo
 
 
 def _foreign_info(
-    path: Path, checkpoint: Checkpoint, release: Release | None, model: str | None, source: str
-) -> CheckpointInfo:
-    """Describe a file of other code: a release, or weights that are recognised."""
-    name, fields = _recognised(checkpoint.weights, model if release is None else release.model, source)
-    return CheckpointInfo(
+    path: Path,
+    checkpoint: Checkpoint,
+    release: Release | None,
+    model: str | None,
+    source: str,
+    process: str | None,
+    times: TimeConvention | None,
+) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    """Describe a file of other code: a release, or weights that are recognised; and its weights by our names."""
+    weights, found, layout = checkpoint.weights, checkpoint.foreign, ""
+    if is_diffusers(weights):
+        with error_prefix(source):
+            weights, layout = from_diffusers(weights, _grid(found and found.config)), ", in diffusers' layout"
+    name, fields = _recognised(weights, model if release is None else release.model, source)
+    reason = "given" if model is not None else "a release" if release is not None else "by names and shapes"
+    own, sit = family_of(name).process, release is None and SIT_NAME.search(path.stem) is not None
+    guess = "flow" if sit and own == "gaussian" else own
+    why = "given" if process is not None else "by the name of the file" if guess != own else "that of its family"
+    process = process or guess
+    if sit and process == "flow":
+        times = times or "unit"
+    if process != own and fields.get("learn_sigma") and not PROCESSES_WITH_VARIANCE & {process}:
+        weights, fields = without_variance(weights), {**fields, "learn_sigma": False}
+        layout += ", without its outputs of a variance"
+    verified = "checksums of the file compared" if found and found.verified else "unverified: the file has no checksums"
+    notes = (f"{name} ({reason}{layout})", f"process {process} ({why})", *(found.notes if found else ()), verified)
+    info = CheckpointInfo(
         path=path,
         weights=checkpoint.group,
         model=name,
         config=fields if release is None else {**fields, **release.config},
-        process=family_of(name).process,
+        process=process,
         process_settings={},
         encoder="ema" if release is None else release.preset.vae,
         image_shape=None if release is None else (3, release.image_size, release.image_size),
         release=release,
         preset=None if release is None else release.preset,
+        time_convention=None if times == family_of(name).network.time_convention else times,
+        notes=notes,
     )
+    return info, weights
+
+
+def _grid(config: Mapping[str, Any] | None) -> int | None:
+    """Tokens of a side, from the config that diffusers keeps with the weights."""
+    size, patch = ((config or {}).get(key) for key in ("sample_size", "patch_size"))
+    return size // patch if isinstance(size, int) and isinstance(patch, int) and patch > 0 else None
 
 
 def _recognised(weights: Mapping[str, Tensor], model: str | None, source: str) -> tuple[str, dict[str, object]]:

@@ -58,6 +58,17 @@ def adapt_weights(
     return adapted, notes
 
 
+def without_variance(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the outputs of a DiT's last layer that predict a variance: the second half of its channels."""
+    channels = weights["x_embedder.proj.weight"].shape[1]
+    cut = dict(weights)
+    for kind in ("weight", "bias"):
+        values = weights[f"final_layer.linear.{kind}"]  # rows: (p, p, 2 C)
+        rows = values.reshape(-1, 2 * channels, *values.shape[1:])[:, :channels]
+        cut[f"final_layer.linear.{kind}"] = rows.reshape(-1, *values.shape[1:]).clone()
+    return cut
+
+
 def _grouped(names: Sequence[str]) -> list[str]:
     """Group parameter names by the numbers of their layers: "skip_norms.0..3.weight"."""
     layers: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Checkpoints: ours, which hold tensors and JSON only, and official ones, read without running their pickles.
+"""Checkpoints: ours, which hold tensors and JSON only; those of others are read by `runtime.foreign`.
 
 Ours is one safetensors file. Tensor names start with their group ("model/", "ema-0.9999/", "optimizer/"); the file's
 metadata holds one JSON document with everything needed to rebuild the run's network, process and data (see
@@ -7,11 +7,9 @@ docs/checkpoints.md), and a checksum of every tensor, compared when it is read. 
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
-import pickle
 import re
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,17 +22,12 @@ from torch import Tensor, nn
 
 from runtime import migrate
 from runtime.errors import UserError
-from runtime.files import atomic_path, check_utf8
+from runtime.files import atomic_path
+from runtime.foreign import ForeignWeights, file_in, read_foreign
 
 FORMAT = 2  # of our files; runtime/migrate.py converts earlier ones
 METADATA_KEY = "dit_family"
 CHECKSUMS_KEY = "crc32"
-# Entries with weights in official files, best first; a file without any of these is the state dict itself.
-OFFICIAL_GROUPS = ("ema", "model", "state_dict")
-# Prefixes of both in one state dict.
-GROUP_PREFIXES = {"ema": "ema_denoiser.", "model": "denoiser."}
-# Prefixes that wrappers add to the names of parameters.
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 class Checkpoint(NamedTuple):
@@ -43,12 +36,14 @@ class Checkpoint(NamedTuple):
     Attributes:
         weights: Parameter name -> tensor, on the CPU.
         meta: JSON document of our files; None for others.
-        group: Name of these weights in our files, such as "model" or "ema-0.9999"; in others the one asked for.
+        group: Name of these weights in our files, such as "model" or "ema-0.9999"; in others "ema" or "model".
+        foreign: What another project's file tells; None for ours.
     """
 
     weights: dict[str, Tensor]
     meta: dict[str, Any] | None
     group: str
+    foreign: ForeignWeights | None = None
 
 
 def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, object]) -> None:
@@ -85,20 +80,31 @@ def read_checkpoint(path: Path, weights: str = "ema", flag: str = "--ckpt") -> C
     """Read one set of weights from any supported file.
 
     Args:
-        path: Path of ours (safetensors), or of an official .pt, .pth or .ckpt: a flat state dict, or one under "ema",
-            "model" or "state_dict" among other entries; it holds one set of weights, or two with `GROUP_PREFIXES`.
+        path: Path of ours (safetensors), or of another project's file or folder, as for `read_foreign`.
         weights: "model", "ema" for the file's average, or the name of one of several averages ("ema-0.9999").
-            For official files without that group, the one that they have.
+            For files of others without that group, the one that they have.
         flag: Flag in messages.
 
     Raises:
         UserError: If the file is missing, damaged, not a checkpoint, or holds objects that could run code.
     """
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and is_ours(path):
         groups, meta = read_groups(path, lambda present: [_choose(present, weights, f"{flag} {path}")], flag)
         ((name, tensors),) = groups.items()
-        return Checkpoint(_unwrapped(tensors), meta, name if meta is not None else weights)
-    return Checkpoint(_read_official(path, "model" if weights == "model" else "ema", flag), None, weights)
+        return Checkpoint(tensors, meta, name)
+    foreign = read_foreign(path, weights, flag)
+    return Checkpoint(foreign.weights, None, foreign.group, foreign)
+
+
+def is_ours(path: Path) -> bool:
+    """True for a safetensors file with our document; damaged files count as ours if they name it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            return METADATA_KEY.encode() in file.read(1 << 16)
+        return False
 
 
 def _choose(present: Sequence[str], weights: str, where: str) -> str:
@@ -132,7 +138,7 @@ def read_groups(
     Raises:
         UserError: If the file is missing, damaged, or of a later format, or lacks a group.
     """
-    _require_file(path, flag)
+    path = file_in(path, flag)
     try:
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
@@ -186,52 +192,6 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def _require_file(path: Path, flag: str) -> None:
-    check_utf8(path, flag)
-    if path.is_dir():
-        raise UserError(f"{flag} {path}: is a folder; give a file in it, such as checkpoints/0050000.safetensors")
-    if not path.is_file():
-        raise UserError(f"{flag} {path}: no such file")
-
-
-def _read_official(path: Path, group: str, flag: str) -> dict[str, Tensor]:
-    _require_file(path, flag)
-    try:
-        # Official training checkpoints hold their flags as an argparse.Namespace, which is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # Mapped if the format allows it: a training checkpoint is four times as large as the part that is read.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{flag} {path}: refused, because it is no PyTorch file of plain tensors (unpickling it could run code)"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{flag} {path}: not a readable PyTorch file; truncated download? ({error})") from error
-    if isinstance(content, dict):
-        for name in (group, *OFFICIAL_GROUPS):
-            if isinstance(content.get(name), dict):
-                content = content[name]
-                break
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{flag} {path}: a PyTorch file, but not one of weights by name")
-    weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    for prefix in (GROUP_PREFIXES.get(group, group), *GROUP_PREFIXES.values()):
-        grouped = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        if grouped:
-            return _unwrapped(grouped)
-    return _unwrapped(weights)
-
-
-def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes of DDP and torch.compile from names (and, per block, their infixes)."""
-    plain = {}
-    for name, tensor in weights.items():
-        for prefix in WRAPPER_PREFIXES:
-            name = name.removeprefix(prefix)
-        plain[name.replace("._orig_mod.", ".")] = tensor
-    return plain
-
-
 def load_weights(
     network: nn.Module,
     weights: Mapping[str, Tensor],
@@ -259,9 +219,15 @@ def load_weights(
             if name in weights and weights[name].shape != tensor.shape
         ),
     ]
+    for name, tensor in weights.items():
+        if name in expected and expected[name].is_floating_point():
+            if not tensor.is_floating_point():
+                raise UserError(f"{source}: {name} holds {str(tensor.dtype).removeprefix('torch.')}; quantised?")
+            if not tensor.isfinite().all():
+                raise UserError(f"{source}: {name} has NaN or infinity; the weights are damaged, or training failed")
     if problems:
-        name = recognise(weights) if recognise is not None else None
-        actual = f"those of {name}, {_outline(weights)}" if name else _outline(weights)
+        other = recognise(weights) if recognise is not None else None
+        actual = f"those of {other}, {_outline(weights)}" if other else _outline(weights)
         raise UserError(
             f"{source}: the weights do not fit the model in {len(problems)} places; expected {_outline(expected)}, "
             f"found {actual}: {'; '.join(problems[:3])}"

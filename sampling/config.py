@@ -39,6 +39,12 @@ class CheckpointSettings:
     weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
     image_size: int | None = setting(None, "side of the images in pixels", shown="the weights'; 256 without --ckpt")
     num_classes: int | None = setting(None, "number of classes", shown="the weights'")
+    process: str | None = setting(
+        None, "noise process", tuple(PROCESSES), shown="the checkpoint's; of a file of other code a guess, which is printed"
+    )
+    network_times: Literal["index", "unit"] | None = setting(
+        None, "times of such a network: index, 0 clean to 999 noise, or unit, 0 noise to 1 data", shown="a guess"
+    )
     pretrained_dir: Path = setting(Path("pretrained_models"), "folder of downloaded releases", free=True)
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,12 @@ def open_checkpoint(
     if source is None:
         source = Path(release_of_model(config.model or "DiT-XL/2", chosen.image_size, FAMILIES).name)
     info, weights = resolve_checkpoint(
-        source, weights=chosen.weights, model=config.model, download_dir=chosen.pretrained_dir
+        source,
+        weights=chosen.weights,
+        model=config.model,
+        download_dir=chosen.pretrained_dir,
+        process=chosen.process,
+        network_times=chosen.network_times,
     )
     family = family_name(info.model)
     given.check_owners(model=family)
@@ -61,6 +67,8 @@ def open_checkpoint(
         fields["sample_shape"] = encoder.latent_shape(image)
     network = build_network(info, weights, device=device, **fields)
     check_shapes(network, info, encoder)
+    if info.notes and os.environ.get("RANK", "0") == "0":
+        print(f"--ckpt {source}: {'; '.join(info.notes)}")
     return network, info, encoder
 
 

@@ -1,0 +1,338 @@
+"""Weights in files of other code: which entry is meant, names without wrappers, and what can be checked.
+
+Files are read without running code in them. One function decides, `read_foreign`; the layouts that it knows are the
+tables below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import pathlib
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from runtime.errors import UserError
+from runtime.files import check_utf8
+
+# Entries and prefixes with averaged weights, by their names in other projects; numbers may follow ("model_ema1")
+AVERAGES = (
+    "ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "params_ema", "ema_params", "ema_weights",
+    "module_ema", "net_ema", "ema_net", "ema_network", "averaged_model", "model_avg", "swa_model", "ema_denoiser",
+)  # fmt: skip
+# Entries and prefixes with the weights themselves, likeliest first
+PLAIN = (
+    "model", "state_dict", "model_state_dict", "net", "network", "module", "params", "weights", "denoiser",
+    "online_model",
+)  # fmt: skip
+# Parts that wrappers add to names: DDP, torch.compile, FSDP, activation checkpointing, DeepSpeed
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+# Parts that are not of the network: counters of averages, projectors of REPA
+LEFT_OUT = ("n_averaged", "projectors.", "initted", "step")
+AVERAGE_WORDS = {"ema", "emas", "average", "averaged", "avg", "swa", "shadow", "polyak"}
+OTHER_ENTRIES = re.compile(r"opt|sched|loops|callback|scaler|args|config|hparams", re.IGNORECASE)
+FACTS = ("epoch", "step", "global_step", "train_steps", "iteration", "iter")
+# Harmless classes in files of weights; everything else is refused
+PLAIN_CLASSES: list[Any] = [
+    argparse.Namespace, collections.OrderedDict, dict, list, int, float, set, str,
+    (lambda *_: {}, "collections.defaultdict"),
+    pathlib.PosixPath, pathlib.PurePosixPath, np.dtype, np.ndarray,
+    *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")},
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # type: ignore[attr-defined]
+    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),  # type: ignore[attr-defined]
+    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),  # type: ignore[attr-defined]
+]  # fmt: skip
+
+
+class ForeignWeights(NamedTuple):
+    """One set of weights of another project's file.
+
+    Attributes:
+        weights: Parameter name -> tensor, on the CPU, without the names of wrappers.
+        group: "ema" or "model", or the entry that was asked for by name.
+        entry: Entry or prefix of the file that they are from; empty for a state dict of its own.
+        notes: What was found, and left out, for the user.
+        verified: The format has checksums, and they were compared.
+        config: Content of a config.json in the same folder.
+    """
+
+    weights: dict[str, Tensor]
+    group: str
+    entry: str
+    notes: tuple[str, ...] = ()
+    verified: bool = False
+    config: Mapping[str, Any] | None = None
+
+
+def read_foreign(path: Path, weights: str = "ema", flag: str = "--ckpt") -> ForeignWeights:
+    """Read one set of weights.
+
+    Args:
+        path: A .pt, .pth, .ckpt or .bin file, a safetensors file, a safetensors index, or a folder with one of these.
+        weights: "ema" for the average if there is one, "model" for the weights themselves if there are any, or the name
+            of an entry.
+        flag: Flag in messages.
+
+    Raises:
+        UserError: If the file is missing, damaged, holds objects that could run code, or it is not clear which weights
+            are meant.
+    """
+    path, where = file_in(path, flag), f"{flag} {path}"
+    content, verified = read_content(path, where)
+    entry, tensors = choose_entry(content, weights, where)
+    plain, left_out = {}, []
+    for name, tensor in tensors.items():
+        short = unwrapped(name)
+        if short.startswith(LEFT_OUT) and ("." in short or tensor.ndim == 0):
+            left_out.append(short.partition(".")[0])
+        else:
+            plain[short] = tensor
+    notes = [f"weights {entry!r}" if entry else "a state dict of its own"]
+    notes += [f"{name} {int(content[name])}" for name in FACTS if isinstance(content.get(name), int)]
+    notes += [f"without {', '.join(sorted(set(left_out)))}"] if left_out else []
+    config = path.parent / "config.json"
+    facts = json.loads(config.read_text()) if path.parent.is_dir() and config.is_file() else None
+    group = weights if weights not in ("ema", "model") else "ema" if is_average(entry) else "model"
+    return ForeignWeights(plain, group, entry, tuple(notes), verified, facts if isinstance(facts, dict) else None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def file_in(path: Path, flag: str) -> Path:
+    """The file of weights that a path means: itself, or the one in a folder.
+
+    Raises:
+        UserError: If there is none, or more than one.
+    """
+    check_utf8(path, flag)
+    if path.is_dir():
+        for pattern in ("*.safetensors.index.json", "*.safetensors", "transformer/*.safetensors", "*.bin", "*.pt"):
+            found = sorted(path.glob(pattern))
+            if len(found) > 1:
+                names = ", ".join(each.name for each in found[:3])
+                raise UserError(f"{flag} {path}: is a folder; give a file in it: {names}, ...")
+            if found:
+                return found[0]
+        raise UserError(f"{flag} {path}: is a folder; give a file in it, such as checkpoints/0050000.safetensors")
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file")
+    return path
+
+
+def read_content(path: Path, where: str) -> tuple[Mapping[str, Any], bool]:
+    """Read what a file holds by name, and compare its checksums where the format has some.
+
+    Raises:
+        UserError: If it is damaged, or something else.
+    """
+    with path.open("rb") as file:
+        head = file.read(512)
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{where}: a Git LFS pointer, not the file itself; run git lfs pull, or download it again")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{where}: a web page, not a checkpoint; the address needs a login, or is not that of the file")
+    if path.name.endswith(".index.json"):
+        return read_shards(path, where), False
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        return read_safetensors(path, where), False
+    return read_pickle(path, where)
+
+
+def read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; a UserError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{where}: damaged or truncated safetensors file ({error})") from error
+
+
+def read_shards(index: Path, where: str) -> dict[str, Tensor]:
+    """All tensors of the files that an index names; a UserError if one is missing or damaged."""
+    try:
+        files = json.loads(index.read_text())["weight_map"]
+        names = sorted({str(name) for name in files.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: not an index of safetensors files ({type(error).__name__}: {error})") from error
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        shard = index.parent / name
+        if Path(name).name != name or not shard.is_file():
+            raise UserError(f"{where}: {name} is missing beside it")
+        tensors |= read_safetensors(shard, f"{where}: {name}")
+    missing = files.keys() - tensors.keys()
+    if missing:
+        raise UserError(f"{where}: {min(missing)} is in none of its files")
+    return tensors
+
+
+def read_pickle(path: Path, where: str) -> tuple[Mapping[str, Any], bool]:
+    """Content of a PyTorch file, without running code in it, and if its checksums were compared.
+
+    Raises:
+        UserError: If it is damaged, holds other classes than plain ones, or no weights by name.
+    """
+    zipped = zipfile.is_zipfile(path)
+    verified = zipped and compare_checksums(path, where)
+    try:
+        with torch.serialization.safe_globals(PLAIN_CLASSES):
+            # Mapped if the format allows it: a training checkpoint is four times as large as the part that is read.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        held = f": it holds a {named[1]}" if named else ""
+        raise UserError(
+            f"{where}: refused, because it is no PyTorch file of plain tensors{held} (unpickling it could run code)"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"{where}: not a readable PyTorch file; truncated download? ({error})") from error
+    if not isinstance(content, Mapping) or not any(_sets_of_tensors(content)):
+        raise UserError(f"{where}: a PyTorch file, but not one of weights by name")
+    return content, verified
+
+
+def compare_checksums(path: Path, where: str) -> bool:
+    """Compare the CRC-32 of every part of a zip file; False if it was written without them.
+
+    Raises:
+        UserError: Naming the first damaged part.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if not any(part.CRC for part in archive.infolist() if part.file_size):
+                return False
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise UserError(f"{where}: damaged or truncated zip file ({error})") from error
+    if damaged is not None:
+        raise UserError(f"{where}: damaged, {damaged} in it does not match its checksum")
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Entries
+
+
+def choose_entry(content: Mapping[str, Any], weights: str, where: str) -> tuple[str, dict[str, Tensor]]:
+    """Choose one set of weights of a file's content: an entry, or the names with one prefix.
+
+    Returns:
+        Name of the entry or prefix, empty for all names of a plain state dict, and the tensors.
+
+    Raises:
+        UserError: If several averages are there, one is not understood, or the one asked for is missing.
+    """
+    for depth in range(3):
+        sets: dict[str, Mapping[str, Any]] = dict(_sets_of_tensors(content))
+        by_prefix = "" in sets
+        if by_prefix:
+            tensors = {unwrapped(name, start=True): tensor for name, tensor in sets[""].items()}
+            sets = {**_by_prefix(tensors)}
+            if not sets:
+                return "", tensors
+        name = choose_name([*sets], weights, where, by_prefix=by_prefix, nested=depth > 0)
+        chosen = sets[name]
+        if by_prefix or "" in dict(_sets_of_tensors(chosen)):
+            inner = _by_prefix({unwrapped(key, start=True): tensor for key, tensor in chosen.items()})
+            if not by_prefix and inner:  # a state dict under its name, with two networks by prefix
+                content = chosen
+                continue
+            return name, {key: value for key, value in chosen.items() if isinstance(value, Tensor)}
+        content = chosen
+    raise UserError(f"{where}: its weights are nested too deep")
+
+
+def choose_name(names: list[str], weights: str, where: str, *, by_prefix: bool, nested: bool) -> str:
+    """Choose among the names of entries or prefixes.
+
+    Raises:
+        UserError: If it is not clear which one is meant.
+    """
+    listed = f"its {'prefixes' if by_prefix else 'entries'} are {', '.join(names)}"
+    if weights not in ("ema", "model") and not nested:
+        if weights not in names:
+            raise UserError(f"{where}: holds no weights {weights!r}; {listed}")
+        return weights
+    averages = [name for name in names if is_average(name)]
+    plain = sorted((name for name in names if name in PLAIN), key=PLAIN.index)
+    if weights == "model" and plain:
+        return plain[0]
+    if len(averages) > 1 and "ema" not in averages:
+        raise UserError(f"{where}: holds several averages; choose one by --weights; {listed}")
+    if averages:
+        return "ema" if "ema" in averages else averages[0]
+    doubtful = [name for name in names if looks_like_average(name)]
+    if doubtful and weights != "model":
+        raise UserError(
+            f"{where}: {doubtful[0]!r} may be an average, and is not known here; choose by --weights; {listed}"
+        )
+    if plain:
+        return plain[0]
+    if len(names) == 1:
+        return names[0]
+    raise UserError(f"{where}: it is not clear which weights are meant; choose by --weights; {listed}")
+
+
+def is_average(name: str) -> bool:
+    """True for the known name of averaged weights."""
+    return name.rstrip("0123456789").rstrip("_.-") in AVERAGES or name in AVERAGES
+
+
+def looks_like_average(name: str) -> bool:
+    """True if a part of a name says that it is an average."""
+    return not AVERAGE_WORDS.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+
+
+def unwrapped(name: str, *, start: bool = False) -> str:
+    """Remove what wrappers add to a name, wherever it is, or at its start alone."""
+    parts = name.split(".")
+    if start:
+        while len(parts) > 1 and parts[0] in WRAPPERS:
+            parts = parts[1:]
+        return ".".join(parts)
+    return ".".join(part for part in parts if part not in WRAPPERS) or name
+
+
+def _sets_of_tensors(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Entries that are, or hold, tensors by name; or all of it under the name "", if it is a state dict itself."""
+    entries = [
+        (name, value)
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Mapping) and not OTHER_ENTRIES.search(name) and _holds(value)
+    ]
+    if entries:
+        yield from entries
+    elif any(isinstance(value, Tensor) for value in content.values()):
+        yield "", {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _holds(value: Mapping[str, Any], depth: int = 0) -> bool:
+    """True for a mapping of names with tensors, directly or a level or two below."""
+    if not all(isinstance(name, str) for name in value):
+        return False
+    if any(isinstance(each, Tensor) for each in value.values()):
+        return True
+    return depth < 2 and any(isinstance(each, Mapping) and _holds(each, depth + 1) for each in value.values())
+
+
+def _by_prefix(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the first part of their names, where that is the name of a set of weights."""
+    sets: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        first, dot, rest = name.partition(".")
+        if dot and (is_average(first) or first in PLAIN or looks_like_average(first)):
+            sets.setdefault(first, {})[rest] = tensor
+    return sets
