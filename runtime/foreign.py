@@ -61,7 +61,7 @@ class ForeignWeights(NamedTuple):
     Attributes:
         weights: Parameter name -> tensor, on the CPU, without the names of wrappers.
         group: "ema" or "model", or the entry that was asked for by name.
-        entry: Entry or prefix of the file that they are from; empty for a state dict of its own.
+        entry: Entry or prefix of the file that they are from; empty for a plain state dict.
         notes: What was found, and left out, for the user.
         verified: The format has checksums, and they were compared.
         config: Content of a config.json in the same folder.
@@ -98,7 +98,7 @@ def read_foreign(path: Path, weights: str = "ema", flag: str = "--ckpt") -> Fore
             left_out.append(short.partition(".")[0])
         else:
             plain[short] = tensor
-    notes = [f"weights {entry!r}" if entry else "a state dict of its own"]
+    notes = [f"weights {entry!r}" if entry else "a plain state dict"]
     notes += [f"{name} {int(content[name])}" for name in FACTS if isinstance(content.get(name), int)]
     notes += [f"without {', '.join(sorted(set(left_out)))}"] if left_out else []
     config = path.parent / "config.json"

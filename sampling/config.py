@@ -40,7 +40,10 @@ class CheckpointSettings:
     image_size: int | None = setting(None, "side of the images in pixels", shown="the weights'; 256 without --ckpt")
     num_classes: int | None = setting(None, "number of classes", shown="the weights'")
     process: str | None = setting(
-        None, "noise process", tuple(PROCESSES), shown="the checkpoint's; of a file of other code a guess, which is printed"
+        None,
+        "noise process",
+        tuple(PROCESSES),
+        shown="the checkpoint's; of other code's files a guess, printed",
     )
     network_times: Literal["index", "unit"] | None = setting(
         None, "times of such a network: index, 0 clean to 999 noise, or unit, 0 noise to 1 data", shown="a guess"
