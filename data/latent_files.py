@@ -127,9 +127,10 @@ def read_index(folder: Path) -> Json:
     try:
         index = json.loads(path.read_text())
     except FileNotFoundError as error:
-        unfinished = f"{path}: missing; the extraction is not finished, {REMEDY}"
-        other = None if (folder / MANIFEST).exists() or shard_files(folder) else describe_layout(folder)
-        raise ValueError(other or unfinished) from error
+        if (folder / MANIFEST).exists() or shard_files(folder):
+            raise ValueError(f"{path}: missing; the extraction is not finished, {REMEDY}") from error
+        nothing = f"{folder}: holds no latents of scripts/extract_latents.py (no {INDEX}); give its --output"
+        raise ValueError(describe_layout(folder) or nothing) from error
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); {REMEDY}") from error
     index = latent_index(index) if isinstance(index, dict) else {}

@@ -27,6 +27,9 @@ def describe_layout(folder: Path) -> str | None:
     names = [*_names(folder, depth=3)]
     if any(map(OURS.fullmatch, names)) and any(map(SHARD.fullmatch, names)):
         return f"{folder}: holds latents of scripts/extract_latents.py; train.py takes them by --dataset latents"
+    below = sorted(name.rpartition("/")[0] for name in names if re.fullmatch(r".+/manifest\.json", name))
+    if below and f"{below[0]}/index.json" in names:
+        return f"{folder}: holds latents of scripts/extract_latents.py in its subfolder {below[0]}; give that one"
     for pattern, project in OTHER_LATENTS:
         if any(re.fullmatch(pattern, name, re.IGNORECASE) for name in names):
             return (

@@ -46,10 +46,23 @@ def test_latents_are_no_images(tmp_path):
         open_dataset("imagefolder", tmp_path, None, 3)
 
 
+@pytest.mark.parametrize("dataset", ["latents", "imagefolder"])
+def test_latents_in_a_subfolder_are_named(dataset, tmp_path):
+    make(tmp_path, *(f"store/{name}" for name in ("index.json", "manifest.json", "00000.npy", "00000.json")))
+    with pytest.raises(ValueError, match="of scripts/extract_latents.py in its subfolder store; give that one"):
+        open_dataset(dataset, tmp_path, None, 3)
+
+
+def test_an_unfinished_extraction_is_to_be_continued(tmp_path):
+    make(tmp_path, "manifest.json", "00000.npy")
+    with pytest.raises(ValueError, match="index.json: missing; the extraction is not finished, run scripts/extract_la"):
+        open_dataset("latents", tmp_path, None, 3)
+
+
 def test_anything_else_is_not_guessed(tmp_path):
     make(tmp_path, "notes.txt", ".cache/0.png")
     assert describe_layout(tmp_path) is None
-    with pytest.raises(ValueError, match="index.json: missing; the extraction is not finished"):
+    with pytest.raises(ValueError, match=r"holds no latents of scripts/extract_latents.py \(no index.json\); give its"):
         open_dataset("latents", tmp_path, None, 3)
     with pytest.raises(ValueError, match="notes.txt: not a folder"):
         open_dataset("latents", tmp_path / "notes.txt", None, 3)
