@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from data.encoders import Encoder, LatentScaling
 from runtime.download import quiet_hub
+from runtime.errors import UserError
+from runtime.foreign import compare_checksums
 
 OFFICIAL_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 OFFICIAL_FACTOR = 8
@@ -229,12 +231,11 @@ def _types(path: Path) -> dict[str, bool]:
             with safe_open(path, framework="pt") as file:
                 return {name: "F" in file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"{path}: damaged, {damaged} does not match its checksum; download it again")
+            compare_checksums(path, str(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
         return {name: value.is_floating_point() for name, value in content.items() if isinstance(value, Tensor)}
+    except UserError as error:
+        raise ValueError(f"{error}; download it again") from error
     except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError):
         return {}
 
