@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from data.dataset import DatasetSettings, Example, Key, sides
+from data.folder_scan import scan
 from data.layouts import describe_layout
 from data.pixels import Images
 from runtime.seeds import derive_seed
@@ -32,6 +33,15 @@ UPRIGHT = {  # EXIF orientation -> its inverse
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+# Raster formats of photographs; Pillow would also open formats that start other programs (EPS) or hold scripts
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+MAX_PIXELS = 200_000_000  # a GB while it is decoded
+MAX_RATIO = 100  # of the sides
+LONG = 8  # times the shape of the crop, from which the ends of an image are cut before it is resized
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # bytes of a text in a PNG, such as the workflow of a generator
 
 
 class UnreadableImageError(ValueError):
@@ -52,7 +62,8 @@ def decode_image(data: bytes, channels: int) -> Image.Image:
         UnreadableImageError: For bytes that cannot be decoded.
     """
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            check_size(file.width, file.height)
             file.load()
             image, turn = _eight_bit(file), UPRIGHT.get(_orientation(file))
             return (image if turn is None else image.transpose(turn)).convert("RGB" if channels == 3 else "L")
@@ -63,6 +74,14 @@ def decode_image(data: bytes, channels: int) -> Image.Image:
         if isinstance(error, UnidentifiedImageError):
             reason = "not an image of a known format" if data else "the file is empty"
         raise UnreadableImageError(f"cannot be read: {reason}", reason) from error
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise a ValueError for an image of more pixels, or longer for its width, than the stated limits."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels; at most {MAX_PIXELS // 10**6} million are read")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ValueError(f"{width} x {height} pixels; a side may be at most {MAX_RATIO} times the other")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -92,12 +111,29 @@ def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
     The size is the side of a square, or (H, W); smaller images are enlarged.
     """
     height, width = sides(size)
+    image = middle(image, width / height)
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
     image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def middle(image: Image.Image, ratio: float) -> Image.Image:
+    """Cut off the ends of a very long image, which a crop of this width by height never shows; others stay as they are.
+
+    The ends that are cut are whole multiples of 64 pixels, so halving by boxes meets the same pixels.
+    """
+    width, height = image.size
+    wide, tall = width / height / ratio, height / width * ratio
+    if max(wide, tall) <= LONG:
+        return image
+    shown = height * ratio if wide > tall else width / ratio
+    cut = int((max(width, height) - 4 * shown) / 2) // 64 * 64
+    if cut <= 0:
+        return image
+    return image.crop((cut, 0, width - cut, height) if wide > tall else (0, cut, width, height - cut))
 
 
 def is_flipped(key: Key, seed: int) -> bool:
@@ -149,16 +185,11 @@ class ImageFolder:
         seed: int = 0,
         strict: bool = False,
     ) -> None:
-        from torchvision.datasets import ImageFolder as Scanner  # heavy
-
         if not root.is_dir():
             raise ValueError(f"{root}: {'not a' if root.exists() else 'no such'} folder")
-        try:
-            self._samples = (scanned := Scanner(str(root))).samples
-        except FileNotFoundError as error:
-            expected = f"{root}: expected class folders with images in them ({error})"
-            raise ValueError(describe_layout(root) or expected) from error
-        self.classes: list[str] = scanned.classes
+        self.classes, self._samples = scan(root)
+        if not self._samples:
+            raise ValueError(describe_layout(root) or f"{root}: expected class folders with images in them")
         self.image_shape: tuple[int, ...] = (channels, *sides(image_size))
         self._root, self._flip, self._seed, self._strict = root, flip, seed, strict
         # Shared with the loader's workers: one warning per file, no second try, and `unreadable` includes their files

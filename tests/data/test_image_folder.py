@@ -274,7 +274,7 @@ def test_pixels_without_a_known_range_are_not_guessed_at(pixels, reason, tmp_pat
 
 
 def test_the_machines_shortage_of_memory_is_not_blamed_on_the_file(monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise MemoryError
 
     monkeypatch.setattr(Image, "open", full)

@@ -1,0 +1,177 @@
+"""Folders and files as people have them: what is seen, what is left out with a word, what is refused."""
+
+import io
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from torchvision.datasets import ImageFolder as TorchvisionFolder
+
+from data.folder_scan import scan
+from data.image_folder import ImageFolder, UnreadableImageError, center_crop, decode_image, middle
+from runtime.errors import RankError
+from tests import runs
+from training.trainer import batches
+
+PICTURE = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
+
+
+def put(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PICTURE.save(path, "PNG")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in ("b/2.png", "b/10.png", "a/x.JPG", "a/deep/er/1.webp", "a/deep/0.jpeg", "c/z.tif", "a/a b.bmp"):
+        put(tmp_path / name)
+    return tmp_path
+
+
+def test_order_and_labels_are_torchvisions(root: Path) -> None:
+    assert scan(root) == (TorchvisionFolder(str(root)).classes, TorchvisionFolder(str(root)).samples)
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints/a.png", "__MACOSX/a/b.png", "@eaDir/x.png", ".git/1.png"])
+def test_folders_that_programs_add_are_no_classes(root: Path, name: str) -> None:
+    before = scan(root)
+    put(root / name)
+    assert scan(root) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["a/._x.jpg", "a/.DS_Store", "b/.thumb.png", "a/@eaDir/x.png", "c/Thumbs.db", "a/notes.txt"]
+)
+def test_files_that_programs_add_are_no_images(root: Path, name: str) -> None:
+    before = scan(root)
+    put(root / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert scan(root) == before
+
+
+def test_other_images_are_left_out_with_a_word(root: Path) -> None:
+    before = scan(root)
+    for name in ("a/1.gif", "b/2.gif", "c/3.avif", "c/4.HEIC", "a/5.jp2", "a/6.eps"):
+        put(root / name)
+    (root / "b" / "gone.png").symlink_to(root / "nowhere.png")
+    message = "left out 1 .avif, 1 .eps, 2 .gif, 1 .heic, 1 .jp2, 1 links to missing files; convert them"
+    with pytest.warns(UserWarning, match=message):
+        assert scan(root) == before
+
+
+def test_jfif_is_jpeg(root: Path) -> None:
+    PICTURE.save(root / "a" / "w.jpg")
+    (root / "a" / "w.jpg").rename(root / "a" / "w.jfif")
+    assert len(ImageFolder(root, 8)) == len(scan(root).samples) == 8
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("Train", "Test"), ("train", "valid", "test"), ("validation",)])
+def test_splits_are_no_classes(tmp_path: Path, splits: tuple[str, ...]) -> None:
+    for split in splits:
+        put(tmp_path / split / "cat" / "0.png")
+    with pytest.raises(ValueError, match=f"holds the splits .*, not classes; give {tmp_path / splits[0]}"):
+        ImageFolder(tmp_path, 8)
+
+
+def test_an_empty_class_is_named_with_what_it_holds(root: Path) -> None:
+    (root / "d").mkdir()
+    with pytest.raises(ValueError, match="the class folder d has no image; remove it"):
+        ImageFolder(root, 8)
+    put(root / "d" / "0.gif")
+    with pytest.raises(ValueError, match="the class folder d has no image; it has 1 .gif"):
+        ImageFolder(root, 8)
+
+
+def test_numbers_as_class_names_are_said_to_sort_as_text(tmp_path: Path) -> None:
+    for name in ("1", "2", "10"):
+        put(tmp_path / name / "0.png")
+    with pytest.warns(UserWarning, match="sorted as text: 1, 10, 2, ..."):
+        assert scan(tmp_path).classes == ["1", "10", "2"]
+    shutil.rmtree(tmp_path / "10")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert scan(tmp_path).classes == ["1", "2"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hostile and odd images
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(touch /tmp/x) run\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("content", [EPS, b"%PDF-1.4\n", b"\x00\x00\x01\x00\x01\x00", b"<svg xmlns='x'/>", b"GIF89"])
+def test_formats_that_start_programs_are_not_opened(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+
+    started: list[Any] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **_: started.append(args))
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **_: started.append(args))
+    with pytest.raises(UnreadableImageError, match="cannot be read"):
+        decode_image(content, 3)
+    assert not started
+
+
+def encoded(size: tuple[int, int], **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", size, 7).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (1010, 10), (3, 301)])
+def test_threads_are_named_as_unreadable(size: tuple[int, int]) -> None:
+    with pytest.raises(UnreadableImageError, match=f"{size[0]} x {size[1]} pixels; a side may be at most 100 times"):
+        decode_image(encoded(size), 3)
+
+
+def test_many_megapixels_have_a_stated_limit() -> None:
+    with pytest.raises(UnreadableImageError, match="20000 x 10001 pixels; at most 200 million are read"):
+        decode_image(encoded((20_000, 10_001)), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode_image(encoded((12_000, 9_000)), 1).size == (12_000, 9_000)  # Pillow warns of 89 million
+
+
+def test_a_png_with_a_long_text_is_read() -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    assert decode_image(encoded((8, 8), pnginfo=text), 3).size == (8, 8)
+
+
+def test_only_what_the_crop_shows_is_resized() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 3900, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    short = middle(image, 1.0)
+    assert short.width < 400 and short.height == 40
+    error = np.abs(np.asarray(center_crop(image, 32), np.int16) - np.asarray(center_crop(short, 32), np.int16))
+    assert error.max() == 0
+    assert middle(image.rotate(90, expand=True), 1.0).height < 400
+
+
+@pytest.mark.parametrize("size", [(640, 480), (500, 70), (70, 500), (256, 256), (9, 70)])
+def test_ordinary_images_are_cropped_bit_by_bit_as_before(size: tuple[int, int]) -> None:
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    assert middle(image, 1.0) is image
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In a run
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fault", ["damaged", "deleted"])
+def test_strict_runs_and_lost_files_end_in_one_line(root: Path, workers: int, fault: str) -> None:
+    argv = "--vae none --model DiT-debug/2 --num-classes 3 --image-size 8 --device cpu --strict --max-steps 2"
+    given = [*argv.split(), "--global-batch-size", 7, "--num-workers", workers, "--data-path", root]
+    setup = runs.open_setup(*given)
+    if fault == "damaged":
+        (root / "b" / "2.png").write_bytes(b"nothing")
+    else:
+        (root / "b" / "2.png").unlink()
+    with pytest.raises(RankError, match="--data-path: .*2.png") as error:
+        next(batches(setup, runs.CPU, 0))
+    assert "\n" not in str(error.value)
