@@ -81,6 +81,7 @@ class SampleFile:
             with self._writing():
                 self._check_origin(png)
                 if self.path.exists() and not overwrite and not self._settings.exists():
+                    self._sweep()
                     raise UserError(f"{self.path} exists already; --overwrite replaces it")
                 self.partial.mkdir(parents=True, exist_ok=True)
                 self._acquire_lock()
@@ -163,8 +164,15 @@ class SampleFile:
         with atomic_path(self._settings) as temporary:  # last: with them the job can be resumed
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
+    def _sweep(self) -> None:
+        """Delete what a job left that was killed while it removed its folder, after all work."""
+        if self.partial.is_dir():
+            self._acquire_lock()
+            self._remove_partial()
+
     def _remove_partial(self) -> None:
         """Delete the job's files in its folder, and the folder if nothing else is in it."""
+        self._settings.unlink(missing_ok=True)  # first: without them `open` knows a rest
         _remove_files(self.partial, _PARTIAL_NAME)
         (self.partial / "lock").unlink(missing_ok=True)
         with suppress(OSError):

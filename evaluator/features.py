@@ -141,7 +141,7 @@ def save_features(features: FileFeatures, path: Path) -> None:
         tensors |= {"spatial_mean": features.spatial.mean, "spatial_covariance": features.spatial.covariance}
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with atomic_path(path) as temporary:
+        with atomic_path(path, alone=True) as temporary:
             save_file(tensors, temporary)
     except SafetensorError as error:  # among others, of a full disk
         raise OSError(str(error)) from error

@@ -62,14 +62,27 @@ def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor]], meta
         for group, members in groups.items()
         for name, tensor in members.items()
     }
-    checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    checksums = {name: _checksum(tensors[name]) for name in sorted(tensors)}  # any order, the same bytes
     metadata = {METADATA_KEY: json.dumps(meta), CHECKSUMS_KEY: json.dumps(checksums)}
     try:
-        with atomic_path(path) as temporary:
+        with atomic_path(path, alone=True) as temporary:
             save_file(tensors, temporary, metadata=metadata)
+            _sort_metadata(temporary)
     except (OSError, SafetensorError) as error:
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise UserError(f"{path}: could not write {size:,} bytes ({error}); earlier checkpoints are intact") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a file, which the library leaves in random order: equal content, equal bytes."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:  # else JSON was written in another way, which is as good
+            file.seek(8)
+            file.write(text)
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,16 @@ os.umask(UMASK)
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, alone: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the same folder; that file is renamed to `path` when the block succeeds.
 
-    The temporary name has the same suffix, because some writers choose their format by it.
+    The temporary name has the same suffix, because some writers choose their format by it. With `alone` it is in a
+    temporary folder, for writers that put a temporary file next to theirs, as safetensors does: it can be swept.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = place = _temporary(path)
+    if alone:
+        place.mkdir(exist_ok=True)
+        temporary = place / path.name
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -28,7 +33,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fchmod(file.fileno(), 0o666 & ~UMASK)  # some writers keep others from reading it
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _delete(place)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_utf8(path: Path, flag: str) -> None:
@@ -60,14 +76,16 @@ def check_folder(path: Path, flag: str) -> None:
 def check_writable(path: Path, flag: str) -> None:
     """Make the folder of an output file and check that it can be written to, before any long work.
 
+    Temporary files that killed processes left for it are removed.
+
     Raises:
         UserError: Naming the flag.
     """
-    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
+    probe = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        remove_temporary(path)
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot write there ({error.strerror})") from error
     if path.is_dir():
@@ -89,7 +107,7 @@ def _remove(folder: Path, pattern: str) -> None:
     for entry in folder.iterdir() if folder.is_dir() else ():
         match = name.fullmatch(entry.name)
         if match and (int(match[1]) == os.getpid() or not _is_running(int(match[1]))):
-            entry.unlink(missing_ok=True)
+            _delete(entry)
 
 
 def _is_running(process: int) -> bool:

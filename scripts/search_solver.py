@@ -155,7 +155,7 @@ class Search:
         tensors = {f"{kind}.{name}": value for kind, values in self._groups().items() for name, value in values.items()}
         tensors |= {f"mean.{number}": values["mean"].cpu() for number, values in state.items()}
         numbers = {"done": self.done, "best": self.best[0], "first": self.first}
-        with atomic_path(path) as temporary:
+        with atomic_path(path, alone=True) as temporary:
             save_file(tensors, temporary, {"search": identity, "numbers": json.dumps(numbers)})
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -133,6 +134,27 @@ def runs_in(results: Path) -> Iterator[Path]:
     """Folders of runs, newest first."""
     folders = {path: match for path in results.glob("*-*") if (match := RUN_NAME.fullmatch(path.name))}
     yield from sorted((path for path in folders if path.is_dir()), key=run_number, reverse=True)
+
+
+def unstarted_run(setup: Setup) -> Path | None:
+    """The newest run of the same settings if it was killed before its first checkpoint; None without --resume auto."""
+    if setup.config.run.resume != "auto":
+        return None
+    for folder in runs_in(setup.config.run.results_dir):
+        if folder.name.split("-", 1)[1] == setup.config.model.replace("/", "-"):
+            return folder if _is_unstarted(folder, setup) else None
+    return None
+
+
+def _is_unstarted(folder: Path, setup: Setup) -> bool:
+    """True if a run has these settings, or was killed before it wrote them, and has no checkpoint."""
+    names, saved = ({path.name for path in place.glob("[!.]*")} for place in (folder, folder / "checkpoints"))
+    if saved or "config.json" not in names:
+        return not saved and names <= {"checkpoints"}
+    try:
+        return not changes_since(setup, {"train": json.loads((folder / "config.json").read_text())}).refused
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
 
 
 def run_number(folder: Path) -> int:

@@ -22,7 +22,7 @@ from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.files import atomic_path, sweep
 from runtime.locks import locked
-from training.resume import ResumeState, run_number, set_aside
+from training.resume import ResumeState, run_number, set_aside, unstarted_run
 from training.setup import Setup
 
 if TYPE_CHECKING:
@@ -116,10 +116,10 @@ def locked_run(setup: Setup, world: World, saved: ResumeState | None = None) -> 
     with ExitStack() as stack:
 
         def opened() -> Path | None:
-            resumed = None if saved is None else saved.folder
+            resumed = unstarted_run(setup) if saved is None else saved.folder
             if resumed is not None:
                 stack.enter_context(locked(resumed, f"--resume {setup.config.run.resume}: {resumed}"))
-            folder = open_run(setup, world, saved)
+            folder = open_run(setup, world, saved, resumed if saved is None else None)
             if folder is not None and resumed is None:
                 stack.enter_context(locked(folder, f"--results-dir {folder}"))
             return folder
@@ -128,8 +128,10 @@ def locked_run(setup: Setup, world: World, saved: ResumeState | None = None) -> 
         yield folder if world.is_main else None
 
 
-def open_run(setup: Setup, world: World, saved: ResumeState | None = None) -> Path | None:
-    """The run's folder, on rank 0: that of the run to resume, or a new one with its config.
+def open_run(
+    setup: Setup, world: World, saved: ResumeState | None = None, unstarted: Path | None = None
+) -> Path | None:
+    """The run's folder, on rank 0: that of the run to resume, the unstarted one, or a new one, with its config.
 
     Raises:
         UserError: If it cannot be written to.
@@ -139,20 +141,22 @@ def open_run(setup: Setup, world: World, saved: ResumeState | None = None) -> Pa
     resumed = None if saved is None else saved.folder
     if saved is not None and resumed is not None:
         rewind(resumed, saved.meta["step"])
-    folder = new_run(setup) if resumed is None else resumed
+    if unstarted is not None:
+        rewind(unstarted, 0)
+    folder = new_run(setup, unstarted) if resumed is None else resumed
     introduce(RunLog(folder), setup, saved)
     return folder
 
 
-def new_run(setup: Setup) -> Path:
-    """Make the folder of a new run, with its config.
+def new_run(setup: Setup, folder: Path | None = None) -> Path:
+    """Make the folder of a new run, or take one in which none has started, and write its config.
 
     Raises:
         UserError: If it cannot be written; nothing of it is left.
     """
-    folder = create_run_folder(setup.config.run.results_dir, setup.config.model.replace("/", "-"))
+    folder = folder or create_run_folder(setup.config.run.results_dir, setup.config.model.replace("/", "-"))
     try:
-        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints").mkdir(exist_ok=True)
         with atomic_path(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(setup.document(), indent=2) + "\n")
     except OSError as error:

@@ -84,7 +84,7 @@ def measure_accuracy(
 
 def write_weights(network: DigitsFeatureNetwork, path: Path, metadata: dict[str, int | float]) -> None:
     """Write a safetensors file, whole or not at all, with JSON values in its header under "training"."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, alone=True) as temporary:
         save_file(network.state_dict(), temporary, metadata={"training": json.dumps(metadata)})
 
 

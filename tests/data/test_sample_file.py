@@ -356,3 +356,17 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path, name):
     with pytest.raises(UserError, match="a.partial"):
         job(tmp_path / "a.npz").open(SETTINGS)
     assert (file.partial / name).is_dir()
+
+
+@pytest.mark.parametrize("left", [("lock",), ("lock", "finished.0"), ("lock", "samples.npz")])
+def test_a_kill_during_the_removal_leaves_nothing_after_the_same_command(tmp_path, left):
+    file = job(tmp_path / "a.npz")
+    file.open(SETTINGS)
+    fill(file, list(range(9)))
+    file.finish(np.arange(600), RECORD)
+    file.partial.mkdir()
+    for name in left:
+        (file.partial / name).touch()
+    with pytest.raises(UserError, match="exists already; --overwrite replaces it"):
+        job(tmp_path / "a.npz").open(SETTINGS)
+    assert names(tmp_path) == ["a.json", "a.npz"]

@@ -36,6 +36,16 @@ def test_ours_comes_back_as_it_was(tmp_path, weights):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_equal_content_has_equal_bytes(tmp_path, weights):
+    """In whichever order the tensors come; the library alone writes metadata in random order."""
+    paths = [tmp_path / f"000000{n}.safetensors" for n in range(8)]
+    for number, path in enumerate(paths):
+        order = sorted(weights, reverse=bool(number % 2))
+        save_checkpoint(path, {"model": {name: weights[name] for name in order}}, {"format": 2, "café\n": "\U0001f600"})
+    assert len({path.read_bytes() for path in paths}) == 1
+    assert read_groups(paths[0], lambda present: present)[1] == {"format": 2, "café\n": "\U0001f600"}
+
+
 def test_one_of_several_averages_is_chosen_by_name(tmp_path, weights):
     path = tmp_path / "0000001.safetensors"
     averages = {f"ema-{decay}": {name: decay * tensor for name, tensor in weights.items()} for decay in (0.999, 0.9999)}

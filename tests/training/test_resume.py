@@ -152,6 +152,28 @@ def test_leftovers_of_killed_processes_are_swept(trained: Path) -> None:
     assert sorted(path.name for path in folder.parent.rglob(".*")) == [".lock", ".mine"]
 
 
+@pytest.mark.parametrize("last", ["checkpoints", "config.json", "checkpoint"])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(trained: Path, last: str) -> None:
+    """Whatever was written last: the same command takes its folder, another one does not."""
+    folder = run_folder(trained)
+    for path in (folder / "checkpoints").iterdir():
+        path.unlink()
+    (folder / "checkpoints" / ".0000001.4999999.tmp.safetensors").mkdir()
+    if last == "checkpoints":
+        for name in ("config.json", "log.txt", "metrics.jsonl"):
+            (folder / name).unlink()
+    elif last == "config.json":
+        (folder / "metrics.jsonl").unlink()
+    assert digits(trained, "--max-steps", 1, "--lr", 0.01, "--resume", "auto") == 0
+    is_other = last != "checkpoints"  # it has settings, and they are others
+    assert len(list(trained.iterdir())) == 1 + is_other
+    shutil.rmtree(run_folder(trained, int(is_other)))
+    assert digits(trained, "--max-steps", 4, "--ckpt-every", 1, "--resume", "auto") == 0
+    assert [path.name for path in trained.iterdir()] == [folder.name]
+    assert names(trained) == [f"{step:07d}.safetensors" for step in range(1, 5)]
+    assert [line["step"] for line in metrics(trained)] == sorted({line["step"] for line in metrics(trained)})
+
+
 def test_checkpoints_have_the_umasks_permissions(trained: Path) -> None:
     mask = os.umask(0o022)
     os.umask(mask)
