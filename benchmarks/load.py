@@ -1,9 +1,11 @@
-"""Load of long jobs: memory, open files and threads of sample_ddp.py and the evaluator over many images.
+"""Load of long jobs: memory, open files and threads of sample_ddp.py and the evaluator, and of train.py.
 
     python -m benchmarks.load --images 50000
+    python -m benchmarks.load --steps 10000
 
 A debug network on pixels with random weights samples the images, and the evaluator reads them with an Inception network
-of 1/16 of the width. Linux only: figures come from /proc.
+of 1/16 of the width. Training is of a debug network on the digits, with a checkpoint every 50 steps. Linux only:
+figures come from /proc.
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ class Load(NamedTuple):
     """Load of a stage.
 
     Attributes:
-        stage: "sample_ddp.py" or "evaluator".
-        images: Number of images that went through it.
+        stage: "sample_ddp.py", "evaluator" or "train.py".
+        images: Number of images that went through it, or of training's steps.
         seconds: Time of the whole stage.
         peak_mb: Largest resident memory.
-        growth_mb: Growth of resident memory per 1,000 images, between 10 % and 100 % of them.
+        growth_mb: Growth of resident memory per 1,000 of them, between 10 % and 100 % of them.
         files: Smallest and largest number of open files in that range.
         threads: The same of threads.
     """
@@ -129,6 +131,33 @@ def evaluate(folder: Path, images: int) -> Load:
     return watch.result("evaluator")
 
 
+def train(folder: Path, steps: int) -> Load:
+    """Train in this process; two checkpoints are left."""
+    from runtime.errors import run
+    from train import main as run_training
+    from training.trainer import Trainer
+
+    watch, step_once = Watch(steps), Trainer.train_step
+
+    def watched(self: Trainer, step: int, pieces: Any) -> Any:
+        norm = step_once(self, step, pieces)
+        watch.add(1)
+        return norm
+
+    argv = f"--dataset digits --num-classes 10 --model DiT-debug/2 --global-batch-size 12 --max-steps {steps}"
+    argv += " --ckpt-every 50 --keep-last 2 --num-workers 0 --device cpu"
+    with mock.patch.object(Trainer, "train_step", watched):
+        assert run(run_training, "train.py", [*argv.split(), "--results-dir", str(folder)]) == 0
+    assert len(list(folder.glob("*/checkpoints/*"))) == 2
+    return watch.result("train.py")
+
+
+def measure_training(steps: int) -> Load:
+    """Train in a separate process."""
+    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(train, Path(name), steps).result()
+
+
 def measure(images: int) -> list[Load]:
     """Run both stages, each in a separate process."""
     stages: tuple[Callable[[Path, int], Load], ...] = (sample, evaluate)
@@ -145,10 +174,12 @@ def measure(images: int) -> list[Load]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the flag, print a JSON line per stage."""
+    """Parse the flags, print a JSON line per stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=50_000, help="number of images")
-    for load in measure(parser.parse_args(argv).images):
+    parser.add_argument("--steps", type=int, help="number of training steps; trains instead")
+    settings = parser.parse_args(argv)
+    for load in measure(settings.images) if settings.steps is None else [measure_training(settings.steps)]:
         print(json.dumps(load._asdict()), flush=True)
 
 

@@ -90,7 +90,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(at_once: None, tmp_pa
     assert start(tmp_path / "cut", *argv, "--max-steps", 5, "--resume", "auto") == 0
     assert_same(*(state(checkpoint(tmp_path / name, 5)) for name in ("whole", "cut")))
     assert ["complete_mse" in m for m in metrics(tmp_path / "cut")] == [True, True, True, False, False]
-    assert start(tmp_path / "cut", *argv, "--max-steps", 6, "--resume", "auto", "--flops-target", 0.4) == 0
+    assert start(tmp_path / "cut", *argv, "--max-steps", 6, "--resume", "auto", "--flops-target", 0.4) == 2
+    assert start(tmp_path / "cut", *argv, "--max-steps", 6, "--flops-target", 0.4) == 0
     assert run_folder(tmp_path / "cut", 1).exists(), "another target is another run"
 
 
@@ -227,7 +228,7 @@ def test_too_few_rows_per_process_for_the_quarters_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert start(tmp_path, "--stratified-t") == 2
+    assert start(tmp_path, "--stratified-t", "--dry-run") == 2
     assert "--stratified-t: 2 images a process do not cover 4 parts" in runs.the_error(capsys)
 
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from benchmarks.load import Watch, measure
+from benchmarks.load import Watch, measure, measure_training
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="figures come from /proc")
@@ -23,3 +23,10 @@ def test_50_000_images_take_no_more_memory_files_or_threads_than_5_000():
     for load in measure(50_000):
         assert load.images == 50_000 and load.growth_mb < 1, load
         assert load.files[1] - load.files[0] <= 2 and load.threads[0] == load.threads[1], load
+
+
+@pytest.mark.slow
+def test_10_000_steps_of_training_take_no_more_memory_files_or_threads_than_1_000():
+    load = measure_training(10_000)
+    assert load.images == 10_000 and load.growth_mb < 2, load  # per 1,000 steps, with 20 checkpoints
+    assert load.files[1] - load.files[0] <= 2 and load.threads[0] == load.threads[1], load
