@@ -443,10 +443,16 @@ def test_a_folder_of_damaged_images_leaves_no_data_set(vae, tmp_path, capsys):
         open_dataset("latents", tmp_path / "latents", None, 3)
 
 
-def test_a_file_that_cannot_be_opened_is_no_damaged_image(images, vae, tmp_path, capsys):
+def test_a_file_that_cannot_be_opened_is_no_damaged_image(vae, tmp_path, monkeypatch, capsys):
     root = make_images(tmp_path / "images")
-    (root / "ant/2.png").unlink()
-    (root / "ant/2.png").symlink_to(tmp_path / "gone.png")
+    set_up = extract_latents.set_up
+
+    def set_up_and_lose_one(*args):
+        job = set_up(*args)
+        (root / "ant/2.png").unlink()
+        return job
+
+    monkeypatch.setattr(extract_latents, "set_up", set_up_and_lose_one)
     assert extract(*flags(root, vae, tmp_path / "latents")) == 2
     assert "error: --data-path: [Errno 2] No such file or directory" in capsys.readouterr().err
 
