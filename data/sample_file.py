@@ -32,6 +32,7 @@ from data.npz_file import NpzFile, Piece
 from runtime import migrate
 from runtime.errors import UserError
 from runtime.files import atomic_path, remove_temporary
+from runtime.json_file import is_intact, write_json
 
 _PARTIAL_NAME = re.compile(r"samples\.npz|settings\.json|finished\.\d+|lock")
 _PNG_NAME, _PNG_TEMPORARY = re.compile(r"\d{6,}\.png"), re.compile(r"\.\d{6,}\.\d+\.tmp\.png")
@@ -161,8 +162,7 @@ class SampleFile:
             self._remove_partial()
             raise UserError(f"{self.path}: the images take {needed:,} bytes, and {free:,} are free on the disk")
         self._npz.create()
-        with atomic_path(self._settings) as temporary:  # last: with them the job can be resumed
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(self._settings, settings)  # last: with them the job can be resumed
 
     def _sweep(self) -> None:
         """Delete what a job left that was killed while it removed its folder, after all work."""
@@ -289,7 +289,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return document if isinstance(document, dict) else None
+    return document if isinstance(document, dict) and is_intact(document) else None
 
 
 def _saved_png(record: Mapping[str, Any]) -> bool:

@@ -8,7 +8,6 @@ Source: Wang et al., 2025 (arXiv 2505.21114).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from diffusion.predictions import conversion
 from diffusion.sampling import NoiseFn
 from diffusion.time_grids import half_log_snr
 from models.contract import TimeConvention
-from runtime.files import atomic_path
+from runtime.json_file import read_json, write_json
 
 FORMAT = 1
 SAME_LEVELS = 0.5  # half log-SNR; the continuous and the discrete form of linear betas differ by 0.3 near t = 0
@@ -96,7 +95,7 @@ def read_table(path: Path) -> SolverTable:
         ValueError: If there is none, or it is damaged.
     """
     try:
-        document = json.loads(path.read_text())
+        document = read_json(path)
         if document["format"] != FORMAT:
             raise ValueError(f"format {document['format']}; this version reads {FORMAT}")
         levels = tuple((float(alpha), float(sigma)) for alpha, sigma in document["levels"])
@@ -112,8 +111,7 @@ def read_table(path: Path) -> SolverTable:
 def write_table(table: SolverTable, path: Path) -> None:
     """Write a table as JSON, whole or not at all."""
     document = {"format": FORMAT, **{name: getattr(table, name) for name in SolverTable.__dataclass_fields__}}
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(path, document)
 
 
 class TableSampler:

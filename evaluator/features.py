@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,10 +22,11 @@ from evaluator.npz import BadImageFile, ImageFile
 from evaluator.statistics import ROWS_PER_UPDATE, Statistics, StatisticsAccumulator
 from runtime import distributed
 from runtime.distributed import World
-from runtime.files import atomic_path
+from runtime.tensor_file import read_tensors, write_tensors
 
 T = TypeVar("T")
-CACHE_FORMAT = 1  # of cached features; increase it when their layout changes, or their values for the same images
+CACHE_KEY = "features"
+CACHE_FORMAT = 2  # of cached features; increase it when their layout changes, or their values for the same images
 
 
 @dataclass(frozen=True)
@@ -140,11 +139,7 @@ def save_features(features: FileFeatures, path: Path) -> None:
     if features.spatial is not None:
         tensors |= {"spatial_mean": features.spatial.mean, "spatial_covariance": features.spatial.covariance}
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with atomic_path(path, alone=True) as temporary:
-            save_file(tensors, temporary)
-    except SafetensorError as error:  # among others, of a full disk
-        raise OSError(str(error)) from error
+    write_tensors(path, tensors, {"format": CACHE_FORMAT}, CACHE_KEY)
 
 
 def load_features(path: Path, *, count: int, spatial: bool, device: torch.device) -> FileFeatures | None:
@@ -160,12 +155,11 @@ def load_features(path: Path, *, count: int, spatial: bool, device: torch.device
         The features; None if there are none, some are missing, or `save_features` cannot have written them.
     """
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        tensors, _ = read_tensors(path, CACHE_KEY)
         pool, statistics = tensors.pop("pool"), None
         if tensors:
             statistics = Statistics(tensors.pop("spatial_mean"), tensors.pop("spatial_covariance"), count)
-    except (OSError, SafetensorError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError):
         return None
     if tensors or (spatial and statistics is None):
         return None

@@ -8,26 +8,21 @@ docs/checkpoints.md), and a checksum of every tensor, compared when it is read. 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from runtime import migrate
 from runtime.errors import UserError
-from runtime.files import atomic_path
-from runtime.foreign import ForeignWeights, file_in, read_foreign
+from runtime.foreign import ForeignWeights, file_in, read_foreign, read_safetensors
+from runtime.tensor_file import read_tensors, write_tensors
 
 FORMAT = 2  # of our files; runtime/migrate.py converts earlier ones
 METADATA_KEY = "dit_family"
-CHECKSUMS_KEY = "crc32"
 
 
 class Checkpoint(NamedTuple):
@@ -57,36 +52,12 @@ def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor]], meta
     Raises:
         UserError: If the file cannot be written, as on a full disk; an earlier file of that name is intact.
     """
-    tensors = {
-        f"{group}/{name}": tensor.detach().cpu().contiguous()
-        for group, members in groups.items()
-        for name, tensor in members.items()
-    }
-    checksums = {name: _checksum(tensors[name]) for name in sorted(tensors)}  # any order, the same bytes
-    metadata = {METADATA_KEY: json.dumps(meta), CHECKSUMS_KEY: json.dumps(checksums)}
+    tensors = {f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
     try:
-        with atomic_path(path, alone=True) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
-            _sort_metadata(temporary)
-    except (OSError, SafetensorError) as error:
+        write_tensors(path, tensors, meta, METADATA_KEY)
+    except OSError as error:
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise UserError(f"{path}: could not write {size:,} bytes ({error}); earlier checkpoints are intact") from error
-
-
-def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a file, which the library leaves in random order: equal content, equal bytes."""
-    with path.open("rb+") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        if len(text) == size:  # else JSON was written in another way, which is as good
-            file.seek(8)
-            file.write(text)
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def read_checkpoint(path: Path, weights: str = "ema", flag: str = "--ckpt") -> Checkpoint:
@@ -152,36 +123,33 @@ def read_groups(
         UserError: If the file is missing, damaged, or of a later format, or lacks a group.
     """
     path = file_in(path, flag)
+    members: dict[str, dict[str, str]] = {}  # group -> name in it -> name in the file
+    chosen: list[str] = []
+    meta: dict[str, Any] = {}
+
+    def wanted(document: dict[str, Any], names: list[str]) -> list[str]:
+        current, renamed = migrate.checkpoint(document)
+        meta.update(current)
+        if meta.get("format", FORMAT) > FORMAT:
+            raise UserError(f"{flag} {path}: of format {meta['format']}, this version reads up to {FORMAT}; update it")
+        for name in names:
+            former = next((start for start in renamed if name.startswith(start)), "")
+            group, _, rest = (renamed.get(former, "") + name.removeprefix(former)).partition("/")
+            members.setdefault(group, {})[rest] = name
+        chosen.extend(choose(list(members)))
+        for group in chosen:
+            if group not in members:
+                has = ", ".join(sorted(members)) or "nothing"
+                raise UserError(f"{flag} {path}: holds no weights under {group!r}; it has: {has}")
+        return [name for group in chosen for name in members[group].values()]
+
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
-            if METADATA_KEY not in metadata:
-                return {"weights": {name: file.get_tensor(name) for name in names}}, None
-            meta, renamed = migrate.checkpoint(json.loads(metadata[METADATA_KEY]))
-            if meta.get("format", FORMAT) > FORMAT:
-                raise UserError(
-                    f"{flag} {path}: of format {meta['format']}, this version reads up to {FORMAT}; update it"
-                )
-            members: dict[str, dict[str, str]] = {}  # group -> name in it -> name in the file
-            for name in names:
-                former = next((start for start in renamed if name.startswith(start)), "")
-                group, _, rest = (renamed.get(former, "") + name.removeprefix(former)).partition("/")
-                members.setdefault(group, {})[rest] = name
-            chosen = choose(list(members))
-            for group in chosen:
-                if group not in members:
-                    has = ", ".join(sorted(members)) or "nothing"
-                    raise UserError(f"{flag} {path}: holds no weights under {group!r}; it has: {has}")
-            read = {group: {rest: file.get_tensor(name) for rest, name in members[group].items()} for group in chosen}
-    except (SafetensorError, OSError, ValueError) as error:  # ValueError: damaged JSON
+        tensors, _ = read_tensors(path, METADATA_KEY, wanted)
+    except KeyError:
+        return {"weights": read_safetensors(path, f"{flag} {path}")}, None
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: a document of another structure
         raise UserError(f"{flag} {path}: damaged or truncated safetensors file ({error})") from error
-    checksums = json.loads(metadata.get(CHECKSUMS_KEY, "{}"))
-    for group, tensors in read.items():
-        for rest, tensor in tensors.items():
-            name = members[group][rest]
-            if name in checksums and _checksum(tensor) != checksums[name]:
-                raise UserError(f"{flag} {path}: damaged, {name} does not match its checksum")
-    return read, meta
+    return {group: {rest: tensors[name] for rest, name in members[group].items()} for group in chosen}, meta
 
 
 def check_finite(groups: Mapping[str, Mapping[str, Tensor]], where: str) -> None:

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -36,8 +34,9 @@ from runtime.command_line import parse_config
 from runtime.devices import choose_device
 from runtime.download import sha256_of
 from runtime.errors import UserError, run
-from runtime.files import atomic_path, check_writable
+from runtime.files import check_writable
 from runtime.settings import Values, setting, to_dict
+from runtime.tensor_file import read_tensors, write_tensors
 from sampling.pipeline import Pipeline
 
 VALIDATION_IMAGES, VALIDATE_EVERY = 64, 25
@@ -155,8 +154,7 @@ class Search:
         tensors = {f"{kind}.{name}": value for kind, values in self._groups().items() for name, value in values.items()}
         tensors |= {f"mean.{number}": values["mean"].cpu() for number, values in state.items()}
         numbers = {"done": self.done, "best": self.best[0], "first": self.first}
-        with atomic_path(path, alone=True) as temporary:
-            save_file(tensors, temporary, {"search": identity, "numbers": json.dumps(numbers)})
+        write_tensors(path, tensors, {"identity": identity, **numbers}, "search")
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
         return {"now": self.parameters(), "best": self.best[1]}
@@ -168,13 +166,11 @@ class Search:
             UserError: If it had other settings, or the file is damaged.
         """
         try:
-            with safe_open(path, "pt") as file:
-                document, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+            tensors, numbers = read_tensors(path, "search")
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path}: damaged ({error}); --overwrite starts anew") from error
-        if document["search"] != identity:
+        if numbers["identity"] != identity:
             raise UserError(f"{path}: a search with other settings; --overwrite starts anew")
-        numbers = json.loads(document["numbers"])
         self.done, self.first = numbers["done"], numbers["first"]
         self.best = (numbers["best"], {name: tensors[f"best.{name}"] for name in self.parameters()})
         with torch.no_grad():

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from runtime.tensor_file import read_tensors
 
 IMAGE_SHAPE = (8, 8, 1)
 NUM_CLASSES = 10
@@ -67,11 +68,13 @@ def load_feature_network(path: Path = WEIGHTS_PATH) -> DigitsFeatureNetwork:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged.
         RuntimeError: If its tensors do not fit the network.
     """
     with torch.device("meta"):  # no initial weights, so the global random generator is not used
         network = DigitsFeatureNetwork()
-    network.load_state_dict(load_file(path), assign=True)
+    weights, _ = read_tensors(path, "training")
+    network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False)
 
 

@@ -8,7 +8,6 @@ of digits changes with the weights, so that distances of different weights do no
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +16,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import save_file
 from torch.nn import functional
 
 from data.digits import load_digits
 from evaluator.digits.network import WEIGHTS_PATH, DigitsFeatureNetwork
 from runtime.command_line import parse_config
 from runtime.errors import UserError, run
-from runtime.files import atomic_path
 from runtime.settings import setting
+from runtime.tensor_file import write_tensors
 
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
@@ -84,8 +82,7 @@ def measure_accuracy(
 
 def write_weights(network: DigitsFeatureNetwork, path: Path, metadata: dict[str, int | float]) -> None:
     """Write a safetensors file, whole or not at all, with JSON values in its header under "training"."""
-    with atomic_path(path, alone=True) as temporary:
-        save_file(network.state_dict(), temporary, metadata={"training": json.dumps(metadata)})
+    write_tensors(path, network.state_dict(), metadata, "training")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -113,7 +113,9 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_damaged_files_are_refused_in_one_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = tmp_path / "a.json"
     write_table(plain("flow", 2), path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    document = json.loads(path.read_text()) | change
+    assert document.pop("crc32")  # without it the document is checked for its meaning alone
+    path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match=message) as error:
         read_table(path)
     assert "\n" not in str(error.value)

@@ -1,6 +1,5 @@
 """The digits' feature network, classifier and scores: good sets score well, every kind of bad set is told apart."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
 from data.digits import load_digits
 from evaluator.digits import (
@@ -21,6 +19,7 @@ from evaluator.digits import (
 from evaluator.digits import train as training
 from evaluator.digits.network import IMAGES_PER_BATCH, WEIGHTS_PATH
 from runtime.errors import UserError
+from runtime.tensor_file import read_tensors
 
 ROOT = Path(__file__).parents[2]
 TRAIN, TEST = load_digits("train"), load_digits("test")
@@ -37,8 +36,7 @@ def score(samples, labels=None):
 
 def test_committed_network_is_small_and_says_how_it_was_made():
     assert WEIGHTS_PATH.stat().st_size < 200_000
-    with safe_open(WEIGHTS_PATH, "pt") as file:
-        recorded = json.loads(file.metadata()["training"])
+    _, recorded = read_tensors(WEIGHTS_PATH, "training")
     measured = training.measure_accuracy(load_feature_network(), *TEST)
     default = training.FeatureNetworkConfig()
     assert recorded == {"seed": default.seed, "steps": default.num_steps, "test_accuracy": measured}

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from benchmarks.inception_graph import synthetic_graph
 from evaluator import evaluation
 from evaluator.__main__ import main
-from evaluator.features import FileFeatures
+from evaluator.features import CACHE_KEY, FileFeatures
 from evaluator.inception.graph_def import read_graph
 from evaluator.inception.network import load_network
 from evaluator.inception.weights import inspect_weights
@@ -29,6 +29,7 @@ from evaluator.scores import METRICS, Metric
 from evaluator.settings import EvaluatorConfig
 from evaluator.statistics import feature_statistics
 from runtime.errors import run
+from runtime.tensor_file import write_tensors
 from tests.inception_files import NARROW, make_images, write_graph, write_npz
 from tests.processes import ROOT, run_ranks
 
@@ -136,7 +137,7 @@ def spoil(change):
     (kept,) = Path("cache/features").iterdir()
     tensors = {name: tensor.clone() for name, tensor in load_file(kept).items()}  # not the file's own memory
     change(tensors)
-    save_file(tensors, kept)
+    write_tensors(kept, tensors, {}, CACHE_KEY)
 
 
 def shorten_pool(tensors):

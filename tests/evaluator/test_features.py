@@ -6,14 +6,22 @@ import threading
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from evaluator.features import FileFeatures, extract_features, load_features, read_ahead, save_features, share_of_rank
+from evaluator.features import (
+    CACHE_KEY,
+    FileFeatures,
+    extract_features,
+    load_features,
+    read_ahead,
+    save_features,
+    share_of_rank,
+)
 from evaluator.inception.backend import Features
 from evaluator.inception.network import load_network
 from evaluator.npz import BadImageFile, ImageFile
 from evaluator.statistics import feature_statistics
 from runtime.distributed import World
+from runtime.tensor_file import write_tensors
 from tests.inception_files import make_images, write_npz
 from tests.processes import run_ranks
 
@@ -238,10 +246,20 @@ KEPT = {
 )
 def test_kept_features_that_nobody_wrote_are_none(tmp_path, changes):
     path = tmp_path / "a.safetensors"
-    save_file(KEPT, path)
+    write_tensors(path, KEPT, {}, CACHE_KEY)
     assert on_cpu(path) is not None and on_cpu(path, spatial=False) is not None
-    save_file({name: value for name, value in (KEPT | changes).items() if value is not None}, path)
+    kept = {name: value for name, value in (KEPT | changes).items() if value is not None}
+    write_tensors(path, kept, {}, CACHE_KEY)
     assert on_cpu(path) is None and on_cpu(path, spatial=False) is None
+
+
+def test_a_flipped_bit_in_kept_features_is_found(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, KEPT, {}, CACHE_KEY)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+    assert on_cpu(path) is None
 
 
 def test_a_full_disk_is_an_os_error_and_leaves_what_was_kept(tmp_path):
