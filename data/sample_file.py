@@ -32,7 +32,7 @@ from data.npz_file import NpzFile, Piece
 from runtime import migrate
 from runtime.errors import UserError
 from runtime.files import atomic_path, remove_temporary
-from runtime.json_file import is_intact, write_json
+from runtime.json_file import KEY, is_intact, write_json
 
 _PARTIAL_NAME = re.compile(r"samples\.npz|settings\.json|finished\.\d+|lock")
 _PNG_NAME, _PNG_TEMPORARY = re.compile(r"\d{6,}\.png"), re.compile(r"\.\d{6,}\.\d+\.tmp\.png")
@@ -284,12 +284,14 @@ def _foreign(path: Path) -> UserError:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None if there is none."""
+    """Read a JSON object; None if there is none, or it does not match its checksum."""
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return document if isinstance(document, dict) and is_intact(document) else None
+    if not isinstance(document, dict) or not is_intact(document):
+        return None
+    return {name: value for name, value in document.items() if name != KEY}
 
 
 def _saved_png(record: Mapping[str, Any]) -> bool:
