@@ -1,0 +1,170 @@
+"""Flipped bits and truncations of every format that the program reads: found, or without effect; never a traceback."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from data.image_folder import decode_image
+from diffusion.solver_table import read_table, write_table
+from evaluator.digits.network import WEIGHTS_PATH, load_feature_network
+from evaluator.features import FileFeatures, load_features, save_features
+from evaluator.npz import ImageFile
+from models import create_model
+from models.loading import load_network
+from runtime.errors import UserError
+from runtime.json_file import read_json, write_json
+from sampling.published_solvers import published_table
+from tests.checkpoints import write_network
+from tests.networks import randomise
+
+
+class Format(NamedTuple):
+    """A format of files.
+
+    Attributes:
+        suffix: Of the file.
+        write: Writes a file.
+        read: Reads it; returns numbers, or None where the program takes the file for absent.
+        checked: It carries checksums: no change may be silent.
+    """
+
+    suffix: str
+    write: Callable[[Path], object]
+    read: Callable[[Path], Any]
+    checked: bool
+
+
+def network() -> Any:
+    return randomise(create_model("DiT-debug/2", sample_shape=(1, 8, 8), num_classes=4, depth=1, hidden_size=32))
+
+
+def numbers(module: Any) -> dict[str, Any]:
+    return {name: tensor.numpy().copy() for name, tensor in module.state_dict().items()}
+
+
+def pt(path: Path, zipped: bool) -> None:
+    torch.save({"ema": network().state_dict(), "epoch": 3}, path, _use_new_zipfile_serialization=zipped)
+
+
+def features(path: Path) -> FileFeatures | None:
+    return load_features(path, count=6, spatial=False, device=torch.device("cpu"))
+
+
+def picture(path: Path) -> Any:
+    return np.asarray(decode_image(path.read_bytes(), 3))
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (9, 8, 3), np.uint8)
+FORMATS = {
+    "our checkpoint": Format(
+        ".safetensors",
+        lambda path: write_network(path, "DiT-debug/2", network()),
+        lambda path: numbers(load_network(path)[0]),
+        True,
+    ),
+    "zip .pt": Format(".pt", lambda path: pt(path, True), lambda path: numbers(load_network(path)[0]), True),
+    "flat .pt": Format(".pt", lambda path: pt(path, False), lambda path: numbers(load_network(path)[0]), False),
+    "foreign safetensors": Format(
+        ".safetensors",
+        lambda path: save_file(network().state_dict(), path),
+        lambda path: numbers(load_network(path)[0]),
+        False,
+    ),
+    "cached features": Format(
+        ".safetensors",
+        lambda path: save_features(FileFeatures(torch.arange(48.0).reshape(6, 8), None), path),
+        lambda path: None if (kept := features(path)) is None else kept.pool.numpy(),
+        True,
+    ),
+    "digits network": Format(
+        ".safetensors",
+        lambda path: path.write_bytes(WEIGHTS_PATH.read_bytes()),
+        lambda path: numbers(load_feature_network(path)),
+        True,
+    ),
+    "solver table": Format(
+        ".json",
+        lambda path: write_table(published_table("SiT-XL/2", 5), path),
+        lambda path: read_table(path),
+        True,
+    ),
+    "JSON": Format(".json", lambda path: write_json(path, {"a": [1, 2.5], "b": "x"}), read_json, True),
+    "npz": Format(
+        ".npz",
+        lambda path: np.savez(path, PIXELS[None].repeat(4, 0)),
+        lambda path: np.concatenate(list(ImageFile(path).batches(0, 4, 2))),
+        True,
+    ),
+    "PNG": Format(".png", lambda path: Image.fromarray(PIXELS).save(path), picture, False),
+    "JPEG": Format(".jpg", lambda path: Image.fromarray(PIXELS).save(path), picture, False),
+    "WebP": Format(".webp", lambda path: Image.fromarray(PIXELS).save(path), picture, False),
+}
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
+    return np.array_equal(a, b) if isinstance(a, np.ndarray) else bool(a == b)
+
+
+def finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(finite, value.values()))
+    return not isinstance(value, np.ndarray) or bool(np.isfinite(value).all())
+
+
+def fuzz(kind: str, folder: Path, flips: int, cuts: int) -> dict[str, int]:
+    """Damage a file in many ways, and count what came of it."""
+    own, rng, counts = FORMATS[kind], np.random.default_rng(0), {"found": 0, "without effect": 0, "silent": 0}
+    path, control = folder / f"damaged{own.suffix}", folder / f"control{own.suffix}"
+    own.write(control)
+    content, expected = control.read_bytes(), own.read(control)
+    assert expected is not None
+    damaged = []
+    for bit in rng.integers(0, 8 * len(content), flips):
+        broken = bytearray(content)
+        broken[bit // 8] ^= 1 << (bit % 8)
+        damaged.append(bytes(broken))
+    damaged += [content[:length] for length in rng.integers(0, len(content), cuts)]
+    for broken in damaged:
+        path.unlink(missing_ok=True)  # a mapped file is not written to
+        path.write_bytes(broken)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                value = own.read(path)
+        except (UserError, ValueError, OSError, KeyError) as error:
+            assert "\n" not in " ".join(str(error).split()) and str(error)
+            counts["found"] += 1
+            continue
+        if value is None:
+            counts["found"] += 1
+            continue
+        assert finite(value)
+        counts["without effect" if equal(value, expected) else "silent"] += 1
+    return counts
+
+
+def check(kind: str, counts: dict[str, int]) -> None:
+    assert counts["silent"] == 0 or not FORMATS[kind].checked, counts
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_sample_of_damages(kind: str, tmp_path: Path) -> None:
+    check(kind, fuzz(kind, tmp_path, 12, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FORMATS)
+def test_many_damages(kind: str, tmp_path: Path) -> None:
+    counts = fuzz(kind, tmp_path, 400, 40)
+    print(kind, json.dumps(counts))
+    check(kind, counts)
