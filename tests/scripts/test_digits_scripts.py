@@ -11,7 +11,7 @@ import pytest
 from tests.digits_checkpoints import save_digits_checkpoint
 from tests.processes import ROOT
 
-SCRIPTS = ("digits_dydit", "digits_ddt", "digits_skip_dit", "digits_families")
+SCRIPTS = ("digits_dydit", "digits_ddt", "digits_skip_dit", "digits_families", "digits_samplers")
 
 
 def script(name: str, folder: Path, *argv: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -48,6 +48,15 @@ def test_skip_dit_in_a_moment(tmp_path: Path) -> None:
     assert networks(done) == (["DiT-digits-deep/2"] * 6 + ["Skip-DiT-digits/2"] * 6) * 2
     assert " to " in done.stdout  # two seeds have a spread
     assert {"ddim", "ddpm"} <= {path.name for path in (tmp_path / "out with space").iterdir()}
+
+
+@pytest.mark.slow
+def test_samplers_in_a_moment(tmp_path: Path) -> None:
+    short = {"DIGITS_STEPS": "2", "DIGITS_SAMPLES": "4", "DIGITS_SEEDS": "0", "DIGITS_SEARCH": "5"}
+    done = script("digits_samplers", tmp_path, **short)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n## ") + done.stdout.startswith("## ") == 4
+    assert "searched" in done.stdout and (tmp_path / "out with space" / "samplers.png").exists()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
