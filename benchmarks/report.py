@@ -164,6 +164,13 @@ def headline(document: Values) -> str:
     return f"{line}\nPeak in GFLOP/s: {', '.join(known)}" if known else line
 
 
+def write_tables(folder: Path, name: str, document: Values, text: str) -> None:
+    """Write NAME.json and NAME.md in a folder, each whole or not at all."""
+    write_json(document, folder / f"{name}.json")
+    with atomic_path(folder / f"{name}.md") as temporary:
+        temporary.write_text(text + "\n")
+
+
 def write_json(document: Values, path: Path | None) -> None:
     """Write a document, whole or not at all; with None, nothing."""
     if path is not None:

@@ -11,7 +11,6 @@ All sample the same labels from the same noise. Runs that differ by their seed a
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,13 @@ import numpy as np
 from benchmarks import digits
 from benchmarks.digits import Result, SamplingSetup, TrainedModel
 from benchmarks.plotting import pyplot, save_figure, style
-from benchmarks.report import aligned
+from benchmarks.report import aligned, write_tables
 from benchmarks.timing import check_at_least
 from diffusion import SAMPLERS
 from runtime.command_line import parse_config
 from runtime.devices import choose_device
 from runtime.errors import UserError, run
-from runtime.files import atomic_path, check_writable
+from runtime.files import check_writable
 from runtime.settings import Values, flag_name, setting, to_dict
 
 # Scripts and the folders of their runs.
@@ -221,9 +220,7 @@ def main(argv: Sequence[str]) -> None:
     text = table(results)
     text += f"\n\nReal held-out digits have a Frechet distance of {results[0].scores.frechet_distance_of_test:.2f}."
     document: Values = {"settings": to_dict(config), "rows": [dataclasses.asdict(result) for result in results]}
-    for suffix, content in (("json", json.dumps(document, indent=2)), ("md", text)):
-        with atomic_path(config.output_dir / f"families.{suffix}") as temporary:
-            temporary.write_text(content + "\n")
+    write_tables(config.output_dir, "families", document, text)
     plot_costs(results, config.output_dir / "families.png")
     print(text)
     missed = off_target(results)

@@ -11,7 +11,6 @@ network that differ by the seed of their training become one row, as do seeds of
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,13 @@ from typing import Any, Literal
 
 from benchmarks import digits, samplers
 from benchmarks.plotting import pyplot, save_figure, style
-from benchmarks.report import aligned, machine_info
+from benchmarks.report import aligned, machine_info, write_tables
 from benchmarks.samplers import Opened, SamplerResult, Setup
 from benchmarks.timing import check_at_least
 from runtime.command_line import parse_config
 from runtime.devices import choose_device
 from runtime.errors import UserError, run
-from runtime.files import atomic_path, check_writable
+from runtime.files import check_writable
 from runtime.settings import Values, setting, to_dict
 
 Value = Callable[[SamplerResult], float | None]
@@ -189,9 +188,7 @@ def main(argv: Sequence[str]) -> None:
         "machine": machine,
         "rows": [dataclasses.asdict(result) for result in results],
     }
-    for suffix, content in (("json", json.dumps(document, indent=2)), ("md", text)):
-        with atomic_path(config.output_dir / f"samplers.{suffix}") as temporary:
-            temporary.write_text(content + "\n")
+    write_tables(config.output_dir, "samplers", document, text)
     plot_errors(results, config.output_dir / "samplers.png")
     print(text)
 

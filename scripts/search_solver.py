@@ -190,6 +190,38 @@ def recomputed(denoise: Denoiser) -> Denoiser:
     return evaluate
 
 
+def protocol(search: Search, deciding: Values, checksum: str) -> Values:
+    """Everything that a table was found with."""
+    info, process = search.pipeline.info, search.pipeline.process
+    return {
+        **deciding,
+        "cfg_scale": search.scale,
+        "guidance_interval": search.interval,
+        "guidance_channels": search.guidance.guidance_channels,
+        "teacher": TEACHERS[process.name],
+        "model": info.model,
+        "process": {"name": info.process, **info.process_settings},
+        "checkpoint": {"file": info.path.name, "sha256": checksum, "step": info.step},
+        "rmse_on_held_out_noise": {"first": search.first, "best": search.best[0]},
+        "torch": torch.__version__,
+    }
+
+
+def finish(search: Search, unfinished: Path, identity: str) -> None:
+    """Make the batches that are left, saving now and then; the solver is then the best one."""
+    total = search.settings.batches
+    with tqdm(total=total, initial=search.done, disable=None, unit="batch") as bar:
+        while search.done < total:
+            loss = search.batch()
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4g}", rmse=f"{search.best[0]:.4g}")
+            if search.done % VALIDATE_EVERY == 0:
+                search.save(unfinished, identity)
+    with torch.no_grad():
+        for name, parameter in search.solver.named_parameters():
+            parameter.copy_(search.best[1][name])
+
+
 def main(argv: Sequence[str]) -> None:
     """Parse flags, search, write the table."""
     settings = parse_config(SearchSettings, argv, program="search_solver.py", doc=__doc__)
@@ -210,30 +242,8 @@ def main(argv: Sequence[str]) -> None:
     if unfinished.exists() and not settings.overwrite:
         search.load(unfinished, identity)
         print(f"Continuing {unfinished} after {search.done} of {settings.batches} batches")
-    with tqdm(total=settings.batches, initial=search.done, disable=None, unit="batch") as bar:
-        while search.done < settings.batches:
-            loss = search.batch()
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.4g}", rmse=f"{search.best[0]:.4g}")
-            if search.done % VALIDATE_EVERY == 0:
-                search.save(unfinished, identity)
-    with torch.no_grad():
-        for name, parameter in search.solver.named_parameters():
-            parameter.copy_(search.best[1][name])
-    info = pipeline.info
-    protocol = {
-        **deciding,
-        "cfg_scale": search.scale,
-        "guidance_interval": search.interval,
-        "guidance_channels": search.guidance.guidance_channels,
-        "teacher": TEACHERS[pipeline.process.name],
-        "model": info.model,
-        "process": {"name": info.process, **info.process_settings},
-        "checkpoint": {"file": info.path.name, "sha256": checksum, "step": info.step},
-        "rmse_on_held_out_noise": {"first": search.first, "best": search.best[0]},
-        "torch": torch.__version__,
-    }
-    write_table(search.solver.table(protocol), path)
+    finish(search, unfinished, identity)
+    write_table(search.solver.table(protocol(search, deciding, checksum)), path)
     unfinished.unlink(missing_ok=True)
     print(f"RMSE to {settings.teacher_evaluations} evaluations: {search.first:.4f} at first, {search.best[0]:.4f} now")
     print(f"Saved {path}; sample with --solver-table {path}")

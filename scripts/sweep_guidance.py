@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Literal
 
 from benchmarks import digits, samplers
 from benchmarks.plotting import pyplot, save_figure, style
-from benchmarks.report import aligned
+from benchmarks.report import aligned, write_tables
 from benchmarks.samplers import Opened
 from benchmarks.timing import check_at_least
 from diffusion import SAMPLERS
@@ -29,7 +28,7 @@ from evaluator.digits import DigitsScores
 from runtime.command_line import parse_config
 from runtime.devices import choose_device
 from runtime.errors import UserError, run
-from runtime.files import atomic_path, check_writable
+from runtime.files import check_writable
 from runtime.settings import Values, setting, to_dict
 from sampling.pipeline import Pipeline
 
@@ -162,9 +161,7 @@ def main(argv: Sequence[str]) -> None:
     results = list(sweep(config, *open_all(config)))
     document: Values = {"settings": to_dict(config), "rows": [dataclasses.asdict(result) for result in results]}
     text = table(results)
-    for suffix, content in (("json", json.dumps(document, indent=2)), ("md", text)):
-        with atomic_path(config.output_dir / f"guidance.{suffix}") as temporary:
-            temporary.write_text(content + "\n")
+    write_tables(config.output_dir, "guidance", document, text)
     plot(results, config.output_dir / "guidance.png")
     print(text)
 
