@@ -59,7 +59,13 @@ PREVIEW_SAMPLER = {"gaussian": "ddim", "flow": "euler"}
 
 
 def make_sampler(
-    name: str, process: Process, steps: str | None = None, settings: object = None, *, pixels: bool = False
+    name: str,
+    process: Process,
+    steps: str | None = None,
+    settings: object = None,
+    *,
+    pixels: bool = False,
+    strength: float = 1.0,
 ) -> Sampler:
     """Build a sampler of the registry.
 
@@ -69,6 +75,7 @@ def make_sampler(
         steps: Step spec; None is the sampler's default.
         settings: Instance of the row's settings; None is all defaults.
         pixels: x holds pixels in [-1, 1], which predictions are clamped to where `clip_denoised` is None.
+        strength: Share of the steps that are taken, in (0, 1]: below 1, x starts as an image with noise.
 
     Raises:
         ValueError: For an unknown name, a sampler of another process, or a setting out of range.
@@ -83,4 +90,9 @@ def make_sampler(
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
     if values.get("clip_denoised", False) is None:
         values["clip_denoised"] = pixels
-    return row.sampler(process, row.steps if steps is None else steps, **values)
+    if not 0 < strength <= 1:
+        raise ValueError(f"the strength must be in (0, 1], not {strength}")
+    sampler = row.sampler(process, row.steps if steps is None else steps, **values)
+    count = len(dict.fromkeys(sampler.times))  # steps: a few samplers evaluate twice in one
+    start = count - max(1, round(strength * count))
+    return row.sampler(process, row.steps if steps is None else steps, **values, start=start) if start else sampler

@@ -35,6 +35,7 @@ from sampling.config import (
     check_labels,
     resolve,
 )
+from sampling.editing import Edit
 from sampling.opening import open_checkpoint, open_guide
 from sampling.run import PreparedRun, WeakerNetwork, prepare_run
 
@@ -151,8 +152,12 @@ class Pipeline:
             images.append(to_uint8(self.decode(latents, run)).cpu().numpy())
         return np.concatenate(images)[:count]
 
-    def prepare(self, **settings: object) -> PreparedRun:
-        """Prepare the run of some settings, or find it prepared with them before. Arguments as for `sample`.
+    def prepare(self, strength: float = 1.0, /, **settings: object) -> PreparedRun:
+        """Prepare the run of some settings, or find it prepared with them before.
+
+        Args:
+            strength: Share of the steps that are taken, in (0, 1]; below 1 for `denoise` from an image.
+            **settings: As for `sample`.
 
         Raises:
             UserError: For settings that do not fit the checkpoint or each other.
@@ -164,10 +169,12 @@ class Pipeline:
             given = Given(given.general, KINDS)  # settings of the former sampler go with it
         given = _replaced(given, settings)
         config, own = resolve(given, self.info)
-        key = repr((config, own))
+        key = repr((config, own, strength))
         if key not in self._runs:
             flags = "" if config.sampler is None else given.prefix("sampler", config.sampler)
-            self._runs[key] = prepare_run(self.network, self.info, self.process, config, own, flags, self.guide)
+            self._runs[key] = prepare_run(
+                self.network, self.info, self.process, config, own, flags, self.guide, strength
+            )
         self._runs.move_to_end(key)
         if len(self._runs) > KEPT_RUNS:
             self._runs.popitem(last=False)
@@ -182,6 +189,7 @@ class Pipeline:
         *,
         null: Conditioning | None = None,
         on_step: StepHook | None = None,
+        edit: Edit | None = None,
     ) -> Tensor:
         """Sample latents of the images with these absolute numbers; the same whatever else is in the batch.
 
@@ -192,6 +200,7 @@ class Pipeline:
             conditioning: N rows.
             null: Unconditional rows; None for the network's own.
             on_step: As `sample_loop` takes it.
+            edit: Images to start from, and to keep a part of; None starts from noise.
 
         Returns:
             (N, ..., h, w) float32.
@@ -207,7 +216,10 @@ class Pipeline:
             None if rows is None else {name: leaf.to(self.device) for name, leaf in rows.items()}
             for rows in (conditioning, null)
         )
-        return run.denoise(noise.initial(), cond or {}, second, noise, on_step)
+        x = initial = noise.initial()
+        if edit is not None:
+            x, on_step = edit.start(run.sampler, initial), edit.keep(run.sampler, initial, on_step)
+        return run.denoise(x, cond or {}, second, noise, on_step)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, seed: int = 0) -> Tensor:

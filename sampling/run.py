@@ -90,6 +90,7 @@ def prepare_run(
     settings: object,
     flags: str,
     guide: WeakerNetwork | None = None,
+    strength: float = 1.0,
 ) -> PreparedRun:
     """Prepare what settings fix; the network stays as it is.
 
@@ -101,6 +102,7 @@ def prepare_run(
         settings: Settings of the sampler.
         flags: These as they were given, for messages.
         guide: Weaker network of autoguidance.
+        strength: Share of the steps that are taken; below 1, x starts as an image with noise.
 
     Raises:
         UserError: For settings that do not fit the network or each other.
@@ -110,7 +112,7 @@ def prepare_run(
     if config.solver_table is not None:
         flags = f"--solver-table {config.solver_table}"
     with error_prefix(f"{flags} --num-sampling-steps {config.num_sampling_steps}".strip()):
-        sampler = choose_sampler(process, config, settings, pixels=info.encoder == "none")
+        sampler = choose_sampler(process, config, settings, pixels=info.encoder == "none", strength=strength)
     check_guidance(config, process)
     if scale != 1 and guide is None and network.conditioning == ("y",):  # unconditional rows of text come with the text
         with error_prefix(f"--cfg-scale {scale}"):
@@ -145,14 +147,19 @@ def check_guidance(config: SamplingSettings, process: Process) -> None:
         raise UserError(f"--guidance {kind}: --sharing cheapest is measured with cfg; give --sharing uniform")
 
 
-def choose_sampler(process: Process, config: SamplingSettings, settings: object, *, pixels: bool) -> Sampler:
+def choose_sampler(
+    process: Process, config: SamplingSettings, settings: object, *, pixels: bool, strength: float = 1.0
+) -> Sampler:
     """Build the sampler of resolved settings, or the one that follows a table.
 
     Raises:
         ValueError: If settings or table do not fit the process.
     """
     if config.sampler is not None:
-        return make_sampler(config.sampler, process, config.num_sampling_steps, settings, pixels=pixels)
+        steps = config.num_sampling_steps
+        return make_sampler(config.sampler, process, steps, settings, pixels=pixels, strength=strength)
+    if strength != 1:
+        raise ValueError(f"a table is followed from its first step; --strength {strength} needs a --sampler")
     assert isinstance(settings, SolverTable) and isinstance(process, GaussianDiffusion | FlowMatching)
     return TableSampler(process, settings, clip_denoised=pixels)
 

@@ -293,7 +293,9 @@ def test_a_state_that_is_not_finite_is_not_resumed(trained: Path, capsys: Any, g
 def _metadata_without_checksums(path: Path) -> dict[str, str]:
     size = int.from_bytes(path.read_bytes()[:8], "little")
     metadata: dict[str, str] = json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]
-    return {name: value for name, value in metadata.items() if name == "dit_family"}
+    document = json.loads(metadata["dit_family"])
+    del document["crc32"], document["header_crc32"]
+    return {"dit_family": json.dumps(document)}
 
 
 def test_ranks_with_other_data_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
