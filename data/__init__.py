@@ -11,6 +11,7 @@ import data.autoencoders  # noqa: F401  (registers the encoders of diffusers)
 from data.dataset import Dataset, DatasetSettings, Example, GlobalBatches, Key, conditioning, sides
 from data.digits import load_digits, open_digits, open_training_digits
 from data.encoders import Encoder, open_encoder
+from data.idx import open_idx
 from data.image_folder import open_image_folder
 from data.latents import LatentShards, open_latents
 
@@ -33,6 +34,7 @@ DATASETS: dict[str, Callable[[DatasetSettings], Dataset]] = {  # by the value of
     "imagefolder": open_image_folder,
     "digits": open_training_digits,
     "latents": open_latents,
+    "idx": open_idx,
 }
 
 

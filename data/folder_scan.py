@@ -56,7 +56,7 @@ def scan(root: Path) -> Scan:
     for name, kinds in empty.items() if samples else ():
         raise ValueError(f"{root}: the class folder {name} has no image{kinds}; remove it, or add images")
     if left_out:
-        warnings.warn(f"{root}: left out {_counted(left_out)}; convert them to PNG, JPEG or WebP", stacklevel=3)
+        warnings.warn(f"{root}: left out {_counted(left_out)}; PNG, JPEG and WebP are read", stacklevel=3)
     if all(map(str.isdecimal, names)) and names != sorted(names, key=int):
         shown = ", ".join(names[:4])
         warnings.warn(f"{root}: class names are numbers, and are sorted as text: {shown}, ...", stacklevel=3)

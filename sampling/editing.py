@@ -14,7 +14,7 @@ from models import ModelOutput
 
 
 class Edit(NamedTuple):
-    """What sampling starts from.
+    """Images that sampling starts from.
 
     Attributes:
         clean: (N, ..., h, w) latents of the images.

@@ -33,21 +33,27 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 class DataSettings:
     """Training data."""
 
-    data_path: Path | None = setting(None, "root of an image folder, one folder a class; or a latent store", free=True)
+    data_path: Path | None = setting(
+        None, "root of an image folder, one folder a class; a latent store; or idx files", free=True
+    )
     dataset: str = setting(
-        "imagefolder", "kind of data; extract_latents.py writes latents, digits are embedded", tuple(DATASETS)
+        "imagefolder",
+        "kind of data; extract_latents.py writes latents, digits are embedded",
+        tuple(DATASETS),
     )
     image_size: int | None = setting(None, "side of the images in pixels", shown="256; the data's own, if it has one")
     channels: int | None = setting(
         None,
         "channels without an autoencoder: 3 for RGB, 1 for grey",
         flag="--in-channels",
-        shown="3; 1 for the digits",
+        shown="3; 1 for the digits; those of idx files",
     )
     vae: str | None = setting(
-        None, "autoencoder: ema, mse, a local folder, or none for pixels", shown="ema; latents: theirs; digits: none"
+        None,
+        "autoencoder: ema, mse, a local folder, or none for pixels",
+        shown="ema; latents: theirs; digits and idx: none",
     )
-    flip: bool | None = setting(None, "mirror images at random", shown="yes, but not for the digits")
+    flip: bool | None = setting(None, "mirror images at random", shown="yes, but not for digits and idx")
     strict: bool = setting(False, "end the run at an unreadable image instead of replacing and naming it", free=True)
     num_workers: int = setting(4, "loader processes a rank", free=True)
 

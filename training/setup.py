@@ -179,7 +179,7 @@ def open_training_data(config: TrainSettings) -> Dataset:
             data.dataset,
             data.data_path,
             data.image_size,
-            data.channels or (1 if digits else 3),
+            data.channels or {"digits": 1, "idx": 0}.get(data.dataset, 3),  # 0: as they are
             flip=data.flip,
             seed=config.optimization.global_seed,
             strict=data.strict,

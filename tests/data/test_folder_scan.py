@@ -59,7 +59,7 @@ def test_other_images_are_left_out_with_a_word(root: Path) -> None:
     for name in ("a/1.gif", "b/2.gif", "c/3.avif", "c/4.HEIC", "a/5.jp2", "a/6.eps"):
         put(root / name)
     (root / "b" / "gone.png").symlink_to(root / "nowhere.png")
-    message = "left out 1 .avif, 1 .eps, 2 .gif, 1 .heic, 1 .jp2, 1 links to missing files; convert them"
+    message = "left out 1 .avif, 1 .eps, 2 .gif, 1 .heic, 1 .jp2, 1 links to missing files; PNG, JPEG"
     with pytest.warns(UserWarning, match=message):
         assert scan(root) == before
 
