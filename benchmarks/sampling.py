@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import forward_flop, random_network
 from benchmarks.official import load_official_diffusion
-from benchmarks.timing import BF16, Case
+from benchmarks.timing import BF16, Case, failure
 from data.encoders import Pixels
 from data.pixels import to_uint8
 from data.sample_file import SampleFile
@@ -400,6 +400,6 @@ def sampling_shares(
             continue
         try:
             shares[name] = measure()
-        except (ImportError, torch.cuda.OutOfMemoryError) as error:
-            skipped.append(f"{name}: {error}")
+        except Exception as error:  # whatever fails must not cost the other results
+            skipped.append(f"{name}: {failure(error)}")
     return shares, skipped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -195,6 +196,16 @@ def measure(
     return [
         replace(row, seconds=statistics.median(times[row.name]), rounds=times[row.name], memory=memory) for row in rows
     ]
+
+
+def failure(error: Exception) -> str:
+    """Say in one line why a measurement is missing; the traceback of an unexpected error goes to standard error."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(error, UserError | ImportError):
+        return str(error)
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def process_seconds(work: Callable[[], object]) -> float:

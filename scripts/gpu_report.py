@@ -36,7 +36,7 @@ from benchmarks.evaluation import PUBLISHED, TINY, EvaluatorSizes, evaluator_cas
 from benchmarks.families import family_groups
 from benchmarks.report import headline, machine_info, markdown, report, write_json
 from benchmarks.sampling import sampling_groups, sampling_shares
-from benchmarks.timing import BF16, Case, Clock, Row, choose_clock, measure
+from benchmarks.timing import BF16, Case, Clock, Row, choose_clock, failure, measure
 from data.image_folder import ArrayImages
 from diffusion import Batch
 from models import create_model, model_config
@@ -214,10 +214,9 @@ def measure_all(
             continue
         try:
             rows += measure(group, comparable(make(), known), rounds, clock, known=known, device=device)
-        except (torch.cuda.OutOfMemoryError, UserError) as error:  # must not cost the other results
-            reason = error if isinstance(error, UserError) else "out of memory"
-            skipped.append(f"{group} (measurement {number}): {reason}")
-        print(f"{number}: {group} done", file=sys.stderr, flush=True)
+        except Exception as error:  # whatever fails must not cost the other results
+            skipped.append(f"{group} (measurement {number}): {failure(error)}")
+        print(f"{number}: {group} done, {deadline - time.monotonic():.0f} s left", file=sys.stderr, flush=True)
         if group == "optimizer":
             known.clear()
         torch._dynamo.reset()
@@ -225,6 +224,8 @@ def measure_all(
             gc.collect()  # a network and its compiled blocks refer to each other
             torch.cuda.empty_cache()
     return rows, skipped
+
+
 
 
 def run_gpu_tests() -> str:
@@ -275,19 +276,22 @@ def main(argv: Sequence[str]) -> None:
     tests = "not run (smoke)" if config.smoke else run_gpu_tests()
     # Tracing alone, without generating code, is enough to show that a block can be compiled
     sizes, compiler = (SMOKE, "eager") if config.smoke else (Sizes(), cases.find_compiler(device))
+    settings = {"smoke": config.smoke, "seconds": config.seconds, **sizes._asdict()}
+    settings["evaluator"] = dataclasses.asdict(sizes.evaluator)
+
+    def write(shares: Mapping[str, float], lacking: Sequence[str]) -> str:
+        document = report(settings, machine, rows, [*skipped, *lacking]) | {"gpu_tests": tests, "sampling": shares}
+        document["evaluator_seconds"] = extrapolated_seconds(rows, sizes.evaluator)
+        write_json(document, path)
+        with atomic_path(path.with_suffix(".md")) as temporary:
+            temporary.write_text(as_text(document))
+        return as_text(document)
+
     rows, skipped = measure_all(measurements(sizes, device, compiler), device, clock, deadline)
     if compiler is None:
         skipped.append("compiled blocks: Triton is not installed")
-    shares, lacking = sampling_shares(sizes.model, device, sizes.images, sizes.steps, sizes.spec, deadline)
-    skipped += lacking
-    settings = {"smoke": config.smoke, "seconds": config.seconds, **sizes._asdict()}
-    settings["evaluator"] = dataclasses.asdict(sizes.evaluator)
-    document = report(settings, machine, rows, skipped) | {"gpu_tests": tests, "sampling": shares}
-    document["evaluator_seconds"] = extrapolated_seconds(rows, sizes.evaluator)
-    write_json(document, path)
-    with atomic_path(path.with_suffix(".md")) as temporary:
-        temporary.write_text(as_text(document))
-    print(as_text(document))
+    write({}, [])  # before what may take the rest of the time
+    print(write(*sampling_shares(sizes.model, device, sizes.images, sizes.steps, sizes.spec, deadline)))
 
 
 if __name__ == "__main__":
