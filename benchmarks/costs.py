@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import DDT, DiT, Network, SkipDiT
 from models.contract import State
 from models.dydit_block import Routing
-from models.llama_layers import RMSNorm
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, RMSNorm)
+NORMS = (functional.layer_norm, functional.rms_norm)
 
 
 def reused_cost(network: Network) -> dict[str, int]:
@@ -61,17 +62,27 @@ def routed_cost(network: Network, routing: Routing) -> dict[str, float]:
 def layer_norm_elements(network: Network) -> int:
     """Count the elements that pass through norms in one forward of one sample; some publications include them."""
     empty, evaluate = _on_meta(network)
+    with _CountNorms() as counter:
+        evaluate(empty, None)
+    return counter.elements
+
+
+class _CountNorms(TorchFunctionMode):
+    """Sum of the elements of all norms' results inside the block."""
+
     elements = 0
 
-    def count(module: nn.Module, inputs: object, output: Tensor) -> None:
-        nonlocal elements
-        elements += output.numel()
-
-    hooks = [module.register_forward_hook(count) for module in empty.modules() if isinstance(module, NORMS)]
-    evaluate(empty, None)
-    for hook in hooks:
-        hook.remove()
-    return elements
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> Tensor:
+        out = func(*args, **kwargs or {})
+        if func in NORMS:
+            self.elements += out.numel()
+        return out
 
 
 def _on_meta(network: Network) -> tuple[Network, Callable[[Network, State], State]]:

@@ -267,6 +267,9 @@ def sampling_groups(
         cases = [guided_case(pipeline, 1, "DDIM", steps)]
         if device.type == "cuda":
             cases.append(guided_case(pipeline, 1, "DDIM", steps, ", CUDA graphs", CudaCapture()))
+        if device.type == "cuda" and compiler is not None:
+            compiled = random_pipeline(model, device, compiler)
+            cases.append(guided_case(compiled, 1, "DDIM", steps, ", CUDA graphs, blocks compiled", CudaCapture()))
         return cases
 
     def diffusers() -> list[Case]:

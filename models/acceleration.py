@@ -33,6 +33,10 @@ class AutocastNetwork:
         with torch.autocast(self._device.type, self._dtype):
             return self._network(x, t, state=state, **conditioning)
 
+    def embedded_time(self, t: float) -> Tensor | None:
+        """Return the network's."""
+        return self._network.embedded_time(t)
+
 
 @torch.no_grad()
 def cast_weights_once(network: nn.Module, dtype: torch.dtype, evaluate: Callable[[], object]) -> int:
@@ -71,10 +75,10 @@ class _Recording(NamedTuple):
 class GraphedNetwork:
     """Evaluations recorded once and then replayed, each as one launch instead of hundreds.
 
-    A recording belongs to a time, the names and shapes of x and all conditioning tensors, and the address of the state
-    it reads, so all decisions that a network makes on the host (skipped blocks, say) are part of it. The first batch
-    records, at the cost of about three evaluations each; this pays for small batches of one shape that are sampled many
-    times with one schedule. Weights must not be moved afterwards.
+    A recording belongs to the names and shapes of x and all conditioning tensors, and to the address of the state it
+    reads, so the decisions that a network makes on the host (skipped blocks, say) are part of it; one serves all times
+    where the network has an embedding of them, else it belongs to its time. Each costs about three evaluations. Weights
+    must not be moved afterwards.
 
     Args:
         network: Evaluated with a number for t, without gradients. Calls with a tensor for t pass through.
@@ -96,12 +100,15 @@ class GraphedNetwork:
         """Evaluate the network; the returned state is overwritten when the same evaluation is repeated."""
         if isinstance(t, Tensor):
             return self._network(x, t, state=state, **conditioning)
-        inputs = {"x": x, **conditioning}
+        embedded = self._network.embedded_time(t)
+        inputs = {"x": x, **conditioning} | ({} if embedded is None else {"t": embedded})
         shapes = tuple((name, value.shape, value.dtype) for name, value in sorted(inputs.items()))
         fixed = self._fixed(shapes, inputs)
-        key = (t, shapes, *map(_place, tree_flatten(state)[0]))
+        key = (t if embedded is None else None, shapes, *map(_place, tree_flatten(state)[0]))
         if key not in self._recordings:
-            replay, output = self._capture(lambda: self._network(t=t, state=state, **fixed))
+            x, time_input = fixed["x"], fixed.get("t", t)
+            rest = {name: fixed[name] for name in conditioning}
+            replay, output = self._capture(lambda: self._network(x, time_input, state=state, **rest))
             kept = output.state if output.state is state else tree_map(_copy, output.state)
             self._recordings[key] = _Recording(replay, output, kept)
         recording = self._recordings[key]
@@ -113,6 +120,10 @@ class GraphedNetwork:
         # Recordings share memory, so what is returned is copied out of it.
         out: ModelOutput = tree_map(_copy, recording.output._replace(state=None))._replace(state=recording.state)
         return out
+
+    def embedded_time(self, t: float) -> Tensor | None:
+        """Return the network's."""
+        return self._network.embedded_time(t)
 
     def _fixed(self, shapes: Hashable, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy the inputs to the tensors that recordings of these shapes read."""

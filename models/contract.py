@@ -48,6 +48,9 @@ class NetworkLike(Protocol):
     def __call__(self, x: Tensor, t: float | Tensor, *, state: State = None, **conditioning: Tensor) -> ModelOutput:
         """Evaluate the network."""
 
+    def embedded_time(self, t: float) -> Tensor | None:
+        """Return the tensor that may stand for a time; see `Network.embedded_time`."""
+
 
 class Network(nn.Module):
     """Base class of every family.
@@ -71,6 +74,7 @@ class Network(nn.Module):
         out_channels: Channels of `ModelOutput.sample`.
         keeps_state: Whether evaluations return state that a later one can reuse.
         blocks: Transformer blocks in order, the units of compilation, recomputation and sharding.
+        compile_backend: The backend that blocks were compiled by; None if they were not.
     """
 
     time_convention: ClassVar[TimeConvention] = "index"
@@ -81,6 +85,7 @@ class Network(nn.Module):
     out_channels: int
     keeps_state: bool = False
     blocks: nn.ModuleList
+    compile_backend: str | None = None
     __call__: Callable[..., ModelOutput]
 
     def null_conditioning(self, rows: int) -> dict[str, Tensor]:
@@ -91,6 +96,13 @@ class Network(nn.Module):
         """
         raise ValueError(f"{type(self).__name__} has no unconditional rows and cannot be guided")
 
+    def embedded_time(self, t: float) -> Tensor | None:
+        """Return what `forward` takes in the place of t and alone depends on it; None if there is no such tensor.
+
+        Evaluations recorded with it serve every time: see `GraphedNetwork`.
+        """
+        return None
+
     def for_sampling(self, times: Iterable[float]) -> Self:
         """Prepare for evaluations at `times`, host numbers in the network's units, with the weights as they are now.
 
@@ -100,9 +112,13 @@ class Network(nn.Module):
         return self
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile every block on its own; blocks share their code, so one compilation serves all."""
+        """Compile every block on its own, whole; blocks share their code, so one compilation serves all.
+
+        A copy of the network (copy.deepcopy) is not compiled, and remembers the backend.
+        """
+        self.compile_backend = backend
         for block in self.blocks:
-            block.compile(dynamic=False, backend=backend)
+            block.compile(dynamic=False, fullgraph=True, backend=backend)
 
     def reset_parameters(self) -> None:
         """Re-initialise all parameters in place, here by the `reset_parameters` of every module inside."""

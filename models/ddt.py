@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from models.config import TransformerConfig
 from models.contract import ModelOutput
-from models.layers import FREQUENCY_DIM, ClassConditional, LabelEmbedder, TimestepEmbedder
+from models.layers import FREQUENCY_DIM, ClassConditional, LabelEmbedder, TimestepEmbedder, multiply_add
 from models.llama_layers import RMSNorm, RotaryAttention, SwiGLU, rotary_table
 from runtime.settings import setting
 
@@ -107,8 +107,8 @@ class DDTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor, table: Tensor) -> Tensor:
         """Map tokens (N, T, D), given the conditioning (N or 1, T or 1, D) and a rotary table, to (N, T, D)."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
-        x = torch.addcmul(x, gate_msa, self.attn(torch.addcmul(shift_msa, self.norm1(x), 1 + scale_msa), table))
-        return torch.addcmul(x, gate_mlp, self.mlp(torch.addcmul(shift_mlp, self.norm2(x), 1 + scale_mlp)))
+        x = multiply_add(x, gate_msa, self.attn(multiply_add(shift_msa, self.norm1(x), 1 + scale_msa), table))
+        return multiply_add(x, gate_mlp, self.mlp(multiply_add(shift_mlp, self.norm2(x), 1 + scale_mlp)))
 
 
 class VelocityHead(nn.Module):
@@ -128,7 +128,7 @@ class VelocityHead(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Map tokens (N, T, D), given the conditioning (N or 1, T or 1, D), to (N, T, C * p * p)."""
         shift, scale = self.adaLN_modulation(c)
-        out: Tensor = self.linear(torch.addcmul(shift, self.norm(x), 1 + scale))
+        out: Tensor = self.linear(multiply_add(shift, self.norm(x), 1 + scale))
         return out
 
 

@@ -145,11 +145,6 @@ class DyDiT(DiT):
         x = self.final_layer(x, c)  # (N, T, p * p * C_out)
         return ModelOutput(self.unpatchify(x), None, features, routing)
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile every block, and the functions that plans made from now on run instead of blocks."""
-        super().compile_blocks(backend)
-        self.compile_backend = backend
-
     def for_sampling(self, times: Iterable[float]) -> Self:
         """Route a whole schedule: evaluations at these times leave out what is switched off.
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.dydit_block import DyDiTBlock, Routing
-from models.layers import attention_heads, gated_add, modulate
+from models.layers import attention_heads, gated_add, gelu, modulate, multiply_add
 
 Active = tuple[int, ...]  # heads or groups that are on, ascending
 
@@ -225,7 +225,7 @@ def packed_mlp(x: Tensor, rows: Tensor, modulation: Modulation, weights: PairWei
     flat = x.view(-1, x.shape[-1])  # (N T, D)
     image = rows // x.shape[1]
     shift, scale = modulation.shift.index_select(0, image), (1 + modulation.scale).index_select(0, image)
-    h = torch.addcmul(shift, _normed(flat.index_select(0, rows)), scale)  # (M, D)
+    h = multiply_add(shift, _normed(flat.index_select(0, rows)), scale)  # (M, D)
     update = _mlp(h, weights) * modulation.gate.index_select(0, image)
     flat.index_add_(0, rows, update.to(x.dtype))
     return x
@@ -236,5 +236,5 @@ def _normed(x: Tensor) -> Tensor:
 
 
 def _mlp(x: Tensor, weights: PairWeights) -> Tensor:
-    inner = functional.gelu(functional.linear(x, weights.first, weights.first_bias), approximate="tanh")
+    inner = gelu(functional.linear(x, weights.first, weights.first_bias))
     return functional.linear(inner, weights.last, weights.last_bias)

@@ -21,14 +21,32 @@ from models.contract import Network
 FREQUENCY_DIM = 256
 
 
+def multiply_add(start: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Compute start + a * b in one pass, in the widest dtype of the three, which broadcast."""
+    # The kernel reads any mix of dtypes; CUDA's autocast would first write copies of all three in the widest one.
+    with without_autocast(start):
+        return torch.addcmul(start, a, b)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Apply adaLN's affine map, x * (1 + scale) + shift, to tokens (N, T, D); shift and scale are (N, D) or (1, D)."""
-    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+    return multiply_add(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
 def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """Add a gated update to x: x + gate * update, with x and update (N, T, D), gate (N, D) or (1, D)."""
-    return torch.addcmul(x, gate.unsqueeze(1), update)
+    return multiply_add(x, gate.unsqueeze(1), update)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Apply GELU in its tanh approximation, elementwise."""
+    if not (torch.compiler.is_compiling() and x.is_cuda):
+        return functional.gelu(x, approximate="tanh")
+    # Compiled for a GPU, tanh is a call into a library and takes twice the time that memory needs. The same function,
+    # since (1 + tanh(u)) / 2 = sigmoid(2 u):
+    wide = x.float()
+    inner = wide * (1 + 0.044715 * wide * wide)
+    return (wide * torch.sigmoid(2 * math.sqrt(2 / math.pi) * inner)).to(x.dtype)
 
 
 def timestep_features(
@@ -56,7 +74,10 @@ def timestep_features(
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Return a context without autocast on the device of x."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    # First the question that PyTorch 2.11 can trace: compiled blocks would break at the others.
+    if torch.compiler.is_compiling() or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def attention_heads(qkv: Tensor, num_heads: int) -> Tensor:
@@ -164,8 +185,8 @@ class TimestepTable(nn.Module):
         raise TypeError("a network prepared for sampling cannot be re-initialised; initialise the original")
 
     def forward(self, t: float | Tensor) -> Tensor:
-        """Look up the (1, D) row of a known number; embed anything else."""
-        row = None if isinstance(t, Tensor) else self.rows.get(t)
+        """Look up the (1, D) row of a known number, return a row (1, D) as it is, and embed anything else."""
+        row = (t if t.ndim == 2 else None) if isinstance(t, Tensor) else self.rows.get(t)
         out: Tensor = self.embedder(t) if row is None else row
         return out
 
@@ -207,6 +228,10 @@ class ClassConditional(Network):
     def null_conditioning(self, rows: int) -> dict[str, Tensor]:
         """Return labels of the null class; a ValueError if the network was built without label dropout."""
         return {"y": self.y_embedder.null_labels(rows)}
+
+    def embedded_time(self, t: float) -> Tensor | None:
+        """Return the row (1, D) of a time that this network was prepared for."""
+        return self.t_embedder.rows.get(t) if isinstance(self.t_embedder, TimestepTable) else None
 
     def for_sampling(self, times: Iterable[float]) -> Self:
         """Embed all times of a schedule in one call; parameters are shared with this network."""
@@ -251,7 +276,7 @@ class Mlp(nn.Module):
         inner = self.fc1(x)
         if mask is not None:  # before GELU, which keeps zeros: the position determines the gradient of the mask
             inner = (inner.unflatten(2, (mask.shape[1], -1)) * mask[:, None, :, None].to(inner.dtype)).flatten(2)
-        out: Tensor = self.fc2(functional.gelu(inner, approximate="tanh"))
+        out: Tensor = self.fc2(gelu(inner))
         return out
 
 

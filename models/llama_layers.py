@@ -9,17 +9,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.layers import without_autocast
+
 SPAN = 16.0  # of the positions along an axis, whatever the number of tokens: weights fit every resolution
 
 
-class RMSNorm(nn.Module):
-    """Division by the root mean square, taken in float32, and a learned scale (Zhang and Sennrich, 2019).
+def rms_norm(x: Tensor, weight: Tensor, *, scale_in_float32: bool) -> Tensor:
+    """Divide by the root mean square of the last axis, taken in float32, and multiply by a weight (..., width).
 
     Args:
-        width: Length of the last axis.
+        x: (..., width).
+        weight: Learned scale, float32 or lower.
         scale_in_float32: Round to the input's dtype after the scale (the improved DiT), not before it (DDT; the result
             then has the promoted dtype). In float32 both are the same.
+
+    Source: Zhang and Sennrich, 2019.
     """
+    width = x.shape[-1:]
+    with without_autocast(x):  # it would write a float32 copy; the kernel computes in float32 and rounds at the end
+        if scale_in_float32:
+            return (functional.rms_norm(x.float(), width, eps=1e-6) * weight).to(x.dtype)
+        return functional.rms_norm(x, width, eps=1e-6) * weight
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learned scale of `width` numbers."""
 
     def __init__(self, width: int, *, scale_in_float32: bool = False) -> None:
         super().__init__()
@@ -32,10 +46,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., width)."""
-        normalised = functional.rms_norm(x.float(), self.weight.shape, eps=1e-6)
-        if self.scale_in_float32:
-            return (normalised * self.weight).to(x.dtype)
-        return normalised.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, scale_in_float32=self.scale_in_float32)
 
 
 class SwiGLU(nn.Module):
@@ -107,8 +118,11 @@ class RotaryAttention(nn.Module):
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         """Attend over tokens (N, T, D) with the table of their positions."""
         n, t, d = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, d // self.num_heads).unbind(2)
-        q, k = (rotate(norm(part).float(), table).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
-        heads = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        qkv = self.qkv(x).view(n, t, 3, self.num_heads, d // self.num_heads)
+        scales = torch.stack([self.q_norm.weight, self.k_norm.weight]).unsqueeze(1)  # (2, 1, d)
+        both = rms_norm(qkv[:, :, :2], scales, scale_in_float32=self.q_norm.scale_in_float32)
+        both = rotate(both.float().flatten(2, 3), table).to(qkv.dtype)  # (N, T, 2 H, d), queries before keys
+        q, k = both.transpose(1, 2).chunk(2, dim=1)
+        heads = functional.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2))
         out: Tensor = self.proj(heads.transpose(1, 2).reshape(n, t, d))
         return out

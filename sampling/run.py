@@ -213,10 +213,11 @@ def accelerate(network: Network, model: str, sampler: Sampler, compute: ComputeS
     """
     if compute.cuda_graphs and family_of(model).data_dependent:
         raise UserError(f"--cuda-graphs: evaluations of {model} depend on their input; leave the flag out")
+    backend = COMPILE_BACKEND if compute.compile else network.compile_backend
     if compute.compile or compute.precision == "bf16":
         network = copy.deepcopy(network)  # both change it in place, and other runs use it as it is
-    if compute.compile:
-        network.compile_blocks(COMPILE_BACKEND)  # before plans are made, which compile their own functions
+        if backend is not None:
+            network.compile_blocks(backend)  # before plans are made, which compile their own functions
     times = network_times(network, sampler)
     prepared = network.for_sampling(times)
     evaluate: NetworkLike = prepared

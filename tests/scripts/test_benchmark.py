@@ -270,17 +270,17 @@ def test_gpu_report_smoke(gpu_report: ModuleType, tmp_path: Path, capsys: pytest
     assert run(gpu_report.main, "gpu_report.py", ["--smoke", "--output-dir", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "smoke.json").read_text())
     rows = document["rows"]
-    groups = {"peak": 2, "training": 4, "forward": 3, "sampling": 8}
+    groups = {"peak": 2, "training": 6, "forward": 3, "sampling": 8}
     groups |= {"routing": 4, "caching": 4, "sharing": 3, "optimizer": 4, "evaluator": 5}
     assert [r["group"] for r in rows] == [group for group, count in groups.items() for _ in range(count)]
-    training = rows[2:6]
-    assert [r["images"] for r in training] == [4, 2, 4, 2] and all(r["predicted_memory"] > 0 for r in training)
+    training = rows[2:8]
+    assert [r["images"] for r in training] == [4, 3, 2] * 2 and all(r["predicted_memory"] > 0 for r in training)
     routed = {r["name"]: r["flop"] for r in rows if r["group"] == "routing"}
     assert routed["DyDiT, routed"] < 0.7 * routed["plain DiT"]
     for group in ("caching", "sharing"):
         work = [r["flop"] for r in rows if r["group"] == group]
         assert all(less <= more for more, less in pairwise(work)) and work[-1] < work[0], group
-    assert [r["reference"] for r in training] == [None, None, "bf16, batch 4", "bf16, batch 2"]
+    assert [r["reference"] for r in training] == [None] * 3 + [f"bf16, batch {n}" for n in (4, 3, 2)]
     sampled = [r for r in rows if r["group"] == "sampling"]
     assert [round(r["images"], 3) for r in sampled] == [0.016, 0.08, 0.2] * 2 + [0.04, 0.08], "shares of a trajectory"
     assert sampled[-1]["name"] == "DDIM-50, 2 guided images, diffusers, bf16" and sampled[-1]["error"] < 0.1
@@ -296,19 +296,26 @@ def test_gpu_report_names_what_it_had_no_time_for(gpu_report: ModuleType, tmp_pa
     assert run(gpu_report.main, "gpu_report.py", argv) == 0
     document = json.loads((tmp_path / "smoke.json").read_text())
     assert document["rows"] == []
-    assert len(document["skipped"]) == 9 + 4 + 3 + 2 + 1 and all(
+    assert len(document["skipped"]) == 11 + 4 + 3 + 2 + 1 and all(
         "the time is up" in word for word in document["skipped"]
     )
 
 
-def test_gpu_report_goes_on_after_a_measurement_that_did_not_fit(gpu_report: ModuleType) -> None:
+def test_gpu_report_goes_on_after_a_measurement_that_failed(
+    gpu_report: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     def too_large() -> list[Case]:
         raise torch.cuda.OutOfMemoryError("no")
 
+    def broken() -> list[Case]:
+        return [gpu_report.Case("c", lambda: 1 / 0, lambda state: state)]
+
     lost = [gpu_report.Case("b", lambda: 0, lambda state: state, reference="a")]
-    expected = [gpu_report.Measurement("training", make, 1) for make in (too_large, lambda: lost)]
+    expected = [gpu_report.Measurement("training", make, 1) for make in (too_large, broken, lambda: lost)]
     rows, skipped = gpu_report.measure_all(iter(expected), torch.device("cpu"), no_time, float("inf"))
-    assert skipped == ["training (measurement 1): out of memory"]
+    reason = "training (measurement 2): ZeroDivisionError: division by zero"
+    assert skipped == ["training (measurement 1): out of memory", reason]
+    assert "Traceback" in capsys.readouterr().err, "of what nobody expected"
     assert [(r.name, r.reference, r.error) for r in rows] == [("b", None, None)]
 
 
