@@ -11,25 +11,37 @@ figures come from /proc.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 import numpy as np
+
+from data.pixels import Images
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evaluator.inception.backend import Features
+    from training.trainer import MicroBatch
 
 SIDE = 8  # pixels
 BATCH = 250
 DIVISOR = 16  # of the Inception network's channels
 REFERENCE = 1000  # images
 METRICS = "is,fid"
+POINTS = 100  # at which the load is recorded
 
 
 class Load(NamedTuple):
@@ -40,7 +52,7 @@ class Load(NamedTuple):
         images: Number of images that went through it, or of training's steps.
         seconds: Time of the whole stage.
         peak_mb: Largest resident memory.
-        growth_mb: Growth of resident memory per 1,000 of them, between 10 % and 100 % of them.
+        growth_mb: Growth of anonymous memory per 1,000 of them, between 10 % and 100 % of them.
         files: Smallest and largest number of open files in that range.
         threads: The same of threads.
     """
@@ -54,27 +66,60 @@ class Load(NamedTuple):
     threads: tuple[int, int]
 
 
+class Row(NamedTuple):
+    """Load after some images; anonymous memory, in MB, is that of objects and arrays, without files."""
+
+    images: int
+    memory: float
+    files: int
+    threads: int
+
+
 class Watch:
     """Recorder of the load of this process."""
 
     def __init__(self, total: int) -> None:
         self.total, self.images, self.start = total, 0, time.perf_counter()
-        self._rows: list[tuple[int, float, int, int]] = []
+        self._rows: list[Row] = []
 
     def add(self, images: int) -> None:
-        """Count images, and record the load after them."""
+        """Count images, and record the load after them, at some hundred points of all."""
         self.images += images
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        memory = int(status["VmRSS"].split()[0]) / 1024
-        self._rows.append((self.images, memory, len(os.listdir("/proc/self/fd")), int(status["Threads"])))
+        if self.images * POINTS // self.total > len(self._rows):
+            trim()
+            status, files = read_status(), len(os.listdir("/proc/self/fd"))
+            self._rows.append(Row(self.images, status["RssAnon"] / 1024, files, status["Threads"]))
 
     def result(self, stage: str) -> Load:
         """The load of the stage."""
-        late = [row for row in self._rows if row[0] >= self.total / 10]
-        growth = (late[-1][1] - late[0][1]) / max(1, late[-1][0] - late[0][0]) * 1000
-        files, threads = ((int(min(row[i] for row in late)), int(max(row[i] for row in late))) for i in (2, 3))
-        seconds, peak = time.perf_counter() - self.start, max(row[1] for row in self._rows)
-        return Load(stage, self.images, round(seconds, 1), round(peak), round(growth, 3), files, threads)
+        late = [row for row in self._rows if row.images >= self.total / 10]
+        files = min(row.files for row in late), max(row.files for row in late)
+        threads = min(row.threads for row in late), max(row.threads for row in late)
+        seconds, peak = time.perf_counter() - self.start, read_status()["VmHWM"] / 1024
+        return Load(stage, self.images, round(seconds, 1), round(peak), round(growth(late), 3), files, threads)
+
+
+def read_status() -> dict[str, int]:
+    """Numbers of this process that Linux keeps, memory in kB."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {line[0].rstrip(":"): int(line[1]) for line in lines if len(line) > 1 and line[1].isdecimal()}
+
+
+def trim() -> None:
+    """Return freed memory to the system, where the C library can: what it keeps for reuse is not a leak."""
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
+    if release is not None:
+        release(0)
+
+
+def growth(rows: Sequence[Row]) -> float:
+    """Memory in MB per 1,000 images: the median slope of all pairs of rows.
+
+    A buffer that happens to be there when one row is recorded has no part in it.
+    """
+    pairs = itertools.combinations(rows, 2)
+    slopes = [1000 * (late.memory - early.memory) / (late.images - early.images) for early, late in pairs]
+    return statistics.median(slopes) if slopes else 0.0
 
 
 def sample(folder: Path, images: int) -> Load:
@@ -96,7 +141,7 @@ def sample(folder: Path, images: int) -> Load:
     save_checkpoint(folder / "0000001.safetensors", {"ema-0.9999": network.state_dict()}, meta)
     watch, write = Watch(images), SampleFile.write
 
-    def watched(self: SampleFile, chunk: int, rows: Any) -> None:
+    def watched(self: SampleFile, chunk: int, rows: Images) -> None:
         write(self, chunk, rows)
         watch.add(self.rows_in(chunk))
 
@@ -117,8 +162,9 @@ def evaluate(folder: Path, images: int) -> Load:
     rows = np.random.default_rng(0).integers(0, 256, (REFERENCE, SIDE, SIDE, 3), dtype=np.uint8)
     np.savez(folder / "reference.npz", arr_0=rows)
     watch, features = Watch(images), InceptionNetwork.features
+    watch.images = -REFERENCE  # these come first, and are not counted
 
-    def watched(self: InceptionNetwork, batch: Any) -> Any:
+    def watched(self: InceptionNetwork, batch: Images) -> Features:
         found = features(self, batch)
         watch.add(len(batch))
         return found
@@ -127,7 +173,6 @@ def evaluate(folder: Path, images: int) -> Load:
     flags = ["--weights", str(folder / "narrow.pb"), "--cache-dir", str(folder), "--metrics", METRICS]
     with mock.patch.object(InceptionNetwork, "features", watched):
         run_evaluator([*files, *flags, "--device", "cpu"])
-    watch.images -= REFERENCE
     return watch.result("evaluator")
 
 
@@ -139,7 +184,7 @@ def train(folder: Path, steps: int) -> Load:
 
     watch, step_once = Watch(steps), Trainer.train_step
 
-    def watched(self: Trainer, step: int, pieces: Any) -> Any:
+    def watched(self: Trainer, step: int, pieces: Sequence[MicroBatch]) -> Tensor:
         norm = step_once(self, step, pieces)
         watch.add(1)
         return norm
@@ -152,20 +197,22 @@ def train(folder: Path, steps: int) -> Load:
     return watch.result("train.py")
 
 
+def measure_stage(stage: Callable[[Path, int], Load], folder: Path, count: int) -> Load:
+    """Run one stage in a separate process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(stage, folder, count).result()
+
+
 def measure_training(steps: int) -> Load:
     """Train in a separate process."""
-    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(train, Path(name), steps).result()
-
-
-def measure(images: int) -> list[Load]:
-    """Run both stages, each in a separate process."""
-    stages: tuple[Callable[[Path, int], Load], ...] = (sample, evaluate)
     with tempfile.TemporaryDirectory() as name:
-        loads = []
-        for stage in stages:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                loads.append(pool.submit(stage, Path(name), images).result())
+        return measure_stage(train, Path(name), steps)
+
+
+def measure(images: int, stages: Sequence[Callable[[Path, int], Load]] = (sample, evaluate)) -> list[Load]:
+    """Run both stages, each in a separate process."""
+    with tempfile.TemporaryDirectory() as name:
+        loads = [measure_stage(stage, Path(name), images) for stage in stages]
         with np.load(Path(name) / "samples.npz") as file:
             assert len(file["arr_0"]) == len(file["arr_1"]) == images
         scores = json.loads((Path(name) / "samples.scores.json").read_text())
