@@ -97,6 +97,10 @@ class Autoencoder(Encoder):
         """JSON values that fix raw latents, how they become latents, and the decoder."""
         return {**super().describe(), "decoder_sha256": self._fingerprint(decoder=True)}
 
+    def is_unverified(self, recorded: Mapping[str, object]) -> bool:
+        """True if a record has no digest of the weights."""
+        return not recorded.get("sha256")
+
     def encoder_sha256(self) -> str:
         """Fingerprint of the weights that encode; autoencoders that differ in the decoder alone share it."""
         return self._fingerprint(decoder=False)

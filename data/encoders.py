@@ -22,6 +22,7 @@ from torch import Tensor
 
 from data.pixels import from_uint8
 
+UNVERIFIED = "unverified: no digest of its weights is known"
 Shape = tuple[int, ...]
 
 
@@ -182,6 +183,10 @@ class Encoder:
         for name, value in json.loads(json.dumps(dict(self.settings))).items():
             if theirs.get(name, value) != value:
                 raise ValueError(f"the autoencoder {self.name!r} has {name} {value}, but these latents {theirs[name]}")
+
+    def is_unverified(self, recorded: Mapping[str, object]) -> bool:
+        """True if it has weights, and a record has no digest to compare them with."""
+        return False
 
     def encoder_sha256(self) -> str:
         """Fingerprint of the weights that encode; encoders that differ in the decoder alone share it."""

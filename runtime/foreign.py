@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import hashlib
 import json
 import pathlib
 import pickle
@@ -22,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from runtime.download import sha256_of
 from runtime.errors import UserError
 from runtime.files import check_utf8
 
@@ -73,6 +75,11 @@ class ForeignWeights(NamedTuple):
     notes: tuple[str, ...] = ()
     verified: bool = False
     config: Mapping[str, Any] | None = None
+
+    @property
+    def verification(self) -> str:
+        """Phrase for the user."""
+        return "checksums of the file compared" if self.verified else "unverified: the file has no checksums"
 
 
 def read_foreign(path: Path, weights: str = "ema", flag: str = "--ckpt") -> ForeignWeights:
@@ -130,6 +137,16 @@ def file_in(path: Path, flag: str) -> Path:
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
     return path
+
+
+def weights_sha256(path: Path, flag: str = "--ckpt") -> str:
+    """SHA-256 of the file that `read_foreign` or `read_checkpoint` reads; of an index, that of it and its files."""
+    path = file_in(path, flag)
+    digests = [sha256_of(path)]
+    if path.name.endswith(".index.json"):
+        names = {str(name) for name in json.loads(path.read_text())["weight_map"].values()}
+        digests += [sha256_of(path.parent / name) for name in sorted(names)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def read_content(path: Path, where: str) -> tuple[Mapping[str, Any], bool]:

@@ -140,6 +140,8 @@ def latent_index(old: Mapping[str, Any]) -> Json:
 
 LATER_FLAGS = {"--guidance": "cfg", "--guidance-schedule": "constant"}  # with the value of what version 0.1 did
 
+ENCODER = "content of --vae"  # a setting that jobs did not record at first
+
 
 def sample_job(old: Json, now: Mapping[str, object]) -> Json:
     """Migrate the settings of an unfinished sampling job.
@@ -148,6 +150,7 @@ def sample_job(old: Json, now: Mapping[str, object]) -> Json:
         old: Settings in its folder; returned as they are if this version would make other images.
         now: Settings of the present job, by flag.
     """
+    old = {ENCODER: now.get(ENCODER), **old}
     if "format" in old or "torch" not in old or old.get("--sampler") == "dpm++":
         return old
     recorded = {**LATER_FLAGS, **old, "format": now.get("format"), "--sharing-interval": old.get("--refresh-rate")}

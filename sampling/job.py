@@ -20,12 +20,13 @@ from data.pixels import save_png, to_uint8
 from data.sample_file import SampleFile
 from diffusion.solver_table import SolverTable
 from models import family_name
-from runtime import distributed
+from runtime import distributed, migrate
 from runtime.background import Background
 from runtime.distributed import World
-from runtime.download import read_record, sha256_of
+from runtime.download import read_record
 from runtime.errors import UserError, error_prefix
 from runtime.files import check_writable
+from runtime.foreign import weights_sha256
 from runtime.seeds import derive_seed
 from runtime.settings import Values, document, flag_name, flag_of, flatten, free_settings, setting, to_dict
 from sampling.config import KINDS, SamplingSettings, check_labels
@@ -135,17 +136,23 @@ def auto_batch_size(macs: int) -> int:
     return min(LARGEST_AUTO, 1 << fitting.bit_length() - 1)
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, flag: str = "--ckpt") -> str:
     """SHA-256 of the checkpoint, computed by one process.
 
     Raises:
         UserError: If it was downloaded and is not what it was then.
     """
-    digest = distributed.on_rank0(lambda: sha256_of(path))
+    digest = distributed.on_rank0(lambda: weights_sha256(path, flag))
     record = read_record(path)
     if record is not None and record["sha256"] != digest:
-        raise UserError(f"--ckpt {path}: damaged since it was downloaded; delete it to download it again")
+        raise UserError(f"{flag} {path}: damaged since it was downloaded; delete it to download it again")
     return digest
+
+
+def encoder_digest(description: Values) -> str | None:
+    """Short digest of an encoder's weights and scaling, whatever its folder; None without weights."""
+    content = json.dumps({**description, "name": None}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16] if description["sha256"] else None
 
 
 class Job:
@@ -172,6 +179,7 @@ class Job:
         self.size = job.per_proc_batch_size or auto_batch_size(sum(pipeline.network.cost().values()))
         job = replace(job, per_proc_batch_size=self.size, num_fid_samples=self.total)
         self.checksum = fingerprint(pipeline.info.path)
+        self.encoder = distributed.on_rank0(pipeline.encoder.describe)
         deciding = self._deciding_settings(replace(run.config, job=job))
         path = job.output or job.sample_dir / self._name(deciding)
         self.config = replace(run.config, job=replace(job, output=path))
@@ -223,7 +231,7 @@ class Job:
         free, values = free_settings(cls), flatten(self._sections(config))
         settings = {flag_of(cls, KINDS, path): value for path, value in values.items() if path not in free}
         if self.pipeline.guide is not None:
-            settings["--guide-ckpt"] = fingerprint(self.pipeline.guide.info.path)
+            settings["--guide-ckpt"] = fingerprint(self.pipeline.guide.info.path, "--guide-ckpt")
         if isinstance(self.run.settings, SolverTable):
             settings["--solver-table"] = to_dict(self.run.settings)  # not the name of a file that may change
         return {"format": 2, "--ckpt": self.checksum, "--device": self.world.device.type, **settings}
@@ -243,7 +251,8 @@ class Job:
         """Start or resume the file, on one process; returns the chunks that are still to be made."""
         job, file = self.config.job, self.file
         try:
-            settings = {**deciding, "torch": torch.__version__}
+            # Not part of the name, under which version 0.1 started jobs without it
+            settings = {**deciding, "torch": torch.__version__, migrate.ENCODER: encoder_digest(self.encoder)}
             missing = file.open(settings, overwrite=job.overwrite, png=job.save_png)
         except UserError as error:
             raise UserError(f"{flag}: {error}") from error
@@ -263,6 +272,7 @@ class Job:
                 "release": info.release.name if info.release else None,
                 "reported_fid": info.release.fid if info.release else None,
             },
+            "autoencoder": self.encoder,
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from data.autoencoders import OFFICIAL_CHANNELS, OFFICIAL_VAES
-from data.encoders import Encoder, open_encoder
+from data.encoders import UNVERIFIED, Encoder, open_encoder
 from models import FAMILIES, Network, family_name, model_config
 from models.loading import CheckpointInfo, build_network, resolve_checkpoint
 from runtime.errors import UserError, error_prefix
@@ -140,6 +140,8 @@ def compare_encoder(encoder: Encoder, info: CheckpointInfo, *, chosen: bool) -> 
         UserError: If nothing but the checkpoint names it, and it has changed since.
     """
     recorded = (info.meta or {}).get("autoencoder", {})
+    if encoder.is_unverified(recorded) and os.environ.get("RANK", "0") == "0":
+        print(f"--vae {encoder.name}: {UNVERIFIED}")
     try:
         encoder.check_same(recorded)
     except ValueError as error:

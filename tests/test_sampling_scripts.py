@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import models
 import sample
@@ -22,6 +24,7 @@ from diffusion import guided, sample_loop
 from models import create_model
 from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.errors import UserError, run
+from runtime.json_file import read_json, write_json
 from sampling import pipeline
 from sampling import run as sampling_run
 from sampling.config import SAMPLERS, CachingSettings
@@ -29,7 +32,7 @@ from sampling.job import JobSettings, auto_batch_size, plan_job
 from sampling.pipeline import Pipeline
 from tests.checkpoints import write_network
 from tests.golden_data import assert_close
-from tests.networks import debug_name, randomise
+from tests.networks import debug_name, randomise, small_autoencoder
 from tests.processes import run_script
 from tests.runtime.test_checkpoint import Bomb
 
@@ -216,6 +219,48 @@ def test_another_cache_depth_does_not_go_on_with_a_job(tmp_path, monkeypatch, ca
         "name": "DiT-digits/2",
         "cache_depth": 1,
     }
+
+
+def test_a_changed_autoencoder_does_not_go_on_with_a_job(tmp_path, monkeypatch, capsys):
+    small_autoencoder(tmp_path / "vae")
+    network = randomise(create_model("DiT-debug/2", sample_shape=(4, 4, 4), num_classes=10))
+    meta = {"data": {"image_shape": [3, 8, 8], "classes": None}}
+    ckpt = write_network(tmp_path / "1.safetensors", "DiT-debug/2", network, **meta)
+    flags = ["--vae", str(tmp_path / "vae")]
+    argv = ["--ckpt", str(ckpt), "--output", str(tmp_path / "a.npz"), "--device", "cpu", *OPTIONS, *flags]
+    interrupted(ckpt, tmp_path / "a.npz", monkeypatch, *flags)
+    assert f"--vae {tmp_path / 'vae'}: unverified: no digest of its weights is known" in capsys.readouterr().out
+    path, settings = tmp_path / "vae/diffusion_pytorch_model.safetensors", tmp_path / "a.partial/settings.json"
+    weights = load_file(path)
+    save_file({**weights, "decoder.conv_in.bias": weights["decoder.conv_in.bias"] + 1}, path, {"format": "pt"})
+    assert run(sample_ddp.main, "sample_ddp.py", argv) == 2
+    assert re.search(r"other settings \(content of --vae was '\w{16}', now '\w{16}'\)", capsys.readouterr().err)
+
+    recorded = read_json(settings)
+    assert recorded.pop("content of --vae")  # as it was before it was recorded
+    write_json(settings, recorded)
+    assert run(sample_ddp.main, "sample_ddp.py", argv) == 0
+    assert " of 5 chunks are there" in capsys.readouterr().out
+    described = json.loads((tmp_path / "a.json").read_text())["autoencoder"]
+    assert len(described["sha256"]) == len(described["decoder_sha256"]) == 64
+
+
+def test_a_job_of_a_folder_of_weights_knows_all_its_files(tmp_path, monkeypatch, capsys):
+    weights, folder = create_model("DiT-debug/2", num_classes=10).state_dict(), tmp_path / "dit"
+    folder.mkdir()
+    names = sorted(weights)
+    parts = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+    for part, held in parts.items():
+        save_file({name: weights[name] for name in held}, folder / part)
+    index = {"weight_map": {name: part for part, held in parts.items() for name in held}}
+    (folder / "dit.safetensors.index.json").write_text(json.dumps(index))
+    flags = ["--vae", "none", "--image-size", "8"]
+    argv = ["--ckpt", str(folder), "--output", str(tmp_path / "a.npz"), "--device", "cpu", *OPTIONS, *flags]
+    interrupted(folder, tmp_path / "a.npz", monkeypatch, *flags)
+    changed = {name: weights[name] + 1 for name in parts["b.safetensors"]}
+    save_file(changed, folder / "b.safetensors")
+    assert run(sample_ddp.main, "sample_ddp.py", argv) == 2
+    assert "started with other settings (--ckpt was '" in capsys.readouterr().err
 
 
 def test_images_can_be_written_as_png_too(ckpt, tmp_path):

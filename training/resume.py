@@ -230,6 +230,10 @@ def changes_since(setup: Setup, meta: dict[str, Any]) -> Changes:
         allowed = path in free or path in override
         text = f"{flag_of(TrainSettings, KINDS, path)} ({then.get(path)}, {value})"
         (changes.allowed if allowed else changes.refused)[path] = text
+    began, start = meta.get("start_sha256"), setup.start_sha256
+    if None not in (began, start) and began != start:
+        kind = changes.allowed if "run.init_from" in override else changes.refused
+        kind.setdefault("run.init_from", f"--init-from (SHA-256 {began:.12}..., {start:.12}...)")
     return changes
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from data.dataset import digest_of
+from data.encoders import UNVERIFIED
 from runtime import distributed
 from runtime.distributed import World
 from runtime.errors import UserError
@@ -182,6 +183,10 @@ def introduce(log: RunLog, setup: Setup, saved: ResumeState | None) -> None:
             log.line(f"Nothing to resume in {setup.config.run.results_dir}: a new run")
     for note in setup.notes:
         log.line(f"--init-from: {note}")
+    if setup.start_sha256 is not None:
+        log.line(f"--init-from: SHA-256 {setup.start_sha256}, compared when the run is resumed")
+    if setup.encoder.is_unverified({} if saved is None else saved.meta.get("autoencoder", {})):
+        log.line(f"--vae {setup.encoder.name}: {UNVERIFIED}; it is recorded, and compared when the run is resumed")
     if saved is None:
         return
     log.line(f"Resumed {saved.path if saved.folder is None else saved.folder} at step {saved.meta['step']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,10 @@ from diffusion.loss import DiffusionLoss, LossSettings, row_noise
 from diffusion.sampling import Sampler
 from models import Network, create_model, family_of, model_config
 from models.transfer import adapt_weights
+from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.errors import UserError, error_prefix
+from runtime.foreign import weights_sha256
 from runtime.launch import world_size
 from runtime.seeds import derive_seed
 from runtime.settings import Given, Values, choose_owners, document, flag_name
@@ -60,8 +63,9 @@ class Setup:
         encoder: Encoder between the data and the network's latents.
         loss: Loss, which holds the network and the process.
         total_steps: Number of steps of the run.
-        notes: Changes that made the weights of --init-from fit.
+        notes: Content of the file of --init-from, and changes that made its weights fit.
         validation: Data and tools of validations; None without any.
+        start_sha256: SHA-256 of the file of --init-from; None without one, and in a dry run.
     """
 
     config: TrainSettings
@@ -72,7 +76,8 @@ class Setup:
     loss: DiffusionLoss
     total_steps: int
     notes: list[str]
-    validation: ValidationData | None
+    validation: ValidationData | None = None
+    start_sha256: str | None = None
 
     @property
     def network(self) -> Network:
@@ -149,13 +154,14 @@ def set_up(
         with fake, device:
             loss = make()
     notes = [] if start is None or fake is not None else load_start(config, loss, start, dataset, encoder)
+    digest = start_digest(config.run.init_from) if fake is None else None
 
     owners |= {"model": (config.model, loss.network.config)}
     channels, width = dataset.image_shape[-3], dataset.image_shape[-1]
     data = replace(config.data, vae=vae, image_size=width, channels=channels)
     resolved = replace(config, process=names["process"], data=data)
     steps = config.optimization.total_steps(len(dataset))
-    setup = Setup(resolved, owners, dataset, source, encoder, loss, steps, notes, None)
+    setup = Setup(resolved, owners, dataset, source, encoder, loss, steps, notes, start_sha256=digest)
     if config.validation.eval_every is not None:
         setup.validation = open_validation(setup, config.validation.eval_every, held_out, device)
     return setup
@@ -262,11 +268,18 @@ def load_start(
     load_weights(loss.network, weights, f"--init-from {config.run.init_from} as {config.model}")
     with error_prefix(f"--init-from {config.run.init_from}"):
         notes += loss.start(start.weights)
+    if start.foreign is not None:
+        notes = [*start.foreign.notes, start.foreign.verification, *notes]
     try:
         encoder.check_same((start.meta or {}).get("autoencoder", {}))
     except ValueError as error:
         notes.append(f"trained with another autoencoder: {error}")
     return notes
+
+
+def start_digest(path: Path | None) -> str | None:
+    """SHA-256 of the file of --init-from, which one process reads; None without one."""
+    return None if path is None else distributed.on_rank0(lambda: weights_sha256(path, "--init-from"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ def checkpoint_meta(setup: Setup, step: int) -> dict[str, Any]:
         "averages": {f"ema-{decay:g}": {"decay": decay}},
         "train": sections,
         "draws": DRAWS,
+        **({} if setup.start_sha256 is None else {"start_sha256": setup.start_sha256}),
     }
 
 
@@ -148,6 +149,7 @@ class Trainer:
         if saved is not None:
             with error_prefix(f"--resume {saved.folder}: it was trained with another autoencoder"):
                 setup.encoder.check_same(saved.meta.get("autoencoder", {}))
+            setup.start_sha256 = saved.meta.get("start_sha256")  # that of the file that the run began with
             self.state.restore(saved)
         if self.config.compute.grad_checkpointing:
             recompute_activations(setup.network)

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, resumed, cut into micro-batches and spread over processes, and steps that go wrong."""
 
+import hashlib
 import shutil
 import time
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from diffusion.loss import DiffusionLoss
+from runtime.checkpoint import read_checkpoint, read_groups
 from tests import runs
 from tests.processes import fork_script, run_ranks
 from tests.runs import DIGITS, assert_same, checkpoint, losses, metrics, run_folder, state
@@ -294,6 +296,34 @@ def test_init_from_takes_the_averaged_weights(whole, tmp_path):
     assert len(names) > 30
     for name in names:
         assert torch.allclose(ours[f"model/{name}"], theirs[f"ema-0.9/{name}"], atol=1e-6)
+
+
+def test_another_file_of_other_code_under_the_name_of_init_from_is_another_start(whole, tmp_path, capsys):
+    weights, path, results = read_checkpoint(checkpoint(whole, 12)).weights, tmp_path / "a.pt", tmp_path / "results"
+    argv = ["--max-steps", 2, "--ckpt-every", 1, "--init-from", path, "--resume", "auto"]
+    torch.save({"ema": weights}, path, _use_new_zipfile_serialization=False)
+    assert start(results, *argv) == 0
+    digest, first = hashlib.sha256(path.read_bytes()).hexdigest(), checkpoint(results, 1)
+    notes = ["weights 'ema'", "unverified: the file has no checksums", f"SHA-256 {digest}, compared when the run"]
+    assert all(f"--init-from: {note}" in runs.log(results) for note in notes)
+    assert read_groups(first, lambda present: ["model"])[1]["start_sha256"] == digest
+
+    torch.save({"ema": weights, "epoch": 1}, path)
+    checkpoint(results, 2).unlink()
+    assert start(results, *argv) == 2
+    now, run = hashlib.sha256(path.read_bytes()).hexdigest(), run_folder(results).name
+    assert runs.the_error(capsys) == (
+        f"train.py: error: --resume auto: nothing to resume: run {run} differs in --init-from "
+        f"(SHA-256 {digest[:12]}..., {now[:12]}...); --override init-from resumes all the same; "
+        "leave out --resume for a new run\n"
+    )
+    assert start(results, *argv, "--override", "init-from") == 0
+    assert "Changed since then: --init-from (SHA-256" in runs.log(results)
+    assert read_groups(checkpoint(results, 2), lambda present: ["model"])[1]["start_sha256"] == digest
+    path.unlink()
+    checkpoint(results, 2).unlink()
+    assert start(results, "--max-steps", 2, "--resume", first) == 0
+    assert read_groups(checkpoint(results, 2), lambda present: ["model"])[1]["start_sha256"] == digest
 
 
 def test_mistakes_are_one_line(whole, tmp_path, capsys):
