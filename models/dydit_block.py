@@ -113,7 +113,7 @@ class DyDiTBlock(DiTBlock):
         outputs = self.attn_rate.router.out_features
         sizes = (outputs, x.shape[1], outputs)
         head_noise, token_noise, group_noise = (None, None, None) if noise is None else noise.split(sizes, dim=1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c, x.dtype)
         heads = self.attn_rate(e, head_noise)
         x = gated_add(x, gate_msa, self.attn(modulate(self.norm1(x), shift_msa, scale_msa), heads))
         tokens = self.token_selection(x, token_noise)

@@ -18,16 +18,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.dydit_block import DyDiTBlock, Routing
-from models.layers import attention_heads, gated_add, gelu, modulate, multiply_add
+from models.dydit_block import DyDiTBlock, Routing, TokenRouter
+from models.layers import AdaLNModulation, attention_heads, gated_add, gelu, modulate
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Active = tuple[int, ...]  # heads or groups that are on, ascending
 
 EPS = 1e-6  # of DiT's layer norms
@@ -118,8 +119,9 @@ class RoutingPlan:
         self.widths = dict(zip(distinct, self._route(embed, distinct), strict=True))
         patterns = {active for width in self.widths.values() for both in width.active for active in both}
         self._indices = {active: torch.tensor(active, dtype=torch.int64, device=device) for active in patterns}
-        compiled = partial(_compiled, backend=compile_backend)
-        self._attend, self._mlp, self._packed_mlp = compiled(attend), compiled(masked_mlp), compiled(packed_mlp)
+        self.compiles = compile_backend is not None
+        self._attend, self._mlp = _compiled(attend, compile_backend), _compiled(masked_mlp, compile_backend)
+        self._packed_update = _compiled(packed_update, compile_backend)
 
     @torch.no_grad()
     def _route(self, embed: Callable[[float], Tensor], times: list[float]) -> Iterable[Width]:
@@ -147,15 +149,14 @@ class RoutingPlan:
             Tokens (N, T, D), and masks (1, H), (1, H), (N, T).
         """
         block, (heads, groups) = self.blocks[i], width.active[i]
-        modulations = block.adaLN_modulation(c)
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
+        head_dim = block.attn.qkv.in_features // self.num_heads
         attention = self._weights((i, "attn"), block.attn.qkv, block.attn.proj, heads, dtype)
-        x = self._attend(x, Modulation(*modulations[:3]), attention, block.attn.qkv.in_features // self.num_heads)
-        tokens = block.token_selection(x)  # (N, T)
+        x, tokens, modulation = self._attend(x, c, block.adaLN_modulation, attention, block.token_selection, head_dim)
         mlp = self._weights((i, "mlp"), block.mlp.fc1, block.mlp.fc2, groups, dtype)
-        x = self._run_mlp(x, tokens, Modulation(*modulations[3:]), mlp)
+        x = self._run_mlp(x, tokens, modulation, mlp)
         return x, Routing(width.heads[:, i], width.groups[:, i], tokens)
 
     def _run_mlp(self, x: Tensor, tokens: Tensor, modulation: Modulation, weights: PairWeights) -> Tensor:
@@ -165,7 +166,13 @@ class RoutingPlan:
         rows = tokens.flatten().nonzero().squeeze(1)  # the one read, of their number
         if len(rows) == tokens.numel():
             return self._mlp(x, None, modulation, weights)
-        return self._packed_mlp(x, rows, modulation, weights) if len(rows) else x
+        if not len(rows):
+            return x
+        if self.compiles:
+            torch._dynamo.maybe_mark_dynamic(rows, 0)
+        # The addition is not compiled: for an input that it writes into, the compiler copies all of it once more.
+        x.view(-1, x.shape[-1]).index_add_(0, rows, self._packed_update(x, rows, modulation, weights))
+        return x
 
     def _weights(
         self, key: tuple[int, str], first: nn.Linear, last: nn.Linear, active: Active, dtype: torch.dtype
@@ -173,43 +180,69 @@ class RoutingPlan:
         """Return the weights for these heads or channel groups, uncopied if all are on."""
         own = PairWeights(*(w.detach() for w in (first.weight, first.bias, last.weight, last.bias)))
         if len(active) == self.num_heads and own.first.dtype == dtype:
-            return own
+            return self._resizable(own)
 
         def make() -> PairWeights:
             index, rows = self._indices[active], (first.out_features // last.in_features, self.num_heads, -1)
-            return PairWeights(
-                own.first.unflatten(0, rows).index_select(1, index).flatten(0, 2).to(dtype),
-                own.first_bias.unflatten(0, rows).index_select(1, index).flatten().to(dtype),
-                own.last.unflatten(1, (self.num_heads, -1)).index_select(1, index).flatten(1).to(dtype),
-                own.last_bias.to(dtype),
+            return self._resizable(
+                PairWeights(
+                    own.first.unflatten(0, rows).index_select(1, index).flatten(0, 2).to(dtype),
+                    own.first_bias.unflatten(0, rows).index_select(1, index).flatten().to(dtype),
+                    own.last.unflatten(1, (self.num_heads, -1)).index_select(1, index).flatten(1).to(dtype),
+                    own.last_bias.to(dtype),
+                )
             )
 
         return self.cache.get((*key, active, dtype), make)
 
+    def _resizable(self, weights: PairWeights) -> PairWeights:
+        """Mark the axes of what may be off, so that compiled code serves any number of heads or groups."""
+        if self.compiles:
+            for tensor, axis in ((weights.first, 0), (weights.first_bias, 0), (weights.last, 1)):
+                torch._dynamo.maybe_mark_dynamic(tensor, axis)
+        return weights
 
-def _compiled(function: Callable[..., Tensor], backend: str | None) -> Callable[..., Tensor]:
-    """Compile a function for any sizes; return it as it is without a backend."""
-    return function if backend is None else torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
+
+def _compiled(function: Callable[P, R], backend: str | None) -> Callable[P, R]:
+    """Compile a function; return it as it is without a backend."""
+    # All other axes are fixed: with free ones, a norm over an axis of unknown length takes a GPU twice the time.
+    return function if backend is None else torch.compile(function, fullgraph=True, backend=backend)
 
 
 def _active(mask: list[float]) -> Active:
     return tuple(place for place, on in enumerate(mask) if on)
 
 
-# Parts of a block as functions of tensors only, so that all blocks share the compiled code
+# Parts of a block as functions, so that all blocks share the compiled code
 
 
-def attend(x: Tensor, modulation: Modulation, weights: PairWeights, head_dim: int) -> Tensor:
-    """Add the gated attention of the heads that are on: (N, T, D) -> (N, T, D), a new tensor.
+def attend(
+    x: Tensor, c: Tensor, adaln: AdaLNModulation, weights: PairWeights, router: TokenRouter, head_dim: int
+) -> tuple[Tensor, Tensor, Modulation]:
+    """Run a block up to the decision on its tokens: modulation, attention of the heads that are on, token router.
 
     With no head on, the output map's bias remains.
+
+    Args:
+        x: (N, T, D) tokens.
+        c: (N, D) conditioning.
+        adaln: Makes both triples of the modulation.
+        weights: Of attention.
+        router: Decides on the tokens.
+        head_dim: Channels of a head.
+
+    Returns:
+        Tokens (N, T, D), a new tensor; which of them go through the MLP, (N, T) float32; and the MLP's modulation.
     """
-    num_heads = weights.last.shape[1] // head_dim
+    parts = adaln(c, x.dtype)
+    modulation, num_heads = Modulation(*parts[:3]), weights.last.shape[1] // head_dim
     if num_heads == 0:
-        return gated_add(x, modulation.gate, weights.last_bias)
-    h = modulate(_normed(x), modulation.shift, modulation.scale)
-    heads = attention_heads(functional.linear(h, weights.first, weights.first_bias), num_heads)
-    return gated_add(x, modulation.gate, functional.linear(heads.flatten(2), weights.last, weights.last_bias))
+        x = gated_add(x, modulation.gate, weights.last_bias)
+    else:
+        h = modulate(_normed(x), modulation.shift, modulation.scale)
+        heads = attention_heads(functional.linear(h, weights.first, weights.first_bias), num_heads)
+        x = gated_add(x, modulation.gate, functional.linear(heads.flatten(2), weights.last, weights.last_bias))
+    return x, router(x), Modulation(*parts[3:])
 
 
 def masked_mlp(x: Tensor, tokens: Tensor | None, modulation: Modulation, weights: PairWeights) -> Tensor:
@@ -220,15 +253,12 @@ def masked_mlp(x: Tensor, tokens: Tensor | None, modulation: Modulation, weights
     return gated_add(x, modulation.gate, update)
 
 
-def packed_mlp(x: Tensor, rows: Tensor, modulation: Modulation, weights: PairWeights) -> Tensor:
-    """Add the gated MLP to the rows (M,) of the flattened batch; overwrites and returns x (N, T, D)."""
-    flat = x.view(-1, x.shape[-1])  # (N T, D)
+def packed_update(x: Tensor, rows: Tensor, modulation: Modulation, weights: PairWeights) -> Tensor:
+    """Compute what the gated MLP adds to the rows (M,) of the flattened batch (N, T, D): (M, D) in its dtype."""
     image = rows // x.shape[1]
-    shift, scale = modulation.shift.index_select(0, image), (1 + modulation.scale).index_select(0, image)
-    h = multiply_add(shift, _normed(flat.index_select(0, rows)), scale)  # (M, D)
-    update = _mlp(h, weights) * modulation.gate.index_select(0, image)
-    flat.index_add_(0, rows, update.to(x.dtype))
-    return x
+    shift, scale, gate = (part.index_select(0, image) for part in modulation)
+    h = torch.addcmul(shift, _normed(x.flatten(0, 1).index_select(0, rows)), 1 + scale)
+    return (_mlp(h, weights) * gate).to(x.dtype)
 
 
 def _normed(x: Tensor) -> Tensor:

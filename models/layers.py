@@ -30,7 +30,7 @@ def multiply_add(start: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Apply adaLN's affine map, x * (1 + scale) + shift, to tokens (N, T, D); shift and scale are (N, D) or (1, D)."""
-    return multiply_add(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
 def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
@@ -292,11 +292,11 @@ class AdaLNModulation(nn.Sequential):
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        """Map (N, D) -> `chunks` tensors (N, D)."""
+    def forward(self, c: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """Map (N, D) -> `chunks` tensors (N, D) in a dtype: a GPU modulates tokens fastest in their own."""
         for layer in self:
             c = layer(c)
-        return c.chunk(self.chunks, dim=-1)
+        return c.to(dtype or c.dtype).chunk(self.chunks, dim=-1)
 
 
 class FinalLayer(nn.Module):
@@ -316,6 +316,6 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Map tokens (N, T, D), given the conditioning (N, D), to (N, T, p * p * C_out)."""
-        shift, scale = self.adaLN_modulation(c)
+        shift, scale = self.adaLN_modulation(c, x.dtype)
         out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
         return out

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_flatten
 
 import models
@@ -31,6 +32,28 @@ def test_compiled_blocks_compute_the_same(network: Network) -> None:
     expected = network(x, t, **conditioning).sample
     network.compile_blocks("eager")
     assert_close(network(x, t, **conditioning).sample, expected)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("sampling", [False, True])
+@torch.no_grad()
+def test_blocks_are_compiled_once_for_all_steps_and_whole(network: Network, sampling: bool, half: bool) -> None:
+    """No graph break is possible: they are compiled with fullgraph=True."""
+    torch._dynamo.reset()
+    counter, after = CompileCounter(), []
+    network.compile_blocks(counter)
+    x, t, conditioning = inputs(network)
+    times = [t, t / 2, t / 3]
+    prepared = network.for_sampling(times)
+    for time in times:
+        with torch.autocast("cpu", BF16, enabled=half):
+            prepared(x, time if sampling else torch.rand(len(x)) * t, **conditioning)
+        after.append(counter.frame_count)
+    # Both halves of a DDT, whose conditioning differs; blocks and skip units; what a plan runs in place of a block, with
+    # one head on and with more
+    kinds = {"DDT": 2, "SkipDiT": 2, "DyDiT": 3 if sampling else 1}
+    assert after == [kinds.get(type(network).__name__, 1)] * 3
+    torch._dynamo.reset()
 
 
 @torch.no_grad()
