@@ -31,7 +31,7 @@ def family_groups(
         return [reuse_case(f"{model}, {name}", run) for name, run in runs.items()]
 
     return {
-        "routing": routing,
         "caching": partial(reuse, skipping, (1, 2, 3, 4)),
         "sharing": partial(reuse, divided, (1, 4, 10)),
+        "routing": routing,
     }

@@ -13,6 +13,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
+# On a GPU, also try reductions that keep a row in registers: a norm of XL's 1,152 channels takes half the time, a step of
+# training on an H200 1.6 % less.
+INDUCTOR_OPTIONS: Mapping[str, str | int | bool] = {"triton.multi_kernel": 1}
+
 TimeConvention = Literal["index", "unit"]  # 0..999 with 0 = clean | 0 = noise, 1 = data
 State = Any  # kept between evaluations: opaque to all but the network that made it
 Conditioning = Mapping[str, Tensor]  # rows in front: {"y": (N,) int64}, {"text": (N, L, K), "text_mask": (N, L)}, {}
@@ -117,8 +121,9 @@ class Network(nn.Module):
         A copy of the network (copy.deepcopy) is not compiled, and remembers the backend.
         """
         self.compile_backend = backend
+        options = INDUCTOR_OPTIONS if backend == "inductor" else None
         for block in self.blocks:
-            block.compile(dynamic=False, fullgraph=True, backend=backend)
+            block.compile(dynamic=False, fullgraph=True, backend=backend, options=options)
 
     def reset_parameters(self) -> None:
         """Re-initialise all parameters in place, here by the `reset_parameters` of every module inside."""
