@@ -57,6 +57,17 @@ def digest_of(dataset: Dataset) -> str | None:
     return None if digest is None else str(digest())
 
 
+def with_sizes(paths: str, sizes: str) -> str:
+    """Digest of files by those of their paths, which alone was recorded at first, and of their sizes."""
+    return f"{paths} sizes {sizes}"
+
+
+def is_same_data(recorded: str, dataset: Dataset) -> bool:
+    """True if a recorded digest, or the one of the paths that was recorded at first, is that of a data set."""
+    now = digest_of(dataset)
+    return now is not None and recorded in (now, now.partition(" sizes ")[0])
+
+
 def check_same_data(dataset: Dataset, flag: str = "--data-path") -> None:
     """Check that all ranks read the same data; a collective operation.
 

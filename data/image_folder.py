@@ -9,7 +9,11 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import os
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,7 @@ import torch
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from data.dataset import DatasetSettings, Example, Key, sides
+from data.dataset import DatasetSettings, Example, Key, sides, with_sizes
 from data.folder_scan import scan
 from data.layouts import describe_layout
 from data.pixels import Images
@@ -192,6 +196,7 @@ class ImageFolder:
             raise ValueError(describe_layout(root) or f"{root}: expected class folders with images in them")
         self.image_shape: tuple[int, ...] = (channels, *sides(image_size))
         self._root, self._flip, self._seed, self._strict = root, flip, seed, strict
+        self._digest: str | None = None
         # Shared with the loader's workers: one warning per file, no second try, and `unreadable` includes their files
         self._damaged = torch.zeros(len(self._samples), dtype=torch.bool).share_memory_()
 
@@ -221,10 +226,21 @@ class ImageFolder:
         return [self.path(index) for index in self._damaged.nonzero().flatten().tolist()]
 
     def digest(self) -> str:
-        """Digest of the paths of all images, in their order."""
+        """Digest of the paths of all images, in their order, and of their sizes in bytes."""
+        if self._digest is None:  # computed once: every checkpoint has it
+            total = hashlib.sha256()
+            for index in range(len(self)):
+                total.update(f"{self.path(index)}\n".encode(errors="surrogateescape"))
+            self._digest = with_sizes(total.hexdigest(), self.sizes_sha256())
+        return self._digest
+
+    def sizes_sha256(self) -> str:
+        """Digest of the sizes of all images in bytes, in their order."""
+        parts = (self._samples[start : start + 1000] for start in range(0, len(self), 1000))
         total = hashlib.sha256()
-        for index in range(len(self)):
-            total.update(f"{self.path(index)}\n".encode(errors="surrogateescape"))
+        with ThreadPoolExecutor(8) as pool:  # a file system on the network answers many at a time
+            for sizes in pool.map(_sizes, parts):
+                total.update("".join(f"{size}\n" for size in sizes).encode())
         return total.hexdigest()
 
     def path(self, index: int) -> str:
@@ -262,6 +278,15 @@ class ImageFolder:
             self._damaged[index] = True
             warnings.warn(f"{error}; until then the next readable image replaces it", stacklevel=2)
             return None
+
+
+def _sizes(samples: Sequence[tuple[str, int]]) -> list[int]:
+    """Sizes of files in bytes; -1 for one that is gone, which the reading of it will name."""
+    sizes = [-1] * len(samples)
+    for i, (path, _) in enumerate(samples):
+        with suppress(FileNotFoundError):
+            sizes[i] = os.stat(path).st_size
+    return sizes
 
 
 class ArrayImages:

@@ -60,13 +60,14 @@ FLAGS = {
     "classes": "--data-path",
     "images": "--data-path",
     "paths_sha256": "--data-path",
+    "sizes_sha256": "--data-path",
     "image_shape": "--image-size",
     "encoder": "--vae",
     "row_shape": "--both-flips",
     "batch_size": "--batch-size",
     "shard_size": "--shard-size",
 }
-LONG = ("classes", "paths_sha256", "encoder")  # values that messages leave out
+LONG = ("classes", "paths_sha256", "sizes_sha256", "encoder")  # values that messages leave out
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def set_up(config: ExtractConfig, device: torch.device) -> Job:
         "format": FORMAT,
         "images": len(images),
         "paths_sha256": hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest(),
+        "sizes_sha256": images.sizes_sha256(),
         "classes": images.classes,
         "image_shape": images.image_shape,
         "encoder": encoder.describe(),
@@ -160,7 +162,7 @@ def difference_between(job: Job, other: Json) -> tuple[str, str] | None:
                 job.encoder.check_same(theirs)
             except ValueError as error:
                 return flag, f"(other encoder): {error}"
-        elif ours != theirs:
+        elif ours != theirs and (name, theirs) != ("sizes_sha256", None):  # older manifests have no sizes
             return flag, f"(other {name})" if name in LONG else f"({name} {ours} instead of {theirs})"
     return None
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from data.dataset import digest_of
+from data.dataset import is_same_data
 from data.encoders import UNVERIFIED
 from runtime import distributed
 from runtime.distributed import World
@@ -195,7 +195,7 @@ def introduce(log: RunLog, setup: Setup, saved: ResumeState | None) -> None:
     then = saved.meta.get("data", {})
     if then.get("images") not in (None, len(setup.dataset)):
         log.line(f"Note: the data has {len(setup.dataset):,} images; it had {then['images']:,}")
-    elif then.get("digest") not in (None, digest_of(setup.dataset)):
+    elif then.get("digest") is not None and not is_same_data(then["digest"], setup.dataset):
         log.line("Note: the data has as many images as before, but not the same")
     if saved.meta.get("draws") != DRAWS:
         log.line("Note: the random draws of a step (times, noise, dropped labels) changed with version 0.2")

@@ -14,6 +14,7 @@ from data.latents import LatentShards
 from data.pixels import from_uint8
 from runtime import distributed
 from runtime.errors import UserError, run
+from runtime.json_file import read_json, write_json
 from runtime.locks import locked
 from scripts import extract_latents
 from scripts.extract_latents import ExtractConfig
@@ -237,13 +238,16 @@ def test_a_deterministic_encoder_is_extracted_too(images, tmp_path):
         ("--vae {other_vae}", "--vae: {there} was started with other settings (other encoder)"),
         ("--data-path {other_images}", "--data-path: {there} was started with other settings (images 7 instead of 8)"),
         ("--data-path {renamed}", "--data-path: {there} was started with other settings (other paths_sha256)"),
+        ("--data-path {grown}", "--data-path: {there} was started with other settings (other sizes_sha256)"),
     ],
 )
 def test_other_settings_are_refused_by_name(change, words, images, vae, copy, tmp_path, capsys):
     places = {"there": copy / "manifest.json"}
-    places |= {name: tmp_path / name for name in ("other_vae", "other_images", "renamed")}
-    for name in ("other_images", "renamed"):
+    places |= {name: tmp_path / name for name in ("other_vae", "other_images", "renamed", "grown")}
+    for name in ("other_images", "renamed", "grown"):
         make_images(tmp_path / name)
+    with (tmp_path / "grown/ant/0.png").open("ab") as file:
+        file.write(b"x")
     (tmp_path / "other_images/ant/0.png").unlink()
     (tmp_path / "renamed/ant/0.png").rename(tmp_path / "renamed/ant/00.png")
     if "vae" in change:
@@ -258,6 +262,15 @@ def test_other_settings_are_refused_by_name(change, words, images, vae, copy, tm
     assert error.startswith("extract_latents.py: error: " + words.format(**places)) and error.count("\n") == 1
     assert "another --output, or --overwrite to start again" in error
     assert files(copy) == before
+
+
+def test_an_extraction_that_recorded_no_sizes_is_continued(images, vae, copy):
+    manifest = read_json(copy / "manifest.json")
+    assert manifest.pop("sizes_sha256")
+    write_json(copy / "manifest.json", manifest)
+    before = files(copy)
+    assert extract(*flags(images, vae, copy)) == 0
+    assert {name for name, data in files(copy).items() if data != before[name]} == {"index.json"}
 
 
 def missing_on_rank_1(path):

@@ -1,5 +1,6 @@
 """Faults around resuming: other data, other settings, damaged and foreign files, two jobs at once."""
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from runtime.checkpoint import read_groups, save_checkpoint
 from runtime.errors import UserError
 from runtime.locks import locked
 from tests import runs
@@ -248,12 +250,36 @@ def test_other_classes_are_refused_by_name(tmp_path: Path, capsys: Any, named: b
         assert "class 0 was 'a' and is 'w'" in runs.the_error(capsys)
 
 
+def grow(path: Path) -> None:
+    """Replace a picture by the same one in more bytes."""
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def test_files_of_other_sizes_are_said_and_a_digest_of_paths_alone_is_compared_as_such(tmp_path: Path) -> None:
+    results, root = tmp_path / "results", photos(tmp_path / "photos", "abc")
+    assert of_photos(results, root, "--max-steps", 1) == 0
+    grow(root / "b" / "0.png")
+    assert of_photos(results, root, "--max-steps", 2, "--resume", "auto") == 0
+    assert log(results).count("as many images as before, but not the same") == 1
+
+    groups, meta = read_groups(checkpoint(results, 2), lambda present: present)
+    paths = "".join(f"{name}/{i}.png\n" for name in "abc" for i in range(3))
+    meta["data"]["digest"] = hashlib.sha256(paths.encode()).hexdigest()
+    save_checkpoint(checkpoint(results, 2), groups, meta)  # as version 0.1 wrote it
+    assert of_photos(results, root, "--max-steps", 3, "--resume", "auto") == 0
+    assert log(results).count("as many images as before, but not the same") == 1
+    (root / "b" / "0.png").rename(root / "b" / "7.png")
+    save_checkpoint(checkpoint(results, 3), groups, {**meta, "step": 3})
+    assert of_photos(results, root, "--max-steps", 4, "--resume", "auto") == 0
+    assert log(results).count("as many images as before, but not the same") == 2
+
+
 def test_another_number_of_images_is_said(tmp_path: Path) -> None:
     results, root = tmp_path / "results", photos(tmp_path / "photos", "abc")
     assert of_photos(results, root, "--max-steps", 1) == 0
     (root / "b" / "0.png").rename(root / "b" / "7.png")
     assert of_photos(results, root, "--max-steps", 2, "--resume", "auto") == 0
-    assert "as many images as before, but not the same" in log(results)
+    assert log(results).count("as many images as before, but not the same") == 1
     (root / "b" / "7.png").unlink()
     assert of_photos(results, root, "--max-steps", 3, "--resume", "auto") == 0
     assert "Note: the data has 8 images; it had 9" in log(results)
@@ -305,6 +331,7 @@ def test_ranks_with_other_data_are_told(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     here, there = photos(tmp_path / "a", "abc"), photos(tmp_path / "b", "abc")
     for change, message in [
+        (lambda: grow(there / "a" / "0.png"), "rank 1 has other files than rank 0; is"),
         (lambda: (there / "a" / "0.png").rename(there / "a" / "9.png"), "rank 1 has other files than rank 0; is"),
         (lambda: (there / "a" / "9.png").unlink(), r"rank 1 has other images than rank 0 \(9 and 8\)"),
         (lambda: (there / "a").rename(there / "0"), "rank 1 has other"),
