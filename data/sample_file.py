@@ -13,17 +13,15 @@ they are asked for. What no job wrote keeps its place, whatever its name.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import platform
 import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +31,9 @@ from runtime import migrate
 from runtime.errors import UserError
 from runtime.files import atomic_path, remove_temporary
 from runtime.json_file import KEY, is_intact, write_json
+from runtime.locks import locked
 
+LOCK = "lock"  # removed with the folder, after all else
 _PARTIAL_NAME = re.compile(r"samples\.npz|settings\.json|finished\.\d+|lock")
 _PNG_NAME, _PNG_TEMPORARY = re.compile(r"\d{6,}\.png"), re.compile(r"\.\d{6,}\.\d+\.tmp\.png")
 _FINISHED_LINE = re.compile(rb"^(\d{1,9}) (\d{1,10})$", re.MULTILINE)
@@ -61,7 +61,7 @@ class SampleFile:
         self._npz, self._final = NpzFile(self.partial / "samples.npz", shape), NpzFile(path, shape)
         self._record, self._settings = path.with_suffix(".json"), self.partial / "settings.json"
         self._finished = self.partial / f"finished.{rank}"
-        self._lock: IO[bytes] | None = None
+        self._lock = ExitStack()
 
     def open(self, settings: Mapping[str, object], *, overwrite: bool = False, png: bool = False) -> list[int]:
         """Start or resume the job; on one process, before the others write.
@@ -125,7 +125,7 @@ class SampleFile:
         settings = _read_json(self._settings) or {}
         if self.partial.exists() and "--ckpt" not in settings:
             names = {path.name for path in self.partial.iterdir()} if self.partial.is_dir() else {""}
-            killed = "lock" in names or names >= {"samples.npz", "settings.json"}  # before all settings were written
+            killed = LOCK in names or names >= {"samples.npz", "settings.json"}  # before all settings were written
             if names and (settings or not killed or not all(map(_PARTIAL_NAME.fullmatch, names))):
                 raise _foreign(self.partial / min(names))
         ours = settings.get("--save-png") or _saved_png(record)
@@ -133,26 +133,8 @@ class SampleFile:
             raise _foreign(self.pngs)
 
     def _acquire_lock(self) -> None:
-        """Lock the folder against other jobs until this process ends."""
-        path = self.partial / "lock"
-        self._lock, busy = path.open("a+b"), False
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            busy = True
-        except OSError:
-            pass  # a file system without locks
-        if busy or not path.exists():  # the other job may have just finished, and removed it
-            self._lock.seek(0)
-            owner = self._lock.read(200).decode(errors="replace").strip()
-            self.close()
-            raise UserError(
-                f"{self.partial}: another process is writing it{f' ({owner})' if owner else ''}; wait for it, or give "
-                "another name"
-            )
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}".encode())
-        self._lock.flush()
+        """Lock the folder against other jobs until `close`, or the end of this process."""
+        self._lock.enter_context(locked(self.partial, str(self.partial), LOCK))
 
     def _start(self, settings: Mapping[str, object], png: bool) -> None:
         for folder, pattern in ((self.partial, _PARTIAL_NAME), (self.pngs, _PNG_NAME))[: 1 + png]:
@@ -174,7 +156,7 @@ class SampleFile:
         """Delete the job's files in its folder, and the folder if nothing else is in it."""
         self._settings.unlink(missing_ok=True)  # first: without them `open` knows a rest
         _remove_files(self.partial, _PARTIAL_NAME)
-        (self.partial / "lock").unlink(missing_ok=True)
+        (self.partial / LOCK).unlink(missing_ok=True)
         with suppress(OSError):
             self.partial.rmdir()
         if self.partial.exists():
@@ -255,9 +237,7 @@ class SampleFile:
 
     def close(self) -> None:
         """Release the lock; the folder is kept."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.close()
 
 
 def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
@@ -275,7 +255,7 @@ def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[s
 def _remove_files(folder: Path, pattern: re.Pattern[str]) -> None:
     """Delete files of these names, but not the lock."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name != "lock" and pattern.fullmatch(path.name):
+        if path.name != LOCK and pattern.fullmatch(path.name):
             path.unlink()
 
 

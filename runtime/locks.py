@@ -18,20 +18,21 @@ NAME = ".lock"
 
 
 @contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
+def locked(folder: Path, what: str, name: str = NAME) -> Iterator[None]:
     """Hold a folder's lock while the block runs, on the process that calls it (rank 0).
 
-    The lock is the operating system's, on the file ".lock", which names its owner and stays: to remove it would let two
-    jobs hold it.
+    The lock is the operating system's, on a file that names its owner and stays afterwards. A block may remove it
+    together with the folder: a job that opened it before then finds the lock in use.
 
     Args:
         folder: Existing folder.
         what: Flag and value, or the folder, in the message.
+        name: Name of the file.
 
     Raises:
         UserError: If another job holds it, or the folder cannot be written to.
     """
-    path = folder / NAME
+    path = folder / name
     lock = FileLock(path, blocking=False)
     try:
         lock.acquire()

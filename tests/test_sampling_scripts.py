@@ -292,10 +292,7 @@ def test_a_second_job_with_the_same_output_is_one_line_and_status_2(ckpt, tmp_pa
     for flags in ([], ["--overwrite"], ["--save-png"]):
         assert run(sample_ddp.main, "sample_ddp.py", [*argv, *flags]) == 2
         error = capsys.readouterr().err
-        assert (
-            f"{other.partial}: another process is writing it (process {os.getpid()} on " in error
-            and error.count("\n") == 1
-        )
+        assert f"{other.partial}: in use by process {os.getpid()} on " in error and error.count("\n") == 1
     assert (other.partial / "settings.json").read_bytes() == before and not (tmp_path / "a").exists()
     other.close()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -163,10 +164,34 @@ def test_a_finished_file_is_replaced_on_request_only(tmp_path):
 def test_two_jobs_do_not_write_one_file(tmp_path):
     file = job(tmp_path / "a.npz")
     file.open(SETTINGS)
-    with pytest.raises(UserError, match="another process is writing it"):
+    with pytest.raises(UserError, match="a.partial: in use by process"):
         job(tmp_path / "a.npz").open(SETTINGS)
     fill(file, list(range(9)))
     file.finish(np.arange(600))
+
+
+def test_a_job_of_another_process_is_named_and_resumed_after_its_kill(tmp_path):
+    ready, started = os.pipe()
+    other = os.fork()
+    if other == 0:
+        file = job(tmp_path / "a.npz")
+        file.open(SETTINGS)
+        fill(file, [0])
+        os.write(started, b"x")
+        signal.pause()
+    os.read(ready, 1)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=f"a.partial: in use by process {other} on .*; wait for it, or end it"):
+            job(tmp_path / "a.npz").open(SETTINGS, overwrite=overwrite)
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+    file = job(tmp_path / "a.npz")
+    assert file.open(SETTINGS) == list(range(1, 9))
+    fill(file, list(range(1, 9)))
+    file.finish(np.arange(600))
+    assert names(tmp_path) == ["a.npz"]
+    os.close(ready)
+    os.close(started)
 
 
 def test_a_disk_too_small_is_noticed_before_the_work(tmp_path, monkeypatch):

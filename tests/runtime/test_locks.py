@@ -1,5 +1,6 @@
 """Locks on folders."""
 
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,18 @@ def test_one_process_holds_it_once_and_again_after_an_error(tmp_path: Path) -> N
         raise KeyError
     with locked(tmp_path, "a"):
         assert (tmp_path / ".lock").exists()
+
+
+def test_a_lock_that_its_owner_removes_meanwhile_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock, path = fcntl.flock, tmp_path / "lock"
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", lambda file, how: (path.unlink(missing_ok=True), flock(file, how)))
+        with pytest.raises(UserError, match="a: in use by another process"), locked(tmp_path, "a", "lock"):
+            pass
+    with locked(tmp_path, "a", "lock"):
+        path.unlink()
+    with locked(tmp_path, "a", "lock"):
+        assert path.exists()
 
 
 def test_damaged_owners_and_missing_folders_are_one_line(tmp_path: Path) -> None:
