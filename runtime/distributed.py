@@ -88,7 +88,9 @@ def world(device: str | None = None, timeout_seconds: float = 1800) -> Iterator[
     except SystemExit:  # on all ranks at the same step
         _leave_together()
         raise
-    except UserError:  # mostly on all ranks; torchrun kills those that are later than the first
+    except UserError as error:  # mostly on all ranks; torchrun kills those that are later than the first
+        if isinstance(error, RankError):
+            error.is_repeated = _is_repeated(store, error)
         _wait_for_ranks(store, rank, size)
         raise
     except RuntimeError as error:
@@ -178,6 +180,13 @@ def _leave_together() -> None:
     # A process that leaves first, or frees the group after it was destroyed, sometimes aborts in gloo's threads.
     dist.barrier()
     gc.collect()
+
+
+def _is_repeated(store: dist.Store, error: RankError) -> bool:
+    """True if another rank has met the same error before; False if the ranks are out of reach."""
+    with suppress(RuntimeError):
+        return store.add(f"error: {error}", 1) > 1
+    return False
 
 
 def _wait_for_ranks(store: dist.Store, rank: int, size: int) -> None:

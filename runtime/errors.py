@@ -13,7 +13,13 @@ FAILED_STATUS = 1
 
 
 class UserError(Exception):
-    """A mistake of the user; the message names flag or file, value and remedy."""
+    """A mistake of the user; the message names flag or file, value and remedy.
+
+    Attributes:
+        is_repeated: Another rank prints the same line.
+    """
+
+    is_repeated = False
 
 
 class RankError(UserError):
@@ -56,7 +62,7 @@ def run(main: Callable[[Sequence[str]], None], program: str, argv: Sequence[str]
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if is_first() or isinstance(error, RankError):
+        if (is_first() or isinstance(error, RankError)) and not error.is_repeated:
             print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR_STATUS
     except RankTimeout as error:

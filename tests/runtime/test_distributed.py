@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from runtime import distributed
-from runtime.errors import UserError
+from runtime.errors import RankError, UserError, run
 from tests.processes import run_script
 
 TWO = """
@@ -63,3 +64,23 @@ def test_an_error_is_printed_though_rank_0_is_late(tmp_path: Path) -> None:
     (tmp_path / "late.py").write_text(LATE)
     done = run_script(tmp_path / "late.py", ranks=2, folder=tmp_path)
     assert done.returncode == 1 and done.stderr.count("late.py: error: --flag 3: no") == 1
+
+
+def test_an_error_that_several_ranks_meet_is_printed_by_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = dist.HashStore()
+
+    def fail(text: str) -> None:
+        error = RankError(text)
+        error.is_repeated = distributed._is_repeated(store, error)
+        raise error
+
+    for rank, text in (1, "a: bad"), (0, "a: bad"), (2, "b: bad"):
+        monkeypatch.setenv("RANK", str(rank))
+        assert run(lambda argv, text=text: fail(text), "x", []) == 2
+    assert capsys.readouterr().err == "x: error: a: bad\nx: error: b: bad\n"
+    gone = dist.TCPStore("localhost", 0, is_master=True)
+    left = dist.TCPStore("localhost", gone.port)
+    del gone
+    assert not distributed._is_repeated(left, RankError("a"))

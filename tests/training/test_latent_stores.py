@@ -8,6 +8,7 @@ import pytest
 
 from tests import runs
 from tests.data.test_latents import ENCODER, flip_bit, store
+from tests.processes import run_script
 
 DATA = "--dataset latents --model DiT-debug/2 --num-classes 2 --global-batch-size 4 --max-steps 2 --device cpu".split()
 
@@ -18,12 +19,12 @@ def latents(tmp_path: Path) -> Path:
     return make(tmp_path / "latents")
 
 
-def make(folder: Path, **encoder: object) -> Path:
+def make(folder: Path, shards: tuple[int, ...] = (4, 4), **encoder: object) -> Path:
     raw = np.random.default_rng(0).standard_normal((8, 2, 8, 8, 8)).astype(np.float16)
     store(
         folder,
         raw,
-        (4, 4),
+        shards,
         image_shape=[3, 64, 64],
         encoder={**ENCODER, "latents_mean": [], "latents_std": [], **encoder},
     )
@@ -40,6 +41,16 @@ def test_a_flipped_bit_is_one_line(latents: Path, tmp_path: Path, capsys: pytest
         "scripts/extract_latents.py again with the same settings: it makes what is missing"
     ]
     assert not list((tmp_path / "a").glob("*/checkpoints/*"))
+
+
+@pytest.mark.slow
+def test_two_ranks_that_meet_it_print_one_line(tmp_path: Path) -> None:
+    one = make(tmp_path / "one", (8,))
+    flip_bit(one / "00000.npy")
+    argv = [*DATA, "--data-path", one, "--num-workers", 0, "--results-dir", tmp_path / "a"]
+    done = run_script("train.py", *map(str, argv), ranks=2, folder=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: error")]
+    assert done.returncode != 0 and len(lines) == 1 and "00000.npy: not what was written" in lines[0]
 
 
 def test_trusted_stamps_train_on_it(latents: Path, tmp_path: Path) -> None:
