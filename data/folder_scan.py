@@ -11,7 +11,11 @@ from typing import NamedTuple
 
 # File names that are opened; the content may be any of `data.image_folder.FORMATS`
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
-OTHER_IMAGES = (".gif", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga", ".ico", ".svg", ".psd", ".eps")
+OTHER_IMAGES = (
+    ".gif", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga", ".ico", ".svg", ".psd", ".eps", ".dib", ".pcx",
+    ".pbm", ".pnm", ".apng", ".dds", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw",
+)  # fmt: skip
+NO_EXTENSION = "without an extension"
 OTHER_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "System Volume Information"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
@@ -84,6 +88,8 @@ def _files(folder: str) -> Iterator[tuple[str, str | None]]:
                 files.append((entry.path, "links to missing files" if dangling else None))
             elif suffix in OTHER_IMAGES:
                 files.append((entry.path, suffix))
+            elif suffix in ("", "."):
+                files.append((entry.path, NO_EXTENSION))
         found.append((place, sorted(files)))
     for _, files in sorted(found):
         yield from files

@@ -64,6 +64,21 @@ def test_other_images_are_left_out_with_a_word(root: Path) -> None:
         assert scan(root) == before
 
 
+def test_images_under_unusual_names_are_left_out_with_a_word(root: Path) -> None:
+    before = scan(root)
+    for name in ("a/1.dib", "a/2.PCX", "b/3.dib", "b/deep/4", "c/IMG_0005", "c/6.", "c/.hidden"):
+        put(root / name)
+    with pytest.warns(UserWarning, match=r"left out 2 \.dib, 1 \.pcx, 3 without an extension; PNG, JPEG") as found:
+        assert scan(root) == before
+    assert len(found) == 1
+
+
+def test_a_class_of_files_without_an_extension_says_so(root: Path) -> None:
+    put(root / "d" / "picture")
+    with pytest.raises(ValueError, match="the class folder d has no image; it has 1 without an extension; remove"):
+        scan(root)
+
+
 def test_jfif_is_jpeg(root: Path) -> None:
     PICTURE.save(root / "a" / "w.jpg")
     (root / "a" / "w.jpg").rename(root / "a" / "w.jfif")
