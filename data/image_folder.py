@@ -42,8 +42,7 @@ UPRIGHT = {  # EXIF orientation -> its inverse
 # Raster formats of photographs; Pillow would also open formats that start other programs (EPS) or hold scripts
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 MAX_PIXELS = 200_000_000  # a GB while it is decoded
-MAX_RATIO = 100  # of the sides
-LONG = 8  # times the shape of the crop, from which the ends of an image are cut before it is resized
+MAX_RATIO = 100  # of the sides: resized to cover a crop, an image has at most as many times its pixels
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # bytes of a text in a PNG, such as the workflow of a generator
 
@@ -115,29 +114,12 @@ def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
     The size is the side of a square, or (H, W); smaller images are enlarged.
     """
     height, width = sides(size)
-    image = middle(image, width / height)
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
     image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
-
-
-def middle(image: Image.Image, ratio: float) -> Image.Image:
-    """Cut off the ends of a very long image, which a crop of this width by height never shows; others stay as they are.
-
-    The ends that are cut are whole multiples of 64 pixels, so halving by boxes meets the same pixels.
-    """
-    width, height = image.size
-    wide, tall = width / height / ratio, height / width * ratio
-    if max(wide, tall) <= LONG:
-        return image
-    shown = height * ratio if wide > tall else width / ratio
-    cut = int((max(width, height) - 4 * shown) / 2) // 64 * 64
-    if cut <= 0:
-        return image
-    return image.crop((cut, 0, width - cut, height) if wide > tall else (0, cut, width, height - cut))
 
 
 def is_flipped(key: Key, seed: int) -> bool:

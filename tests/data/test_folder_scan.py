@@ -1,18 +1,20 @@
 """Folders and files as people have them: what is seen, what is left out with a word, what is refused."""
 
 import io
+import random
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image, PngImagePlugin
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from data.folder_scan import scan
-from data.image_folder import ImageFolder, UnreadableImageError, center_crop, decode_image, middle
+from data.image_folder import ImageFolder, UnreadableImageError, center_crop, check_size, decode_image
 from runtime.errors import RankError
 from tests import runs
 from training.trainer import batches
@@ -157,20 +159,31 @@ def test_a_png_with_a_long_text_is_read() -> None:
     assert decode_image(encoded((8, 8), pnginfo=text), 3).size == (8, 8)
 
 
-def test_only_what_the_crop_shows_is_resized() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 3900, 3), np.uint8)
-    image = Image.fromarray(pixels)
-    short = middle(image, 1.0)
-    assert short.width < 400 and short.height == 40
-    error = np.abs(np.asarray(center_crop(image, 32), np.int16) - np.asarray(center_crop(short, 32), np.int16))
-    assert error.max() == 0
-    assert middle(image.rotate(90, expand=True), 1.0).height < 400
+def adm_crop(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+    """The crop of guided-diffusion's image_datasets.py, in calls of PIL."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    top, left = (image.height - size) // 2, (image.width - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size]
 
 
-@pytest.mark.parametrize("size", [(640, 480), (500, 70), (70, 500), (256, 256), (9, 70)])
-def test_ordinary_images_are_cropped_bit_by_bit_as_before(size: tuple[int, int]) -> None:
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8))
-    assert middle(image, 1.0) is image
+def odd(rng: random.Random, low: float, high: float) -> int:
+    return round(rng.uniform(low, high)) // 2 * 2 + 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_very_long_images_are_cropped_as_by_adm(seed: int) -> None:
+    rng = random.Random(seed)
+    for low, high in (8, 30), (30, 99):
+        size, short = rng.choice((8, 15, 32)), odd(rng, 3, 90)
+        sides = short, odd(rng, short * low, short * high)
+        pixels = np.random.default_rng(seed).integers(0, 256, (*sides, 3), np.uint8)
+        for shown in pixels, pixels.swapaxes(0, 1).copy():
+            check_size(*shown.shape[:2])
+            image = Image.fromarray(shown)
+            assert np.array_equal(np.asarray(center_crop(image, size)), adm_crop(image, size)), (seed, image.size, size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
