@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, SupportsFloat
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,9 @@ from evaluator.npz import ImageFile
 from evaluator.scores import ADM_METRICS, ImageSet, compute_scores
 from evaluator.statistics import Statistics, feature_statistics
 from runtime.distributed import World
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 GROUP = "evaluator"  # of the report's rows
 REAL_BATCHES = 2  # of a dry run, which the network really evaluates, so that it takes its memory
@@ -154,19 +157,23 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _timed(name: str, work: Callable[[], Any], images: int = 0, fact: str | None = None) -> Stage:
+def _timed(name: str, work: Callable[[], object], images: int = 0, fact: str | None = None) -> Stage:
     """Time the work of a stage, which may return a number that is kept under the name `fact`."""
     start = time.perf_counter()
     result = work()
-    facts = {} if fact is None else {fact: float(result)}
+    facts = {}
+    if fact is not None:
+        assert isinstance(result, SupportsFloat)
+        facts[fact] = float(result)
     return Stage(name, time.perf_counter() - start, peak_memory(), images, facts)
 
 
 class SparseFile(io.FileIO):
     """A file that skips zeros instead of writing them, so that gigabytes of black images take no space."""
 
-    def write(self, data: Any) -> int:
+    def write(self, data: ReadableBuffer) -> int:
         """Write, or leave a hole."""
+        data = memoryview(data)
         if len(data) < 4096 or np.frombuffer(data, np.uint8).any():
             return super().write(data)
         self.seek(len(data), io.SEEK_CUR)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
 
 from runtime.files import atomic_path
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def pyplot() -> Any:
+
+def pyplot() -> ModuleType:
     """Import matplotlib's pyplot, and the parts that do not come by themselves; it makes files only."""
     import matplotlib
 
@@ -20,15 +25,15 @@ def pyplot() -> Any:
     return plt
 
 
-def style(axis: Any, x: str, y: str, **grid: str) -> None:
-    """Label an axis, with a faint grid and no frame at the top and on the right."""
+def style(axis: Axes, x: str, y: str, which: Literal["major", "both"] = "major") -> None:
+    """Label an axis, with a faint grid at its ticks and no frame at the top and on the right."""
     axis.set_xlabel(x)
     axis.set_ylabel(y)
-    axis.grid(alpha=0.25, **grid)
+    axis.grid(alpha=0.25, which=which)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure, whole or not at all, and close it."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)

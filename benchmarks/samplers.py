@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -58,7 +59,7 @@ class Opened(NamedTuple):
     name: str
     seed: int
     pipeline: Pipeline
-    scores: Callable[[Images, Any], DigitsScores] | None
+    scores: Callable[[Images, npt.NDArray[np.int64]], DigitsScores] | None
 
 
 class Setup(NamedTuple):

@@ -23,6 +23,7 @@ from data.encoders import Encoder, LatentScaling
 from runtime.download import quiet_hub
 from runtime.errors import UserError
 from runtime.foreign import compare_checksums
+from runtime.json_file import Json
 
 OFFICIAL_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 OFFICIAL_FACTOR = 8
@@ -68,13 +69,13 @@ class Autoencoder(Encoder):
             self.module.to(memory_format=torch.channels_last)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.module.parameters())
 
-    def read_config(self, config: Mapping[str, Any]) -> None:
+    def read_config(self, config: Json) -> None:
         """Set channels, factor and scaling."""
         self.image_channels, self.latent_channels = config["in_channels"], config["latent_channels"]
         self.factor = 2 ** (len(config[self.blocks]) - 1)
         self.scaling = LatentScaling.from_config(config, self.latent_channels)
 
-    def check_normalisation(self, config: Mapping[str, Any], known: Set[str]) -> None:
+    def check_normalisation(self, config: Json, known: Set[str]) -> None:
         """Raise a ValueError for a key of the config that seems to normalise latents, and that nothing reads."""
         for key, value in config.items():
             if key[:1] != "_" and key not in known and value is not None and _NORMALISATION.search(key):
@@ -152,7 +153,7 @@ class RepresentationAutoencoder(Autoencoder, folder_class="AutoencoderRAE"):
     packages = ("transformers",)
     scaling_keys = ()  # the autoencoder itself normalises
 
-    def read_config(self, config: Mapping[str, Any]) -> None:
+    def read_config(self, config: Json) -> None:
         """Set channels and factor; there is no scaling, because the autoencoder itself normalises by position."""
         if not config["reshape_to_2d"]:
             raise ValueError("reshape_to_2d is false: its latents are not images")

@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from data.pixels import from_uint8
+from runtime.json_file import Json
 
 UNVERIFIED = "unverified: no digest of its weights is known"
 Shape = tuple[int, ...]
@@ -55,7 +56,7 @@ class LatentScaling:
             raise ValueError("latents_mean and latents_std belong together; one of them is missing")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], channels: int) -> LatentScaling:
+    def from_config(cls, config: Json, channels: int) -> LatentScaling:
         """Read the fields from a config of diffusers or a latent store's index; absent and null mean no effect."""
         values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
         for name in values.keys() & {"latents_mean", "latents_std"}:
@@ -169,7 +170,7 @@ class Encoder:
         identity = {"name": self.name, "class": self.class_name or type(self).__name__, "sha256": self.encoder_sha256()}
         return {**identity, "stochastic": self.stochastic, **asdict(self.scaling), "settings": dict(self.settings)}
 
-    def check_same(self, recorded: Mapping[str, Any]) -> None:
+    def check_same(self, recorded: Json) -> None:
         """Raise a ValueError if a description is that of another encoder; it may lack entries.
 
         Decoders may differ, as those of the official pair do.

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,7 @@ from data.npz_file import NpzFile, Piece
 from runtime import migrate
 from runtime.errors import UserError
 from runtime.files import atomic_path, remove_temporary
-from runtime.json_file import KEY, is_intact, write_json
+from runtime.json_file import KEY, Json, is_intact, write_json
 from runtime.locks import locked
 
 LOCK = "lock"  # removed with the folder, after all else
@@ -263,7 +262,7 @@ def _foreign(path: Path) -> UserError:
     return UserError(f"{path}: no sampling job wrote it, so it is not replaced; move it, or give another --output")
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> Json | None:
     """Read a JSON object; None if there is none, or it does not match its checksum."""
     try:
         document = json.loads(path.read_bytes())
@@ -274,7 +273,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return {name: value for name, value in document.items() if name != KEY}
 
 
-def _saved_png(record: Mapping[str, Any]) -> bool:
+def _saved_png(record: Json) -> bool:
     """True if the job that wrote this record, of either format, wrote PNG files."""
     try:
         config = record["config"]

@@ -185,7 +185,7 @@ def _read(path: Path, settings: Mapping[str, object]) -> Tensor | None:
         groups, stored = read_groups(path, lambda names: [GROUP], "sharing schedule")
     except UserError:
         return None
-    stored = None if stored is None else migrate.calibration(stored, settings)
+    stored = None if stored is None else migrate.calibration(stored, dict(settings))
     return groups[GROUP].get(TENSOR) if stored == settings else None
 
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ class SolverTable:
     times: tuple[float, ...]
     levels: Levels
     weights: tuple[tuple[float, ...], ...]
-    protocol: Mapping[str, Any] = field(default_factory=dict)
+    protocol: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Validate the fields."""

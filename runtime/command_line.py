@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from runtime.errors import UserError, is_first
 from runtime.settings import (
@@ -199,7 +199,8 @@ def _or_auto(kind: type[int]) -> Callable[[str], int | None]:
 
 
 class _TupleAction(argparse.Action):
-    def __call__(self, parser: object, namespace: object, values: Any, option_string: str | None = None) -> None:
+    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
+        assert isinstance(values, Sequence)  # by nargs
         setattr(namespace, self.dest, tuple(values))
 
 

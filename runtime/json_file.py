@@ -11,6 +11,7 @@ from typing import Any
 from runtime.files import atomic_path
 
 KEY = "crc32"
+Json = dict[str, Any]  # a JSON object
 
 
 def write_json(path: Path, document: Mapping[str, object], indent: int | None = 2) -> None:
@@ -19,7 +20,7 @@ def write_json(path: Path, document: Mapping[str, object], indent: int | None = 
         temporary.write_text(json.dumps({**document, KEY: _checksum(document)}, indent=indent) + "\n")
 
 
-def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "") -> Json:
     """Read a document, without its checksum.
 
     Args:

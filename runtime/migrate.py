@@ -6,11 +6,9 @@ Format 1 is that of version 0.1, format 2 that of this one (docs/checkpoints.md)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from runtime.json_file import Json
 from runtime.settings import Kind, flag_name, places
-
-Json = dict[str, Any]
 
 _OF_TRAINING = {"results_dir", "max_steps", "global_batch_size"}  # settings of no other script
 # Former name of a setting -> present name
@@ -105,7 +103,7 @@ def _owner(kind: Kind, name: object) -> str | None:
     return owner if owner in kind.owners else None
 
 
-def calibration(old: Json, like: Mapping[str, Any]) -> Json:
+def calibration(old: Json, like: Json) -> Json:
     """Migrate the settings that similarities of states were measured with.
 
     Args:
@@ -122,7 +120,7 @@ def calibration(old: Json, like: Mapping[str, Any]) -> Json:
     return {**old, "format": 2, "sampling": {**own, "sampler": sampling["sampler"], "process": process}}
 
 
-def latent_index(old: Mapping[str, Any]) -> Json:
+def latent_index(old: Json) -> Json:
     """Migrate the index or manifest of a latent store.
 
     Format 1 knew one kind of encoder, AutoencoderKL, and recorded its scaling factor alone. A document of another

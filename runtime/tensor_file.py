@@ -6,7 +6,6 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from runtime.files import atomic_path
+from runtime.json_file import Json
 
 CHECKSUMS, HEADER = "crc32", "header_crc32"  # members of the document, and in earlier versions keys of the metadata
 DTYPES = {
@@ -46,8 +46,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[s
 
 
 def read_tensors(
-    path: Path, key: str, choose: Callable[[dict[str, Any], list[str]], Iterable[str]] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    path: Path, key: str, choose: Callable[[Json, list[str]], Iterable[str]] | None = None
+) -> tuple[dict[str, Tensor], Json]:
     """Read a file of `write_tensors`, and compare its checksums; earlier versions wrote fewer of them.
 
     Args:

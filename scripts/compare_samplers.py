@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from benchmarks import digits, samplers
 from benchmarks.plotting import pyplot, save_figure, style
@@ -27,6 +27,9 @@ from runtime.devices import choose_device
 from runtime.errors import UserError, run
 from runtime.files import check_writable
 from runtime.settings import Values, setting, to_dict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Value = Callable[[SamplerResult], float | None]
 
@@ -157,7 +160,7 @@ def plot_errors(results: Sequence[SamplerResult], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_curve(axis: Any, solver: str, points: dict[int, list[float]]) -> None:
+def plot_curve(axis: Axes, solver: str, points: dict[int, list[float]]) -> None:
     """Draw the means of one solver, with the range of seeds."""
     counts = sorted(points)
     means = [sum(points[count]) / len(points[count]) for count in counts]

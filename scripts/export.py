@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -103,7 +103,7 @@ def notes_on(network: Network, format: str) -> list[str]:
     ]
 
 
-def official_content(network: Network, info: CheckpointInfo) -> dict[str, Any]:
+def official_content(network: Network, info: CheckpointInfo) -> Mapping[str, object]:
     """Content of an official file: a flat state dict, or a Lightning checkpoint that holds one under two prefixes."""
     weights = network.state_dict()
     if not isinstance(network, DDT):

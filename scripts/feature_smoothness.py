@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -314,7 +314,7 @@ def summary(findings: dict[str, Findings], deep: dict[str, int]) -> str:
 def as_json(findings: dict[str, Findings], config: SmoothnessSettings) -> str:
     """All numbers, to six decimals; null where a step computes state."""
 
-    def plain(values: Array) -> Any:
+    def plain(values: Array) -> object:
         return json.loads(json.dumps(np.round(values, 6).tolist()).replace("NaN", "null"))
 
     networks = {

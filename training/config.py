@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -248,7 +248,7 @@ class TrainSettings:
             raise ValueError(f"--eval-samples {validation.eval_samples}: the scores need at least 4 (0: no image)")
 
 
-def named_settings(model: str) -> Mapping[str, Any]:
+def named_settings(model: str) -> Mapping[str, object]:
     """Settings that a model's name stands for."""
     return family_of(model).configs[model]
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from runtime.checkpoint import check_finite, is_whole, read_groups
 from runtime.errors import UserError, error_prefix
+from runtime.json_file import Json
 from runtime.settings import document, flag_name, flag_of, flatten, free_settings, places
 from training.config import KINDS, TrainSettings, upgrade
 from training.setup import Setup
@@ -38,7 +39,7 @@ class ResumeState(NamedTuple):
     path: Path
     folder: Path | None
     groups: dict[str, dict[str, Tensor]]
-    meta: dict[str, Any]
+    meta: Json
     changed: tuple[str, ...] = ()
 
 
@@ -193,7 +194,7 @@ def read_resume_state(path: Path) -> ResumeState:
     return ResumeState(path, run_of(path), groups, meta)
 
 
-def check_same_classes(where: str, meta: Mapping[str, Any], now: Sequence[str]) -> None:
+def check_same_classes(where: str, meta: Json, now: Sequence[str]) -> None:
     """Check that labels mean what they did.
 
     Raises:
@@ -211,7 +212,7 @@ def check_same_classes(where: str, meta: Mapping[str, Any], now: Sequence[str]) 
     )
 
 
-def changes_since(setup: Setup, meta: dict[str, Any]) -> Changes:
+def changes_since(setup: Setup, meta: Json) -> Changes:
     """Compare the settings of a checkpoint's run with the present ones."""
     free, run = free_settings(TrainSettings), setup.config.run
     # A cosine spans all steps: with another number of them, the steps already taken would have been others.
@@ -237,7 +238,7 @@ def changes_since(setup: Setup, meta: dict[str, Any]) -> Changes:
     return changes
 
 
-def other_data(setup: Setup, meta: Mapping[str, Any]) -> bool:
+def other_data(setup: Setup, meta: Json) -> bool:
     """True if a run was trained on something else: it has no class and no number of images in common with the data."""
     then = meta.get("data", {})
     if not then.get("classes") or not setup.dataset.classes:

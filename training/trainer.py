@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import GlobalBatches, conditioning
-from data.dataset import digest_of, read_batches
+from data.dataset import Example, digest_of, read_batches
 from data.pixels import to_unit_range
 from diffusion.loss import Batch, Draws
 from models import Network, family_name
@@ -26,6 +25,7 @@ from runtime import distributed
 from runtime.checkpoint import check_finite, load_weights, save_checkpoint
 from runtime.distributed import World
 from runtime.errors import FAILED_STATUS, error_prefix
+from runtime.settings import Values
 from training.optimization import EMA, FiniteGuard
 from training.resume import ResumeState, thin
 from training.run import DRAWS, INTERRUPTED_STATUS, RunLog, stop_on_signal, trace_steps
@@ -36,7 +36,7 @@ PROJECTOR = "projector"  # the alignment's group in checkpoints
 MicroBatch = tuple[Batch, Draws]
 
 
-def checkpoint_meta(setup: Setup, step: int) -> dict[str, Any]:
+def checkpoint_meta(setup: Setup, step: int) -> Values:
     """The JSON document of a checkpoint: all settings, and what sampling has to know."""
     sections = setup.document()
     owners = {name: sections.pop(name) for name in ("model", "process", "loss", "optimizer")}
@@ -303,7 +303,7 @@ def batches(setup: Setup, world: World, first_step: int) -> Iterator[tuple[int, 
         len(setup.dataset), size, rank=world.rank, world=world.size, seed=optimization.global_seed, steps=steps
     )
     workers = min(setup.config.data.num_workers, os.cpu_count() or 1) if setup.dataset.worth_workers else 0
-    loader: DataLoader[Any] = DataLoader(
+    loader: DataLoader[Example] = DataLoader(
         setup.dataset,  # type: ignore[arg-type]  # items are asked for by (epoch, index)
         batch_sampler=keys,
         num_workers=workers,

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from data import Dataset, conditioning
-from data.dataset import read_batches
+from data.dataset import Example, read_batches
 from data.pixels import enlarge, grid, save_png, to_picture, to_uint8
 from diffusion import ImageNoise, evaluations, guided, sample_loop
 from diffusion.loss import Batch, DiffusionLoss
@@ -137,7 +136,7 @@ class Validation:
         chunks = [range(start, min(start + ROWS, count)) for start in range(0, count, ROWS)]
         own = range(self.world.rank, len(chunks), self.world.size)
         workers = min(self.setup.config.data.num_workers, os.cpu_count() or 1) if images.worth_workers else 0
-        loader: DataLoader[Any] = DataLoader(
+        loader: DataLoader[Example] = DataLoader(
             images,  # type: ignore[arg-type]  # items are asked for by (epoch, index)
             batch_sampler=[[(0, i) for i in chunks[number]] for number in own],
             num_workers=workers,
