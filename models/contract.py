@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
-# On a GPU, also try reductions that keep a row in registers: a norm of XL's 1,152 channels takes half the time, a step of
-# training on an H200 1.6 % less.
+# On a GPU, also try reductions that keep a row in registers: a norm of XL's 1,152 channels takes half the time, a step
+# of training on an H200 1.6 % less.
 INDUCTOR_OPTIONS: Mapping[str, str | int | bool] = {"triton.multi_kernel": 1}
 
 TimeConvention = Literal["index", "unit"]  # 0..999 with 0 = clean | 0 = noise, 1 = data
