@@ -42,7 +42,7 @@ class AutocastNetwork:
 def cast_weights_once(network: nn.Module, dtype: torch.dtype, evaluate: Callable[[], object]) -> int:
     """Store the weights that autocast would cast at every evaluation in low precision; results stay the same.
 
-    Linear maps and convolutions are cast in place. `evaluate` runs the network once under autocast to this dtype, to
+    Linear maps and convolutions get new parameters. `evaluate` runs the network once under autocast to this dtype, to
     see which of them autocast reaches; the others stay as they are.
 
     Returns:
@@ -61,8 +61,9 @@ def cast_weights_once(network: nn.Module, dtype: torch.dtype, evaluate: Callable
     finally:
         for hook in hooks:
             hook.remove()
-    for layer in lower:
-        layer.to(dtype)
+    for layer in lower:  # by new parameters, which tensors without values can be, too
+        for name, parameter in layer.named_parameters(recurse=False):
+            setattr(layer, name, nn.Parameter(parameter.to(dtype), parameter.requires_grad))
     return len(lower)
 
 
