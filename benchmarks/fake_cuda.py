@@ -1,7 +1,7 @@
 """What a CUDA device is asked to do, without one: tensors that have shapes, dtypes and a device, and no values.
 
 PyTorch's fake tensors run through the code as CUDA tensors do: autocast casts by CUDA's lists, a tensor that was left
-on the CPU meets one that was not, and whatever needs a value on the host cannot go on. Stand-ins are needed for three
+on the CPU meets one that was not, and whatever needs a value on the host fails. Stand-ins are needed for three
 things that ask the driver: autocast, which disables itself without one, generators, and the choice of an attention
 kernel. The backward pass needs the driver, too, and is not traced.
 """
@@ -186,7 +186,7 @@ class _Generator(torch.Generator):
 
 @contextmanager
 def fake_cuda() -> Iterator[torch.device]:
-    """Give a CUDA device whose tensors have no values; tensors made or used inside the block are such tensors."""
+    """Give a CUDA device; tensors made or used inside the block have no values."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # imports much that must see the real names
     with ExitStack() as stack:
         for target, replacement in (

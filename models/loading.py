@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import FAMILIES, Network, create_model, family_of, list_models, model_config
+from models import FAMILIES, Network, family_of, list_models, model_config
+from models.blank import blank_model
 from models.contract import TimeConvention
 from models.diffusers_format import from_diffusers, is_diffusers
 from models.recognise import check_family, describe_unknown, recognise, recognised_name
@@ -158,7 +159,7 @@ def build_network(
     if info.meta is None and classes is not None and table is not None and len(table) == classes:
         overrides["class_dropout_prob"] = 0.0  # a table without a null class, which shapes alone do not tell
     with error_prefix(source):
-        network = create_model(info.model, **{**info.config, **overrides})
+        network = blank_model(info.model, **{**info.config, **overrides})
         if network.state_dict().keys() != weights.keys():
             check_family(info.model, weights)
     load_weights(network, weights, f"{source} as {info.model}", recognised_name)

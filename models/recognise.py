@@ -7,10 +7,10 @@ from collections.abc import Hashable, Iterable, Mapping
 from functools import cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from models import FAMILIES, family_name, model_config
+from models.blank import without_values
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -70,7 +70,7 @@ def _fields(family: str, name: str, weights: Mapping[str, Tensor], shapes: Shape
 
 @cache
 def _shapes(family: str, config: Hashable) -> Shapes:
-    with torch.device("meta"):
+    with without_values():
         network = FAMILIES[family].network(config)
     return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
 

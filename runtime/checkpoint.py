@@ -182,7 +182,7 @@ def load_weights(
     """Copy weights into a network; every name and shape must fit.
 
     Args:
-        network: Network to load into.
+        network: Network to load into. Parameters without values get copies of the weights in their own dtype.
         weights: Parameter name -> tensor.
         source: File and model in messages.
         recognise: Function that returns the model of weights, if it is known, for the message.
@@ -213,7 +213,12 @@ def load_weights(
             f"{source}: the weights do not fit the model in {len(problems)} places; expected {_outline(expected)}, "
             f"found {actual}: {'; '.join(problems[:3])}"
         )
-    network.load_state_dict(dict(weights))
+    if not any(tensor.is_meta for tensor in expected.values()):
+        network.load_state_dict(dict(weights))
+        return
+    # Copies, since weights may be those of a file that is mapped into memory, and change with it
+    own = {name: tensor.to(expected[name].dtype, copy=True) for name, tensor in weights.items()}
+    network.load_state_dict(own, assign=True)
 
 
 def _outline(weights: Mapping[str, Tensor]) -> str:
