@@ -1,4 +1,4 @@
-"""What a CUDA device is asked to do, without one: tensors that have shapes, dtypes and a device, and no values.
+"""Launches that a CUDA device would be given, without one: tensors with shapes, dtypes and a device, and no values.
 
 PyTorch's fake tensors run through the code as CUDA tensors do: autocast casts by CUDA's lists, a tensor that was left
 on the CPU meets one that was not, and whatever needs a value on the host fails. Stand-ins are needed for three
