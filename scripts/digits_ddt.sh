@@ -6,7 +6,7 @@
 #
 # DIGITS_STEPS and DIGITS_SAMPLES make it shorter; DIGITS_PYTHON uses another environment.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/cpu_common.sh"
 begin "${BASH_SOURCE[0]}" digits_ddt_out "${DIGITS_PYTHON:-}" "DIGITS_STEPS DIGITS_SAMPLES" "$@"
 
 # A step of the DDT takes as long as 1.8 of the DiT.

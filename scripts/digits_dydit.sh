@@ -9,7 +9,7 @@
 # runs first. DIGITS_STEPS, DIGITS_SAMPLES and DIGITS_TARGETS ("0.7 0.5") change the rest; DIGITS_PYTHON uses another
 # environment.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/cpu_common.sh"
 begin "${BASH_SOURCE[0]}" digits_dydit_out "${DIGITS_PYTHON:-}" "DIGITS_STEPS DIGITS_SAMPLES" "$@"
 start="${DIGITS_DIT:-}"
 if [ -z "$start" ]; then

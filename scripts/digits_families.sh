@@ -7,7 +7,7 @@
 #
 # The variables of those scripts make it shorter.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/cpu_common.sh"
 begin "${BASH_SOURCE[0]}" digits_families_out "${DIGITS_PYTHON:-}" "DIGITS_STEPS DIGITS_SAMPLES" "$@"
 export QUICKSTART_PYTHON="${QUICKSTART_PYTHON:-${DIGITS_PYTHON:-}}"
 # The last file of each script.

@@ -8,17 +8,10 @@
 # DIGITS_SEEDS ("0 1 2"), DIGITS_STEPS, DIGITS_SAMPLES and DIGITS_SEARCH ("5 8 10 15", numbers of evaluations) make it
 # shorter; DIGITS_PYTHON uses another environment.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/cpu_common.sh"
 begin "${BASH_SOURCE[0]}" digits_samplers_out "${DIGITS_PYTHON:-}" "DIGITS_STEPS DIGITS_SAMPLES" "$@"
 export PYTHONPATH=.
 evaluations=(${DIGITS_SEARCH:-5 8 10 15})
-
-# trained MODEL SEED STEPS [flags of train.py]: trains one network, or goes on with it; $checkpoint is its last one
-trained() {
-    local runs="$out/runs/${1%/*}-$2"
-    train "$1" "${DIGITS_STEPS:-$3}" --global-seed "$2" --resume auto --results-dir "$runs" --ckpt-every 1000 "${@:4}"
-    checkpoint=$(find "$runs" -name '*.safetensors' | sort | tail -n 1)
-}
 
 # searched NAME: searches tables for $checkpoint
 searched() {
@@ -31,14 +24,16 @@ searched() {
 
 for seed in ${DIGITS_SEEDS:-0 1 2}; do
     echo "== Training DiT, DyDiT, DDT and Skip-DiT, seed $seed"
-    trained DiT-digits/2 "$seed" 3000 "${gaussian[@]}"
+    common=(--global-seed "$seed" --ckpt-every 1000)
+    trained "$out/runs/DiT-digits-$seed" DiT-digits/2 "${DIGITS_STEPS:-3000}" "${common[@]}" "${gaussian[@]}"
     dit=$checkpoint
     [ "$seed" != 0 ] || searched DiT
-    trained DyDiT-digits/2 "$seed" 1800 --init-from "$dit" "${gaussian[@]}" --lr-warmup-steps 50 --flops-target 0.7 \
-        --flops-warmup-steps 600 --stratified-t --token-router-bias 15 --gate-noise-steps 1200
-    trained DDT-digits/2 "$seed" 1700 --process flow
+    trained "$out/runs/DyDiT-digits-$seed" DyDiT-digits/2 "${DIGITS_STEPS:-1800}" "${common[@]}" --init-from "$dit" \
+        "${gaussian[@]}" --lr-warmup-steps 50 --flops-target 0.7 --flops-warmup-steps 600 --stratified-t \
+        --token-router-bias 15 --gate-noise-steps 1200
+    trained "$out/runs/DDT-digits-$seed" DDT-digits/2 "${DIGITS_STEPS:-1700}" "${common[@]}" --process flow
     [ "$seed" != 0 ] || searched DDT
-    trained Skip-DiT-digits/2 "$seed" 3000 "${gaussian[@]}"
+    trained "$out/runs/Skip-DiT-digits-$seed" Skip-DiT-digits/2 "${DIGITS_STEPS:-3000}" "${common[@]}" "${gaussian[@]}"
 done
 echo "== Comparing all samplers"
 "$python" scripts/compare_samplers.py --ckpt "$out/runs" --seeds 10 11 12 --cfg-scale 1 --output-dir "$out" \

@@ -7,7 +7,7 @@
 #
 # DIGITS_STEPS, DIGITS_SAMPLES and DIGITS_SEEDS ("0 1 2") make it shorter; DIGITS_PYTHON uses another environment.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/cpu_common.sh"
 begin "${BASH_SOURCE[0]}" digits_skip_dit_out "${DIGITS_PYTHON:-}" "DIGITS_STEPS DIGITS_SAMPLES" "$@"
 steps="${DIGITS_STEPS:-3000}"
 

@@ -7,7 +7,7 @@
 #
 # QUICKSTART_STEPS and QUICKSTART_SAMPLES make it shorter; QUICKSTART_PYTHON uses another environment.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/digits_common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/cpu_common.sh"
 begin "${BASH_SOURCE[0]}" quickstart_out "${QUICKSTART_PYTHON:-}" "QUICKSTART_STEPS QUICKSTART_SAMPLES" "$@"
 steps="${QUICKSTART_STEPS:-3000}" samples="${QUICKSTART_SAMPLES:-1000}"
 

@@ -90,6 +90,35 @@ def test_scripts_for_the_digits_give_flags_that_have_an_effect(name: str, runs: 
         assert parse_config(CompareSettings, argv, program="compare_families.py", doc=None).num_images == 1000
 
 
+def test_script_for_fashion_mnist_gives_flags_that_have_an_effect(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(RECORD)
+    python.chmod(0o755)
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / f"{name}-ubyte").touch()
+    models = ("DiT", "DyDiT", "DDT", "Skip-DiT")
+    for model in models:
+        (tmp_path / "out/runs" / model).mkdir(parents=True)
+        (tmp_path / "out/runs" / model / "1.safetensors").touch()
+    settings = {"FASHION_PYTHON": str(python), "FASHION_DATA": str(tmp_path)}
+    done = recipe("fashion_families", tmp_path, str(tmp_path / "out"), **settings)
+    assert done.returncode == 0, done.stderr
+    configs = []
+    for argv in recorded(tmp_path, "train.py", "train.py"):
+        check_owners(given := parse(TrainSettings, argv, program="train.py", doc=None, kinds=KINDS))
+        configs.append(given.general)
+    assert [config.model for config in configs] == [f"{model}-S/4" for model in models]
+    assert {(config.data.data_path, config.run.resume) for config in configs} == {(tmp_path, "auto")}
+    assert configs[1].run.init_from == tmp_path / "out/runs/DiT/1.safetensors"
+
+
+def test_script_for_fashion_mnist_without_its_data_is_one_line(tmp_path: Path) -> None:
+    done = recipe("fashion_families", tmp_path, FASHION_DATA=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no train-images-idx3-ubyte" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
+    assert "bash scripts/fashion_families.sh [" in recipe("fashion_families", tmp_path, "--help").stdout
+
+
 @pytest.mark.parametrize(("name", "model"), [("sample_0.7", "new_dydit0.7"), ("sample_0.5", "new_dydit0.5")])
 def test_released_dydits_are_drawn_from_and_scored(name: str, model: str, tmp_path: Path) -> None:
     (tmp_path / "ref.npz").touch()

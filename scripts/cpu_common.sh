@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The common part of the scripts for the digits, which source it.
+# The common part of the scripts that train small networks on a CPU, which source it.
 set -euo pipefail
 
 # Networks this small gain a third from a second thread, and lose two thirds when another program takes its core. With one,
@@ -38,17 +38,26 @@ begin() {
     mkdir -p "$out"
 }
 
-# Flags of the digits' networks that are trained under Gaussian diffusion.
+# Flags of networks that are trained under Gaussian diffusion.
 gaussian=(--noise-schedule squaredcos_cap_v2 --no-learn-sigma --class-dropout-prob 0.1)
+# Flags that depend on the data, and the number of images to score; scripts for other data replace them.
+dataset=(--dataset digits --global-batch-size 64 --lr 3e-3 --ema-decay 0.99)
+samples="${DIGITS_SAMPLES:-1000}"
 
 # train MODEL STEPS [flags of train.py]
 train() {
-    "$python" train.py --dataset digits --model "$1" --max-steps "$2" --global-batch-size 64 --num-workers 0 \
-        --log-every "$(($2 < 100 ? $2 : 100))" --lr 3e-3 --lr-schedule cosine --lr-warmup-steps 100 \
-        --lr-final-ratio 0.05 --adam-betas 0.9 0.99 --ema-decay 0.99 --ema-ramp "${@:3}"
+    "$python" train.py "${dataset[@]}" --model "$1" --max-steps "$2" --num-workers 0 \
+        --log-every "$(($2 < 100 ? $2 : 100))" --lr-schedule cosine --lr-warmup-steps 100 \
+        --lr-final-ratio 0.05 --adam-betas 0.9 0.99 --ema-ramp "${@:3}"
+}
+
+# trained FOLDER MODEL STEPS [flags of train.py]: trains in a folder of runs, or resumes; $checkpoint is the last one
+trained() {
+    train "$2" "$3" --resume auto --results-dir "$1" "${@:4}"
+    checkpoint=$(find "$1" -name '*.safetensors' | sort | tail -n 1)
 }
 
 # compare [flags of compare_families.py]
 compare() {
-    PYTHONPATH=. "$python" scripts/compare_families.py --num-images "${DIGITS_SAMPLES:-1000}" "$@"
+    PYTHONPATH=. "$python" scripts/compare_families.py --num-images "$samples" "$@"
 }
