@@ -13,12 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from benchmarks import digits
-from data.digits import load_digits
+from benchmarks import small
 from data.pixels import Images, to_uint8
 from diffusion import SAMPLERS
 from diffusion.time_grids import TimeGrid
-from evaluator.digits import DigitsScores, score_digits
+from evaluator.small import SmallScores
 from models.loading import resolve_checkpoint
 from runtime.settings import Values
 from sampling.config import chosen_table
@@ -59,7 +58,7 @@ class Opened(NamedTuple):
     name: str
     seed: int
     pipeline: Pipeline
-    scores: Callable[[Images, npt.NDArray[np.int64]], DigitsScores] | None
+    scores: Callable[[Images, npt.NDArray[np.int64]], SmallScores] | None
 
 
 class Setup(NamedTuple):
@@ -94,20 +93,20 @@ class SamplerResult:
     rmse: float | None  # root mean square distance of latents to the solution of the ODE; None for stochastic ones
     psnr: float | None  # peak signal-to-noise ratio of images to those of the solution, in dB
     seconds: float  # of all images, without decoding
-    scores: DigitsScores | None
+    scores: SmallScores | None
 
 
 def open_network(path: Path, device: torch.device) -> Opened:
-    """Open a checkpoint of any origin; scores come with the digits.
+    """Open a checkpoint of any origin; scores come with the digits and Fashion-MNIST.
 
     Raises:
         UserError: For anything wrong with the file.
     """
     info, _ = resolve_checkpoint(path)
-    if info.meta is None or info.image_shape != (1, 8, 8):
+    if small.find_scorer(info) is None:
         return Opened(info.model, 0, Pipeline.from_pretrained(path, device=device), None)
-    model, splits = digits.open_model(path, device=device), {name: load_digits(name) for name in ("train", "test")}
-    return Opened(model.name, model.seed, model.pipeline, lambda images, labels: score_digits(images, labels, **splits))
+    model = small.open_model(path, device=device)
+    return Opened(model.name, model.seed, model.pipeline, model.scorer.score)
 
 
 def solvers(process: str, evaluations: int) -> Iterator[Setup]:
@@ -186,7 +185,7 @@ def measure(
             default=setup.default,
             evaluations=evaluations,
             rmse=float((latents - end).square().mean().sqrt()) if ode else None,
-            psnr=digits.psnr(made, ideal) if ode else None,
+            psnr=small.psnr(made, ideal) if ode else None,
             seconds=seconds,
             scores=None if opened.scores is None else opened.scores(made, labels_of(pipeline, images).numpy()),
         )

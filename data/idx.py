@@ -12,6 +12,7 @@ import math
 import re
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,18 +49,38 @@ def open_idx(settings: DatasetSettings) -> IdxImages:
         ValueError: Naming the file that is missing, damaged or of another kind.
     """
     path = find_images(settings.require_path("a folder of idx files"))
+    pixels, labels = load_idx(path)
+    own, channels = pixels.shape[1:3], pixels.shape[3]
+    if settings.size not in (None, own):
+        raise ValueError(f"{path}: its images are {own[0]} x {own[1]}; leave out --image-size")
+    if settings.channels not in (0, channels):
+        raise ValueError(f"{path}: its images have {channels} channels, not {settings.channels}")
+    return IdxImages(pixels, labels, flip=bool(settings.flip), seed=settings.seed)
+
+
+def load_idx(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Load a file of images and its labels: (N, H, W, 1 or 3) uint8 and (N,) int64.
+
+    Raises:
+        ValueError: Naming the file that is missing, damaged or of another kind.
+    """
     images, labels = read_idx(path), read_idx(labels_of(path))
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise ValueError(f"{path}: holds {images.dtype} of shape {images.shape}, not images (N, H, W) or (N, H, W, 3)")
     pixels = images.astype(np.uint8)[..., None] if images.ndim == 3 else images.astype(np.uint8)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(pixels) or not len(pixels):
         raise ValueError(f"{labels_of(path)}: labels {labels.shape} {labels.dtype} for {len(pixels)} images")
-    own, channels = pixels.shape[1:3], pixels.shape[3]
-    if settings.size not in (None, own):
-        raise ValueError(f"{path}: its images are {own[0]} x {own[1]}; leave out --image-size")
-    if settings.channels not in (0, channels):
-        raise ValueError(f"{path}: its images have {channels} channels, not {settings.channels}")
-    return IdxImages(pixels, labels.astype(np.int64), flip=bool(settings.flip), seed=settings.seed)
+    return pixels, labels.astype(np.int64)
+
+
+def load_split(path: Path, split: Literal["train", "test"]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Load the training images that a path means, or the test images next to them ("t10k" instead of "train").
+
+    Raises:
+        ValueError: Naming the file that is missing or damaged.
+    """
+    images = find_images(path)
+    return load_idx(images if split == "train" else images.with_name(images.name.replace("train", "t10k")))
 
 
 def find_images(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Compare networks trained on the digits, each with its way to save work: quality against executed MACs.
+"""Compare networks for the digits or Fashion-MNIST, each with its way to save work: quality against executed MACs.
 
     python scripts/compare_families.py                             # everything that the digits' scripts have trained
     python scripts/compare_families.py --ckpt digits_ddt_out --intervals 2 4 10
@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks import digits
-from benchmarks.digits import Result, SamplingSetup, TrainedModel
+from benchmarks import small
 from benchmarks.plotting import pyplot, save_figure, style
 from benchmarks.report import aligned, write_tables
+from benchmarks.small import Result, SamplingSetup, TrainedModel
 from benchmarks.timing import check_at_least
 from diffusion import SAMPLERS
 from runtime.command_line import parse_config
@@ -58,7 +58,7 @@ class CompareSettings:
     )
     sampler: str | None = setting(None, "sampler", tuple(SAMPLERS), shown="ddim; euler for flows")
     cfg_scale: float | None = setting(None, "guidance scale", shown="1.1; 1, no guidance, for flows")
-    num_images: int = setting(1000, "digits of every row, of all classes in turn", was={"--num-samples": None})
+    num_images: int = setting(1000, "images of every row, of all classes in turn", was={"--num-samples": None})
     seed: int = setting(0, "seed of the noise")
     check: bool = setting(False, f"exit with status 1 if a routed network's work is off its target by over {CLOSE}")
     output_dir: Path = setting(Path("results/families"), "folder of the table and the picture")
@@ -89,16 +89,16 @@ def plan(config: CompareSettings) -> list[tuple[TrainedModel, list[SamplingSetup
         UserError: If a place holds no checkpoint, or a flag does not fit one.
     """
     for place in config.ckpt:
-        if not any(path.exists() for path in digits.find_checkpoints([place])):
+        if not any(path.exists() for path in small.find_checkpoints([place])):
             made_by = f"; bash scripts/{MADE_BY[place]} makes some" if place in MADE_BY else ""
             raise UserError(f"--ckpt {place}: no checkpoint there{made_by}")
     device = choose_device(config.device)
-    paths = digits.find_checkpoints(config.ckpt)
-    models = digits.newest([digits.open_model(path, config.cache_depth, device) for path in paths])
+    paths = small.find_checkpoints(config.ckpt)
+    models = small.newest([small.open_model(path, config.cache_depth, device) for path in paths])
     settings: Values = {"sampler": config.sampler, "cfg_scale": config.cfg_scale}
     settings["sharing_dir"] = config.output_dir / "sharing"
     steps, intervals = config.num_sampling_steps, config.chosen_intervals
-    return [(model, digits.sampling_setups(model, steps, intervals, **settings)) for model in models]
+    return [(model, small.sampling_setups(model, steps, intervals, **settings)) for model in models]
 
 
 def by_row(results: Sequence[Result]) -> list[list[Result]]:
@@ -182,7 +182,7 @@ def plot_costs(results: Sequence[Result], path: Path) -> None:
         axis.plot(*first, "o", markersize=8, color=colour, zorder=5)
     real = results[0].scores.frechet_distance_of_test
     axis.axhline(real, color="0.5", linewidth=1, linestyle=":")
-    axis.annotate("real held-out digits", (0, real), (4, 4), xycoords=("axes fraction", "data"),
+    axis.annotate("real held-out images", (0, real), (4, 4), xycoords=("axes fraction", "data"),
                   textcoords="offset points", fontsize=9, color="0.4")  # fmt: skip
     ticker = plt.matplotlib.ticker
     for scale, of in ((axis.set_xscale, axis.xaxis), (axis.set_yscale, axis.yaxis)):
@@ -192,7 +192,7 @@ def plot_costs(results: Sequence[Result], path: Path) -> None:
         of.set_minor_formatter(ticker.FormatStrFormatter("%g"))
     title = "full lines: state reused; broken lines: fewer steps; large dots: neither"
     axis.set_title(title, fontsize=10, color="0.35")
-    style(axis, "executed MACs of one image, millions", "Frechet distance to the training digits", which="both")
+    style(axis, "executed MACs of one image, millions", "Frechet distance to the training split", which="both")
     axis.legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.95))
     save_figure(figure, path)
 
@@ -214,11 +214,11 @@ def main(argv: Sequence[str]) -> None:
     check_writable(config.output_dir / "families.json", "--output-dir")
     results: list[Result] = []
     for model, setups in planned:
-        for result in digits.examine(model, setups, config.num_images, config.seed):
+        for result in small.examine(model, setups, config.num_images, config.seed):
             results.append(result)
             print(f"{result.name}, seed {result.seed}: {result.setup}", file=sys.stderr, flush=True)
     text = table(results)
-    text += f"\n\nReal held-out digits have a Frechet distance of {results[0].scores.frechet_distance_of_test:.2f}."
+    text += f"\n\nReal held-out images have a Frechet distance of {results[0].scores.frechet_distance_of_test:.2f}."
     document: Values = {"settings": to_dict(config), "rows": [dataclasses.asdict(result) for result in results]}
     write_tables(config.output_dir, "families", document, text)
     plot_costs(results, config.output_dir / "families.png")

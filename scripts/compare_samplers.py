@@ -4,8 +4,9 @@
     python scripts/compare_samplers.py --ckpt a.safetensors --evaluations 8 10 --seeds 0 1 2 --solver-tables a-8.json
 
 For each: the distance to the solution of the ODE, which 1,000 evaluations from the same noise come close to (root mean
-square of latents, PSNR of images), seconds, and scores where the data set has some (the digits). Checkpoints of one
-network that differ by the seed of their training become one row, as do seeds of the noise, with their spread.
+square of latents, PSNR of images), seconds, and scores where the data set has some (the digits, Fashion-MNIST).
+Checkpoints of one network that differ by the seed of their training become one row, as do seeds of the noise, with
+their spread.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from benchmarks import digits, samplers
+from benchmarks import samplers, small
 from benchmarks.plotting import pyplot, save_figure, style
 from benchmarks.report import aligned, machine_info, write_tables
 from benchmarks.samplers import Opened, SamplerResult, Setup
@@ -43,7 +44,7 @@ class SamplersSettings:
     forecasts: tuple[str, ...] = setting(("3,3", "4,2", "5,2", "8,2", "10,2"), "forecasts N,O between 50 steps")
     solver_tables: tuple[str, ...] = setting((), "tables of search_solver.py for these networks")
     reference_evaluations: int = setting(1000, "evaluations of what counts as the solution")
-    cfg_scale: float | None = setting(None, "guidance scale", shown="1.1 for digits by diffusion; 1, no guidance, else")
+    cfg_scale: float | None = setting(None, "guidance scale", shown="1.1 by diffusion, where there are scores; 1 else")
     num_images: int = setting(100, "images of every row, of all classes in turn")
     seeds: tuple[int, ...] = setting((0,), "seeds of the noise")
     output_dir: Path = setting(Path("results/samplers"), "folder of the tables and the picture")
@@ -67,7 +68,7 @@ def plan(config: SamplersSettings) -> list[tuple[Opened, list[Setup]]]:
     """
     device, planned = choose_device(config.device), []
     for place in config.ckpt:
-        paths = list(digits.find_checkpoints([place]))
+        paths = list(small.find_checkpoints([place]))
         if not any(path.exists() for path in paths):
             raise UserError(f"--ckpt {place}: no checkpoint there")
         for path in paths:
@@ -86,7 +87,7 @@ def guidance(config: SamplersSettings, opened: Opened) -> float:
     """Guidance scale of a network."""
     if config.cfg_scale is not None:
         return config.cfg_scale
-    return digits.PROTOCOLS[opened.pipeline.info.process][1] if opened.scores is not None else 1.0
+    return small.PROTOCOLS[opened.pipeline.info.process][1] if opened.scores is not None else 1.0
 
 
 def groups(results: Sequence[SamplerResult]) -> dict[tuple[str, str], dict[int, list[SamplerResult]]]:

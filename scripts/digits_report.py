@@ -23,7 +23,7 @@ from benchmarks.plotting import pyplot, save_figure, style
 from benchmarks.report import aligned
 from data.digits import NUM_CLASSES, load_digits
 from data.pixels import grid
-from evaluator.digits import DigitsScores, score_digits
+from evaluator.small import SmallScorer, SmallScores
 from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
@@ -53,7 +53,7 @@ class Goal(NamedTuple):
     real: float | None
 
 
-def goals(scores: DigitsScores, real_accuracy: float) -> list[Goal]:
+def goals(scores: SmallScores, real_accuracy: float) -> list[Goal]:
     """All goals at once: accuracy alone would reward a model that samples the same ten digits for ever."""
     assert scores.accuracy is not None
     limit = scores.frechet_distance_of_test
@@ -155,11 +155,10 @@ def main(argv: Sequence[str]) -> None:
     metrics = read_metrics(config.run) if config.run else []
     check_writable(config.output_dir / "digits.png", "--output-dir")
     train, test = load_digits("train"), load_digits("test")
+    scorer = SmallScorer(train, test)
     with error_prefix(f"--samples {config.samples}"):
-        scores = score_digits(images, labels, train=train, test=test)
-    real_accuracy = score_digits(*test, train=train, test=test).accuracy
-    assert real_accuracy is not None
-    rows = goals(scores, real_accuracy)
+        scores = scorer.score(images, labels)
+    rows = goals(scores, scorer.accuracy(*test))
 
     caption = f"{len(images):,} sampled: {scores.accuracy:.1%} recognised, Frechet distance "
     caption += f"{scores.frechet_distance:.1f} (real test digits: {scores.frechet_distance_of_test:.1f})"

@@ -4,7 +4,8 @@
     python scripts/sweep_guidance.py --ckpt a.safetensors --guide-ckpts b.safetensors none --intervals all 200:800
 
 Every combination of scale, interval and guide is sampled from the same noise with a budget of images. A guide is a
-weaker network for autoguidance, or none for the unconditional rows. Scores are those of the data set (the digits).
+weaker network for autoguidance, or none for the unconditional rows. Scores are those of the data set (the
+digits or Fashion-MNIST).
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmarks import digits, samplers
+from benchmarks import samplers, small
 from benchmarks.plotting import pyplot, save_figure, style
 from benchmarks.report import aligned, write_tables
 from benchmarks.samplers import Opened
 from benchmarks.timing import check_at_least
 from diffusion import SAMPLERS
 from diffusion.guidance import ScaleSchedule
-from evaluator.digits import DigitsScores
+from evaluator.small import SmallScores
 from runtime.command_line import parse_config
 from runtime.devices import choose_device
 from runtime.errors import UserError, run
@@ -78,7 +79,7 @@ class SweepResult:
     guide: str
     interval: str
     scale: float
-    scores: DigitsScores
+    scores: SmallScores
 
 
 def open_all(config: SweepSettings) -> tuple[Opened, dict[str, Pipeline]]:
@@ -88,13 +89,15 @@ def open_all(config: SweepSettings) -> tuple[Opened, dict[str, Pipeline]]:
         UserError: If there is no checkpoint, one does not fit, or the data set has no scores.
     """
     assert config.ckpt is not None
-    paths = list(digits.find_checkpoints([config.ckpt]))
+    paths = list(small.find_checkpoints([config.ckpt]))
     if not paths:
         raise UserError(f"--ckpt {config.ckpt}: no checkpoint there")
     device, path = choose_device(config.device), paths[-1]
     plain = samplers.open_network(path, device)
     if plain.scores is None:
-        raise UserError(f"--ckpt {path}: not trained on the digits, and there are no scores for other data here")
+        raise UserError(
+            f"--ckpt {path}: trained on neither the digits nor Fashion-MNIST; there are no other scores here"
+        )
     guided = {}
     for guide in config.guide_ckpts:
         settings: Values = {"device": device, "guidance": "autoguidance", "guide_ckpt": guide}

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from data.image_folder import decode_image
 from diffusion.solver_table import read_table, write_table
-from evaluator.digits.network import WEIGHTS_PATH, load_feature_network
 from evaluator.features import FileFeatures, load_features, save_features
 from evaluator.npz import ImageFile
+from evaluator.small import DIGITS, load_feature_network
 from models import create_model
 from models.loading import load_network
 from runtime.errors import UserError
@@ -86,8 +86,8 @@ FORMATS = {
     ),
     "digits network": Format(
         ".safetensors",
-        lambda path: path.write_bytes(WEIGHTS_PATH.read_bytes()),
-        lambda path: numbers(load_feature_network(path)),
+        lambda path: path.write_bytes(DIGITS.weights.read_bytes()),
+        lambda path: numbers(load_feature_network(path=path)),
         True,
     ),
     "solver table": Format(

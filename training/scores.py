@@ -52,9 +52,9 @@ def open_scorer(config: TrainSettings, image_size: tuple[int, ...], device: torc
 def digits_scores(images: Tensor, labels: Tensor) -> dict[str, float]:
     """Frechet distance and recognised share of digits, from the committed feature network."""
     from data import load_digits
-    from evaluator.digits import score_digits
+    from evaluator.small import SmallScorer
 
-    scores = score_digits(images.cpu().numpy(), labels.numpy(), train=load_digits("train"), test=load_digits("test"))
+    scores = SmallScorer(load_digits("train"), load_digits("test")).score(images.cpu().numpy(), labels.numpy())
     assert scores.accuracy is not None  # they have labels
     return {"frechet_distance": scores.frechet_distance, "accuracy": scores.accuracy}
 

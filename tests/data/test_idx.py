@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data import open_dataset
-from data.idx import DTYPES, find_images, read_idx
+from data.idx import DTYPES, find_images, load_split, read_idx
 from tests import runs
 
 RNG = np.random.default_rng(0)
@@ -52,6 +52,15 @@ def test_a_test_split_and_colour_and_other_labels(tmp_path: Path) -> None:
     data = open_dataset("idx", file, 8, 3)
     assert data.image_shape == (3, 8, 8) and data.classes == ["1", "5", "26"] and data[0, 2][1] == 2
     assert len(open_dataset("idx", tmp_path, None, 1)) == 12
+
+
+def test_the_test_images_are_next_to_the_training_images(tmp_path: Path) -> None:
+    folder(tmp_path)
+    put(tmp_path / "t10k-images-idx3-ubyte", idx(PICTURES[:6]))
+    put(tmp_path / "t10k-labels-idx1-ubyte", idx(LABELS[:6]))
+    for split, count in (("train", 12), ("test", 6)):
+        images, labels = load_split(tmp_path, split)
+        assert np.array_equal(images[..., 0], PICTURES[:count]) and np.array_equal(labels, LABELS[:count])
 
 
 def test_the_digest_is_that_of_the_numbers(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.digits import Result
-from evaluator.digits import DigitsScores
+from benchmarks.small import Result
+from evaluator.small import SmallScores
 from runtime.errors import run
 from scripts import compare_families
 from scripts.compare_families import off_target, spread, table
@@ -59,7 +59,7 @@ def test_a_routed_network_off_its_target_fails_the_check(folders, tmp_path, caps
 
 
 def result(name: str, seed: int, setup: str, work: float, distance: float, **fields: float | None) -> Result:
-    scores = DigitsScores(4, 0.9, distance, 5.65, 9.0, 0.9, 0.8, 1.0)
+    scores = SmallScores(4, 0.9, distance, 5.65, 9.0, 0.9, 0.8, 1.0)
     own = {"target": None, "steps": 50, "interval": 1, "evaluations": 50, "full": 50, "psnr": None, "dense": 4e6}
     return Result(name, seed, setup=setup, macs=work, block_ratio=work / 4e6, scores=scores, **{**own, **fields})
 

@@ -1,10 +1,11 @@
-"""Digits sampled from checkpoints in every way that saves work, scored, and their work counted."""
+"""Small images sampled from checkpoints in every way that saves work, scored, and their work counted."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,16 +13,17 @@ import numpy as np
 import torch
 
 from benchmarks.counting import SamplingCost
-from data.digits import NUM_CLASSES, load_digits
 from data.encoders import Pixels
 from data.pixels import Images, to_uint8
+from data.small import load_small
 from diffusion import SAMPLERS
 from diffusion.caching import takes_cache_depth
-from evaluator.digits import DigitsScores, score_digits
+from evaluator.small import DIGITS, SETS, SmallScorer, SmallScores, SmallSet
+from evaluator.small.sets import NUM_CLASSES
 from models import family_of, model_config
-from models.loading import build_network, resolve_checkpoint
+from models.loading import CheckpointInfo, build_network, resolve_checkpoint
 from models.skip_dit import default_cache_depth
-from runtime.errors import UserError
+from runtime.errors import UserError, error_prefix
 from runtime.settings import Given, Values
 from sampling.config import KINDS, SamplingSettings
 from sampling.pipeline import Pipeline
@@ -35,13 +37,14 @@ PROTOCOLS = {"gaussian": ("ddim", 1.1), "flow": ("euler", 1.0)}
 
 
 class TrainedModel(NamedTuple):
-    """A network trained on the digits."""
+    """A network trained on a set that has scores."""
 
     path: Path  # checkpoint of train.py
     name: str  # model, and what else distinguishes its training; models of one name are seeds of it
     seed: int  # of its training
     target: float | None  # share of the blocks' work that its routers were trained for; None without routers
     pipeline: Pipeline  # its network, so built that it keeps state if anything makes it
+    scorer: SmallScorer  # of the set that it was trained on
 
 
 def open_model(path: Path, cache_depth: int | None = None, device: torch.device | str = "cpu") -> TrainedModel:
@@ -53,11 +56,12 @@ def open_model(path: Path, cache_depth: int | None = None, device: torch.device 
         device: Device of the network.
 
     Raises:
-        UserError: If it is not one of train.py's, trained on the digits; or so many blocks cannot be kept.
+        UserError: If it is not one of train.py's, trained on a set that has scores; or so many blocks cannot be kept.
     """
     info, weights = resolve_checkpoint(path)
-    if info.meta is None or info.image_shape != (1, 8, 8):
-        raise UserError(f"--ckpt {path}: not a checkpoint of train.py that was trained on the digits")
+    scorer = find_scorer(info)
+    if info.meta is None or scorer is None:
+        raise UserError(f"--ckpt {path}: not a checkpoint of train.py that was trained on the digits or Fashion-MNIST")
     config, fields = model_config(info.model, **info.config), Values()
     if takes_cache_depth(config):
         fields["cache_depth"] = cache_depth or default_cache_depth(config.depth)
@@ -69,7 +73,31 @@ def open_model(path: Path, cache_depth: int | None = None, device: torch.device 
     name = info.model if info.process == family_of(info.model).process else f"{info.model}, {info.process}"
     if target is not None:
         name += f", target {target:g}"
-    return TrainedModel(path, name, train.get("optimization", train).get("global_seed", 0), target, pipeline)
+    return TrainedModel(path, name, train.get("optimization", train).get("global_seed", 0), target, pipeline, scorer)
+
+
+def find_scorer(info: CheckpointInfo) -> SmallScorer | None:
+    """The scorer of the set that a checkpoint was trained on; None if it is another, or unknown.
+
+    Raises:
+        UserError: If the files of the set are gone.
+    """
+    if info.meta is None:
+        return None
+    if info.image_shape == (1, 8, 8):
+        return open_scorer(DIGITS, None)
+    path, digest = info.meta["train"]["data"]["data_path"], info.meta["data"].get("digest")
+    for images in SETS.values():
+        if digest and images.digest == digest:
+            with error_prefix(f"--ckpt {info.path}: its training data"):
+                return open_scorer(images, Path(path))
+    return None
+
+
+@cache
+def open_scorer(images: SmallSet, path: Path | None) -> SmallScorer:
+    """Open a set once for all networks that were trained on it; a ValueError if its files are missing or damaged."""
+    return SmallScorer(load_small(images.name, "train", path), load_small(images.name, "test", path), images)
 
 
 def find_checkpoints(places: Sequence[Path]) -> Iterator[Path]:
@@ -150,12 +178,12 @@ class Result:
     macs: float  # executed MACs of one image, all its evaluations and both rows of guidance
     dense: float  # the same if nothing had been left out
     block_ratio: float  # executed share of the blocks' attention and MLP
-    scores: DigitsScores
-    psnr: float | None  # peak signal-to-noise ratio to the digits of the model's first setup, in dB; None for these
+    scores: SmallScores
+    psnr: float | None  # peak signal-to-noise ratio to the images of the model's first setup, in dB; None for these
 
 
-def sample_digits(pipeline: Pipeline, run: PreparedRun, count: int, seed: int) -> tuple[Images, SamplingCost]:
-    """Sample digits (N, 8, 8, 1) uint8 of all classes in turn, and count the work."""
+def sample_images(pipeline: Pipeline, run: PreparedRun, count: int, seed: int) -> tuple[Images, SamplingCost]:
+    """Sample images (N, H, W, 1) uint8 of all classes in turn, and count the work."""
     labels = torch.arange(count) % NUM_CLASSES
     with SamplingCost().listening() as cost:
         latents = [
@@ -166,11 +194,10 @@ def sample_digits(pipeline: Pipeline, run: PreparedRun, count: int, seed: int) -
 
 def examine(model: TrainedModel, setups: Sequence[SamplingSetup], count: int, seed: int) -> Iterator[Result]:
     """Sample from one model by all setups, from the same noise; the others are compared with the first."""
-    splits = {"train": load_digits("train"), "test": load_digits("test")}
     labels, reference = np.arange(count) % NUM_CLASSES, None
     for setup in setups:
         run = model.pipeline.prepare(**setup.settings)
-        images, cost = sample_digits(model.pipeline, run, count, seed)
+        images, cost = sample_images(model.pipeline, run, count, seed)
         yield Result(
             name=model.name,
             seed=model.seed,
@@ -183,7 +210,7 @@ def examine(model: TrainedModel, setups: Sequence[SamplingSetup], count: int, se
             macs=cost.executed.total() / count,
             dense=cost.dense.total() / count,
             block_ratio=cost.block_ratio,
-            scores=score_digits(images, labels, **splits),
+            scores=model.scorer.score(images, labels),
             psnr=None if reference is None else psnr(images, reference),
         )
         reference = images if reference is None else reference

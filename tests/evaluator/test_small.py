@@ -1,5 +1,6 @@
-"""The digits' feature network, classifier and scores: good sets score well, every kind of bad set is told apart."""
+"""The feature network, classifier and scores: good sets score well, every kind of bad set is told apart."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +10,17 @@ import pytest
 import torch
 
 from data.digits import load_digits
-from evaluator.digits import (
-    DigitsFeatureNetwork,
+from evaluator.small import (
+    DIGITS,
+    SETS,
+    FeatureNetwork,
     IndependentClassifier,
-    digits_features,
+    SmallScorer,
+    compute_features,
     load_feature_network,
-    score_digits,
 )
-from evaluator.digits import train as training
-from evaluator.digits.network import IMAGES_PER_BATCH, WEIGHTS_PATH
+from evaluator.small import train as training
+from evaluator.small.network import IMAGES_PER_BATCH
 from runtime.errors import UserError
 from runtime.tensor_file import read_tensors
 
@@ -27,7 +30,7 @@ FRECHET_DISTANCE_OF_TEST = 5.6475
 
 
 def score(samples, labels=None):
-    return score_digits(samples, labels, train=TRAIN, test=TEST)
+    return SmallScorer(TRAIN, TEST).score(samples, labels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -35,16 +38,18 @@ def score(samples, labels=None):
 
 
 def test_committed_network_is_small_and_says_how_it_was_made():
-    assert WEIGHTS_PATH.stat().st_size < 200_000
-    _, recorded = read_tensors(WEIGHTS_PATH, "training")
+    for images in SETS.values():
+        assert images.weights.stat().st_size < 400_000
+        _, recorded = read_tensors(images.weights, "training")
+        assert (recorded["seed"], recorded["steps"]) == (0, images.num_steps)
+        assert recorded["test_accuracy"] >= images.min_accuracy
     measured = training.measure_accuracy(load_feature_network(), *TEST)
-    default = training.FeatureNetworkConfig()
-    assert recorded == {"seed": default.seed, "steps": default.num_steps, "test_accuracy": measured}
-    assert measured >= training.MIN_ACCURACY >= 0.975
+    _, recorded = read_tensors(DIGITS.weights, "training")
+    assert recorded["test_accuracy"] == measured >= DIGITS.min_accuracy >= 0.975
 
 
 def test_features_and_probabilities():
-    features, probabilities = digits_features(TEST[0])
+    features, probabilities = compute_features(TEST[0])
     assert features.shape == (500, 64) and features.dtype == np.float32
     assert features.min() == 0 < features.max()
     assert probabilities.shape == (500, 10) and probabilities.dtype == np.float64
@@ -54,9 +59,9 @@ def test_features_and_probabilities():
 
 def test_features_do_not_depend_on_the_batch():
     images = np.resize(TEST[0], (IMAGES_PER_BATCH + 3, 8, 8, 1))
-    features, probabilities = digits_features(images)
+    features, probabilities = compute_features(images)
     for i in (0, 7, IMAGES_PER_BATCH - 1, IMAGES_PER_BATCH + 2):
-        alone, probability = digits_features(images[i : i + 1])
+        alone, probability = compute_features(images[i : i + 1])
         np.testing.assert_allclose(alone[0], features[i], atol=1e-4)
         np.testing.assert_allclose(probability[0], probabilities[i], atol=1e-5)
 
@@ -81,12 +86,12 @@ def test_loading_draws_no_random_numbers():
 
 def test_weights_that_are_missing_or_foreign(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_feature_network(tmp_path / "nowhere.safetensors")
-    network = DigitsFeatureNetwork()
+        load_feature_network(path=tmp_path / "nowhere.safetensors")
+    network = FeatureNetwork()
     network.head = torch.nn.Linear(64, 11)
     training.write_weights(network, tmp_path / "foreign.safetensors", {})
     with pytest.raises(RuntimeError, match="head.weight"):
-        load_feature_network(tmp_path / "foreign.safetensors")
+        load_feature_network(path=tmp_path / "foreign.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,7 @@ def test_weights_that_are_missing_or_foreign(tmp_path):
 )
 def test_images_that_cannot_be(images):
     calls = (
-        lambda: digits_features(images),
+        lambda: compute_features(images),
         lambda: IndependentClassifier(images, np.zeros(len(images), np.int64)),
         lambda: IndependentClassifier(*TRAIN).predict(images),
         lambda: score(images),
@@ -109,6 +114,21 @@ def test_images_that_cannot_be(images):
     for call in calls:
         with pytest.raises(ValueError, match=r"must be \(N, 8, 8, 1\) uint8 with N >= 1, not \("):
             call()
+
+
+def test_every_set_has_its_scores():
+    generator = np.random.default_rng(0)
+    for images in SETS.values():
+        few = dataclasses.replace(images, max_fitted=20)
+        shape = (30, images.image_size, images.image_size, 1)
+        train, test = ((generator.integers(0, 256, shape, dtype=np.uint8), np.arange(30) % 10) for _ in range(2))
+        scorer = SmallScorer(train, test, few)
+        scores = scorer.score(*train)
+        assert scores.frechet_distance == pytest.approx(0, abs=1e-3) and scores.nearest_ratio == 0
+        assert scorer.score(*test).frechet_distance == scores.frechet_distance_of_test > 0
+        assert scorer.accuracy(train[0][:20], train[1][:20]) == 1  # of those that it was fitted to
+        with pytest.raises(ValueError, match="samples must be"):
+            scorer.score(train[0][:, :-1], None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -121,25 +141,18 @@ def weights(network):
 
 def test_training_is_deterministic_and_leaves_the_generator_alone():
     state = torch.get_rng_state()
-    first = weights(training.train_network(seed=3, num_steps=5))
+    first = weights(training.train_network(DIGITS, TRAIN, seed=3, num_steps=5))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    assert torch.equal(weights(training.train_network(seed=3, num_steps=5)), first)
-    assert not torch.equal(weights(training.train_network(seed=4, num_steps=5)), first)
-
-
-def test_training_sees_the_training_split_only(monkeypatch):
-    asked = []
-    monkeypatch.setattr(training, "load_digits", lambda split: asked.append(split) or load_digits(split))
-    training.train_network(seed=0, num_steps=1)
-    assert asked == ["train"]
+    assert torch.equal(weights(training.train_network(DIGITS, TRAIN, seed=3, num_steps=5)), first)
+    assert not torch.equal(weights(training.train_network(DIGITS, TRAIN, seed=4, num_steps=5)), first)
 
 
 def test_written_weights_are_read_back(tmp_path):
-    network = training.train_network(seed=0, num_steps=1)
+    network = training.train_network(DIGITS, TRAIN, seed=0, num_steps=1)
     assert not network.training
     training.write_weights(network, tmp_path / "network.safetensors", {"seed": 0})
-    assert torch.equal(weights(load_feature_network(tmp_path / "network.safetensors")), weights(network))
+    assert torch.equal(weights(load_feature_network(path=tmp_path / "network.safetensors")), weights(network))
     assert [path.name for path in tmp_path.iterdir()] == ["network.safetensors"]
 
 
@@ -149,13 +162,15 @@ def test_a_poor_network_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="--num-steps 0: must be at least 1"):
         training.main(["--num-steps", "0"])
+    with pytest.raises(UserError, match="--data-path None: needed for --set fashion"):
+        training.main(["--set", "fashion"])
 
 
 @pytest.mark.slow
 def test_training_reaches_its_accuracy(tmp_path):
     path = tmp_path / "network.safetensors"
     training.main(["--output", str(path)])
-    assert training.measure_accuracy(load_feature_network(path), *TEST) >= 0.975
+    assert training.measure_accuracy(load_feature_network(path=path), *TEST) >= 0.975
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -250,11 +265,11 @@ def test_too_few_samples():
 
 def test_splits_that_overlap():
     with pytest.raises(ValueError, match="the splits overlap"):
-        score_digits(TEST[0], None, train=TRAIN, test=TRAIN)
+        SmallScorer(TRAIN, TRAIN).score(TEST[0], None)
 
 
 def test_importing_the_scores_loads_neither_the_data_nor_anything_heavy():
     unwanted = {"data", "torchvision", "timm", "diffusers", "tensorflow", "sklearn", "scipy", "matplotlib"}
-    program = f"import sys, evaluator.digits; print(*(sys.modules.keys() & {unwanted}))"
+    program = f"import sys, evaluator.small; print(*(sys.modules.keys() & {unwanted}))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

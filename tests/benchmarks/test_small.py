@@ -1,23 +1,26 @@
 """Which ways of sampling a network for the digits has, and what comes of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import digits
+from benchmarks import small
 from benchmarks.costs import reused_cost
-from benchmarks.digits import (
+from benchmarks.small import (
     examine,
     find_checkpoints,
     newest,
     open_model,
     psnr,
-    sample_digits,
+    sample_images,
     sampling_setups,
 )
+from evaluator.small import FASHION
 from models import create_model
+from models.loading import resolve_checkpoint
 from runtime.errors import UserError
 from tests.digits_checkpoints import save_digits_checkpoint
 
@@ -118,8 +121,8 @@ def test_samples_do_not_depend_on_batches(tmp_path, monkeypatch):
     run = pipeline.prepare(sampler="ddim", num_sampling_steps="ddim5")
     sampled = []
     for batch in (250, 2):
-        monkeypatch.setattr(digits, "BATCH", batch)
-        sampled.append(sample_digits(pipeline, run, 5, seed=1)[0].astype(int))
+        monkeypatch.setattr(small, "BATCH", batch)
+        sampled.append(sample_images(pipeline, run, 5, seed=1)[0].astype(int))
     assert abs(sampled[0] - sampled[1]).max() <= 1 and sampled[0].shape == (5, 8, 8, 1)
 
 
@@ -128,3 +131,13 @@ def test_psnr_of_a_known_error():
     assert psnr(zeros, zeros) is None
     assert psnr(zeros + np.uint8(255), zeros) == 0
     assert psnr(zeros, zeros + np.uint8(51)) == pytest.approx(20 * np.log10(5))
+
+
+def test_fashion_mnist_is_known_by_the_digest_of_its_training_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(small, "open_scorer", lambda images, path: (images.name, path))
+    info, _ = resolve_checkpoint(saved(tmp_path, "DiT-digits/2"))
+    assert small.find_scorer(info) == ("digits", None)
+    train = {"data": {"data_path": "clothes"}}
+    for digest, scorer in ((FASHION.digest, ("fashion", Path("clothes"))), ("0" * 64, None), (None, None)):
+        meta = {**info.meta, "train": train, "data": {"digest": digest}}
+        assert small.find_scorer(replace(info, meta=meta, image_shape=(1, 28, 28))) == scorer
