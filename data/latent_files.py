@@ -14,7 +14,10 @@ mean. A log-variance near -17 would be off by 0.4 %.
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,7 +189,7 @@ def check_sha256(path: Path, shard: Json) -> None:
         raise ValueError(f"{path}: not what was written (sha256); delete it and {REMEDY}")
 
 
-def map_array(path: Path, shape: tuple[int, ...]) -> Raw:
+def map_array(path: Path, shape: tuple[int, ...]) -> np.memmap[tuple[int, ...], np.dtype[np.float16]]:
     """Memory-map the array of a shard; a ValueError unless it is a float16 array of this shape."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
@@ -199,3 +202,55 @@ def map_array(path: Path, shape: tuple[int, ...]) -> Raw:
             f"delete it and {REMEDY}"
         )
     return array
+
+
+class ArrayFile:
+    """The array of a shard, of which single rows are read: only their bytes, straight into a batch.
+
+    A row is one flip of an image; row `r` is flip `r % flips` of image `r // flips`.
+
+    Args:
+        path: Path of the file.
+        shape: (images, flips, *raw shape).
+
+    Raises:
+        ValueError: As `map_array`.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
+        array = map_array(path, shape)
+        self._path, self._start, self._size = path, array.offset, 2 * math.prod(shape[2:])
+        self._flips = shape[1]
+        self._map: Raw | None = None
+        self._advises = hasattr(os, "posix_fadvise")
+        if not hasattr(os, "preadv") or not array.flags.c_contiguous:
+            self._map, self._advises = array.view(np.ndarray), False  # indexing memmaps is slow
+            return
+        # A map reads megabytes around a row, by the read-ahead of the disk
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def prefetch(self, row: int) -> None:
+        """Let the system begin to read a row, so that the disk works on all rows of a batch at once."""
+        if self._advises:
+            start = self._start + row * self._size
+            os.posix_fadvise(self._descriptor, start, self._size, os.POSIX_FADV_WILLNEED)
+
+    def read_into(self, row: int, out: Raw) -> None:
+        """Read a row into contiguous memory of its shape.
+
+        Raises:
+            ValueError: If the file cannot be read, or was cut short after it was opened.
+        """
+        if self._map is not None:
+            out[...] = self._map[divmod(row, self._flips)]
+            return
+        start, done, target = self._start + row * self._size, 0, out.data.cast("B")
+        try:
+            while done < self._size:
+                count = os.preadv(self._descriptor, [target[done:] if done else target], start + done)
+                if not count:
+                    raise ValueError(f"{self._path}: cut short while in use; delete it and {REMEDY}")
+                done += count
+        except OSError as error:
+            raise ValueError(f"{self._path}: cannot be read ({error.strerror})") from error

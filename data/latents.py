@@ -1,4 +1,4 @@
-"""Training on a latent store, which may be larger than memory: arrays are memory-mapped, and only a batch is read."""
+"""Training on a latent store, which may be larger than memory: only the rows of a batch are read."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from data.image_folder import is_flipped
 from data.latent_files import (
     INDEX,
     REMEDY,
+    ArrayFile,
     Json,
     Raw,
     array_path,
@@ -57,7 +58,6 @@ class LatentShards:
 
     Attributes:
         raw_shape: Shape of an item.
-        shards: One memory-mapped array (images, flips, *raw_shape) per shard.
 
     Raises:
         ValueError: Naming the file that is missing, cut short or does not match the index, and what to do.
@@ -91,7 +91,7 @@ class LatentShards:
         self._ends = np.cumsum([shard["count"] for shard in self._shards])
         # Shared with the loader's workers, which share the pages of the file, too
         self._checked = torch.zeros(len(self._shards), dtype=torch.bool).share_memory_()
-        self._map_shards()
+        self._open_arrays()
         self._labels = self._read_labels()
 
     def __len__(self) -> int:
@@ -121,8 +121,13 @@ class LatentShards:
         for position in {*shards.tolist()}:
             self._check_array(position)
         raw = np.empty((len(keys), *self.raw_shape), np.float16)
-        for out, shard, row, key in zip(raw, shards.tolist(), rows.tolist(), keys, strict=True):
-            out[...] = self._arrays[shard][row, int(self._flip is True and is_flipped(key, self._seed))]
+        flips = np.array([self._flip is True and is_flipped(key, self._seed) for key in keys], dtype=np.int64)
+        rows = rows * self._row_shape[0] + flips
+        places = [(self._files[shard], row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+        for file, row in places:
+            file.prefetch(row)
+        for (file, row), out in zip(places, raw, strict=True):
+            file.read_into(row, out)
         if not is_finite(raw):
             bad = next(i for i, row in enumerate(raw) if not is_finite(row))
             path = array_path(self._folder, self._shards[shards[bad]])
@@ -137,7 +142,7 @@ class LatentShards:
 
     def verify(self) -> None:
         """Check checksums of all arrays, and that all latents are finite; a ValueError names the first bad file."""
-        for shard, array in zip(self._shards, self._arrays, strict=True):
+        for shard, array in zip(self._shards, self.shards, strict=True):
             check_sha256(array_path(self._folder, shard), shard)
             for start in range(0, len(array), _ROWS_AT_A_TIME):
                 if not is_finite(array[start : start + _ROWS_AT_A_TIME]):
@@ -168,21 +173,25 @@ class LatentShards:
         return encoder
 
     def __getstate__(self) -> dict[str, object]:
-        """The members without the maps: pickling one would copy the whole array to the worker."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("shards", "_arrays")}
+        """The members without the open files."""
+        return {name: value for name, value in self.__dict__.items() if name != "_files"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Map the files again, in a worker's own memory."""
+        """Open the files again, in the process of a worker."""
         self.__dict__.update(state)
-        self._map_shards()
+        self._open_arrays()
 
-    def _map_shards(self) -> None:
-        self.shards: list[Raw] = []
+    @property
+    def shards(self) -> list[Raw]:
+        """One memory-mapped array (images, flips, *raw_shape) per shard, mapped at each call."""
+        return [map_array(array_path(self._folder, s), (s["count"], *self._row_shape)) for s in self._shards]
+
+    def _open_arrays(self) -> None:
+        self._files: list[ArrayFile] = []
         for shard in self._shards:
             for name, record in shard["files"].items():
                 check_size(self._folder / name, record["bytes"])
-            self.shards.append(map_array(array_path(self._folder, shard), (shard["count"], *self._row_shape)))
-        self._arrays = [shard.view(np.ndarray) for shard in self.shards]  # indexing memmaps is slow
+            self._files.append(ArrayFile(array_path(self._folder, shard), (shard["count"], *self._row_shape)))
 
     def digest(self) -> str:
         """Digest of the paths of all images, in their order, and of the encoder."""

@@ -1,3 +1,5 @@
+import errno
+import gc
 import hashlib
 import json
 import os
@@ -15,7 +17,7 @@ from data import GlobalBatches, encoder_for, open_dataset
 from data.dataset import read_batches
 from data.encoders import LatentScaling
 from data.image_folder import is_flipped
-from data.latent_files import Encoded, finished_shard, is_finite, write_index, write_json, write_shard
+from data.latent_files import ArrayFile, Encoded, finished_shard, is_finite, write_index, write_json, write_shard
 from data.latents import LatentShards
 from runtime.errors import UserError
 from runtime.migrate import latent_index
@@ -102,14 +104,77 @@ def test_one_stored_flip_is_never_mirrored(tmp_path, raw):
         LatentShards(tmp_path / "plain", flip=True)
 
 
-def test_arrays_are_mapped_and_never_copied_to_a_worker(folder):
+def test_files_are_opened_anew_in_a_worker_and_closed(folder):
+    count = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
     data = LatentShards(folder)
     copy = pickle.loads(pickle.dumps(data))
-    for each in (data, copy):
-        for shard, array in zip(each.shards, each._arrays, strict=True):
-            assert type(shard) is np.memmap and shard.mode == "r" and array.base is shard
     assert torch.equal(copy[1, 8][0], data[1, 8][0])
-    assert not {"shards", "_arrays"} & data.__getstate__().keys()
+    assert not {"shards", "_files"} & data.__getstate__().keys()
+    assert all(type(shard) is np.memmap and shard.mode == "r" for shard in data.shards)
+    del data, copy
+    gc.collect()
+    assert count is None or len(os.listdir("/proc/self/fd")) == count
+
+
+def test_a_batch_reads_its_rows_and_no_other_bytes(folder, raw, monkeypatch):
+    data, calls = LatentShards(folder, flip=False), []
+    data.gather([(0, i) for i in range(10)])  # checksums are compared
+    read, advise, size = os.preadv, os.posix_fadvise, raw[0, 0].nbytes
+
+    def preadv(descriptor, buffers, offset):
+        calls.append(("read", offset, sum(len(buffer) for buffer in buffers)))
+        return read(descriptor, buffers, offset)
+
+    def posix_fadvise(descriptor, offset, length, advice):
+        calls.append(("prefetch", offset, length))
+        return advise(descriptor, offset, length, advice)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
+    rows = [9, 2, 2, 5]  # the first of its shard, the third, the second
+    assert np.array_equal(data.gather([(0, i) for i in rows])[0].numpy(), raw[rows, 0])
+    places = [128 + 2 * size * place for place in (0, 2, 2, 1)]
+    assert calls == [(name, place, size) for name in ("prefetch", "read") for place in places]
+
+
+@pytest.mark.parametrize("missing", [["posix_fadvise"], ["preadv", "posix_fadvise"]])
+def test_systems_without_these_calls_read_the_same(missing, folder, monkeypatch):
+    keys = [(epoch, index) for epoch in range(3) for index in (9, 0, 4, 4, 3, 8)]
+    expected = LatentShards(folder).gather(keys)
+    for name in missing:
+        monkeypatch.delattr(os, name)
+    assert all(torch.equal(*pair) for pair in zip(LatentShards(folder).gather(keys), expected, strict=True))
+
+
+def test_arrays_in_columns_are_read_by_rows(raw, tmp_path):
+    np.save(tmp_path / "x.npy", np.asfortranarray(raw))
+    file, row = ArrayFile(tmp_path / "x.npy", raw.shape), np.empty(SHAPE[1:], np.float16)
+    file.prefetch(7)
+    file.read_into(7, row)
+    assert np.array_equal(row, raw[3, 1])
+
+
+def test_reads_that_return_less_are_continued(folder, raw, monkeypatch):
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: read(file, [buffers[0][:50]], offset))
+    rows = LatentShards(folder, flip=False).gather([(0, i) for i in range(10)])[0]
+    assert np.array_equal(rows.numpy(), raw[:, 0])
+
+
+def test_a_file_that_fails_after_it_was_opened_is_one_line(folder, monkeypatch):
+    data = LatentShards(folder, flip=False)
+    data.gather([(0, 4), (0, 8)])
+    os.truncate(folder / "00002.npy", (folder / "00002.npy").stat().st_size - 1000)
+    data.gather([(0, 4)])
+    with pytest.raises(ValueError, match="^.*00002.npy: cut short while in use; delete it and run [^\n]*$"):
+        data.gather([(0, 8)])
+
+    def broken(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(ValueError, match="^.*00002.npy: cannot be read .Input/output error.$"):
+        data.gather([(0, 4)])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
