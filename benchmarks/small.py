@@ -19,7 +19,7 @@ from data.small import load_small
 from diffusion import SAMPLERS
 from diffusion.caching import takes_cache_depth
 from evaluator.small import DIGITS, SETS, SmallScorer, SmallScores, SmallSet
-from evaluator.small.sets import NUM_CLASSES
+from evaluator.small.sets import NUM_CLASSES, SPLITS
 from models import family_of, model_config
 from models.loading import CheckpointInfo, build_network, resolve_checkpoint
 from models.skip_dit import default_cache_depth
@@ -97,7 +97,8 @@ def find_scorer(info: CheckpointInfo) -> SmallScorer | None:
 @cache
 def open_scorer(images: SmallSet, path: Path | None) -> SmallScorer:
     """Open a set once for all networks that were trained on it; a ValueError if its files are missing or damaged."""
-    return SmallScorer(load_small(images.name, "train", path), load_small(images.name, "test", path), images)
+    train, test = (load_small(images.name, split, path) for split in SPLITS)
+    return SmallScorer(train, test, images)
 
 
 def find_checkpoints(places: Sequence[Path]) -> Iterator[Path]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 LabelledImages = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 
 NUM_CLASSES = 10

@@ -21,14 +21,13 @@ from torch.nn import functional
 
 from data.small import load_small
 from evaluator.small.network import FeatureNetwork
-from evaluator.small.sets import SETS, LabelledImages, SmallSet, Split
+from evaluator.small.sets import SETS, SPLITS, LabelledImages, SmallSet
 from runtime.command_line import parse_config
 from runtime.errors import UserError, run
 from runtime.settings import setting
 from runtime.tensor_file import write_tensors
 
 LEARNING_RATE = 3e-3
-SPLITS: tuple[Split, ...] = ("train", "test")
 WEIGHT_DECAY = 0.01
 
 

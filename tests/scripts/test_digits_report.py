@@ -39,6 +39,19 @@ def test_copies_of_one_digit_miss_the_goals(tmp_path, capsys):
     assert capsys.readouterr().out.count("MISSED") == 3  # all but the accuracy
 
 
+def test_clothes_have_their_own_goals_and_picture(tmp_path, monkeypatch, capsys):
+    generator = np.random.default_rng(0)
+    splits = [(generator.integers(0, 256, (20, 28, 28, 1), dtype=np.uint8), np.arange(20) % 10) for _ in range(2)]
+    monkeypatch.setattr(digits_report, "load_small", lambda name, split, path: splits[split == "test"])
+    np.savez(tmp_path / "samples.npz", *splits[0])
+    assert report("--samples", tmp_path / "samples.npz", "--data-path", tmp_path, "--output-dir", tmp_path / "out") == 0
+    assert "recall of the test split" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["fashion.png", "scores.json"]
+    monkeypatch.undo()
+    assert report("--samples", tmp_path / "samples.npz", "--data-path", tmp_path, "--output-dir", tmp_path / "out") == 2
+    assert "--data-path: " in capsys.readouterr().err
+
+
 def test_loss_curve_is_drawn_from_the_run(samples, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n')
