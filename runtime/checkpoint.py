@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -204,7 +205,8 @@ def load_weights(
         if name in expected and expected[name].is_floating_point():
             if not tensor.is_floating_point():
                 raise UserError(f"{source}: {name} holds {str(tensor.dtype).removeprefix('torch.')}; quantised?")
-            if not tensor.isfinite().all():
+            # A sum is finite only if all terms are, and needs no mask of their number; one of finite terms may overflow
+            if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
                 raise UserError(f"{source}: {name} has NaN or infinity; the weights are damaged, or training failed")
     if problems:
         other = recognise(weights) if recognise is not None else None

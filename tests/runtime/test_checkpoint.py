@@ -283,3 +283,13 @@ def test_a_shape_mismatch_says_both_shapes():
     weights["pos_embed"] = torch.zeros(1, 4, 64)
     with pytest.raises(UserError, match="pos_embed is 1 x 4 x 64, expected 1 x 16 x 64"):
         load_weights(model, weights, "x")
+
+
+def test_finite_weights_of_any_size_are_loaded_and_no_others() -> None:
+    largest = torch.finfo(torch.float32).max
+    network = torch.nn.Linear(2, 1, bias=False)
+    load_weights(network, {"weight": torch.full((1, 2), largest)}, "x")  # their sum overflows
+    assert network.weight.tolist() == [[largest, largest]]
+    for values in ([torch.inf, -torch.inf], [torch.nan, 0.0], [0.0, torch.inf]):
+        with pytest.raises(UserError, match="^x: weight has NaN or infinity"):
+            load_weights(network, {"weight": torch.tensor([values])}, "x")
