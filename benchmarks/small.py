@@ -86,11 +86,11 @@ def find_scorer(info: CheckpointInfo) -> SmallScorer | None:
         return None
     if info.image_shape == (1, 8, 8):
         return open_scorer(DIGITS, None)
-    path, digest = info.meta["train"]["data"]["data_path"], info.meta["data"].get("digest")
+    digest = info.meta.get("data", {}).get("digest")
     for images in SETS.values():
         if digest and images.digest == digest:
             with error_prefix(f"--ckpt {info.path}: its training data"):
-                return open_scorer(images, Path(path))
+                return open_scorer(images, Path(info.meta["train"]["data"]["data_path"]))
     return None
 
 

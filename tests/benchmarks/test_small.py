@@ -141,3 +141,4 @@ def test_fashion_mnist_is_known_by_the_digest_of_its_training_images(tmp_path, m
     for digest, scorer in ((FASHION.digest, ("fashion", Path("clothes"))), ("0" * 64, None), (None, None)):
         meta = {**info.meta, "train": train, "data": {"digest": digest}}
         assert small.find_scorer(replace(info, meta=meta, image_shape=(1, 28, 28))) == scorer
+    assert small.find_scorer(replace(info, meta={"train": {}}, image_shape=(3, 8, 8))) is None
