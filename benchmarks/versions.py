@@ -160,6 +160,8 @@ def parts(model: str, images: int) -> dict[str, Callable[[], object]]:
     )
     (trainer,), _ = intercept(training.Trainer, "run", train.main, argv)
     trainer.save()
+    if hasattr(trainer, "wait_for_save"):  # earlier versions return when the file is whole
+        trainer.wait_for_save()
     (checkpoint,) = Path().rglob("*.safetensors")
     labels = " ".join(str(image % 10) for image in range(images))
     argv = f"--ckpt {checkpoint} --class-labels {labels} --num-sampling-steps {SAMPLING_STEPS} --device cpu"

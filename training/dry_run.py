@@ -87,6 +87,8 @@ def dry_run(given: Given[TrainSettings]) -> None:
     for name, count in memory.items():
         print(f"  {name:<28}{count / 1e9:>12.3f} GB")
     print("The peak is less than their sum: kept activations are freed while gradients are made.")
+    copied = sum(memory[part] for part in ("weights", "averaged weights", "optimizer"))
+    print(f"host memory of rank 0 for the copy that a checkpoint is written from: {copied / 1e9:.3f} GB")
     for warning in setup.warnings():
         print(f"Warning: {warning}")
 

@@ -227,10 +227,6 @@ class StopRequest:
     def __init__(self) -> None:
         self.received = False
 
-    def by_any_rank(self) -> bool:
-        """True if any process was asked to stop; a collective operation, so that all stop after the same step."""
-        return distributed.any_rank(self.received)
-
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:

@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -22,9 +22,10 @@ from data.pixels import to_unit_range
 from diffusion.loss import Batch, Draws
 from models import Network, family_name
 from runtime import distributed
-from runtime.checkpoint import check_finite, load_weights, save_checkpoint
+from runtime.checkpoint import load_weights
 from runtime.distributed import World
-from runtime.errors import FAILED_STATUS, error_prefix
+from runtime.errors import FAILED_STATUS, UserError, error_prefix
+from runtime.saver import BackgroundSaver, Saver, State
 from runtime.settings import Values
 from training.optimization import EMA, FiniteGuard
 from training.resume import ResumeState, thin
@@ -146,6 +147,7 @@ class Trainer:
         self.setup, self.config, self.world, self.folder = setup, setup.config, world, folder
         self.log = RunLog(folder, tensorboard=self.config.run.tensorboard)
         self.state = TrainingState(setup)
+        self.saver: Saver | None = None if folder is None else BackgroundSaver(folder / "checkpoints", self.saved)
         if saved is not None:
             with error_prefix(f"--resume {saved.folder}: it was trained with another autoencoder"):
                 setup.encoder.check_same(saved.meta.get("autoencoder", {}))
@@ -170,11 +172,13 @@ class Trainer:
         Raises:
             SystemExit: With `INTERRUPTED_STATUS` after a signal (the state is saved), or 1 after a non-finite step
                 where that is fatal.
+            UserError: On every rank, if a checkpoint could not be saved.
         """
         state, total, run = self.state, self.setup.total_steps, self.config.run
         self.introduce()
         traces = self.folder / "profile" if run.profile and self.folder is not None else None
         with (
+            self.last_save_finished(),
             stop_on_signal() as stop,
             tqdm(total=total, initial=state.step, disable=None if self.world.is_main else True, unit="step") as bar,
             trace_steps(traces) as end_of_step,
@@ -188,9 +192,12 @@ class Trainer:
                     self.report(grad_norm)
                 if self.validation is not None and self.validation.is_due(state.step):
                     self.validate(self.validation)
-                stopping = stop.by_any_rank()
+                failed = self.saver is not None and self.saver.failed  # then `save` raises the error on all ranks
+                stopping = distributed.any_rank(stop.received or failed)
                 if state.step % run.ckpt_every == 0 or state.step == total or stopping:
                     self.save()
+                if state.step == total or stopping:
+                    self.wait_for_save()
                 if stopping and state.step < total:
                     self.log.line(f"Stopped by a signal at step {state.step}; --resume auto resumes here")
                     raise SystemExit(INTERRUPTED_STATUS)
@@ -267,21 +274,45 @@ class Trainer:
             raise SystemExit(FAILED_STATUS)
 
     def save(self) -> None:
-        """Write a checkpoint, then remove those that --keep-last leaves out.
+        """Copy the state to host memory, and start to write a checkpoint from it.
 
         Raises:
-            UserError: On every rank, if weights, average or optimizer are not finite.
+            UserError: On every rank, if the save before failed.
         """
         self.check_finite()
-        groups = self.state.groups()
-        check_finite(groups, f"step {self.state.step}: not saved; earlier checkpoints are intact")
-        if self.folder is None:
-            return
-        path = self.folder / "checkpoints" / f"{self.state.step:07d}.safetensors"
-        save_checkpoint(path, groups, checkpoint_meta(self.setup, self.state.step))
+        with distributed.raise_on_all_ranks():
+            if self.saver is not None:
+                step = self.state.step
+                self.saver.save(State(step, self.state.groups(), checkpoint_meta(self.setup, step)))
+
+    def wait_for_save(self) -> None:
+        """Wait until the last checkpoint is whole.
+
+        Raises:
+            UserError: On every rank, if it could not be saved.
+        """
+        with distributed.raise_on_all_ranks():
+            if self.saver is not None:
+                self.saver.wait()
+
+    def saved(self, path: Path, step: int) -> None:
+        """Log a new checkpoint, then remove those that --keep-last leaves out."""
         self.log.line(f"Saved checkpoint to {path}")
-        if self.config.run.keep_last is not None:
-            thin(self.folder, self.state.step, self.config.run.keep_last)
+        if self.folder is not None and self.config.run.keep_last is not None:
+            thin(self.folder, step, self.config.run.keep_last)
+
+    @contextmanager
+    def last_save_finished(self) -> Iterator[None]:
+        """Wait for a save in flight if the block ends with an error, which stays the one that is raised."""
+        try:
+            yield
+        except BaseException:
+            try:
+                if self.saver is not None:
+                    self.saver.wait()
+            except UserError as error:
+                self.log.line(f"Error: {error}")
+            raise
 
 
 def recompute_activations(network: Network) -> None:
