@@ -39,7 +39,7 @@ def without_values() -> Iterator[None]:
 
 
 def blank_model(name: str, **overrides: object) -> Network:
-    """Build a network whose parameters have no values yet, to be filled by `load_weights`.
+    """Build a network of parameters without values, to be filled by `load_weights`.
 
     A network that makes other tensors than those of its state, tables for example, is built with values.
 
