@@ -8,7 +8,7 @@ from runtime.checkpoint import save_checkpoint
 from runtime.settings import flag_name
 from tests.networks import randomise
 from tests.runs import DIGITS, open_setup
-from training.trainer import checkpoint_meta
+from training.state import checkpoint_meta
 
 
 def save_digits_checkpoint(

@@ -1,0 +1,80 @@
+"""What a step of training changes, and what a checkpoint says of it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from data.dataset import digest_of
+from runtime.checkpoint import load_weights
+from runtime.settings import Values
+from training.optimization import EMA
+from training.resume import ResumeState
+from training.run import DRAWS
+from training.setup import Setup
+
+PROJECTOR = "projector"  # the alignment's group in checkpoints
+
+
+def checkpoint_meta(setup: Setup, step: int) -> Values:
+    """The JSON document of a checkpoint: all settings, and what sampling has to know."""
+    sections = setup.document()
+    owners = {name: sections.pop(name) for name in ("model", "process", "loss", "optimizer")}
+    decay = setup.config.optimization.ema_decay
+    return {
+        "format": 2,
+        "step": step,
+        **owners,
+        "encoder": {"name": setup.config.data.vae},
+        "autoencoder": setup.encoder.describe(),
+        "data": {
+            "image_shape": list(setup.dataset.image_shape),
+            "classes": list(setup.dataset.classes),
+            "images": len(setup.dataset),
+            "digest": digest_of(setup.dataset),
+        },
+        "averages": {f"ema-{decay:g}": {"decay": decay}},
+        "train": sections,
+        "draws": DRAWS,
+        **({} if setup.start_sha256 is None else {"start_sha256": setup.start_sha256}),
+    }
+
+
+class TrainingState:
+    """All that a step changes: weights, their average, the optimizer, the count of steps."""
+
+    def __init__(self, setup: Setup) -> None:
+        optimization, self.network, self.step = setup.config.optimization, setup.network, 0
+        self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        self.alignment = setup.loss.alignment
+        if self.alignment is not None:
+            self.trained |= {f"{PROJECTOR}.{name}": p for name, p in self.alignment.named_parameters()}
+        self.optimizer = setup.optimizer.make(self.trained.values(), optimization.lr)
+        self.ema = EMA(self.network, optimization.ema_decay, ramp=optimization.ema_ramp)
+
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """The state as named tensors."""
+        moments = {
+            f"{name}/{key}": value
+            for name, parameter in self.trained.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        own = {"model": self.network.state_dict(), self.ema.name: self.ema.network.state_dict(), "optimizer": moments}
+        return own if self.alignment is None else {**own, PROJECTOR: self.alignment.state_dict()}
+
+    def restore(self, saved: ResumeState) -> None:
+        """Continue where a checkpoint was saved.
+
+        Raises:
+            UserError: If it belongs to another network.
+        """
+        modules = {"model": self.network, self.ema.name: self.ema.network, PROJECTOR: self.alignment}
+        for name, module in modules.items():
+            if module is not None:
+                load_weights(module, saved.groups.get(name, {}), f"--resume {saved.folder} as {name}")
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in saved.groups.get("optimizer", {}).items():  # absent if the optimizer keeps no state
+            parameter, key = name.rsplit("/", 1)
+            moments.setdefault(parameter, {})[key] = tensor
+        for name, trained in self.trained.items():
+            self.optimizer.state[trained] = {k: v.to(trained.device) for k, v in moments.get(name, {}).items()}
+        self.step = self.ema.updates = saved.meta["step"]
