@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from runtime.errors import UserError
 
+BF16_UNITS = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "svebf16"}  # features of x86 and Arm
 DeviceName = Literal["cuda", "mps", "cpu"]
 
 
@@ -23,6 +25,22 @@ def choose_device(name: str | None) -> torch.device:
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: PyTorch finds no Apple GPU; use --device cpu")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def slow_bf16(device: torch.device | str) -> str | None:
+    """Return a warning if bf16 makes this device slower, as it does a CPU without units for it; None if not."""
+    if torch.device(device).type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    features = {word for line in lines if line.lower().startswith(("flags", "features")) for word in line.split()}
+    if not features or features & BF16_UNITS:
+        return None
+    return (
+        "--precision bf16: this CPU has no units for bf16 and takes several times as long with it; use --precision fp32"
+    )
 
 
 def float64_device(device: torch.device | str) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from models.acceleration import COMPILE_BACKEND, AutocastNetwork, GraphedNetwork
 from models.contract import Conditioning, NetworkLike
 from models.loading import CheckpointInfo
 from runtime import distributed
+from runtime.devices import slow_bf16
 from runtime.errors import UserError, error_prefix
 from runtime.settings import to_dict
 from sampling.config import ComputeSettings, SamplingSettings
@@ -223,6 +225,8 @@ def accelerate(network: Network, model: str, sampler: Sampler, compute: ComputeS
     evaluate: NetworkLike = prepared
     if compute.precision == "bf16":
         device = next(prepared.parameters()).device
+        if slow := slow_bf16(device):
+            warnings.warn(slow, stacklevel=2)
         evaluate = lower = AutocastNetwork(prepared, device, torch.bfloat16)
         if network.conditioning == ("y",):
             x = torch.zeros(1, *network.sample_shape, device=device)

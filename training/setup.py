@@ -24,6 +24,7 @@ from models import Network, create_model, family_of, model_config
 from models.transfer import adapt_weights
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
+from runtime.devices import slow_bf16
 from runtime.errors import UserError, error_prefix
 from runtime.foreign import weights_sha256
 from runtime.launch import world_size
@@ -102,6 +103,8 @@ class Setup:
     def warnings(self) -> list[str]:
         """Lines about settings that a user may regret, for the log and the dry run."""
         lines, optimization = self.loss.warnings(self.total_steps), self.config.optimization
+        if self.config.compute.precision == "bf16" and (slow := slow_bf16(next(self.network.parameters()).device)):
+            lines.append(slow)
         untrained = optimization.ema_decay**self.total_steps
         if untrained > 0.05 and not optimization.ema_ramp:
             lines.append(

@@ -1,4 +1,4 @@
-"""What a step of training changes, and what a checkpoint says of it."""
+"""The state that a step of training changes, and the document of its checkpoint."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import models
 from diffusion import SAMPLERS, ImageNoise, evaluations, guided, make_sampler, sample_loop
 from diffusion.loss import Batch, row_noise
 from evaluator.settings import EvaluatorConfig
+from runtime.devices import slow_bf16
 from tests import runs
 from tests.networks import debug_name
 from training.optimization import FiniteGuard
@@ -92,3 +93,25 @@ def test_a_step_that_is_skipped_on_mps_is_skipped_by_the_host():
 def test_scores_are_refused_on_mps():
     with pytest.raises(ValueError, match="--device mps: scores need float64"):
         EvaluatorConfig(ref_batch=Path("a.npz"), sample_batch=Path("b.npz"), device="mps")
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "slow"),
+    [
+        ("flags\t\t: fpu avx2\nmodel name: x\nflags: fpu avx2", True),
+        ("flags\t\t: fpu avx2 avx512_bf16", False),
+        ("Features\t: fp asimd", True),
+        ("Features\t: fp asimd bf16", False),
+        ("processor: 0", False),  # says nothing
+        (None, False),
+    ],
+)
+def test_bf16_is_called_slow_on_a_cpu_without_units_for_it(monkeypatch, cpuinfo, slow):
+    def read_text(path):
+        if cpuinfo is None:
+            raise FileNotFoundError
+        return cpuinfo
+
+    monkeypatch.setattr("pathlib.Path.read_text", read_text)
+    assert (slow_bf16("cpu") is not None) == slow
+    assert slow_bf16("cuda") is None

@@ -115,3 +115,9 @@ def test_tf32_is_allowed_inside_a_run_alone(pipeline: Pipeline, precision: str, 
     before = flags.allow_tf32
     pipeline.sample([1], precision=precision, tf32=tf32, on_step=lambda *_: seen.append(flags.allow_tf32))
     assert seen == [allowed] * 4 and flags.allow_tf32 == before
+
+
+def test_a_warning_says_where_bf16_is_slow(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sampling.run.slow_bf16", lambda device: f"slow on {device}")
+    with pytest.warns(UserWarning, match="slow on cpu"):
+        pipeline.prepare(precision="bf16", num_sampling_steps="2")
