@@ -18,7 +18,7 @@ import math
 import os
 import re
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,9 +222,9 @@ class ArrayFile:
         self._path, self._start, self._size = path, array.offset, 2 * math.prod(shape[2:])
         self._flips = shape[1]
         self._map: Raw | None = None
-        self._advises = hasattr(os, "posix_fadvise")
+        self._advise: Callable[[int, int, int, int], None] | None = getattr(os, "posix_fadvise", None)  # not on macOS
         if not hasattr(os, "preadv") or not array.flags.c_contiguous:
-            self._map, self._advises = array.view(np.ndarray), False  # indexing memmaps is slow
+            self._map, self._advise = array.view(np.ndarray), None  # indexing memmaps is slow
             return
         # A map reads megabytes around a row, by the read-ahead of the disk
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -232,9 +232,8 @@ class ArrayFile:
 
     def prefetch(self, row: int) -> None:
         """Let the system begin to read a row, so that the disk works on all rows of a batch at once."""
-        if self._advises:
-            start = self._start + row * self._size
-            os.posix_fadvise(self._descriptor, start, self._size, os.POSIX_FADV_WILLNEED)
+        if self._advise is not None:
+            self._advise(self._descriptor, self._start + row * self._size, self._size, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, row: int, out: Raw) -> None:
         """Read a row into contiguous memory of its shape.

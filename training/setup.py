@@ -15,23 +15,19 @@ from torch._subclasses import FakeTensorMode
 from data import Dataset, encoder_for, open_dataset, open_digits
 from data.encoders import Encoder
 from data.latents import LatentShards
-from data.vision_encoder import VisionEncoder
 from diffusion import PREVIEW_SAMPLER, PROCESSES, make_sampler
-from diffusion.alignment import Alignment
-from diffusion.loss import DiffusionLoss, LossSettings, row_noise
+from diffusion.loss import DiffusionLoss, row_noise
 from diffusion.sampling import Sampler
-from models import Network, create_model, family_of, model_config
+from models import Network, family_of, model_config
 from models.transfer import adapt_weights
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.devices import slow_bf16
 from runtime.errors import UserError, error_prefix
 from runtime.foreign import weights_sha256
-from runtime.launch import world_size
-from runtime.seeds import derive_seed
 from runtime.settings import Given, Values, choose_owners, document, flag_name
 from training.config import KINDS, PROGRAM, TrainSettings
-from training.losses import LOSSES
+from training.loss import build_loss, check_loss, open_vision_encoder
 from training.optimization import OptimizerSettings
 from training.scores import Scorer, open_scorer
 
@@ -283,89 +279,6 @@ def load_start(
 def start_digest(path: Path | None) -> str | None:
     """SHA-256 of the file of --init-from, which one process reads; None without one."""
     return None if path is None else distributed.on_rank0(lambda: weights_sha256(path, "--init-from"))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Loss
-
-
-def check_loss(given: Given[TrainSettings], name: str, settings: LossSettings) -> None:
-    """Check that the settings of the loss fit the run.
-
-    Raises:
-        UserError: Naming the flags, if they do not.
-    """
-    run, ranks = given.general.run, world_size()
-    with error_prefix(given.prefix("loss", name)):
-        settings.check(
-            rows=given.general.optimization.global_batch_size // ranks,
-            ranks=ranks,
-            from_weights=run.init_from is not None or run.resume is not None,
-        )
-
-
-def open_vision_encoder(config: TrainSettings, dataset: Dataset, device: torch.device) -> VisionEncoder | None:
-    """Target of feature alignment: an encoder of tokens; None without alignment.
-
-    Raises:
-        UserError: If there are no raw RGB images to align with, or if the encoder cannot be had.
-    """
-    settings = config.alignment
-    if settings.align is None:
-        return None
-    if config.data.dataset == "latents":
-        raise UserError(
-            f"--align {settings.align}: needs raw images, which stored latents are not; use an image folder"
-        )
-    if dataset.image_shape[-3] != 3:
-        raise UserError(f"--align {settings.align}: needs RGB images, and these are grey")
-    with error_prefix(f"--align {settings.align}"):
-        return VisionEncoder(settings.align, dataset.image_shape[-1], settings.align_ckpt, device)
-
-
-def build_loss(
-    config: TrainSettings,
-    owners: Mapping[str, tuple[str, Any]],
-    fields: Values,
-    shape: tuple[int, ...],
-    vision: VisionEncoder | None,
-) -> DiffusionLoss:
-    """The loss with its network, process and alignment; fresh weights are the same on every rank.
-
-    Raises:
-        UserError: If the network does not take such latents or such an alignment.
-    """
-    (_, process), (name, settings) = owners["process"], owners["loss"]
-    torch.manual_seed(derive_seed("weights", config.optimization.global_seed))
-    with error_prefix(f"--image-size {config.data.image_size or 'of the data'}"):
-        network = create_model(config.model, **fields, sample_shape=shape)
-    return LOSSES[name].loss(
-        network,
-        process.make(network.out_channels != shape[-3]),
-        seed=config.optimization.global_seed,
-        autocast=torch.bfloat16 if config.compute.precision == "bf16" else None,
-        alignment=None if vision is None else build_alignment(config, network, vision),
-        settings=settings,
-    )
-
-
-def build_alignment(config: TrainSettings, network: Network, vision: VisionEncoder) -> Alignment:
-    """The alignment of a network's features, with a fresh projector.
-
-    Raises:
-        UserError: For a block that the network lacks, or a value that has no meaning.
-    """
-    settings = config.alignment
-    if not 1 <= settings.align_block <= len(network.blocks):
-        raise UserError(f"--align-block {settings.align_block}: {config.model} has blocks 1 to {len(network.blocks)}")
-    with error_prefix(f"--align {settings.align}"):
-        return Alignment(
-            vision,
-            network.config.hidden_size,
-            block=settings.align_block,
-            weight=settings.align_weight,
-            hidden=settings.align_width,
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
