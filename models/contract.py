@@ -123,7 +123,8 @@ class Network(nn.Module):
         self.compile_backend = backend
         options = INDUCTOR_OPTIONS if backend == "inductor" else None
         for block in self.blocks:
-            block.compile(dynamic=False, fullgraph=True, backend=backend, options=options)
+            whole = not (block._forward_pre_hooks or block._forward_hooks)  # those of recomputation cannot be compiled
+            block.compile(dynamic=False, fullgraph=whole, backend=backend, options=options)
 
     def reset_parameters(self) -> None:
         """Re-initialise all parameters in place, here by the `reset_parameters` of every module inside."""

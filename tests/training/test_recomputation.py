@@ -10,10 +10,10 @@ from torch import Tensor
 import models
 from runtime.live_memory import LiveMemory
 from tests import runs
-from tests.networks import debug_name, randomise
+from tests.networks import debug_name, debug_network, inputs, randomise
 from tests.processes import run_ranks
 from tests.runs import CPU, DIGITS, assert_same, checkpoint, open_setup, state
-from training.trainer import Trainer, batches
+from training.trainer import Trainer, batches, recompute_activations
 
 ROUTED = "--width-router-bias 0.5 --token-router-bias 0.5 --flops-target 0.3 --flops-warmup-steps 0".split()
 
@@ -66,3 +66,15 @@ def test_compiled_blocks_recompute_too(family: str) -> None:
     _, again, _ = step(family, "--compile", "--grad-checkpointing")
     for name, gradient in gradients.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_are_recomputed_can_be_compiled() -> None:
+    """Their hooks cannot be part of the compiled code."""
+    torch._dynamo.reset()
+    network = debug_network("DiT").train()
+    recompute_activations(network)
+    network.compile_blocks("eager")
+    x, t, conditioning = inputs(network)
+    network(x, torch.full((len(x),), float(t)), **conditioning).sample.sum().backward()
+    assert all(p.grad is not None for p in network.blocks.parameters())
+    torch._dynamo.reset()
