@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 # On a GPU, also try reductions that keep a row in registers: a norm of XL's 1,152 channels takes half the time, a step
@@ -122,9 +123,13 @@ class Network(nn.Module):
         """
         self.compile_backend = backend
         options = INDUCTOR_OPTIONS if backend == "inductor" else None
+        settings: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": backend, "options": options}
         for block in self.blocks:
-            whole = not (block._forward_pre_hooks or block._forward_hooks)  # those of recomputation cannot be compiled
-            block.compile(dynamic=False, fullgraph=whole, backend=backend, options=options)
+            if block._forward_pre_hooks or block._forward_hooks:
+                # Not the hooks, which cannot be part of one graph: those of recomputation, for example
+                block.forward = torch.compile(block.forward, **settings)
+            else:
+                block.compile(**settings)
 
     def reset_parameters(self) -> None:
         """Re-initialise all parameters in place, here by the `reset_parameters` of every module inside."""
