@@ -31,9 +31,12 @@ NORMS = {"native_layer_norm", "_fused_rms_norm", "rms_norm"}
 COPIES = {"clone", "copy_", "cat", "stack", "index_select", "embedding", "gather", "index", "constant_pad_nd"}
 REDUCTIONS = {"sum", "mean", "amax", "norm", "any", "all", "var"}
 CREATIONS = {"arange", "full", "zeros", "ones", "randn", "rand", "normal_", "fill_", "zero_", "zeros_like", "ones_like"}
-NO_KERNEL = {"_unsafe_view", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty", "detach", "device"}
+NO_KERNEL = {"_unsafe_view", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty", "detach"}
 # Operations that hand a value, or a shape that depends on values, to the host
-READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2"}
+READS = {
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique_consecutive", "_unique2",
+    "bincount", "repeat_interleave", "allclose",
+}  # fmt: skip
 UPLOADS = {"lift", "lift_fresh", "lift_fresh_copy", "scalar_tensor"}  # of Python data
 
 
@@ -70,7 +73,7 @@ class CudaTrace(TorchDispatchMode):
         self.kernels: list[Kernel] = []
         self.faults: list[str] = []
         self._casts: dict[int, int] = {}  # storage of a cast's result -> its place in `kernels`
-        self._alive: list[object] = []  # results, so that no storage is given out twice
+        self._alive: list[Tensor] = []  # results, so that no storage is given out twice
 
     def __torch_dispatch__(
         self,
@@ -85,34 +88,22 @@ class CudaTrace(TorchDispatchMode):
             self.faults.append(f"{name} gives a value to the host")
         result = func(*args, **(kwargs or {}))
         after = _tensors(result)
-        if name == "device" or not after:
+        if not after:
             return result
         devices = {tensor.device.type for tensor in (*before, *after)}
         if name in UPLOADS or len(devices) > 1:
             self.faults.append(f"{name} between {' and '.join(sorted(devices))}")
         elif "cpu" in devices:
             self.faults.append(f"{name} on the CPU")
-        if not func.is_view and name not in NO_KERNEL and not self._nothing_to_do(before, after):
-            self._note(func, name, before, after, args, kwargs or {}, result)
+        works = any(tensor.numel() for tensor in (*before, *after))
+        if works and not func.is_view and name not in NO_KERNEL:
+            count = flop_registry.get(func._overloadpacket)
+            macs = 0 if count is None else count(*args, **(kwargs or {}), out_val=result) // 2
+            self._note(name, before, after, macs)
         return result
 
-    @staticmethod
-    def _nothing_to_do(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
-        return not any(tensor.numel() for tensor in (*before, *after))
-
-    def _note(
-        self,
-        func: torch._ops.OpOverload,
-        name: str,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-        result: object,
-    ) -> None:
+    def _note(self, name: str, before: Sequence[Tensor], after: Sequence[Tensor], macs: int) -> None:
         kind = _kind(name, before, after)
-        count = flop_registry.get(func._overloadpacket)
-        macs = 0 if count is None else count(*args, **kwargs, out_val=result) // 2
         if kind in ("matrix product", "attention"):
             for tensor in before:
                 place = self._casts.get(_storage(tensor))
@@ -120,7 +111,7 @@ class CudaTrace(TorchDispatchMode):
                     self.kernels[place] = self.kernels[place]._replace(serves=True)
         elif kind == "cast":
             self._casts[_storage(after[0])] = len(self.kernels)
-        self._alive.append(result)
+        self._alive += after
         size = sum(tensor.numel() * tensor.element_size() for tensor in (*before, *after))
         self.kernels.append(Kernel(name, kind, macs, size, after[0].dtype))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import Row
+from runtime.devices import cpu_fields
 from runtime.files import atomic_path
 from runtime.settings import Values, to_dict
 
@@ -36,11 +37,9 @@ def datasheet_peak(device_name: str) -> float | None:
 
 def cpu_info() -> tuple[str, list[str]]:
     """Model of the processor, and those of `CPU_FEATURES` that it has."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+    fields = cpu_fields()
+    if not fields:
         return platform.processor() or platform.machine(), []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = fields.get("flags", "").split()
     return fields.get("model name", platform.machine()), [name for name in CPU_FEATURES if name in flags]
 

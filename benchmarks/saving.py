@@ -12,24 +12,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from benchmarks.timing import wall_seconds
 from models import create_model
 from runtime.checkpoint import save_checkpoint
 from runtime.saver import BackgroundSaver, State
 
 ROUNDS = 5
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def measure(model: str, folder: Path) -> dict[str, float]:
@@ -41,10 +33,10 @@ def measure(model: str, folder: Path) -> dict[str, float]:
     saver = BackgroundSaver(folder, lambda path, step: None)
     times: dict[str, list[float]] = {"copy": [], "pause": [], "whole save": []}
     for _ in range(ROUNDS + 1):
-        times["copy"].append(seconds(lambda: [a.copy_(b) for a, b in zip(ready, tensors, strict=True)]))
-        times["pause"].append(seconds(lambda: saver.save(State(1, groups, {}))))
+        times["copy"].append(wall_seconds(lambda: [a.copy_(b) for a, b in zip(ready, tensors, strict=True)]))
+        times["pause"].append(wall_seconds(lambda: saver.save(State(1, groups, {}))))
         saver.wait()
-        times["whole save"].append(seconds(lambda: save_checkpoint(folder / "0000002.safetensors", groups, {})))
+        times["whole save"].append(wall_seconds(lambda: save_checkpoint(folder / "0000002.safetensors", groups, {})))
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     return {**medians, "first pause": times["pause"][0], "bytes": float(sum(t.nbytes for t in tensors))}
 

@@ -27,15 +27,21 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def cpu_fields() -> dict[str, str]:
+    """Fields that Linux lists of a processor, such as "model name" and "flags" ("features" on Arm); none elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    return {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
 def slow_bf16(device: torch.device | str) -> str | None:
     """Return a warning if bf16 makes this device slower, as it does a CPU without units for it; None if not."""
     if torch.device(device).type != "cpu":
         return None
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    features = {word for line in lines if line.lower().startswith(("flags", "features")) for word in line.split()}
+    fields = cpu_fields()
+    features = {*fields.get("flags", "").split(), *fields.get("features", "").split()}
     if not features or features & BF16_UNITS:
         return None
     return (

@@ -16,11 +16,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
-from benchmarks.fake_cuda import CudaTrace, Kernel, fake_cuda, trace
+from benchmarks.fake_cuda import CudaTrace, Kernel, Kind, fake_cuda, trace
 from benchmarks.report import aligned
 from models import create_model
 from models.acceleration import AutocastNetwork, cast_weights_once
@@ -29,7 +29,6 @@ from runtime.errors import error_prefix, run
 from runtime.settings import flag_name, setting
 
 LAUNCH, SHORTEST = 6e-6, 2e-6  # seconds of the host for a launch, of a device for the smallest kernel
-KINDS = ("matrix product", "attention", "norm", "cast", "pointwise", "copy", "reduction", "creation")
 FAMILIES = ("DiT-XL/2", "DyDiT-XL/2", "Skip-DiT-XL/2", "DDT-XL/2")
 
 
@@ -106,7 +105,7 @@ def document(model: str, rows: int, recorded: CudaTrace) -> dict[str, object]:
                 "bytes": sum(kernel.bytes for kernel in some),
                 "H200_ms": 1e3 * sum(seconds(kernel, DEVICES["H200"]) for kernel in some),
             }
-            for kind in KINDS
+            for kind in get_args(Kind)
             if (some := [kernel for kernel in kernels if kernel.kind == kind])
         },
         "bytes": sum(kernel.bytes for kernel in kernels),

@@ -15,11 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Operations that hand a value, or a shape that depends on values, to the host.
-READS = {
-    "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique_consecutive", "_unique2",
-    "bincount", "repeat_interleave", "allclose",
-}  # fmt: skip
+from benchmarks.fake_cuda import READS
+
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # reads if the index is a mask
 # Operations that make tensors of Python data: on another device, each is a copy to it or a kernel of its own. (`arange`
 # is not among them: its kernel computes where the tensor lives, and nothing is copied.)
