@@ -64,13 +64,14 @@ def goals(scores: SmallScores, real_accuracy: float, of: SmallSet) -> list[Goal]
     """All goals at once: accuracy alone would reward a model that samples the same ten images for ever."""
     assert scores.accuracy is not None
     real = scores.frechet_distance_of_test
+    manifold = {"train": "training"}.get(of.manifold, of.manifold)
     least, limit, recall = (0.97, real, 0.85) if of is DIGITS else (real_accuracy - 0.05, 5 * real, None)
     return [
         Goal("recognised by an independent classifier", scores.accuracy, f">= {least:.2f}", scores.accuracy >= least,
              real_accuracy),
         Goal("Frechet distance to the training split", scores.frechet_distance, f"<= {limit:.2f}",
              scores.frechet_distance <= limit, real),
-        Goal(f"recall of the {of.manifold} split", scores.recall, "" if recall is None else f">= {recall:.2f}",
+        Goal(f"recall of the {manifold} split", scores.recall, "" if recall is None else f">= {recall:.2f}",
              recall is None or scores.recall >= recall, None),
         Goal("distance to the nearest training image, ratio", scores.nearest_ratio, "> 0.80",
              scores.nearest_ratio > 0.8, 1.0),
