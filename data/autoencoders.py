@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from data.encoders import Encoder, LatentScaling
 from runtime.download import quiet_hub
 from runtime.errors import UserError
-from runtime.foreign import compare_checksums
 from runtime.json_file import Json
+from runtime.zip_checksums import compare_checksums
 
 OFFICIAL_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 OFFICIAL_FACTOR = 8

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from runtime import migrate
 from runtime.errors import UserError
-from runtime.foreign import ForeignWeights, file_in, read_foreign, read_safetensors
+from runtime.foreign import ForeignWeights, read_foreign
 from runtime.tensor_file import read_tensors, write_tensors
+from runtime.weight_files import file_in, read_safetensors
 
 FORMAT = 2  # of our files; runtime/migrate.py converts earlier ones
 METADATA_KEY = "dit_family"

@@ -1,31 +1,20 @@
 """Weights in files of other code: which entry is meant, names without wrappers, and what can be checked.
 
-Files are read without running code in them. One function decides, `read_foreign`; the layouts that it knows are the
-tables below.
+One function decides, `read_foreign`; the layouts that it knows are the tables below.
 """
 
 from __future__ import annotations
 
-import argparse
-import collections
-import hashlib
 import json
-import pathlib
-import pickle
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from runtime.download import sha256_of
 from runtime.errors import UserError
-from runtime.files import check_utf8
+from runtime.weight_files import file_in, read_content
 
 # Entries and prefixes with averaged weights, by their names in other projects; numbers may follow ("model_ema1")
 AVERAGES = (
@@ -44,17 +33,6 @@ LEFT_OUT = ("n_averaged", "projectors.", "initted", "step")
 AVERAGE_WORDS = {"ema", "emas", "average", "averaged", "avg", "swa", "shadow", "polyak"}
 OTHER_ENTRIES = re.compile(r"opt|sched|loops|callback|scaler|args|config|hparams", re.IGNORECASE)
 FACTS = ("epoch", "step", "global_step", "train_steps", "iteration", "iter")
-# Harmless classes in files of weights; everything else is refused
-PLAIN_CLASSES: list[Any] = [
-    argparse.Namespace, collections.OrderedDict, dict, list, int, float, set, str,
-    (lambda *_: {}, "collections.defaultdict"),
-    pathlib.PosixPath, pathlib.PurePosixPath, np.dtype, np.ndarray,
-    *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")},
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # type: ignore[attr-defined]
-    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),  # type: ignore[attr-defined]
-    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),  # type: ignore[attr-defined]
-]  # fmt: skip
 
 
 class ForeignWeights(NamedTuple):
@@ -96,7 +74,9 @@ def read_foreign(path: Path, weights: str = "ema", flag: str = "--ckpt") -> Fore
             are meant.
     """
     path, where = file_in(path, flag), f"{flag} {path}"
-    content, verified = read_content(path, where)
+    content, compare = read_content(path, where)
+    if not any(_sets_of_tensors(content)):
+        raise UserError(f"{where}: not a file of weights by name")
     entry, tensors = choose_entry(content, weights, where)
     plain, left_out = {}, []
     for name, tensor in tensors.items():
@@ -105,142 +85,21 @@ def read_foreign(path: Path, weights: str = "ema", flag: str = "--ckpt") -> Fore
             left_out.append(short.partition(".")[0])
         else:
             plain[short] = tensor
+    verified = compare(plain.values())
     notes = [f"weights {entry!r}" if entry else "a plain state dict"]
     notes += [f"{name} {int(content[name])}" for name in FACTS if isinstance(content.get(name), int)]
     notes += [f"without {', '.join(sorted(set(left_out)))}"] if left_out else []
-    config = path.parent / "config.json"
-    facts = json.loads(config.read_text()) if path.parent.is_dir() and config.is_file() else None
     group = weights if weights not in ("ema", "model") else "ema" if is_average(entry) else "model"
-    return ForeignWeights(plain, group, entry, tuple(notes), verified, facts if isinstance(facts, dict) else None)
+    return ForeignWeights(plain, group, entry, tuple(notes), verified, _config_next_to(path))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def file_in(path: Path, flag: str) -> Path:
-    """The file of weights that a path means: itself, or the one in a folder.
-
-    Raises:
-        UserError: If there is none, or more than one.
-    """
-    check_utf8(path, flag)
-    if path.is_dir():
-        for pattern in ("*.safetensors.index.json", "*.safetensors", "transformer/*.safetensors", "*.bin", "*.pt"):
-            found = sorted(path.glob(pattern))
-            if len(found) > 1:
-                names = ", ".join(each.name for each in found[:3])
-                raise UserError(f"{flag} {path}: is a folder; give a file in it: {names}, ...")
-            if found:
-                return found[0]
-        raise UserError(f"{flag} {path}: is a folder; give a file in it, such as checkpoints/0050000.safetensors")
-    if not path.is_file():
-        raise UserError(f"{flag} {path}: no such file")
-    return path
-
-
-def weights_sha256(path: Path, flag: str = "--ckpt") -> str:
-    """SHA-256 of the file that `read_foreign` or `read_checkpoint` reads; of an index, that of it and its files."""
-    path = file_in(path, flag)
-    digests = [sha256_of(path)]
-    if path.name.endswith(".index.json"):
-        names = {str(name) for name in json.loads(path.read_text())["weight_map"].values()}
-        digests += [sha256_of(path.parent / name) for name in sorted(names)]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def read_content(path: Path, where: str) -> tuple[Mapping[str, Any], bool]:
-    """Read what a file holds by name, and compare its checksums where the format has some.
-
-    Raises:
-        UserError: If it is damaged, or something else.
-    """
-    with path.open("rb") as file:
-        head = file.read(512)
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{where}: a Git LFS pointer, not the file itself; run git lfs pull, or download it again")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"{where}: a web page, not a checkpoint; the address needs a login, or is not that of the file")
-    if path.name.endswith(".index.json"):
-        return read_shards(path, where), False
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
-        return read_safetensors(path, where), False
-    return read_pickle(path, where)
-
-
-def read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; a UserError if it is damaged."""
+def _config_next_to(path: Path) -> Mapping[str, Any] | None:
+    """Content of the config.json in the folder of a file; None if there is none that can be read."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{where}: damaged or truncated safetensors file ({error})") from error
-
-
-def read_shards(index: Path, where: str) -> dict[str, Tensor]:
-    """All tensors of the files that an index names; a UserError if one is missing or damaged."""
-    try:
-        files = json.loads(index.read_text())["weight_map"]
-        names = sorted({str(name) for name in files.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: not an index of safetensors files ({type(error).__name__}: {error})") from error
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        shard = index.parent / name
-        if Path(name).name != name or not shard.is_file():
-            raise UserError(f"{where}: {name} is missing beside it")
-        tensors |= read_safetensors(shard, f"{where}: {name}")
-    missing = files.keys() - tensors.keys()
-    if missing:
-        raise UserError(f"{where}: {min(missing)} is in none of its files")
-    return tensors
-
-
-def read_pickle(path: Path, where: str) -> tuple[Mapping[str, Any], bool]:
-    """Content of a PyTorch file, without running code in it, and if its checksums were compared.
-
-    Raises:
-        UserError: If it is damaged, holds other classes than plain ones, or no weights by name.
-    """
-    zipped = zipfile.is_zipfile(path)
-    verified = zipped and compare_checksums(path, where)
-    try:
-        with torch.serialization.safe_globals(PLAIN_CLASSES):
-            # Mapped if the format allows it: a training checkpoint is four times as large as the part that is read.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        held = f": it holds a {named[1]}" if named else ""
-        raise UserError(
-            f"{where}: refused, because it is no PyTorch file of plain tensors{held} (unpickling it could run code)"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(f"{where}: not a readable PyTorch file; truncated download? ({error})") from error
-    if not isinstance(content, Mapping) or not any(_sets_of_tensors(content)):
-        raise UserError(f"{where}: a PyTorch file, but not one of weights by name")
-    return content, verified
-
-
-def compare_checksums(path: Path, where: str) -> bool:
-    """Compare the CRC-32 of every part of a zip file; False if it was written without them.
-
-    Raises:
-        UserError: Naming the first damaged part.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if not any(part.CRC for part in archive.infolist() if part.file_size):
-                return False
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise UserError(f"{where}: damaged or truncated zip file ({error})") from error
-    if damaged is not None:
-        raise UserError(f"{where}: damaged, {damaged} in it does not match its checksum")
-    return True
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Entries
+        content = json.loads((path.parent / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def choose_entry(content: Mapping[str, Any], weights: str, where: str) -> tuple[str, dict[str, Tensor]]:

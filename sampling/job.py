@@ -26,9 +26,9 @@ from runtime.distributed import World
 from runtime.download import read_record
 from runtime.errors import UserError, error_prefix
 from runtime.files import check_writable
-from runtime.foreign import weights_sha256
 from runtime.seeds import derive_seed
 from runtime.settings import Values, document, flag_name, flag_of, flatten, free_settings, setting, to_dict
+from runtime.weight_files import weights_sha256
 from sampling.config import KINDS, SamplingSettings, check_labels
 from sampling.pipeline import Pipeline, batch_indices
 from sampling.run import PreparedRun

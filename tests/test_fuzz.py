@@ -54,6 +54,13 @@ def pt(path: Path, zipped: bool) -> None:
     torch.save({"ema": network().state_dict(), "epoch": 3}, path, _use_new_zipfile_serialization=zipped)
 
 
+def training_pt(path: Path) -> None:
+    """The average among what is not read."""
+    raw, ema = network().state_dict(), network().state_dict()
+    moments = {i: {"exp_avg": tensor / 3} for i, tensor in enumerate(raw.values())}
+    torch.save({"model": raw, "ema": ema, "opt": {"state": moments, "param_groups": [{"lr": 1e-4}]}}, path)
+
+
 def features(path: Path) -> FileFeatures | None:
     return load_features(path, count=6, spatial=False, device=torch.device("cpu"))
 
@@ -71,6 +78,7 @@ FORMATS = {
         True,
     ),
     "zip .pt": Format(".pt", lambda path: pt(path, True), lambda path: numbers(load_network(path)[0]), True),
+    "zip .pt of training": Format(".pt", training_pt, lambda path: numbers(load_network(path)[0]), True),
     "flat .pt": Format(".pt", lambda path: pt(path, False), lambda path: numbers(load_network(path)[0]), False),
     "foreign safetensors": Format(
         ".safetensors",

@@ -24,8 +24,8 @@ from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.devices import slow_bf16
 from runtime.errors import UserError, error_prefix
-from runtime.foreign import weights_sha256
 from runtime.settings import Given, Values, choose_owners, document, flag_name
+from runtime.weight_files import weights_sha256
 from training.config import KINDS, PROGRAM, TrainSettings
 from training.loss import build_loss, check_loss, open_vision_encoder
 from training.optimization import OptimizerSettings

@@ -3,6 +3,7 @@
 import collections
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,55 @@ def test_zip_files_are_checked_and_others_are_said_not_to_be(tmp_path: Path) -> 
     torch.save(numbers, path, _use_new_zipfile_serialization=False)
     save_file(numbers, tmp_path / "a.safetensors")
     assert not read_foreign(path).verified and not read_foreign(tmp_path / "a.safetensors").verified
+
+
+def test_parts_that_are_not_used_are_not_compared(tmp_path: Path) -> None:
+    ema, moments = torch.arange(64.0) + 0.123, torch.arange(64.0) + 0.456
+    content = {"optimizer": {"moments": moments}, "ema": {"a.weight": ema, "a.rows": ema[8:16]}, "epoch": 3}
+    path = saved(tmp_path, content)
+    flipped(path, moments.numpy().tobytes())
+    assert torch.equal(read_foreign(path).weights["a.rows"], ema[8:16]) and read_foreign(path).verified
+    flipped(path, ema.numpy().tobytes())
+    with pytest.raises(UserError, match="damaged, a/data/"):
+        read_foreign(path)
+    path = saved(tmp_path, content)
+    flipped(path, b"epoch")
+    with pytest.raises(UserError, match=r"damaged or truncated zip file \(Bad CRC-32 for file 'a/data.pkl'\)"):
+        read_foreign(path)
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_parts_in_an_order_of_other_programs(tmp_path: Path, is_damaged: bool) -> None:
+    numbers = {"a": torch.arange(64.0) + 0.123, "b": torch.arange(64.0) + 0.456}
+    path, other = saved(tmp_path, numbers), tmp_path / "other.pt"
+    first, second = (b"X\x01\x00\x00\x00" + digit for digit in (b"0", b"1"))  # strings of one character in a pickle
+    names = {"a/data/0": "a/data/1", "a/data/1": "a/data/0"}
+    with zipfile.ZipFile(path) as before, zipfile.ZipFile(other, "w") as after:
+        for name in before.namelist():
+            part = before.read(name)
+            if name == "a/data.pkl":
+                assert first in part and second in part
+                part = part.replace(first, b"X2").replace(second, first).replace(b"X2", second)
+            after.writestr(names.get(name, name), part)
+    if is_damaged:
+        flipped(other, numbers["b"].numpy().tobytes())
+        with pytest.raises(UserError, match="damaged, a/data/0 in it does not match its checksum"):
+            read_foreign(other)
+    else:
+        found = read_foreign(other)
+        assert found.verified and all(torch.equal(found.weights[name], numbers[name]) for name in numbers)
+
+
+def test_two_parts_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"a": torch.zeros(4), "b": torch.ones(4)})
+    content = path.read_bytes()
+    start = content.index(b"PK\x01\x02")  # the list of parts; their own headers come before it
+    path.write_bytes(content[:start] + content[start:].replace(b"a/data/1", b"a/data/0"))
+    with pytest.raises(UserError, match="two parts of one name"):
+        read_foreign(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
+def test_a_damaged_config_next_to_the_weights_is_as_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    assert read_foreign(saved(tmp_path, EMA)).config is None
