@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections import Counter
@@ -15,9 +16,13 @@ OTHER_IMAGES = (
     ".gif", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga", ".ico", ".svg", ".psd", ".eps", ".dib", ".pcx",
     ".pbm", ".pnm", ".apng", ".dds", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw",
 )  # fmt: skip
-NO_EXTENSION = "without an extension"
+NO_EXTENSION, BROKEN, LOOP = "without an extension", "links to missing files", "links to folders that hold them"
+MAX_REPEATS = 10_000  # times that links of a class may lead to a folder again; links of links multiply
 OTHER_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "System Volume Information"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+Identity = tuple[int, int]  # device and inode of a folder
 
 
 class Scan(NamedTuple):
@@ -36,20 +41,27 @@ def scan(root: Path) -> Scan:
     """Find the classes of a folder, and their images in a fixed order; the same as torchvision's ImageFolder.
 
     Hidden files and folders, and those that file systems and archives add, are not seen. What else is left out is said
-    in a warning.
+    in a warning. Links to folders are followed, but for those to a folder that holds them.
 
     Raises:
-        ValueError: If some classes have images and one has none, or if they are the splits of a data set.
+        ValueError: If some classes have images and one has none, if they are the splits of a data set, or if links lead
+            to the same folders too often.
     """
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_hidden(entry.name))
+    place = root.resolve()
+    around = tuple(map(_identity, (place, *place.parents)))
+    folders = [entry for entry in os.scandir(root) if not _is_hidden(entry.name) and _is_folder(entry)]
+    loops = sorted(entry.path for entry in folders if entry.is_symlink() and _identity(entry.path) in around)
+    names = sorted(entry.name for entry in folders if entry.path not in loops)
     if names and SPLITS.issuperset(name.lower() for name in names):
         inside = next((name for name in names if name.lower().startswith("train")), names[0])
         raise ValueError(f"{root}: holds the splits {', '.join(names)}, not classes; give {root / inside}")
     samples: list[tuple[str, int]] = []
-    left_out, empty = Counter[str](), dict[str, str]()  # of the whole folder; classes without an image
+    left_out, empty = Counter({LOOP: len(loops)}), dict[str, str]()  # of the whole folder; classes without an image
     for label, name in enumerate(names):
         before, here = len(samples), Counter[str]()
-        for path, reason in _files(os.path.join(root, name)):
+        for path, reason in _files(os.path.join(root, name), around):
+            if reason == LOOP:
+                loops.append(path)
             if reason is None:
                 samples.append((path, label))
             else:
@@ -59,8 +71,9 @@ def scan(root: Path) -> Scan:
             empty[name] = f"; it has {_counted(here)}" if here else ""
     for name, kinds in empty.items() if samples else ():
         raise ValueError(f"{root}: the class folder {name} has no image{kinds}; remove it, or add images")
-    if left_out:
-        warnings.warn(f"{root}: left out {_counted(left_out)}; PNG, JPEG and WebP are read", stacklevel=3)
+    if +left_out:
+        first = f" (the first is {os.path.relpath(loops[0], root)})" if loops else ""
+        warnings.warn(f"{root}: left out {_counted(left_out)}{first}; PNG, JPEG and WebP are read", stacklevel=3)
     if all(map(str.isdecimal, names)) and names != sorted(names, key=int):
         shown = ", ".join(names[:4])
         warnings.warn(f"{root}: class names are numbers, and are sorted as text: {shown}, ...", stacklevel=3)
@@ -71,21 +84,53 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in OTHER_FOLDERS
 
 
-def _files(folder: str) -> Iterator[tuple[str, str | None]]:
-    """Paths of the images under a folder, in order, and of what is left out with a reason."""
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """True for a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself
+            raise
+        return False
+
+
+def _identity(folder: str | Path) -> Identity:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _files(folder: str, around: tuple[Identity, ...]) -> Iterator[tuple[str, str | None]]:
+    """Paths of the images under a folder, in order, and of what is left out with a reason.
+
+    Args:
+        folder: A class folder.
+        around: Folders that hold it.
+
+    Raises:
+        ValueError: If links lead to the same folders too often.
+    """
     found: list[tuple[str, list[tuple[str, str | None]]]] = []
-    folders = [folder]
+    seen, repeats = set[Identity](), 0
+    folders = [(folder, around)]
     while folders:
-        place, files = folders.pop(), list[tuple[str, str | None]]()
+        place, holders = folders.pop()
+        own, files = _identity(place), list[tuple[str, str | None]]()
+        if own in holders:
+            found.append((place, [(place, LOOP)]))
+            continue
+        repeats += own in seen
+        if repeats > MAX_REPEATS:
+            raise ValueError(f"{folder}: its links lead to the same folders more than {MAX_REPEATS:,} times")
+        seen.add(own)
         for entry in os.scandir(place):
             suffix = os.path.splitext(entry.name)[1].lower()
             if _is_hidden(entry.name):
                 continue
-            if entry.is_dir():
-                folders.append(entry.path)
+            if _is_folder(entry):
+                folders.append((entry.path, (*holders, own)))
             elif suffix in EXTENSIONS:
-                dangling = entry.is_symlink() and not os.path.exists(entry.path)
-                files.append((entry.path, "links to missing files" if dangling else None))
+                is_broken = entry.is_symlink() and not os.path.exists(entry.path)
+                files.append((entry.path, BROKEN if is_broken else None))
             elif suffix in OTHER_IMAGES:
                 files.append((entry.path, suffix))
             elif suffix in ("", "."):
@@ -96,4 +141,4 @@ def _files(folder: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _counted(left_out: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+    return ", ".join(f"{count} {reason}" for reason, count in sorted((+left_out).items()))

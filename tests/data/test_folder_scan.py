@@ -1,6 +1,7 @@
 """Folders and files as people have them: what is seen, what is left out with a word, what is refused."""
 
 import io
+import itertools
 import random
 import shutil
 import warnings
@@ -79,6 +80,70 @@ def test_a_class_of_files_without_an_extension_says_so(root: Path) -> None:
     put(root / "d" / "picture")
     with pytest.raises(ValueError, match="the class folder d has no image; it has 1 without an extension; remove"):
         scan(root)
+
+
+def link(path: Path, target: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target, target_is_directory=True)
+
+
+INSIDE = ("a/loop", "a/deep/loop", "a/deep/er/loop")
+
+
+@pytest.mark.parametrize(
+    ("place", "up"), [*itertools.product(INSIDE, ("a", ".", "..")), ("loop", "."), ("loop", ".."), ("z", "../..")]
+)
+def test_a_link_to_a_folder_that_holds_it_is_not_followed(root: Path, place: str, up: str) -> None:
+    before = scan(root)
+    link(root / place, root / up)
+    with pytest.warns(
+        UserWarning, match=rf"left out 1 links to folders that hold them \(the first is {place}\);"
+    ) as found:
+        assert scan(root) == before
+    assert len(found) == 1
+
+
+def test_links_between_folders_are_followed_once_around(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    put(outside / "more" / "3.png")
+    for place, target in (("a/to_b", root / "b"), ("b/to_a", root / "a"), ("c/out", outside), ("d", root / "c")):
+        link(root / place, target)
+    link(outside / "back", root / "c")
+    link(outside / "more" / "up", outside)
+    with pytest.warns(UserWarning, match=r"left out 6 links to folders that hold them \(the first is a/to_b/to_a\);"):
+        classes, samples = scan(root)
+    assert classes == [*"abcd"]
+    relative = [Path(path).relative_to(root).as_posix() for path, _ in samples]
+    assert [path for path in relative if "to_" in path or "out" in path] == [
+        "a/to_b/10.png", "a/to_b/2.png", "b/to_a/a b.bmp", "b/to_a/x.JPG", "b/to_a/deep/0.jpeg",
+        "b/to_a/deep/er/1.webp", "c/out/more/3.png", "d/out/more/3.png",
+    ]  # fmt: skip
+
+
+def test_two_links_to_one_folder_count_twice_as_in_torchvision(root: Path) -> None:
+    for place in ("b/copy", "b/deep/copy"):
+        link(root / place, root / "a")
+    assert scan(root) == (TorchvisionFolder(str(root)).classes, TorchvisionFolder(str(root)).samples)
+
+
+def test_links_that_multiply_are_refused(root: Path) -> None:
+    for here in range(9):
+        for there in range(9):
+            if here != there:
+                link(root / "a" / str(here) / str(there), root / "a" / str(there))
+    with pytest.raises(ValueError, match=f"{root}/a: its links lead to the same folders more than 10,000 times$"):
+        scan(root)
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"), [("a/x.png", "1 links to missing files"), ("a/x", "1 without an ext"), ("x", "")]
+)
+def test_links_to_themselves_are_left_out(root: Path, place: str, reason: str) -> None:
+    before = scan(root)
+    (root / place).symlink_to(root / place)
+    with warnings.catch_warnings(record=True) as found:
+        assert scan(root) == before
+    assert [reason in str(each.message) for each in found] == [True] * bool(reason)
 
 
 def test_jfif_is_jpeg(root: Path) -> None:
