@@ -7,7 +7,6 @@ A file is a header (two zero bytes, a code of the numbers' type, the number of d
 from __future__ import annotations
 
 import gzip
-import hashlib
 import math
 import re
 import zlib
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.dataset import DatasetSettings
-from data.image_folder import ArrayImages
+from data.image_folder import ArrayImages, array_digest
 
 DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 IMAGES = re.compile(r"(?P<start>.*)images(?P<dot>[-.])idx[34]-ubyte(?P<gz>\.gz)?", re.IGNORECASE)
@@ -32,11 +31,7 @@ class IdxImages(ArrayImages):
         names = np.unique(labels)  # some relatives count from 1
         places = np.searchsorted(names, labels).astype(np.int64)
         super().__init__(images, places, list(map(str, names.tolist())), flip=flip, seed=seed)
-        self._digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-
-    def digest(self) -> str:
-        """Digest of all images and labels."""
-        return self._digest
+        self._digest = array_digest(images, labels)  # of the labels as they are in the file
 
 
 def open_idx(settings: DatasetSettings) -> IdxImages:

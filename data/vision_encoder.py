@@ -40,6 +40,7 @@ class VisionEncoder:
     Attributes:
         width: Channels of a token.
         grid: Rows and columns of tokens.
+        notes: What was found in the local file, and if its checksums were compared.
 
     Raises:
         ValueError: For an unknown name, a size without whole tokens, or weights that cannot be loaded.
@@ -59,6 +60,7 @@ class VisionEncoder:
         architecture = OFFICIAL_ENCODERS.get(name, name)
         if not timm.is_model(architecture):
             raise ValueError(f"unknown; give {', '.join(OFFICIAL_ENCODERS)}, or a vision transformer of timm")
+        self.notes: tuple[str, ...] = ()
         rows, columns = self.grid = _token_grid(sides(image_size))
         with torch.device("meta"):
             probe = timm.create_model(architecture, num_classes=0)
@@ -72,8 +74,10 @@ class VisionEncoder:
             vit = _from_hub(architecture, settings)
         else:
             vit = timm.create_model(architecture, **settings)
-            loaded = read_checkpoint(weights, flag="--align-ckpt").weights
-            loaded = {key: value for key, value in loaded.items() if not key.startswith("head.")}
+            content = read_checkpoint(weights, flag="--align-ckpt")
+            if content.foreign is not None:
+                self.notes = (*content.foreign.notes, content.foreign.verification)
+            loaded = {key: value for key, value in content.weights.items() if not key.startswith("head.")}
             load_weights(vit, checkpoint_filter_fn(loaded, vit), f"--align-ckpt {weights} as {architecture}")
         self._vit = vit.to(device).eval().requires_grad_(False)
         self.width: int = self._vit.num_features

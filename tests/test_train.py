@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import train
+from data import open_digits
 from runtime.checkpoint import read_checkpoint
 from runtime.errors import run
 from tests import runs
@@ -73,7 +74,12 @@ def test_a_checkpoint_holds_everything_that_sampling_needs(trained):
     assert meta["loss"] == {"name": "diffusion"} and meta["optimizer"]["name"] == "adamw"
     assert meta["encoder"] == {"name": "none"}
     classes = [str(k) for k in range(10)]
-    assert meta["data"] == {"image_shape": [1, 8, 8], "classes": classes, "images": 1297, "digest": None}
+    assert meta["data"] == {
+        "image_shape": [1, 8, 8],
+        "classes": classes,
+        "images": 1297,
+        "digest": open_digits("train").digest(),
+    }
     model = read_checkpoint(path, "model").weights
     assert model.keys() == average.weights.keys()
     assert not torch.equal(model["final_layer.linear.weight"], average.weights["final_layer.linear.weight"])

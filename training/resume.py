@@ -16,6 +16,7 @@ from runtime.errors import UserError, error_prefix
 from runtime.json_file import Json
 from runtime.settings import document, flag_name, flag_of, flatten, free_settings, places
 from training.config import KINDS, TrainSettings, upgrade
+from training.network import DIGESTS
 from training.setup import Setup
 
 RUN_NAME = re.compile(r"(\d{3,})-.+")
@@ -231,10 +232,12 @@ def changes_since(setup: Setup, meta: Json) -> Changes:
         allowed = path in free or path in override
         text = f"{flag_of(TrainSettings, KINDS, path)} ({then.get(path)}, {value})"
         (changes.allowed if allowed else changes.refused)[path] = text
-    began, start = meta.get("start_sha256"), setup.start_sha256
-    if None not in (began, start) and began != start:
-        kind = changes.allowed if "run.init_from" in override else changes.refused
-        kind.setdefault("run.init_from", f"--init-from (SHA-256 {began:.12}..., {start:.12}...)")
+    for name, path in DIGESTS.items():
+        began, now = meta.get(name), setup.digests.get(name)
+        if began is not None and now is not None and began != now:
+            kind = changes.allowed if path in override else changes.refused
+            flag = flag_of(TrainSettings, KINDS, path)
+            kind.setdefault(path, f"{flag} (SHA-256 {began:.12}..., {now:.12}...)")
     return changes
 
 

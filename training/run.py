@@ -182,9 +182,7 @@ def introduce(log: RunLog, setup: Setup, saved: ResumeState | None) -> None:
         if saved is None and setup.config.run.resume is not None:
             log.line(f"Nothing to resume in {setup.config.run.results_dir}: a new run")
     for note in setup.notes:
-        log.line(f"--init-from: {note}")
-    if setup.start_sha256 is not None:
-        log.line(f"--init-from: SHA-256 {setup.start_sha256}, compared when the run is resumed")
+        log.line(note)
     if setup.encoder.is_unverified({} if saved is None else saved.meta.get("autoencoder", {})):
         log.line(f"--vae {setup.encoder.name}: {UNVERIFIED}; it is recorded, and compared when the run is resumed")
     if saved is None:

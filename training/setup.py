@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,19 +14,17 @@ from torch._subclasses import FakeTensorMode
 from data import Dataset, encoder_for, open_dataset, open_digits
 from data.encoders import Encoder
 from data.latents import LatentShards
-from diffusion import PREVIEW_SAMPLER, PROCESSES, make_sampler
+from diffusion import PREVIEW_SAMPLER, make_sampler
 from diffusion.loss import DiffusionLoss, row_noise
 from diffusion.sampling import Sampler
-from models import Network, family_of, model_config
-from models.transfer import adapt_weights
-from runtime import distributed
-from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
+from models import Network
+from runtime.checkpoint import read_checkpoint
 from runtime.devices import slow_bf16
 from runtime.errors import UserError, error_prefix
-from runtime.settings import Given, Values, choose_owners, document, flag_name
-from runtime.weight_files import weights_sha256
+from runtime.settings import Given, Values, choose_owners, document, flag_of
 from training.config import KINDS, PROGRAM, TrainSettings
 from training.loss import build_loss, check_loss, open_vision_encoder
+from training.network import DIGESTS, check_classes, file_digests, load_start, network_fields
 from training.optimization import OptimizerSettings
 from training.scores import Scorer, open_scorer
 
@@ -60,9 +57,9 @@ class Setup:
         encoder: Encoder between the data and the network's latents.
         loss: Loss, which holds the network and the process.
         total_steps: Number of steps of the run.
-        notes: Content of the file of --init-from, and changes that made its weights fit.
+        notes: Lines about files of weights: content, changes that made it fit, digests.
+        digests: SHA-256 of these files, by the names in `DIGESTS`; none in a dry run.
         validation: Data and tools of validations; None without any.
-        start_sha256: SHA-256 of the file of --init-from; None without one, and in a dry run.
     """
 
     config: TrainSettings
@@ -73,8 +70,8 @@ class Setup:
     loss: DiffusionLoss
     total_steps: int
     notes: list[str]
+    digests: dict[str, str]
     validation: ValidationData | None = None
-    start_sha256: str | None = None
 
     @property
     def network(self) -> Network:
@@ -152,15 +149,22 @@ def set_up(
     else:
         with fake, device:
             loss = make()
-    notes = [] if start is None or fake is not None else load_start(config, loss, start, dataset, encoder)
-    digest = start_digest(config.run.init_from) if fake is None else None
+    notes, digests = [], dict[str, str]()
+    if fake is None:
+        notes += [] if vision is None else [f"--align-ckpt: {note}" for note in vision.notes]
+        if start is not None:
+            notes += [f"--init-from: {note}" for note in load_start(config, loss, start, dataset, encoder)]
+        digests = file_digests(config)
+    for name, digest in digests.items():
+        flag = flag_of(TrainSettings, KINDS, DIGESTS[name])
+        notes.append(f"{flag}: SHA-256 {digest}, compared when the run is resumed")
 
     owners |= {"model": (config.model, loss.network.config)}
     channels, width = dataset.image_shape[-3], dataset.image_shape[-1]
     data = replace(config.data, vae=vae, image_size=width, channels=channels)
     resolved = replace(config, process=names["process"], data=data)
     steps = config.optimization.total_steps(len(dataset))
-    setup = Setup(resolved, owners, dataset, source, encoder, loss, steps, notes, start_sha256=digest)
+    setup = Setup(resolved, owners, dataset, source, encoder, loss, steps, notes, digests)
     if config.validation.eval_every is not None:
         setup.validation = open_validation(setup, config.validation.eval_every, held_out, device)
     return setup
@@ -199,86 +203,6 @@ def encode(setup: Setup, images: Tensor, step: int, rows: range, seed: int | Non
         seed = setup.config.optimization.global_seed if seed is None else seed
         noise = row_noise("encoder", seed, step, rows, setup.network.sample_shape, images.device)
     return setup.encoder.to_latents(setup.encoder.encode_pixels(images), noise)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Network
-
-
-def network_fields(given: Given[TrainSettings], names: Mapping[str, str], start: Checkpoint | None) -> Values:
-    """Fields of the network's config that flags, the process or the weights to start from decide.
-
-    Raises:
-        UserError: For values that the family refuses, or that contradict the weights.
-    """
-    model, init_from = given.general.model, given.general.run.init_from
-    family, fields = family_of(model), given.fields("model", names["model"])
-    if not PROCESSES[names["process"]].has_variance and "learn_sigma" in family.config.__dataclass_fields__:
-        if fields.get("learn_sigma"):
-            raise UserError(f"--learn-sigma: has no effect with --process {names['process']}, which has no variance")
-        fields["learn_sigma"] = False
-    with error_prefix(given.prefix("model", names["model"]) or f"--model {model}"):
-        config = model_config(model, **fields)
-    if start is None or family.settings_from is None:
-        return fields
-    with error_prefix(f"--init-from {init_from} as {model}"):
-        from_weights = family.settings_from(start.weights, config)
-    for name, value in from_weights.items():
-        if fields.get(name, value) != value:
-            raise UserError(f"{flag_name(name)} {fields[name]}: --init-from {init_from} has {value}")
-    return fields | from_weights
-
-
-def check_classes(config: TrainSettings, fields: Values, dataset: Dataset) -> None:
-    """Check that the network has as many classes as the data, if both have any.
-
-    Raises:
-        UserError: With the flag to give.
-    """
-    expected = getattr(model_config(config.model, **fields), "num_classes", None)
-    count = len(dataset.classes)
-    if expected in (None, count):
-        return
-    if "num_classes" in fields:
-        raise UserError(f"--num-classes {expected}: the data has {count} classes; use --num-classes {count}")
-    hint = "--model DiT-digits/2, or " if config.data.dataset == "digits" else ""
-    raise UserError(
-        f"--model {config.model}: made for {expected} classes, but the data has {count}; "
-        f"give {hint}--num-classes {count}"
-    )
-
-
-def load_start(
-    config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, dataset: Dataset, encoder: Encoder
-) -> list[str]:
-    """Fill the network with the weights of --init-from; returns what had to be changed to fit.
-
-    Raises:
-        UserError: If they are those of another network.
-    """
-    weights, notes = adapt_weights(
-        loss.network,
-        start.weights,
-        added_parts=family_of(config.model).added_parts,
-        old_classes=None if start.meta is None else start.meta["data"].get("classes"),
-        new_classes=dataset.classes,
-        old_shape=None if start.meta is None else start.meta["model"]["sample_shape"],
-    )
-    load_weights(loss.network, weights, f"--init-from {config.run.init_from} as {config.model}")
-    with error_prefix(f"--init-from {config.run.init_from}"):
-        notes += loss.start(start.weights)
-    if start.foreign is not None:
-        notes = [*start.foreign.notes, start.foreign.verification, *notes]
-    try:
-        encoder.check_same((start.meta or {}).get("autoencoder", {}))
-    except ValueError as error:
-        notes.append(f"trained with another autoencoder: {error}")
-    return notes
-
-
-def start_digest(path: Path | None) -> str | None:
-    """SHA-256 of the file of --init-from, which one process reads; None without one."""
-    return None if path is None else distributed.on_rank0(lambda: weights_sha256(path, "--init-from"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

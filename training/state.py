@@ -35,7 +35,7 @@ def checkpoint_meta(setup: Setup, step: int) -> Values:
         "averages": {f"ema-{decay:g}": {"decay": decay}},
         "train": sections,
         "draws": DRAWS,
-        **({} if setup.start_sha256 is None else {"start_sha256": setup.start_sha256}),
+        **setup.digests,
     }
 
 

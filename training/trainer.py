@@ -25,6 +25,7 @@ from runtime import distributed
 from runtime.distributed import World
 from runtime.errors import FAILED_STATUS, UserError, error_prefix
 from runtime.saver import BackgroundSaver, Saver, State
+from training.network import START
 from training.optimization import FiniteGuard
 from training.resume import ResumeState, thin
 from training.run import INTERRUPTED_STATUS, RunLog, stop_on_signal, trace_steps
@@ -84,7 +85,8 @@ class Trainer:
         if saved is not None:
             with error_prefix(f"--resume {saved.folder}: it was trained with another autoencoder"):
                 setup.encoder.check_same(saved.meta.get("autoencoder", {}))
-            setup.start_sha256 = saved.meta.get("start_sha256")  # that of the file that the run began with
+            setup.digests.pop(START, None)
+            setup.digests |= {name: saved.meta[name] for name in (START,) if name in saved.meta}  # the first file's
             self.state.restore(saved)
         if self.config.compute.grad_checkpointing:
             recompute_activations(setup.network)

@@ -1,5 +1,6 @@
 """Training with features aligned to a vision encoder's: its loss, its projector in checkpoints, mistakes."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from models import create_model
-from runtime.checkpoint import read_checkpoint
+from runtime.checkpoint import read_checkpoint, read_groups
 from runtime.errors import run
 from tests import runs
 from tests.processes import run_ranks
@@ -103,6 +104,32 @@ def test_weights_of_one_resolution_start_another_as_they_are(material: Path, tmp
     assert old.keys() == new.keys()
     assert all(torch.allclose(new[name], ema[name], atol=1e-9) for name in new)
     assert "initialised afresh" not in runs.log(tmp_path / "large")
+
+
+def test_another_file_of_other_code_under_the_name_of_align_ckpt_is_another_target(
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, results, weights = tmp_path / "vit.pth", tmp_path / "results", load_file(material / "vit.safetensors")
+    argv = aligned(material, "--align-ckpt", path, "--ckpt-every", 1, "--max-steps")
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    first = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert start(results, *argv, 1) == 0
+    for note in ("unverified: the file has no checksums", f"SHA-256 {first}, compared when the run is resumed"):
+        assert f"--align-ckpt: {note}" in runs.log(results)
+    moved = path.rename(tmp_path / "moved.pth")
+    assert start(results, *argv, 2, "--align-ckpt", moved, "--resume", "auto") == 0
+    assert f"Changed since then: --max-steps (1, 2); --align-ckpt ({path}, {moved})" in runs.log(results)
+    assert read_groups(checkpoint(results, 2), lambda present: ["model"])[1]["align_sha256"] == first
+
+    torch.save({name: tensor + 0.01 for name, tensor in weights.items()}, path)
+    second = hashlib.sha256(path.read_bytes()).hexdigest()
+    change = f"--align-ckpt (SHA-256 {first[:12]}..., {second[:12]}...)"
+    for resume, where in (("auto", "run 000-DDT-debug-2 differs in"), (checkpoint(results, 2), "has other settings:")):
+        assert start(results, *argv, 3, "--resume", resume) == 2
+        message = runs.the_error(capsys)
+        assert f"{where} {change}; --override align-ckpt resumes all the same" in message
+    assert start(results, *argv, 3, "--resume", "auto", "--override", "align-ckpt") == 0
+    assert read_groups(checkpoint(results, 3), lambda present: ["model"])[1]["align_sha256"] == second
 
 
 @pytest.mark.parametrize(

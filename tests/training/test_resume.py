@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from data.digits import load_digits
 from runtime.checkpoint import read_groups, save_checkpoint
 from runtime.errors import UserError
 from runtime.locks import locked
@@ -272,6 +273,21 @@ def test_files_of_other_sizes_are_said_and_a_digest_of_paths_alone_is_compared_a
     save_checkpoint(checkpoint(results, 3), groups, {**meta, "step": 3})
     assert of_photos(results, root, "--max-steps", 4, "--resume", "auto") == 0
     assert log(results).count("as many images as before, but not the same") == 2
+
+
+def test_other_arrays_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (images, labels), note = load_digits("train"), "as many images as before, but not the same"
+    assert digits(tmp_path, "--resume", "auto", "--max-steps", 1) == 0
+    assert digits(tmp_path, "--resume", "auto", "--max-steps", 2) == 0
+    assert note not in log(tmp_path)
+    monkeypatch.setattr("data.digits.load_digits", lambda split: (255 - images, labels))
+    assert digits(tmp_path, "--resume", "auto", "--max-steps", 3) == 0
+    assert log(tmp_path).count(note) == 1
+    groups, meta = read_groups(checkpoint(tmp_path, 3), lambda present: present)
+    meta["data"]["digest"] = None  # as earlier versions wrote it
+    save_checkpoint(checkpoint(tmp_path, 3), groups, meta)
+    assert digits(tmp_path, "--resume", "auto", "--max-steps", 4) == 0
+    assert log(tmp_path).count(note) == 1
 
 
 def test_another_number_of_images_is_said(tmp_path: Path) -> None:
