@@ -14,14 +14,18 @@ from data.encoders import Encoder, open_encoder
 from data.idx import open_idx
 from data.image_folder import open_image_folder
 from data.latents import LatentShards, open_latents
+from data.moving_digits import MovingDigits, open_moving_digits
 
 __all__ = [
+    "CLIPS",
     "DATASETS",
+    "EMBEDDED",
     "Dataset",
     "Encoder",
     "Example",
     "GlobalBatches",
     "Key",
+    "MovingDigits",
     "conditioning",
     "encoder_for",
     "load_digits",
@@ -35,7 +39,10 @@ DATASETS: dict[str, Callable[[DatasetSettings], Dataset]] = {  # by the value of
     "digits": open_training_digits,
     "latents": open_latents,
     "idx": open_idx,
+    "moving-digits": open_moving_digits,
 }
+CLIPS = ("moving-digits",)  # those of clips
+EMBEDDED = ("digits", "moving-digits")  # those that need no files; their images are grey
 
 
 def open_dataset(
@@ -48,6 +55,8 @@ def open_dataset(
     seed: int = 0,
     strict: bool = False,
     trust_stamps: bool = False,
+    frames: int | None = None,
+    joint_images: int = 0,
 ) -> Dataset:
     """Open a training set by the value of `--dataset`, one of `DATASETS`; the rest becomes its `DatasetSettings`.
 
@@ -59,7 +68,13 @@ def open_dataset(
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     size = None if image_size is None else sides(image_size)
-    return DATASETS[name](DatasetSettings(path, size, channels, flip, seed, strict, trust_stamps))
+    if name not in CLIPS:
+        for given, what in ((frames, "frames"), (joint_images, "joint images")):
+            if given:
+                raise ValueError(
+                    f"{given} {what}: the data set {name} has images, not clips (those: {', '.join(CLIPS)})"
+                )
+    return DATASETS[name](DatasetSettings(path, size, channels, flip, seed, strict, trust_stamps, frames, joint_images))
 
 
 def encoder_for(dataset: Dataset, vae: str, device: torch.device | str = "cpu") -> Encoder:

@@ -114,6 +114,8 @@ class DatasetSettings(NamedTuple):
     seed: int = 0  # of the flips
     strict: bool = False  # an image that cannot be read is an error, instead of being replaced and named
     trust_stamps: bool = False  # use stored latents that are not newer than their index without checksums
+    frames: int | None = None  # of a clip; None is what the data have, or the data set's own number
+    joint_images: int = 0  # single frames of other clips behind every clip
 
     def require_path(self, content: str) -> Path:
         """The folder; a ValueError if none is given."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from data import DATASETS
+from data import DATASETS, EMBEDDED
 from diffusion import PROCESSES
 from models import FAMILIES, family_name, family_of
 from models.acceleration import can_compile
@@ -38,20 +38,21 @@ class DataSettings:
     )
     dataset: str = setting(
         "imagefolder",
-        "kind of data; extract_latents.py writes latents, digits are embedded",
+        "kind of data; extract_latents.py writes latents, (moving) digits are embedded",
         tuple(DATASETS),
     )
     image_size: int | None = setting(None, "side of the images in pixels", shown="256; the data's own, if it has one")
+    num_frames: int | None = setting(None, "frames of a clip", shown="the data's own")
     channels: int | None = setting(
         None,
         "channels without an autoencoder: 3 for RGB, 1 for grey",
         flag="--in-channels",
-        shown="3; 1 for the digits; those of idx files",
+        shown="3; 1 for (moving) digits; those of idx files",
     )
     vae: str | None = setting(
         None,
         "autoencoder: ema, mse, a local folder, or none for pixels",
-        shown="ema; latents: theirs; digits and idx: none",
+        shown="ema; latents: theirs; (moving) digits and idx: none",
     )
     flip: bool | None = setting(None, "mirror images at random", shown="yes, but not for digits and idx")
     strict: bool = setting(False, "end the run at an unreadable image instead of replacing and naming it", free=True)
@@ -59,10 +60,10 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        _at_least(self, 1, "image_size")
+        _at_least(self, 1, "image_size", "num_frames")
         _at_least(self, 0, "num_workers")
-        if self.data_path is not None and self.dataset == "digits":
-            raise ValueError(f"--data-path {self.data_path}: has no effect with --dataset digits")
+        if self.data_path is not None and self.dataset in EMBEDDED:
+            raise ValueError(f"--data-path {self.data_path}: has no effect with --dataset {self.dataset}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,14 +238,14 @@ class TrainSettings:
     def __post_init__(self) -> None:
         """Validate what concerns several groups."""
         data, validation = self.data, self.validation
-        digits = data.dataset == "digits"
+        digits = data.dataset in EMBEDDED
         if self.run.trust_stamps and data.dataset != "latents":
             raise ValueError("--trust-stamps: has no effect without --dataset latents")
         if validation.eval_reference is not None and (digits or data.channels == 1):
             raise ValueError(f"--eval-reference {validation.eval_reference}: is for RGB images")
         if validation.eval_data_path is not None and digits:
             raise ValueError(f"--eval-data-path {validation.eval_data_path}: the digits have a test split of their own")
-        if validation.eval_every is not None and digits and 0 < validation.eval_samples < 4:
+        if validation.eval_every is not None and data.dataset == "digits" and 0 < validation.eval_samples < 4:
             raise ValueError(f"--eval-samples {validation.eval_samples}: the scores need at least 4 (0: no image)")
 
 

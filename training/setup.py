@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from data import Dataset, encoder_for, open_dataset, open_digits
+from data import EMBEDDED, Dataset, MovingDigits, encoder_for, open_dataset, open_digits
 from data.encoders import Encoder
 from data.latents import LatentShards
 from diffusion import PREVIEW_SAMPLER, make_sampler
@@ -180,19 +180,20 @@ def open_training_data(config: TrainSettings) -> Dataset:
     Raises:
         UserError: If it cannot be opened.
     """
-    data, digits = config.data, config.data.dataset == "digits"
-    if data.channels not in (None, 1, 3) or (digits and data.channels == 3):
+    data, embedded = config.data, config.data.dataset in EMBEDDED
+    if data.channels not in (None, 1, 3) or (embedded and data.channels == 3):
         raise UserError(f"--in-channels {data.channels}: 3 for RGB or 1 for grey (the digits are grey)")
-    with error_prefix("--dataset digits" if digits else "--data-path"):
+    with error_prefix(f"--dataset {data.dataset}" if embedded else "--data-path"):
         return open_dataset(
             data.dataset,
             data.data_path,
             data.image_size,
-            data.channels or {"digits": 1, "idx": 0}.get(data.dataset, 3),  # 0: as they are
+            data.channels or {"idx": 0, **dict.fromkeys(EMBEDDED, 1)}.get(data.dataset, 3),  # 0: as they are
             flip=data.flip,
             seed=config.optimization.global_seed,
             strict=data.strict,
             trust_stamps=config.run.trust_stamps,
+            frames=data.num_frames,
         )
 
 
@@ -244,6 +245,8 @@ def open_held_out(config: TrainSettings, dataset: Dataset) -> Dataset | None:
     path, data = config.validation.eval_data_path, config.data
     if data.dataset == "digits":
         return open_digits("test", seed=config.optimization.global_seed)
+    if data.dataset == "moving-digits":
+        return MovingDigits("test", frames=dataset.image_shape[0], side=dataset.image_shape[-1])
     if path is None:
         return None
     channels, height, width = dataset.image_shape[-3:]
