@@ -9,6 +9,7 @@ Shapes: N, M rows (one per image), D features, C classes, R rank. The computatio
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -68,7 +69,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     return _assemble(a.mean - b.mean, a.covariance.trace(), b.covariance.trace(), overlap)
 
 
-def frechet_distance_from_features(a: Array, b: Array) -> float:
+def frechet_distance_from_features(a: Array, b: Array, *, biased: bool = False) -> float:
     """Compute the Frechet distance of two sets of features; the exact and fast way when a set has few rows.
 
     A set with no more rows than features is its own factor, so that its singular covariance is never formed.
@@ -76,6 +77,7 @@ def frechet_distance_from_features(a: Array, b: Array) -> float:
     Args:
         a: (N, D) real numbers, N >= 2.
         b: (M, D) real numbers, M >= 2.
+        biased: Divide covariances by the number of rows, as the Frechet video distance does, not by one less.
 
     Returns:
         The distance, >= 0, as `frechet_distance`.
@@ -86,10 +88,16 @@ def frechet_distance_from_features(a: Array, b: Array) -> float:
     a, b = as_rows(a, "features a"), as_rows(b, "features b")
     width = a.shape[1]
     require_same_width(width, b.shape[1])
+    require_two_rows(min(len(a), len(b)))
+    scale_a, scale_b = (1 - 1 / len(rows) if biased else 1.0 for rows in (a, b))
     if min(len(a), len(b)) > width:
-        return frechet_distance(feature_statistics(a), feature_statistics(b))
+        return frechet_distance(*(
+            dataclasses.replace(each, covariance=each.covariance * scale)
+            for each, scale in ((feature_statistics(a), scale_a), (feature_statistics(b), scale_b))
+        ))  # fmt: skip
     mean_a, factor_a = _mean_and_factor(a)
     mean_b, factor_b = _mean_and_factor(b)
+    factor_a, factor_b = factor_a * math.sqrt(scale_a), factor_b * math.sqrt(scale_b)
     overlap = _overlap_of_factors(factor_a, factor_b)
     return _assemble(mean_a - mean_b, factor_a.square().sum(), factor_b.square().sum(), overlap)
 

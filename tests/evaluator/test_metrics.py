@@ -23,6 +23,7 @@ from evaluator.metrics import (
     precision_recall,
 )
 from evaluator.statistics import Statistics, StatisticsAccumulator, feature_statistics
+from tests.golden_data import arrays
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "evaluator"
@@ -615,3 +616,35 @@ def test_float16_noise_tells_where_the_precisions_differ(rng, offset, noisy):
     sets = [(rng.normal(size=(200, 512)) / 10 + offset).astype(np.float32) for _ in range(2)]
     adm, exact = (np.array(precision_recall(*sets, precision=precision)) for precision in ("adm", "float32"))
     assert (float16_noise(*sets) > 0.01) == noisy == (np.abs(adm - exact).max() > 0.02)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Frechet video distance: covariances divided by the number of rows
+
+
+def test_recorded_frechet_video_distance():
+    recorded = arrays("skip_dit_video/fvd")
+    real, generated = recorded["frechet.real"], recorded["frechet.generated"]
+    expected = float(recorded["frechet.distance"])
+    assert frechet_distance_from_features(real, generated, biased=True) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance_from_features(real, generated) != pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("n", "m"), [(40, 55), (5, 55), (5, 6)])
+def test_biased_distance_in_closed_form(n, m):
+    # of features along one axis only, the distance is (difference of means)^2 + (difference of deviations)^2
+    random = np.random.default_rng(0)
+    a, b = np.zeros((n, 7)), np.zeros((m, 7))
+    a[:, 2], b[:, 2] = random.normal(0, 1, n), random.normal(3, 2, m)
+    for biased in (True, False):
+        deviations = [rows[:, 2].std(ddof=0 if biased else 1) for rows in (a, b)]
+        expected = (a.mean() * 7 - b.mean() * 7) ** 2 + (deviations[0] - deviations[1]) ** 2
+        assert frechet_distance_from_features(a, b, biased=biased) == pytest.approx(expected, rel=1e-9)
+
+
+def test_trace_of_equally_many_rows_shrinks():
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(30, 4)), random.normal(size=(30, 4)) @ np.diag([1, 2, 3, 4])
+    shift = float(np.square(a.mean(axis=0) - b.mean(axis=0)).sum())
+    unbiased, biased = (frechet_distance_from_features(a, b, biased=each) - shift for each in (False, True))
+    assert biased == pytest.approx(unbiased * 29 / 30, rel=1e-9)
