@@ -1,4 +1,4 @@
-"""Sample a few images with a trained network and lay them out in one picture.
+"""Sample a few images with a trained network and lay them out in one picture; or clips, which are animated, too.
 
     python sample.py --ckpt results/000-DiT-digits-2/checkpoints/0002000.safetensors --class-labels 0 1 2 3
     python sample.py --ckpt DiT-XL-2-256x256 --sampler unipc --init-image photo.jpg --strength 0.6 --class-labels 207
@@ -20,19 +20,22 @@ from tqdm import tqdm
 
 import runtime  # noqa: F401  # first: it reports other packages named models
 from data.image_folder import center_crop, decode_image
-from data.pixels import Images, enlarge, grid, save_gif, save_png, to_picture, written_by
+from data.pixels import GAP, Images, enlarge, save_gif, save_png, to_picture, written_by
+from data.writers import Writer
 from models import ModelOutput
 from runtime import distributed
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import check_writable, remove_temporary
 from runtime.settings import flag_name, setting
-from sampling.config import GuidanceSettings, SamplingSettings, check_labels, parse_settings
+from sampling.clips import ClipSettings
+from sampling.config import GuidanceSettings, SamplingSettings, check_labels, check_unlabelled, parse_settings
 from sampling.editing import Edit
 from sampling.pipeline import Pipeline
 from sampling.run import PreparedRun
 
 PROGRAM = "sample.py"
 OFFICIAL_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
+MOMENT, LAST_MOMENT = 120, 2000  # milliseconds for which a trajectory shows each moment
 SMALLEST = 64  # pixels; digits are too small to see and are enlarged to about this size
 
 
@@ -50,17 +53,18 @@ class PictureSettings:
     class_labels: tuple[int, ...] | None = setting(
         None, "labels of the images", shown="eight official classes, or one of each"
     )
+    num_samples: int | None = setting(None, "number of samples of a network without labels", shown="8")
     seed: int = setting(0, "seed of the noise")
     batch_size: int | None = setting(None, "images sampled at a time", shown="all of them")
     columns: int | None = setting(None, "images in a row of the picture", shown="4, or as many as fit best")
-    output: Path = setting(Path("sample.png"), "the picture")
+    output: Path = setting(Path("sample.png"), "the picture; of clips with their frames, and a GIF of that name")
     trajectory: Path | None = setting(None, "also show the steps of sampling: a .png strip, or a .gif")
     trajectory_frames: int = setting(10, "moments of the trajectory that are shown")
     overwrite: bool = setting(False, "replace existing files and unfinished jobs with other settings")
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        for name in ("columns", "batch_size"):
+        for name in ("columns", "batch_size", "num_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{flag_name(name)} {value}: must be at least 1")
@@ -106,6 +110,7 @@ class SampleSettings(SamplingSettings):
 
     guidance: PictureGuidance = field(default_factory=PictureGuidance)
     picture: PictureSettings = field(default_factory=PictureSettings)
+    clips: ClipSettings = field(default_factory=ClipSettings)
 
 
 def read_image(path: Path, flag: str, pipeline: Pipeline, channels: int) -> Tensor:
@@ -127,10 +132,12 @@ def read_edit(pipeline: Pipeline, settings: ImageSettings) -> Edit | None:
     """Read the image to start from, and its mask; None for noise.
 
     Raises:
-        UserError: If an image cannot be read.
+        UserError: If an image cannot be read, or the network makes clips.
     """
     if settings.init_image is None:
         return None
+    if len(pipeline.image_shape) != 3:
+        raise UserError(f"--init-image {settings.init_image}: is an image, and the network of --ckpt makes clips")
     clean = pipeline.encode(read_image(settings.init_image, "--init-image", pipeline, pipeline.image_shape[-3]))
     if settings.mask is None:
         return Edit(clean)
@@ -143,10 +150,19 @@ def sample(
     pipeline: Pipeline,
     prepared: PreparedRun,
     settings: PictureSettings,
-    labels: Sequence[int],
+    labels: Sequence[int] | None,
+    count: int,
     edit: Edit | None = None,
 ) -> list[Tensor]:
-    """Sample latents (N, C, h, w) with a progress bar.
+    """Sample latents (N, ..., C, h, w) with a progress bar.
+
+    Args:
+        pipeline: Samples.
+        prepared: From the pipeline.
+        settings: Seed, batches and trajectory.
+        labels: N numbers; None for a network without labels.
+        count: N.
+        edit: Images to start from.
 
     Returns:
         Latents after as many evenly spaced steps as the trajectory shows, or after the last; the last ones are the
@@ -156,7 +172,7 @@ def sample(
     frames = min(settings.trajectory_frames, steps) if settings.trajectory else 1
     shown = {steps - 1 - round(k * (steps - 1) / max(1, frames - 1)) for k in range(frames)}
     kept: dict[int, list[Tensor]] = {i: [] for i in sorted(shown)}
-    batches = torch.arange(len(labels)).split(settings.batch_size or len(labels))
+    batches = torch.arange(count).split(settings.batch_size or count)
     with tqdm(total=steps * len(batches), disable=None, unit="step") as bar:
 
         def on_step(i: int, x: Tensor, out: ModelOutput) -> None:
@@ -165,7 +181,7 @@ def sample(
                 kept[i].append(x)
 
         for rows in batches:
-            conditioning = {"y": torch.tensor(labels)[rows]}
+            conditioning = {} if labels is None else {"y": torch.tensor(labels)[rows]}
             pipeline.denoise(prepared, settings.seed, rows.tolist(), conditioning, on_step=on_step, edit=edit)
     return [torch.cat(parts) for parts in kept.values()]
 
@@ -182,13 +198,45 @@ def check_replaceable(path: Path, flag: str, overwrite: bool) -> None:
         raise UserError(f"{flag} {path}: exists, and is no picture of {PROGRAM}; --overwrite replaces it")
 
 
-def save_trajectory(moments: Sequence[Images], columns: int, path: Path) -> None:
-    """Save a strip with a row an image and a column a moment; or an animation of the whole picture."""
+def overviews(writer: Writer, settings: PictureSettings, clips: ClipSettings) -> tuple[Path, ...]:
+    """Files that show all samples.
+
+    Raises:
+        UserError: If one cannot be written, would replace a file of another origin, or is the trajectory's.
+    """
+    more = (settings.output.with_suffix(".mp4"),) if clips.save_mp4 else ()
+    paths = (*writer.overviews(settings.output), *more)
+    for path in paths[1:]:
+        if path == settings.trajectory:
+            raise UserError(f"--trajectory {path}: is written with --output {settings.output}; give another name")
+        check_replaceable(path, "--output", settings.overwrite)
+    return paths
+
+
+def choose_labels(settings: PictureSettings, num_classes: int) -> tuple[int, ...] | None:
+    """Labels of the samples; None for a network that takes none.
+
+    Raises:
+        UserError: For labels that the network does not have.
+    """
+    if num_classes == 0:
+        check_unlabelled({"--class-labels": settings.class_labels})
+        return None
+    if settings.num_samples is not None:
+        raise UserError(f"--num-samples {settings.num_samples}: the network takes labels; give --class-labels")
+    labels = settings.class_labels or (OFFICIAL_LABELS if num_classes == 1000 else tuple(range(num_classes)))
+    check_labels(labels, num_classes)
+    return labels
+
+
+def save_trajectory(moments: Sequence[Images], columns: int, path: Path, writer: Writer) -> None:
+    """Save a strip with a row an image and a column a moment, of clips with a row a moment; or an animated picture."""
     if path.suffix.lower() == ".gif":
-        save_gif([grid(images, columns)[0] for images in moments], path, software=PROGRAM)
+        durations = [MOMENT] * (len(moments) - 1) + [LAST_MOMENT]
+        save_gif([writer.sheet(samples, columns) for samples in moments], path, durations, PROGRAM)
     else:
-        rows = np.stack([image for images in zip(*moments, strict=True) for image in images])
-        save_png(grid(rows, len(moments))[0], path, PROGRAM)
+        rows = np.stack([sample for samples in zip(*moments, strict=True) for sample in samples])
+        save_png(writer.sheet(rows, len(moments)), path, PROGRAM)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -200,21 +248,23 @@ def main(argv: Sequence[str]) -> None:
         check_replaceable(settings.trajectory, "--trajectory", settings.overwrite)
     with distributed.world(given.general.compute.device) as world:
         pipeline = Pipeline.open(given, world.device, default_vae="mse")
+        writer = given.general.clips.writer(pipeline.image_shape, pipeline.info.path)
+        paths = overviews(writer, settings, given.general.clips)
         edit = read_edit(pipeline, given.general.image)
         prepared = pipeline.prepare(given.general.image.chosen_strength)
-        official = OFFICIAL_LABELS if pipeline.num_classes == 1000 else range(pipeline.num_classes)
-        labels = settings.class_labels or tuple(official)
-        check_labels(labels, pipeline.num_classes)
-        columns = settings.columns or (4 if len(labels) == len(OFFICIAL_LABELS) else min(len(labels), 10))
+        labels = choose_labels(settings, pipeline.num_classes)
+        count = len(labels) if labels else settings.num_samples or len(OFFICIAL_LABELS)
+        columns = settings.columns or (4 if count == len(OFFICIAL_LABELS) else min(count, 10))
         factor = max(1, SMALLEST // pipeline.image_shape[-2])
         moments = [
             enlarge(to_picture(pipeline.decode(latents, prepared)).cpu().numpy(), factor)
-            for latents in sample(pipeline, prepared, settings, labels, edit)
+            for latents in sample(pipeline, prepared, settings, labels, count, edit)
         ]
-        save_png(grid(moments[-1], columns)[0], settings.output, PROGRAM)
-        print(f"Saved {len(labels)} images to {settings.output}")
+        for path in paths:
+            writer.save(moments[-1], path, columns, gap=GAP, software=PROGRAM)
+        print(f"Saved {count} {writer.unit}s to {', '.join(map(str, paths))}")
         if settings.trajectory is not None:
-            save_trajectory(moments, columns, settings.trajectory)
+            save_trajectory(moments, columns, settings.trajectory, writer)
             print(f"Saved {len(moments)} moments of them to {settings.trajectory}")
 
 

@@ -5,7 +5,8 @@
 
 The job is cut into chunks by image number, and processes take whole chunks: the bytes do not depend on how many there
 are. A job that was killed continues when the same command is typed again, on any number of processes. `arr_0` holds the
-images (N, H, W, C) uint8, `arr_1` their labels; NAME.json next to the file holds settings, versions and timings.
+images (N, H, W, C) uint8, or clips (N, F, H, W, C), and `arr_1` their labels; NAME.json next to the file holds
+settings, versions and timings.
 """
 
 from __future__ import annotations
@@ -39,18 +40,19 @@ def main(argv: Sequence[str]) -> None:
         with distributed.raise_on_all_ranks():
             job.sample()
         if world.is_main:
-            seconds, images = time.perf_counter() - ready, sum(map(job.file.rows_in, job.missing))
+            seconds, made = time.perf_counter() - ready, sum(map(job.file.rows_in, job.missing))
+            samples = f"{job.writer.unit}s"
             path = job.finish(
                 {
                     "world_size": world.size,
                     "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-                    "images": images,
+                    samples: made,
                     "seconds": round(seconds, 2),
-                    "images_per_second": round(images / seconds, 3),
+                    f"{samples}_per_second": round(made / seconds, 3),
                     "seconds_before": round(ready - started, 2),
                 }
             )
-            print(f"Saved {job.total:,} images to {path}")
+            print(f"Saved {job.total:,} {samples} to {path}")
         distributed.barrier()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from runtime.files import atomic_path
 
 Images = npt.NDArray[np.uint8]  # (N, H, W, C), or clips (N, F, H, W, C)
+GAP = 2  # white pixels between tiles
 SOFTWARE_TAG = 0x0131  # of EXIF
 
 
@@ -33,12 +34,15 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def to_picture(x: Tensor) -> Tensor:
-    """Map (..., C, H, W) in [-1, 1] to (..., H, W, C) uint8, rounded as in torchvision's `save_image`."""
+    """Map (..., C, H, W) in [-1, 1] to (..., H, W, C) uint8, rounded as in torchvision's `save_image`.
+
+    Latte's and Skip-DiT's samplers of clips round in the same way, to the bit.
+    """
     unit = (x.clamp(-1, 1) + 1) / 2
     return torch.clamp(unit * 255 + 0.5, 0, 255).movedim(-3, -1).to(torch.uint8)
 
 
-def grid(images: Images, columns: int, *, gap: int = 2, background: int = 255) -> Images:
+def grid(images: Images, columns: int, *, gap: int = GAP, background: int = 255) -> Images:
     """Tile images row by row: (..., H, W, C) -> (1, H', W', C); missing tiles of the last row stay background."""
     images = images.reshape(-1, *images.shape[-3:])  # frames of clips become tiles
     n, height, width, channels = images.shape
@@ -65,7 +69,9 @@ def save_png(image: Images, path: Path, software: str = "") -> None:
 
 
 def written_by(path: Path, software: str) -> bool:
-    """True for a picture that notes this software."""
+    """True for a picture, or a video where PyAV is installed, that notes this software."""
+    if path.suffix.lower() == ".mp4":
+        return _video_comment(path) == software
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP", "GIF")) as picture:
             noted = picture.getexif().get(SOFTWARE_TAG), picture.info.get("comment")
@@ -74,17 +80,67 @@ def written_by(path: Path, software: str) -> bool:
     return software in noted or software.encode() in noted
 
 
-def save_gif(
-    images: Sequence[Images], path: Path, *, milliseconds: int = 120, last: int = 2000, software: str = ""
-) -> None:
-    """Write images (H, W, C) as a repeating animation, whole or not at all; the last one is shown for longer."""
-    durations = [milliseconds] * (len(images) - 1) + [last]
+def save_gif(images: Sequence[Images], path: Path, durations: Sequence[int], software: str = "") -> None:
+    """Write images (H, W, C) as a repeating animation, whole or not at all.
+
+    Args:
+        images: Frames of one size, with 1 or 3 channels.
+        path: The file.
+        durations: Milliseconds for which each is shown; a multiple of ten.
+        software: Noted in the file.
+    """
     pictures = [_picture(image) for image in images]
     with atomic_path(path) as temporary:
         pictures[0].save(
-            temporary, save_all=True, append_images=pictures[1:], duration=durations, loop=0, comment=software
+            temporary, save_all=True, append_images=pictures[1:], duration=[*durations], loop=0, comment=software
         )
+
+
+def save_mp4(images: Sequence[Images], path: Path, fps: int, software: str = "") -> None:
+    """Write images (H, W, C) as a video (H.264), whole or not at all; needs PyAV.
+
+    Pixels are slightly changed by the compression. Odd sides are made even, as the format asks for, by repeating the
+    last row or column. One thread encodes, so that equal images make equal bytes.
+
+    Args:
+        images: Frames of one size, with 1 or 3 channels.
+        path: The file, ending in .mp4.
+        fps: Frames a second.
+        software: Noted in the file.
+    """
+    import av
+
+    frames = [_even_rgb(image) for image in images]
+    with atomic_path(path) as temporary, av.open(str(temporary), "w") as file:
+        file.metadata["comment"] = software
+        stream = file.add_stream("libx264", rate=fps, options={"crf": "17"})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode(None))
 
 
 def _picture(image: Images) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def _even_rgb(image: Images) -> Images:
+    """Image (H, W, 1 or 3) with three channels and even sides."""
+    height, width, _ = image.shape
+    padded = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    return np.ascontiguousarray(np.broadcast_to(padded, (*padded.shape[:2], 3)))
+
+
+def _video_comment(path: Path) -> str | None:
+    """Comment in a video; None if it has none, cannot be read, or PyAV is not installed."""
+    try:
+        import av
+    except ImportError:
+        return None
+    try:
+        with av.open(str(path)) as file:
+            return file.metadata.get("comment")
+    except (OSError, ValueError, av.FFmpegError):
+        return None

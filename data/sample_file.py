@@ -1,4 +1,6 @@
-"""Samples of many processes, collected in one .npz: `arr_0` uint8 (N, H, W, C), labels as `arr_1`.
+"""Samples of many processes, collected in one .npz: `arr_0` uint8 (N, H, W, C), labels, if any, as `arr_1`.
+
+Of clips `arr_0` is (N, F, H, W, C).
 
 During sampling there is a folder NAME.partial/ next to the final file:
 
@@ -8,7 +10,7 @@ During sampling there is a folder NAME.partial/ next to the final file:
 
 A killed job is resumed from it: chunks with the right checksum are kept, all others are made again. Processes on
 several nodes need a shared file system. A finished job is NAME.npz, NAME.json, and a folder NAME of PNG files where
-they are asked for. What no job wrote keeps its place, whatever its name.
+they are asked for, or of GIF and mp4 files of clips. What no job wrote keeps its place, whatever its name.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -31,10 +33,12 @@ from runtime.errors import UserError
 from runtime.files import atomic_path, remove_temporary
 from runtime.json_file import KEY, Json, is_intact, write_json
 from runtime.locks import locked
+from runtime.settings import flag_name
 
 LOCK = "lock"  # removed with the folder, after all else
 _PARTIAL_NAME = re.compile(r"samples\.npz|settings\.json|finished\.\d+|lock")
-_PNG_NAME, _PNG_TEMPORARY = re.compile(r"\d{6,}\.png"), re.compile(r"\.\d{6,}\.\d+\.tmp\.png")
+_SINGLE_NAME, _SINGLE_TEMPORARY = (re.compile(p + r"\.(png|gif|mp4)") for p in (r"\d{6,}", r"\.\d{6,}\.\d+\.tmp"))
+_SINGLE_FLAGS = ("save_png", "save_gif", "save_mp4")
 _FINISHED_LINE = re.compile(rb"^(\d{1,9}) (\d{1,10})$", re.MULTILINE)
 
 
@@ -50,25 +54,25 @@ class SampleFile:
     Attributes:
         chunks: Number of chunks.
         partial: Folder of the unfinished job.
-        pngs: Folder of PNG files.
+        folder: Folder of files of single samples.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], chunk: int, rank: int = 0) -> None:
         self.path, self.images, self.chunk = path, shape[0], chunk
         self.chunks = -(-shape[0] // chunk)
-        self.partial, self.pngs = path.with_name(f"{path.stem}.partial"), path.with_suffix("")
+        self.partial, self.folder = path.with_name(f"{path.stem}.partial"), path.with_suffix("")
         self._npz, self._final = NpzFile(self.partial / "samples.npz", shape), NpzFile(path, shape)
         self._record, self._settings = path.with_suffix(".json"), self.partial / "settings.json"
         self._finished = self.partial / f"finished.{rank}"
         self._lock = ExitStack()
 
-    def open(self, settings: Mapping[str, object], *, overwrite: bool = False, png: bool = False) -> list[int]:
+    def open(self, settings: Mapping[str, object], *, overwrite: bool = False, files: Sequence[str] = ()) -> list[int]:
         """Start or resume the job; on one process, before the others write.
 
         Args:
             settings: All settings that fix the images, as JSON values by flag or name.
             overwrite: Delete images made with other settings, and replace a finished file.
-            png: Make the folder of PNG files, too.
+            files: Suffixes of files that are written of every sample, too, in a folder that is made for them.
 
         Returns:
             Numbers of the chunks that are still to be made.
@@ -79,18 +83,18 @@ class SampleFile:
         """
         try:
             with self._writing():
-                self._check_origin(png)
+                self._check_origin(files)
                 if self.path.exists() and not overwrite and not self._settings.exists():
                     self._sweep()
                     raise UserError(f"{self.path} exists already; --overwrite replaces it")
                 self.partial.mkdir(parents=True, exist_ok=True)
                 self._acquire_lock()
-                return self._open(settings, overwrite, png)
+                return self._open(settings, overwrite, files)
         except UserError:
             self.close()
             raise
 
-    def _open(self, settings: Mapping[str, object], overwrite: bool, png: bool) -> list[int]:
+    def _open(self, settings: Mapping[str, object], overwrite: bool, files: Sequence[str]) -> list[int]:
         """Start or resume the job under the lock."""
         for path in (self._settings, self._record):
             remove_temporary(path)
@@ -110,13 +114,13 @@ class SampleFile:
             if path.exists() and not overwrite and (path == self.path or not resumes):
                 raise UserError(f"{path} exists already; --overwrite replaces it")
         if not resumes or not self._npz.path.is_file():
-            self._start(settings, png)
-        if png:
-            self.pngs.mkdir(exist_ok=True)
-            _remove_files(self.pngs, _PNG_TEMPORARY)
-        return self._missing(self._npz, png)
+            self._start(settings, files)
+        if files:
+            self.folder.mkdir(exist_ok=True)
+            _remove_files(self.folder, _SINGLE_TEMPORARY)
+        return self._missing(self._npz, files)
 
-    def _check_origin(self, png: bool) -> None:
+    def _check_origin(self, files: Sequence[str]) -> None:
         """Raise a UserError if something that no job wrote has the name of one of this job's files."""
         record = _read_json(self._record) or {}
         if self._record.exists() and not ("config" in record and "checkpoint" in record):
@@ -127,16 +131,21 @@ class SampleFile:
             killed = LOCK in names or names >= {"samples.npz", "settings.json"}  # before all settings were written
             if names and (settings or not killed or not all(map(_PARTIAL_NAME.fullmatch, names))):
                 raise _foreign(self.partial / min(names))
-        ours = settings.get("--save-png") or _saved_png(record)
-        if png and not ours and self.pngs.exists() and not (self.pngs.is_dir() and not any(self.pngs.iterdir())):
-            raise _foreign(self.pngs)
+        ours = any(settings.get(flag_name(name)) for name in _SINGLE_FLAGS) or _saved_files(record)
+        if (
+            files
+            and not ours
+            and self.folder.exists()
+            and not (self.folder.is_dir() and not any(self.folder.iterdir()))
+        ):
+            raise _foreign(self.folder)
 
     def _acquire_lock(self) -> None:
         """Lock the folder against other jobs until `close`, or the end of this process."""
         self._lock.enter_context(locked(self.partial, str(self.partial), LOCK))
 
-    def _start(self, settings: Mapping[str, object], png: bool) -> None:
-        for folder, pattern in ((self.partial, _PARTIAL_NAME), (self.pngs, _PNG_NAME))[: 1 + png]:
+    def _start(self, settings: Mapping[str, object], files: Sequence[str]) -> None:
+        for folder, pattern in ((self.partial, _PARTIAL_NAME), (self.folder, _SINGLE_NAME))[: 1 + bool(files)]:
             _remove_files(folder, pattern)
         needed, free = self._npz.bytes_reserved, shutil.disk_usage(self.partial).free
         if needed > free:
@@ -161,7 +170,7 @@ class SampleFile:
         if self.partial.exists():
             print(f"warning: {self.partial} is kept: it has files that no job wrote", file=sys.stderr)
 
-    def _missing(self, npz: NpzFile, png: bool = False) -> list[int]:
+    def _missing(self, npz: NpzFile, files: Sequence[str] = ()) -> list[int]:
         """Chunks that are not finished, or have another checksum: a disk may lose bytes, a copy may be cut short."""
         pieces = self._pieces()
         return [
@@ -169,12 +178,12 @@ class SampleFile:
             for chunk in range(self.chunks)
             if chunk not in pieces
             or pieces[chunk] != npz.read_piece(*self._rows(chunk))
-            or (png and not all(self.png_path(i).exists() for i in range(*self._rows(chunk))))
+            or not all(self.path_of(i, suffix).exists() for i in range(*self._rows(chunk)) for suffix in files)
         ]
 
-    def png_path(self, index: int) -> Path:
-        """Path of an image as PNG."""
-        return self.pngs / f"{index:06d}.png"
+    def path_of(self, index: int, suffix: str) -> Path:
+        """Path of a file of one sample."""
+        return self.folder / f"{index:06d}{suffix}"
 
     def rows_in(self, chunk: int) -> int:
         """Number of images in a chunk."""
@@ -195,7 +204,7 @@ class SampleFile:
         return pieces
 
     def write(self, chunk: int, images: npt.NDArray[np.uint8]) -> None:
-        """Store a chunk (n, H, W, C), then record it as finished; rows after the job's end are dropped.
+        """Store a chunk (n, ..., H, W, C), then record it as finished; rows after the job's end are dropped.
 
         Raises:
             UserError: If the disk is full; finished chunks are kept.
@@ -218,7 +227,7 @@ class SampleFile:
                 f"{self.partial}: cannot write there ({error.strerror or error}); the same command resumes the job"
             ) from error
 
-    def finish(self, labels: npt.NDArray[np.int64], record: Mapping[str, object] | None = None) -> None:
+    def finish(self, labels: npt.NDArray[np.int64] | None, record: Mapping[str, object] | None = None) -> None:
         """Move the file to its final name, write NAME.json, and remove the rest; on one process, after all others.
 
         Raises:
@@ -226,7 +235,7 @@ class SampleFile:
         """
         pieces = self._pieces()
         with self._writing():
-            self._npz.seal([pieces[k] for k in range(self.chunks)], {"arr_1": labels})
+            self._npz.seal([pieces[k] for k in range(self.chunks)], {} if labels is None else {"arr_1": labels})
             os.replace(self._npz.path, self.path)
             if record is not None:
                 with atomic_path(self._record) as temporary:
@@ -273,10 +282,8 @@ def _read_json(path: Path) -> Json | None:
     return {name: value for name, value in document.items() if name != KEY}
 
 
-def _saved_png(record: Json) -> bool:
-    """True if the job that wrote this record, of either format, wrote PNG files."""
-    try:
-        config = record["config"]
-        return bool(config.get("job", config)["save_png"])
-    except (KeyError, TypeError, AttributeError):
-        return False
+def _saved_files(record: Json) -> bool:
+    """True if the job that wrote this record, of either format, wrote files of single samples."""
+    config = record.get("config")
+    groups = [config, *config.values()] if isinstance(config, dict) else []
+    return any(group.get(name) is True for group in groups if isinstance(group, dict) for name in _SINGLE_FLAGS)

@@ -41,7 +41,8 @@ class CheckpointInfo:
         process: Name of the noise process.
         process_settings: Settings of the process.
         encoder: Value of --vae.
-        image_shape: (C, H, W) of the images; None if the file does not tell.
+        image_shape: (C, H, W) of the images, or (F, C, H, W) of clips where the number of frames is known; None if the
+            file does not tell.
         classes: Names of the classes, if known.
         step: Training step, if known.
         release: The released checkpoint that it is, if any.
@@ -58,7 +59,7 @@ class CheckpointInfo:
     process: str
     process_settings: Mapping[str, object]
     encoder: str
-    image_shape: tuple[int, int, int] | None = None
+    image_shape: tuple[int, ...] | None = None
     classes: tuple[str, ...] | None = None
     step: int | None = None
     release: Release | None = None

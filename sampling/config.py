@@ -7,7 +7,7 @@ have a preset in runtime/releases.py); where it does not know, the official defa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -336,6 +336,17 @@ def check_labels(labels: Sequence[int], num_classes: int, flag: str = "--class-l
     for label in labels:
         if not 0 <= label < num_classes:
             raise UserError(f"{flag} {label}: the model has classes 0 to {num_classes - 1}")
+
+
+def check_unlabelled(chosen: Mapping[str, object]) -> None:
+    """Check that nothing was chosen, by flag, that only networks with labels take.
+
+    Raises:
+        UserError: Naming the first flag with a value that is not None.
+    """
+    for flag, value in chosen.items():
+        if value is not None:
+            raise UserError(f"{flag}: has no effect, because the network takes no labels")
 
 
 def _at_least_1(settings: object, *names: str) -> None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.pixels import save_png, to_uint8
 from data.sample_file import SampleFile
 from diffusion.solver_table import SolverTable
 from models import family_name
@@ -29,14 +28,15 @@ from runtime.files import check_writable
 from runtime.seeds import derive_seed
 from runtime.settings import Values, document, flag_name, flag_of, flatten, free_settings, setting, to_dict
 from runtime.weight_files import weights_sha256
-from sampling.config import KINDS, SamplingSettings, check_labels
+from sampling.clips import ClipSettings
+from sampling.config import KINDS, SamplingSettings, check_labels, check_unlabelled
 from sampling.pipeline import Pipeline, batch_indices
 from sampling.run import PreparedRun
 
 PROGRAM = "sample_ddp.py"
 AUTO_MACS = 64 * 118.6e9  # of a batch: 64 images of XL/2 at 256 pixels, which takes 118.62 G each
 LARGEST_AUTO = 256
-IMAGES = 50_000  # as FID-50K takes
+COUNTS = {"image": 50_000, "clip": 2_048}  # samples as FID-50K takes them, and Fréchet video distances
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class JobSettings:
     output: Path | None = setting(None, "exact path of the .npz", shown="a name in --sample-dir", free=True)
     overwrite: bool = setting(False, "replace existing files and unfinished jobs with other settings", free=True)
     num_fid_samples: int | None = setting(
-        None, "number of images", shown="50,000, or the number that --class-seeds makes"
+        None, "number of images or clips", shown="50,000 or 2,048, or the number that --class-seeds makes"
     )
     per_proc_batch_size: int | None = setting(
         32, "images a process computes at a time, which decides their last bits; auto: by the network's cost alone"
@@ -58,7 +58,9 @@ class JobSettings:
     class_seeds: tuple[int, ...] | None = setting(
         None, "one image of each class for each of these numbers, which give the noise; instead of --num-fid-samples"
     )
-    save_png: bool = setting(False, "write the images as PNG too, in a folder of the .npz's name")
+    save_png: bool = setting(
+        False, "write the images as PNG too, in a folder of the .npz's name; of a clip its frames side by side"
+    )
 
     def __post_init__(self) -> None:
         """Validate the fields."""
@@ -90,37 +92,68 @@ class JobSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobClipSettings(ClipSettings):
+    """Files of single clips, in a folder of the .npz's name."""
+
+    save_gif: bool = setting(False, "write clips as GIF, too", free=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleDDPSettings(SamplingSettings):
     """Settings of sample_ddp.py."""
 
     job: JobSettings = field(default_factory=JobSettings)
+    clips: JobClipSettings = field(default_factory=JobClipSettings)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Suffixes of the files that are written of every sample."""
+        chosen = {".png": self.job.save_png, ".gif": self.clips.save_gif, ".mp4": self.clips.save_mp4}
+        return tuple(suffix for suffix, is_chosen in chosen.items() if is_chosen)
 
 
 class Plan(NamedTuple):
-    """The images of a job, the same on every process.
+    """The samples of a job, the same on every process.
 
     Attributes:
-        labels: (N,) int64.
-        noise: N numbers; images with the same one have the same noise.
+        labels: (N,) int64; None for a network that takes none.
+        noise: N numbers; samples with the same one have the same noise.
     """
 
-    labels: Tensor
+    labels: Tensor | None
     noise: Sequence[int]
 
+    def conditioning(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Conditioning of these samples."""
+        return {} if self.labels is None else {"y": self.labels[rows]}
 
-def plan_job(config: JobSettings, num_classes: int) -> Plan:
-    """Choose labels and noise of all images.
+
+def plan_job(config: JobSettings, num_classes: int, count: int = COUNTS["image"]) -> Plan:
+    """Choose labels and noise of all samples.
+
+    Args:
+        config: The settings.
+        num_classes: Classes of the model; 0 for one without labels.
+        count: Number of samples where the settings name none.
 
     Raises:
-        UserError: For a class that the model does not have, or a number of images that is not the seeds'.
+        UserError: For a class that the model does not have, or a number of samples that is not the seeds'.
     """
+    every = range(config.num_fid_samples or count)
+    if num_classes == 0:
+        chosen = {
+            "--class-labels": config.class_labels,
+            "--class-seeds": config.class_seeds,
+            "--balanced-labels": config.balanced_labels or None,
+        }
+        check_unlabelled(chosen)
+        return Plan(None, every)
     check_labels(config.class_labels or (), num_classes)
     classes = torch.tensor(config.class_labels or range(num_classes))
     if config.class_seeds is not None:
         with error_prefix(""):
             config.check_number(len(classes))
         return Plan(classes.repeat_interleave(len(config.class_seeds)), list(config.class_seeds) * len(classes))
-    every = range(IMAGES if config.num_fid_samples is None else config.num_fid_samples)
     if config.balanced_labels:
         return Plan(classes[torch.tensor(every) % len(classes)], every)
     generator = torch.Generator().manual_seed(derive_seed("labels", config.global_seed))
@@ -158,8 +191,8 @@ def encoder_digest(description: Values) -> str | None:
 class Job:
     """A job, started or resumed.
 
-    The images are cut into chunks by number, and processes take whole chunks; a chunk always has the same number of
-    rows (the last one is filled up), on whichever process. So the bytes do not depend on the number of processes.
+    Images or clips are cut into chunks by number, and processes take whole chunks; a chunk always has the same number
+    of rows (the last one is filled up), on whichever process. So the bytes do not depend on the number of processes.
 
     Args:
         pipeline: Samples.
@@ -174,8 +207,9 @@ class Job:
         assert isinstance(run.config, SampleDDPSettings)
         self.pipeline, self.run, self.world = pipeline, run, world
         job = run.config.job
-        self.plan = plan_job(job, pipeline.num_classes)
-        self.total = len(self.plan.labels)
+        self.writer = run.config.clips.writer(pipeline.image_shape, pipeline.info.path)
+        self.plan = plan_job(job, pipeline.num_classes, COUNTS[self.writer.unit])
+        self.total = len(self.plan.noise)
         self.size = job.per_proc_batch_size or auto_batch_size(sum(pipeline.network.cost().values()))
         job = replace(job, per_proc_batch_size=self.size, num_fid_samples=self.total)
         self.checksum = fingerprint(pipeline.info.path)
@@ -194,26 +228,28 @@ class Job:
         """Sample this process's share of the missing chunks; each is decoded and written during the next one."""
         left = sum(map(self.file.rows_in, self.missing))
         hidden = None if self.world.is_main else True
-        bar = tqdm(total=self.total, initial=self.total - left, disable=hidden, unit="image")
+        bar = tqdm(total=self.total, initial=self.total - left, disable=hidden, unit=self.writer.unit)
         with bar, Background(self.world.device) as background:
             for chunk in self.missing[self.world.rank :: self.world.size]:
                 rows = batch_indices(chunk * self.size, self.size, self.total)
-                noise, conditioning = [self.plan.noise[i] for i in rows], {"y": self.plan.labels[rows]}
+                noise, conditioning = [self.plan.noise[i] for i in rows], self.plan.conditioning(rows)
                 latents = self.pipeline.denoise(self.run, self.config.job.global_seed, noise, conditioning)
                 background.submit(partial(self._store, chunk, latents, bar))
 
     def finish(self, timings: Values) -> Path:
         """Complete the file and write the JSON next to it, on one process; returns the path."""
-        self.file.finish(self.plan.labels.numpy(), {**self._result(), "run": timings})
+        labels = None if self.plan.labels is None else self.plan.labels.numpy()
+        self.file.finish(labels, {**self._result(), "run": timings})
         return self.file.path
 
     def _store(self, chunk: int, latents: Tensor, bar: tqdm) -> None:
-        images = to_uint8(self.pipeline.decode(latents, self.run)).cpu().numpy()[: self.file.rows_in(chunk)]
-        if self.config.job.save_png:
-            for index, image in enumerate(images, start=chunk * self.size):
-                save_png(image, self.file.png_path(index))
-        self.file.write(chunk, images)
-        bar.update(min(len(images) * self.world.size, self.total - bar.n))
+        pixels = self.pipeline.decode(latents, self.run)
+        samples = self.writer.to_uint8(pixels).cpu().numpy()[: self.file.rows_in(chunk)]
+        for index, sample in enumerate(samples, start=chunk * self.size):
+            for suffix in self.config.files:
+                self.writer.save(sample[None], self.file.path_of(index, suffix))
+        self.file.write(chunk, samples)
+        bar.update(min(len(samples) * self.world.size, self.total - bar.n))
 
     def _sections(self, config: SampleDDPSettings) -> Values:
         """All settings as nested JSON."""
@@ -234,6 +270,7 @@ class Job:
             settings["--guide-ckpt"] = fingerprint(self.pipeline.guide.info.path, "--guide-ckpt")
         if isinstance(self.run.settings, SolverTable):
             settings["--solver-table"] = to_dict(self.run.settings)  # not the name of a file that may change
+        settings |= config.clips.given()  # only of networks of clips: names of other jobs stay as they were
         return {"format": 2, "--ckpt": self.checksum, "--device": self.world.device.type, **settings}
 
     def _name(self, deciding: Values) -> str:
@@ -253,7 +290,7 @@ class Job:
         try:
             # Not part of the name, under which version 0.1 started jobs without it
             settings = {**deciding, "torch": torch.__version__, migrate.ENCODER: encoder_digest(self.encoder)}
-            missing = file.open(settings, overwrite=job.overwrite, png=job.save_png)
+            missing = file.open(settings, overwrite=job.overwrite, files=self.config.files)
         except UserError as error:
             raise UserError(f"{flag}: {error}") from error
         if len(missing) < file.chunks:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from data.encoders import Encoder
-from data.pixels import Images, to_uint8
+from data.pixels import Images
+from data.writers import writer_of
 from diffusion import PROCESSES, ImageNoise, row_noise
 from diffusion.sampling import StepHook
 from models import FAMILIES, Network
@@ -50,7 +51,7 @@ class Pipeline:
         info: Description of its checkpoint.
         encoder: Between latents and pixels.
         process: Noise process that the network was trained under.
-        image_shape: (C, H, W) of the images.
+        image_shape: (C, H, W) of the images, or (F, C, H, W) of the clips.
         guide: Weaker network of autoguidance; None without.
     """
 
@@ -105,7 +106,7 @@ class Pipeline:
     @property
     def num_classes(self) -> int:
         """Number of classes; 0 without labels."""
-        return getattr(self.network.config, "num_classes", 0)
+        return getattr(self.network.config, "num_classes", 0) if "y" in self.network.conditioning else 0
 
     @property
     def device(self) -> torch.device:
@@ -118,38 +119,40 @@ class Pipeline:
         seed: int = 0,
         *,
         null: Conditioning | None = None,
+        count: int | None = None,
         batch_size: int | None = None,
         on_step: StepHook | None = None,
         **settings: object,
     ) -> Images:
-        """Sample images: the same as those of sample_ddp.py with the same seed, labels, settings and batch size.
+        """Sample images or clips: those of sample_ddp.py with the same seed, labels, settings and batch size.
 
         Args:
             labels: Class of each image, for networks with labels.
             seed: Seed of the noise; image i has noise (seed, i).
             null: Unconditional rows for guidance; None for the network's own.
+            count: Number of samples of a network without conditioning; others make one of each row.
             batch_size: Images at a time; None for all at once.
             on_step: Called as on_step(i, x, out) after each step; a tensor that it returns replaces x.
             **settings: Flags of sample.py by name: sampler, steps, guidance, caching, precision. Changed settings
                 prepare a new run; the last few are kept. Tensors are conditioning of other networks, N rows in front.
 
         Returns:
-            (N, H, W, C) uint8.
+            (N, H, W, C) uint8, or (N, F, H, W, C) of clips.
 
         Raises:
             UserError: For settings or conditioning that do not fit the network or each other.
         """
         tensors = {name: settings.pop(name) for name, value in [*settings.items()] if isinstance(value, Tensor)}
-        rows = self._check_rows(tensors if labels is None else {"y": labels, **tensors})
+        rows, count = self._check_rows(tensors if labels is None else {"y": labels, **tensors}, count)
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size {batch_size}: must be at least 1")
-        run, images, count = self.prepare(**settings), [], len(next(iter(rows.values())))
-        size = batch_size or count
+        run, images, size = self.prepare(**settings), [], batch_size or count
+        writer = writer_of(self.image_shape)
         for start in range(0, count, size):
             indices = batch_indices(start, size, count)
             second = None if null is None else _take(null, indices)
             latents = self.denoise(run, seed, indices, _take(rows, indices), null=second, on_step=on_step)
-            images.append(to_uint8(self.decode(latents, run)).cpu().numpy())
+            images.append(writer.to_uint8(self.decode(latents, run)).cpu().numpy())
         return np.concatenate(images)[:count]
 
     def prepare(self, strength: float = 1.0, /, **settings: object) -> PreparedRun:
@@ -235,10 +238,10 @@ class Pipeline:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, run: PreparedRun | None = None) -> Tensor:
-        """Decode latents as pixels (N, C, H, W) float32, about [-1, 1].
+        """Decode latents as pixels (N, C, H, W) or (N, F, C, H, W) float32, about [-1, 1].
 
         Args:
-            latents: (N, ..., h, w).
+            latents: (N, ..., h, w); frames of clips are decoded like images, so many at a time.
             run: The run that they are from, which decides on TF32; None for the pipeline's settings.
 
         Raises:
@@ -246,7 +249,9 @@ class Pipeline:
         """
         config = self._given.general if run is None else run.config
         with distributed.tf32_inside(config.compute.allows_tf32):
-            pixels = torch.cat([self.encoder.decode(part) for part in latents.split(config.encoder.vae_batch_size)])
+            frames = latents.flatten(0, -4)  # of clips; images stay as they are
+            parts = [self.encoder.decode(part) for part in frames.split(config.encoder.vae_batch_size)]
+        pixels = torch.cat(parts).unflatten(0, latents.shape[:-3])
         if not torch.isfinite(pixels).all():
             decoded = bool(torch.isfinite(latents).all())
             source = f"--vae {self.info.encoder}" if decoded else f"--ckpt {self.info.path}"
@@ -255,12 +260,16 @@ class Pipeline:
             )
         return pixels
 
-    def _check_rows(self, rows: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Check the conditioning of all images; labels may be any whole numbers."""
+    def _check_rows(self, rows: Mapping[str, Any], count: int | None) -> tuple[dict[str, Tensor], int]:
+        """Check the conditioning of all images, and their number; labels may be any whole numbers."""
         takes = self.network.conditioning
         for name in sorted(rows.keys() ^ set(takes)):
             known, problem = ", ".join(takes).replace("y", "labels"), "missing" if name in takes else "unknown"
+            known = known or "none; give count"
             raise UserError(f"{'labels' if name == 'y' else name}: {problem}; conditioning of this network: {known}")
+        if bool(takes) == (count is not None) or (count is not None and count < 1):
+            needs = "has no effect: there is one image per row" if takes else "must be at least 1"
+            raise UserError(f"count {count}: {needs}")
         if "y" in rows:
             try:
                 numbers = [operator.index(label) for label in rows["y"]]
@@ -268,9 +277,11 @@ class Pipeline:
                 raise UserError(f"labels {rows['y']}: must be whole numbers, one per image") from error
             check_labels(numbers, self.num_classes, "labels")
             rows = {**rows, "y": torch.tensor(numbers)}
+        if count is not None:
+            return {}, count
         if len({len(leaf) for leaf in rows.values()} | {0}) != 2:
             raise UserError("labels and conditioning: must have one row per image, and at least one")
-        return dict(rows)
+        return dict(rows), len(next(iter(rows.values())))
 
 
 # Settings that a run cannot change

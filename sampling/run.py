@@ -116,7 +116,9 @@ def prepare_run(
     with error_prefix(f"{flags} --num-sampling-steps {config.num_sampling_steps}".strip()):
         sampler = choose_sampler(process, config, settings, pixels=info.encoder == "none", strength=strength)
     check_guidance(config, process)
-    if scale != 1 and guide is None and network.conditioning == ("y",):  # unconditional rows of text come with the text
+    if (
+        scale != 1 and guide is None and {*network.conditioning} <= {"y"}
+    ):  # unconditional rows of text come with the text
         with error_prefix(f"--cfg-scale {scale}"):
             network.null_conditioning(1)
     if interval is not None:

@@ -60,7 +60,7 @@ def test_png_round_trip(tmp_path):
 
 def test_an_animation_shows_every_image_and_the_last_one_longest(tmp_path):
     images = [np.full((4, 6, 3), value, np.uint8) for value in (0, 100, 250)]
-    save_gif(images, tmp_path / "a.gif", milliseconds=50, last=900)
+    save_gif(images, tmp_path / "a.gif", [50, 50, 900])
     with Image.open(tmp_path / "a.gif") as shown:
         assert (shown.n_frames, shown.size, shown.info["loop"]) == (3, (6, 4), 0)
         for k, image in enumerate(images):

@@ -252,7 +252,7 @@ def test_what_no_job_wrote_is_left_as_it_is(tmp_path, files, overwrite):
         (tmp_path / name).write_bytes(content)
     before = tree(tmp_path)
     with pytest.raises(UserError, match=r"a\S*: no sampling job wrote it, so it is not replaced; move it"):
-        job(tmp_path / "a.npz").open(SETTINGS, overwrite=overwrite, png=True)
+        job(tmp_path / "a.npz").open(SETTINGS, overwrite=overwrite, files=[".png"])
     assert tree(tmp_path) == before
 
 
@@ -276,24 +276,24 @@ def test_an_own_record_and_own_pngs_are_replaced_on_request_only(tmp_path):
         (tmp_path / "a" / name).write_bytes(b"p")
     before = tree(tmp_path)
     with pytest.raises(UserError, match="a.json exists already; --overwrite replaces it"):
-        job(tmp_path / "a.npz").open(SETTINGS, png=True)
+        job(tmp_path / "a.npz").open(SETTINGS, files=[".png"])
     assert {name: data for name, data in tree(tmp_path).items() if "partial" not in name} == before
-    assert job(tmp_path / "a.npz").open(SETTINGS, overwrite=True, png=True) == list(range(9))
+    assert job(tmp_path / "a.npz").open(SETTINGS, overwrite=True, files=[".png"]) == list(range(9))
     assert names(tmp_path / "a") == ["photo.png"]
 
 
 def test_a_chunk_without_its_pngs_is_made_again(tmp_path):
     settings = {**SETTINGS, "--save-png": True}
     file = job(tmp_path / "a.npz")
-    file.open(settings, png=True)
+    file.open(settings, files=[".png"])
     for i in range(140):
-        file.png_path(i).touch()
+        file.path_of(i, ".png").touch()
     fill(file, [0, 1])
-    file.png_path(75).unlink()
-    (file.pngs / ".000080.99999999.tmp.png").touch()
+    file.path_of(75, ".png").unlink()
+    (file.folder / ".000080.99999999.tmp.png").touch()
     file.close()
-    assert job(tmp_path / "a.npz").open(settings, png=True) == list(range(1, 9))
-    assert not list(file.pngs.glob(".*"))
+    assert job(tmp_path / "a.npz").open(settings, files=[".png"]) == list(range(1, 9))
+    assert not list(file.folder.glob(".*"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

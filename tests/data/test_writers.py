@@ -1,0 +1,127 @@
+"""Files of images and clips, read back as their readers do."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.pixels import grid, save_png, to_uint8, written_by
+from data.writers import ClipWriter, Writer, writer_of
+from tests import golden_data
+
+RNG = np.random.default_rng(0)
+
+
+def clips(count: int = 2, channels: int = 3, height: int = 7, width: int = 12) -> np.ndarray:
+    """Clips of five frames, in few colours, which a GIF keeps exactly."""
+    return (RNG.integers(0, 5, (count, 5, height, width, channels)) * 60).astype(np.uint8)
+
+
+def video(path: Path) -> tuple[np.ndarray, float]:
+    """Frames (F, H, W, 3) and frames a second of a video."""
+    av = pytest.importorskip("av")
+    with av.open(str(path)) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        return np.stack(frames), float(file.streams.video[0].average_rate)
+
+
+def animation(path: Path) -> tuple[np.ndarray, list[int]]:
+    """Frames (F, H, W, 3) and durations in milliseconds of a GIF."""
+    with Image.open(path) as file:
+        frames, durations = [], []
+        for k in range(file.n_frames):
+            file.seek(k)
+            frames.append(np.asarray(file.convert("RGB")))
+            durations.append(file.info["duration"])
+        return np.stack(frames), durations
+
+
+def test_pixels_of_clips_are_the_recorded_ones() -> None:
+    recorded = golden_data.arrays("latte/c2v_data/io")
+    pixels = recorded["pixels.in"].view(1, 1, 1, 1, -1)
+    assert torch.equal(ClipWriter().to_uint8(pixels).flatten(), recorded["pixels.out"])
+
+
+def test_pixels_of_clips_are_rounded_as_in_the_official_samplers_to_the_bit() -> None:
+    """At every half, and the 64 numbers next to it on both sides, where the two ways of rounding differ."""
+    halves = ((torch.arange(257, dtype=torch.float64) - 0.5) / 127.5 - 1).float()
+    near = [halves]
+    for direction in (-9.0, 9.0):
+        x = halves
+        for _ in range(64):
+            near.append(x := torch.nextafter(x, torch.tensor(direction)))
+    x = torch.cat([*near, torch.tensor([-torch.inf, torch.inf])])
+    official = torch.trunc(torch.clamp((x * 0.5 + 0.5) * 255 + 0.5, 0, 255)).to(torch.uint8)
+    pixels = x.view(1, 1, 1, 1, -1)
+    assert torch.equal(ClipWriter().to_uint8(pixels).flatten(), official)
+    assert not torch.equal(Writer().to_uint8(pixels).flatten(), official), "published jobs of images round otherwise"
+    assert torch.equal(Writer().to_uint8(pixels), to_uint8(pixels))
+
+
+def test_the_shape_of_a_sample_chooses_the_writer() -> None:
+    assert type(writer_of((3, 8, 8))) is Writer and writer_of((3, 8, 8)).unit == "image"
+    writer = writer_of((5, 3, 8, 8), fps=12)
+    assert isinstance(writer, ClipWriter) and (writer.unit, writer.fps) == ("clip", 12)
+    assert Writer().overviews(Path("a.png")) == (Path("a.png"),)
+    assert writer.overviews(Path("a.jpg")) == (Path("a.jpg"), Path("a.gif"))
+
+
+def test_one_image_is_written_as_before(tmp_path: Path) -> None:
+    image = RNG.integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    save_png(image, tmp_path / "a.png")
+    Writer().save(image[None], tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_contact_sheet_has_a_row_a_clip_with_its_frames_side_by_side(channels: int, tmp_path: Path) -> None:
+    samples = clips(channels=channels)
+    ClipWriter().save(samples, tmp_path / "a.png", columns=9, gap=2)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (5 * 14 + 2, 2 * 9 + 2)
+        shown = np.asarray(picture).reshape(20, 72, channels)
+    for clip in range(2):
+        for frame in range(5):
+            tile = shown[9 * clip + 2 : 9 * clip + 9, 14 * frame + 2 : 14 * frame + 14]
+            assert np.array_equal(tile, samples[clip, frame])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_gif_shows_all_clips_at_once_frame_by_frame(channels: int, tmp_path: Path) -> None:
+    samples = clips(3, channels)
+    ClipWriter().save(samples, tmp_path / "a.gif", columns=2, gap=2, software="me")
+    frames, durations = animation(tmp_path / "a.gif")
+    expected = np.stack([grid(samples[:, k], 2)[0] for k in range(5)])
+    assert np.array_equal(frames, np.broadcast_to(expected, frames.shape))
+    assert durations == [120, 130, 130, 120, 120] and written_by(tmp_path / "a.gif", "me")
+    ClipWriter(25).save(samples[:1], tmp_path / "one.gif")
+    frames, durations = animation(tmp_path / "one.gif")
+    assert durations == [40] * 5 and np.array_equal(frames, np.broadcast_to(samples[0], frames.shape))
+
+
+@pytest.mark.parametrize(("height", "width", "channels"), [(7, 12, 3), (64, 48, 1)])
+def test_an_mp4_is_close_to_the_clip_and_equal_clips_make_equal_bytes(
+    height: int, width: int, channels: int, tmp_path: Path
+) -> None:
+    pytest.importorskip("av")
+    ramp = np.linspace(0, 200, width)[None, None, :, None] + 10 * np.arange(5)[:, None, None, None]
+    samples = np.broadcast_to(ramp, (5, height, width, channels)).astype(np.uint8)[None]
+    for name in "ab":
+        ClipWriter(12).save(samples, tmp_path / f"{name}.mp4", software="me")
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    frames, fps = video(tmp_path / "a.mp4")
+    assert frames.shape == (5, height + height % 2, width + width % 2, 3) and fps == 12
+    assert np.abs(frames[:, :height, :width].astype(int) - samples[0]).mean() < 6
+    assert written_by(tmp_path / "a.mp4", "me") and not written_by(tmp_path / "a.mp4", "you")
+    (tmp_path / "a.mp4").write_text("notes")
+    assert not written_by(tmp_path / "a.mp4", "me")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
+
+
+def test_a_video_without_its_library_is_of_unknown_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "a.mp4").write_bytes(b"\0" * 64)
+    assert not written_by(tmp_path / "a.mp4", "me")
