@@ -10,9 +10,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import DDT, DiT, Network, SkipDiT
+from models import DDT, DiT, Network
 from models.contract import State
 from models.dydit_block import Routing
+from models.skip_dit import SkipUnits
 
 NORMS = (functional.layer_norm, functional.rms_norm)
 
@@ -28,7 +29,7 @@ def reused_cost(network: Network) -> dict[str, int]:
         return {part: count for part, count in network.cost().items() if part.startswith("decoder_")}
     if isinstance(network, DiT):
         parts = network.cost_of(network.blocks_to_run(reused=True))
-        if not isinstance(network, SkipDiT):
+        if not isinstance(network, SkipUnits):
             del parts["patch_embedding"]  # the state replaces x
         return parts
     return {"all": counted_cost(network, reused=True)}
@@ -91,5 +92,7 @@ def _on_meta(network: Network) -> tuple[Network, Callable[[Network, State], Stat
         empty = network if next(network.parameters()).is_meta else type(network)(network.config)
         x = torch.empty(1, *network.sample_shape)
         labels = {"y": torch.zeros(1, dtype=torch.int64)}
-    conditioning = labels if network.conditioning == ("y",) else empty.null_conditioning(1)
+    if network.conditioning == ("y",):
+        return empty, lambda empty, state: empty(x, 0.0, state=state, **labels).state
+    conditioning = empty.null_conditioning(1) if network.conditioning else {}
     return empty, lambda empty, state: empty(x, 0.0, state=state, **conditioning).state

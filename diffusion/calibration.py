@@ -64,9 +64,9 @@ def run_similarity(
     states: list[Tensor] = []
 
     def keep(i: int, x: Tensor, out: ModelOutput) -> None:
-        if not isinstance(out.state, Tensor) or out.state.ndim != 3:
+        if not isinstance(out.state, Tensor) or out.state.ndim < 3:
             raise ValueError("this network keeps no tokens between evaluations that could be shared")
-        states.append(out.state)
+        states.append(out.state.flatten(1, -2))  # those of all frames of a clip
 
     sample_loop(denoise, sampler, x, run, noise_fn=noise_fn, on_step=keep)
     return state_similarity(states)
@@ -149,6 +149,8 @@ class Calibration:
         """The images' conditioning, or random labels."""
         if self.conditioning is not None:
             return self.conditioning
+        if not self.network.conditioning:
+            return {}
         if self.network.conditioning != ("y",):
             raise ValueError(f"calibration needs the conditioning {', '.join(self.network.conditioning)}")
         generator = torch.Generator().manual_seed(self.seed)

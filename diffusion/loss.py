@@ -128,6 +128,15 @@ class LossSettings:
             from_weights: Training starts from the weights in a file.
         """
 
+    @property
+    def images_behind(self) -> int:
+        """Number of single images that the data have behind every clip."""
+        return 0
+
+    def network_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the network's samples for data of this shape; a ValueError if there is none."""
+        return shape
+
 
 class DiffusionLoss(nn.Module):
     """Losses of a network under a process. A family's own loss is a subclass.
@@ -177,6 +186,11 @@ class DiffusionLoss(nn.Module):
         self.network, self.process, self.seed, self.dropout_prob = network, process, seed, dropout_prob
         self.autocast, self.alignment, self.settings = autocast, alignment, settings or self.Settings()
 
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of a row of the data: that of the network's samples."""
+        return self.network.sample_shape
+
     def warnings(self, total_steps: int) -> list[str]:
         """Lines about settings that a user who trains for so many steps may regret."""
         return []
@@ -204,7 +218,7 @@ class DiffusionLoss(nn.Module):
             dropped = uniform[:, own] < self.dropout_prob
         return Draws(
             self.draw_times(count, self._generator("times", step, device))[own],
-            row_noise("noise", self.seed, step, rows, self.network.sample_shape, device),
+            row_noise("noise", self.seed, step, rows, self.data_shape, device),
             dropped,
             self.draw_extra(step, rows, device),
         ).to(target)

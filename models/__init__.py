@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from models import ddt, dit, dydit, skip_dit
+from models import ddt, dit, dydit, latte, skip_dit
 from models.contract import Conditioning, ModelOutput, Network, NetworkLike, TimeConvention
 from models.ddt import DDT
 from models.dit import DiT
 from models.dydit import DyDiT
+from models.latte import Latte, SkipLatte
 from models.skip_dit import SkipDiT
 
 __all__ = [
@@ -29,10 +30,12 @@ __all__ = [
     "DiT",
     "DyDiT",
     "Family",
+    "Latte",
     "ModelOutput",
     "Network",
     "NetworkLike",
     "SkipDiT",
+    "SkipLatte",
     "TimeConvention",
     "create_model",
     "family_name",
@@ -52,6 +55,8 @@ class Family(NamedTuple):
         config: Config dataclass.
         configs: Fields of each named config; a name may be any string.
         process: Noise process that the family was published with.
+        cache_bounds: Timesteps between which Skip-Cache's interval holds (`diffusion.caching.CacheSchedule`), as they
+            were published: the noisy one, the low one, and whether the low one itself counts as low.
         added_parts: Modules that the family adds to the one it grew from. Weights without any of them can start its
             training (`models.transfer`).
         data_dependent: Whether the computation of an evaluation depends on its input, which rules out CUDA graphs.
@@ -64,6 +69,7 @@ class Family(NamedTuple):
     config: type[Any]
     configs: Mapping[str, Mapping[str, object]]
     process: str = "gaussian"
+    cache_bounds: tuple[float, float, bool] = (1000.0, 20.0, True)
     added_parts: tuple[str, ...] = ()
     data_dependent: bool = False
     settings_from: Callable[[Mapping[str, Tensor], Any], dict[str, object]] | None = None
@@ -88,6 +94,21 @@ FAMILIES: dict[str, Family] = {
         skip_dit.CONFIGS,
         added_parts=("skip_norms", "skip_linears"),
         data_settings=dit.data_settings,
+    ),
+    "Latte": Family(
+        Latte,
+        latte.LatteConfig,
+        latte.CONFIGS,
+        cache_bounds=latte.CACHE_BOUNDS,
+        data_settings=latte.data_settings,
+    ),
+    "Skip-Latte": Family(
+        SkipLatte,
+        latte.SkipLatteConfig,
+        latte.SKIP_CONFIGS,
+        cache_bounds=latte.CACHE_BOUNDS,
+        added_parts=("skip_norms", "skip_linears"),
+        data_settings=latte.data_settings,
     ),
 }
 

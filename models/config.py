@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from runtime.settings import setting
 
@@ -11,11 +12,18 @@ from runtime.settings import setting
 class TransformerConfig:
     """Size of a class-conditional transformer on patches.
 
+    Attributes:
+        axes: Names of the numbers in `sample_shape`.
+        fewest_classes: Smallest `num_classes` that is possible.
+
     Raises:
         ValueError: Naming the field, its value, and the values that are possible.
     """
 
-    sample_shape: tuple[int, int, int] = (4, 32, 32)  # (C, H, W) of a latent; no flag, because it follows from the data
+    axes: ClassVar[tuple[str, ...]] = ("channels", "height", "width")
+    fewest_classes: ClassVar[int] = 1
+
+    sample_shape: tuple[int, ...] = (4, 32, 32)  # (C, H, W) of a latent; no flag, because it follows from the data
     patch_size: int = setting(2, "side of a patch in latent pixels")
     hidden_size: int = setting(1152, "width of the tokens")
     depth: int = setting(28, "number of transformer blocks")
@@ -27,10 +35,11 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         """Validate the fields."""
         object.__setattr__(self, "sample_shape", tuple(self.sample_shape))  # JSON has lists
-        for name in ("patch_size", "hidden_size", "depth", "num_heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        check_sample_shape(self.sample_shape, self.patch_size)
+        fewest = dict.fromkeys(("patch_size", "hidden_size", "depth", "num_heads"), 1)
+        for name, least in {**fewest, "num_classes": self.fewest_classes}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        check_sample_shape(self.sample_shape, self.patch_size, self.axes)
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob must lie in [0, 1), not {self.class_dropout_prob}")
         if self.mlp_width < 1:
@@ -44,7 +53,7 @@ class TransformerConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
-        _, height, width = self.sample_shape
+        *_, height, width = self.sample_shape
         return height // self.patch_size, width // self.patch_size
 
     @property
@@ -53,15 +62,21 @@ class TransformerConfig:
         return self.grid[0] * self.grid[1]
 
 
-def check_sample_shape(shape: tuple[int, ...], patch: int) -> None:
-    """Raise a ValueError, naming the nearest shapes that fit, unless patches cover a sample of shape (C, H, W)."""
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"sample_shape {shape} must be three numbers of at least 1: channels, height, width")
-    channels, *sides = shape
-    if sides[0] % patch or sides[1] % patch:
-        below = tuple(max(patch, side // patch * patch) for side in sides)
-        above = tuple(-(-side // patch) * patch for side in sides)
-        nearest = " or ".join(str((channels, *fitting)) for fitting in dict.fromkeys((below, above)))
+def check_sample_shape(
+    shape: tuple[int, ...], patch: int, axes: tuple[str, ...] = ("channels", "height", "width")
+) -> None:
+    """Raise a ValueError, naming the nearest shapes that fit, unless patches cover a sample of these axes.
+
+    The last two are height and width.
+    """
+    if len(shape) != len(axes) or min(shape) < 1:
+        count = {3: "three", 4: "four"}[len(axes)]
+        raise ValueError(f"sample_shape {shape} must be {count} numbers of at least 1: {', '.join(axes)}")
+    *others, height, width = shape
+    if height % patch or width % patch:
+        below = tuple(max(patch, side // patch * patch) for side in (height, width))
+        above = tuple(-(-side // patch) * patch for side in (height, width))
+        nearest = " or ".join(str((*others, *fitting)) for fitting in dict.fromkeys((below, above)))
         raise ValueError(
             f"sample_shape {shape}: height and width must be multiples of patch_size {patch}; nearest: {nearest}"
         )

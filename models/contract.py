@@ -83,7 +83,7 @@ class Network(nn.Module):
     """
 
     time_convention: ClassVar[TimeConvention] = "index"
-    conditioning: ClassVar[tuple[str, ...]] = ("y",)
+    conditioning: tuple[str, ...] = ("y",)
 
     config: Any
     sample_shape: tuple[int, ...]

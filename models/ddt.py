@@ -140,7 +140,6 @@ class DDT(ClassConditional):
 
     time_convention = "unit"
     config: DDTConfig
-    sample_shape: tuple[int, int, int]
 
     def __init__(self, config: DDTConfig) -> None:
         super().__init__()

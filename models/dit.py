@@ -55,6 +55,11 @@ class DiTConfig(TransformerConfig):
         if self.cache_depth is not None and not 1 <= self.cache_depth <= self.depth // 2:
             raise ValueError(f"cache_depth {self.cache_depth} must lie in 1..{self.depth // 2}, half the depth")
 
+    @property
+    def skip_units(self) -> int:
+        """Number of units that join the second half's tokens with the first half's: none."""
+        return 0
+
 
 class DiTBlock(nn.Module):
     """Attention and MLP, each with a modulated layer norm before it and a gate after it (adaLN-Zero)."""
@@ -67,10 +72,15 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = AdaLNModulation(width, 6)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Map tokens (N, T, D), given the conditioning (N, D) or (1, D), to (N, T, D)."""
+    def forward(self, x: Tensor, c: Tensor, groups: int = 1) -> Tensor:
+        """Map tokens (N, T, D), given the conditioning (N, D) or (1, D), to (N, T, D).
+
+        With `groups`, tokens are that many sequences of equal length, one after the other, and attend to their own.
+        """
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c, x.dtype)
-        x = gated_add(x, gate_msa, self.attn(modulate(self.norm1(x), shift_msa, scale_msa)))
+        h = modulate(self.norm1(x), shift_msa, scale_msa)
+        attended = self.attn(h) if groups == 1 else self.attn(h.unflatten(1, (groups, -1)).flatten(0, 1)).view_as(h)
+        x = gated_add(x, gate_msa, attended)
         return gated_add(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
 
@@ -87,22 +97,26 @@ class DiT(ClassConditional):
     """
 
     config: DiTConfig
-    sample_shape: tuple[int, int, int]
+    pos_embed: nn.Parameter
+    y_embedder: LabelEmbedder
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
         self.sample_shape = config.sample_shape
-        channels, width = config.sample_shape[0], config.hidden_size
+        self.conditioning = ("y",) if config.num_classes else ()
+        channels, width = config.sample_shape[-3], config.hidden_size
         self.out_channels = channels * (2 if config.learn_sigma else 1)
         self.cache_at = None if config.cache_depth is None else config.depth - config.cache_depth
         self.keeps_state = self.cache_at is not None
 
-        # A parameter because checkpoints hold it and fine-tuning at another resolution replaces it; never trained.
-        self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, width), requires_grad=False)
+        # Parameters because checkpoints hold them and fine-tuning at another resolution replaces them; never trained.
+        for name, table in self.position_tables().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(table.shape), requires_grad=False))
         self.x_embedder = PatchEmbed(config.patch_size, channels, width)
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(config.num_classes, width, null_class=config.class_dropout_prob > 0)
+        if "y" in self.conditioning:
+            self.y_embedder = LabelEmbedder(config.num_classes, width, null_class=config.class_dropout_prob > 0)
         self.blocks = nn.ModuleList(self.make_block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, config.patch_size, self.out_channels)
         self.reset_parameters()
@@ -111,13 +125,19 @@ class DiT(ClassConditional):
         """Build one block."""
         return DiTBlock(config.hidden_size, config.num_heads, config.mlp_ratio)
 
+    def position_tables(self) -> dict[str, Tensor]:
+        """Fixed values of the parameters that hold positions, by name; `pos_embed` is (1, T, D)."""
+        return {"pos_embed": sincos_position_table(self.config.hidden_size, *self.config.grid)[None]}
+
     def reset_parameters(self) -> None:
         """Re-initialise: Xavier for linear maps, small normals for embedders, zeros for gates and output."""
         with torch.no_grad():
-            self.pos_embed.copy_(sincos_position_table(self.config.hidden_size, *self.config.grid)[None])
+            for name, table in self.position_tables().items():
+                self.get_parameter(name).copy_(table)
         self.apply(xavier_linear_)
-        for part in (self.x_embedder, self.t_embedder, self.y_embedder, self.final_layer):
-            part.reset_parameters()
+        for part in self.children():
+            if isinstance(part, PatchEmbed | TimestepEmbedder | LabelEmbedder | FinalLayer):
+                part.reset_parameters()
         for module in self.modules():
             if isinstance(module, AdaLNModulation):
                 module.reset_parameters()
@@ -163,7 +183,7 @@ class DiT(ClassConditional):
         self, x: Tensor, state: Tensor | None, features_at: Collection[int], blocks: Sequence[int]
     ) -> None:
         """Validate the arguments of an evaluation that runs these blocks; raises the ValueErrors of `forward`."""
-        if x.shape[-3:] != self.sample_shape:
+        if x.shape[1:] != self.sample_shape:
             takes = ", ".join(map(str, self.sample_shape))
             raise ValueError(f"x is {tuple(x.shape)}; this network takes (N, {takes})")
         if state is not None and len(state) != len(x):
@@ -181,15 +201,19 @@ class DiT(ClassConditional):
         """
         return self.cost_of(range(self.config.depth))
 
+    def attended_tokens(self, block: int) -> int:
+        """Number of tokens that each token attends to in a block."""
+        return self.config.tokens
+
     def cost_of(self, blocks: Sequence[int]) -> dict[str, int]:
         """Count the MACs by part of these blocks with the embedders and the final layer."""
         config, d, tokens, count = self.config, self.config.hidden_size, self.config.tokens, len(blocks)
         patch_values = config.patch_size**2
         return {
-            "patch_embedding": tokens * d * patch_values * config.sample_shape[0],
+            "patch_embedding": tokens * d * patch_values * config.sample_shape[-3],
             "timestep_mlp": FREQUENCY_DIM * d + d * d,
             "attention_linear": count * 4 * tokens * d * d,
-            "attention_products": count * 2 * tokens * tokens * d,
+            "attention_products": sum(2 * tokens * self.attended_tokens(i) * d for i in blocks),
             "mlp": count * 2 * tokens * d * config.mlp_width,
             "modulation": (count * 6 + 2) * d * d,
             "final_linear": tokens * d * patch_values * self.out_channels,
@@ -207,7 +231,7 @@ def data_settings(weights: Mapping[str, Tensor], config: DiTConfig) -> dict[str,
         return None
     tokens, values = weights["pos_embed"].shape[1], weights["final_layer.linear.weight"].shape[0]
     side = math.isqrt(tokens) * config.patch_size
-    height, width = config.sample_shape[1:] if tokens == config.tokens else (side, side)
+    height, width = config.sample_shape[-2:] if tokens == math.prod(config.grid) else (side, side)
     return {
         "sample_shape": (channels, height, width),
         "num_classes": weights["y_embedder.embedding_table.weight"].shape[0] - 1,

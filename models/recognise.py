@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -59,9 +60,11 @@ def _fields(family: str, name: str, weights: Mapping[str, Tensor], shapes: Shape
     try:
         named = model_config(name)
         data = row.data_settings(weights, named)
-        if data is None or _shapes(family, named).keys() != shapes.keys():
+        if data is None:
             return None
         config = model_config(name, **data)
+        if _shapes(family, config).keys() != shapes.keys():
+            return None
     except (LookupError, ValueError):  # other names or ranks, or a shape that no config has
         return None
     fields = data | (row.settings_from(weights, config) if row.settings_from is not None else {})
@@ -129,7 +132,8 @@ def _layouts(family: str) -> tuple[frozenset[str], ...]:
     for name in FAMILIES[family].configs:
         config = model_config(name)
         kinds[frozenset(item for item in vars(config).items() if isinstance(item[1], bool | str | None))] = config
-    return tuple(_without_numbers(_shapes(family, config)) for config in kinds.values())
+    without_labels = (replace(config, num_classes=0) for config in kinds.values() if config.fewest_classes == 0)
+    return tuple(_without_numbers(_shapes(family, config)) for config in (*kinds.values(), *without_labels))
 
 
 def _without_numbers(names: Iterable[str]) -> frozenset[str]:

@@ -40,6 +40,11 @@ class SkipDiTConfig(DiTConfig):
             raise ValueError(f"depth {self.depth} must be even: every block of the second half has one in the first")
         super().__post_init__()
 
+    @property
+    def skip_units(self) -> int:
+        """Number of skip units: one before every block of the second half."""
+        return self.depth // 2
+
 
 class SkipNorm(nn.LayerNorm):
     """Layer norm with weight and bias that computes in float32, whatever the dtype of tokens and parameters."""
@@ -74,18 +79,19 @@ def skip_unit(x: Tensor, skip: Tensor, norm: nn.Module, linear: nn.Module) -> Te
     return out
 
 
-class SkipDiT(DiT):
-    """DiT with skip units; always keeps state.
+class SkipUnits(DiT):
+    """A network with skip units, by which its second half also sees the first half's tokens; it always keeps state.
 
-    Source: arXiv 2411.17616, section 3; sizes from DiT, of which the paper trains XL/2.
+    Attributes:
+        num_units: U, the number of units, by which `skip_norms` and `skip_linears` are numbered.
     """
 
-    config: SkipDiTConfig
+    num_units: int
     _compiled_unit: Callable[..., Tensor] | None = None
 
-    def __init__(self, config: SkipDiTConfig) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
-        width, self.num_units = config.hidden_size, config.depth // 2
+        width, self.num_units = config.hidden_size, config.skip_units
         self.skip_norms = nn.ModuleList(SkipNorm(2 * width, eps=1e-6) for _ in range(self.num_units))
         self.skip_linears = nn.ModuleList(SkipLinear(width) for _ in range(self.num_units))
 
@@ -95,6 +101,40 @@ class SkipDiT(DiT):
         for module in self.modules():
             if isinstance(module, SkipNorm | SkipLinear):
                 module.reset_parameters()
+
+    def fuse(self, unit: int, x: Tensor, skip: Tensor) -> Tensor:
+        """Apply a skip unit to tokens and skipped tokens (N, ..., D) each, -> (N, ..., D) in the tokens' dtype."""
+        apply = skip_unit if self._compiled_unit is None else self._compiled_unit
+        # The first unit joins the middle's output with itself; one tensor given twice would be compiled for on its own.
+        skip = skip.view_as(skip) if skip is x else skip
+        return apply(x, skip, self.skip_norms[unit], self.skip_linears[unit])
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile every block, and the skip units."""
+        super().compile_blocks(backend)
+        self._compiled_unit = torch.compile(skip_unit, dynamic=False, fullgraph=True, backend=backend)
+
+    def blocks_to_run(self, *, reused: bool) -> Sequence[int]:
+        """Return the indices of the blocks that an evaluation runs, with or without state, in order."""
+        depth, start = self.config.depth, self.cache_at
+        assert start is not None  # the config fills it in
+        return [*range(depth - start), *range(start, depth)] if reused else range(depth)
+
+    def cost_of(self, blocks: Sequence[int]) -> dict[str, int]:
+        """Count the MACs by part of these blocks and their skip units with the embedders and the final layer."""
+        half = self.config.depth // 2
+        units = sum(i >= half for i in blocks) * self.num_units // half
+        skip_units = units * 2 * self.config.tokens * self.config.hidden_size**2
+        return {**super().cost_of(blocks), "skip_units": skip_units}
+
+
+class SkipDiT(SkipUnits):
+    """DiT with a skip unit before every block of the second half.
+
+    Source: arXiv 2411.17616, section 3; sizes from DiT, of which the paper trains XL/2.
+    """
+
+    config: SkipDiTConfig
 
     def forward(
         self,
@@ -128,30 +168,6 @@ class SkipDiT(DiT):
                 features[i + 1] = x
         x = self.final_layer(x, c)  # (N, T, p * p * C_out)
         return ModelOutput(self.unpatchify(x), state, features)
-
-    def fuse(self, unit: int, x: Tensor, skip: Tensor) -> Tensor:
-        """Apply a skip unit to tokens and skipped tokens (N, T, D) each, -> (N, T, D) in the tokens' dtype."""
-        apply = skip_unit if self._compiled_unit is None else self._compiled_unit
-        # The first unit joins the middle's output with itself; one tensor given twice would be compiled for on its own.
-        skip = skip.view_as(skip) if skip is x else skip
-        return apply(x, skip, self.skip_norms[unit], self.skip_linears[unit])
-
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile every block, and the skip units."""
-        super().compile_blocks(backend)
-        self._compiled_unit = torch.compile(skip_unit, dynamic=False, fullgraph=True, backend=backend)
-
-    def blocks_to_run(self, *, reused: bool) -> Sequence[int]:
-        """Return the indices of the blocks that an evaluation runs, with or without state, in order."""
-        depth, kept = self.config.depth, self.config.cache_depth
-        assert kept is not None  # the config fills it in
-        return [*range(kept), *range(depth - kept, depth)] if reused else range(depth)
-
-    def cost_of(self, blocks: Sequence[int]) -> dict[str, int]:
-        """Count the MACs by part of these blocks and their skip units with the embedders and the final layer."""
-        units = sum(i >= self.num_units for i in blocks)
-        skip_units = units * 2 * self.config.tokens * self.config.hidden_size**2
-        return {**super().cost_of(blocks), "skip_units": skip_units}
 
 
 DEPTH = {"depth": 8}  # enough blocks for some to be left out

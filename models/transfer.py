@@ -11,7 +11,7 @@ from torch import Tensor
 from models.contract import Network
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
-POSITIONS = "pos_embed"
+POSITIONS, FRAME_POSITIONS = "pos_embed", "temp_embed"
 QKV = re.compile(r"(blocks\.\d+\.)attn\.qkv\.weight")
 
 
@@ -45,6 +45,12 @@ def adapt_weights(
             counts = own[POSITIONS].shape[1], adapted[POSITIONS].shape[1]
             notes.append(f"positions recomputed for {counts[0]} tokens (the weights had {counts[1]})")
             adapted[POSITIONS] = own[POSITIONS]
+    if FRAME_POSITIONS in own:
+        given, needed = adapted.get(FRAME_POSITIONS), own[FRAME_POSITIONS]
+        if given is None or given.shape != needed.shape:
+            had = "none" if given is None else str(given.shape[1])
+            notes.append(f"positions computed for {needed.shape[1]} frames (the weights had {had})")
+            adapted[FRAME_POSITIONS] = needed
     same_names = old_classes is None or new_classes is None or list(old_classes) == list(new_classes)
     if {LABEL_TABLE} <= adapted.keys() & own.keys():
         if adapted[LABEL_TABLE].shape != own[LABEL_TABLE].shape or not same_names:

@@ -136,11 +136,18 @@ RELEASES = (
         _OFFICIAL._replace(vae="mse"),
     ),
     # Video: from classes, and the last one from text
-    Release("ffs-skip.pt", "Latte", "Latte-skip", 256, "ema", _SPARSE, 2.77, None, _VIDEO),
-    Release("taichi-skip.pt", "Latte", "Latte-skip", 256, "ema", _SPARSE, 2.77, None, _VIDEO),
-    Release("skytimelapse-skip.pt", "Latte", "Latte-skip", 256, "ema", _SPARSE, 2.77, None, _VIDEO),
-    Release("ucf101-skip.pt", "Latte", "Latte-skip", 256, "ema", _SPARSE, 2.77, None, _VIDEO._replace(cfg_scale=7.0)),
-    Release("Latte-skip.pt", "Latte", "LatteT2V-skip", 512, "ema", _SPARSE, 8.76, None, _TEXT),
+    *(
+        Release(
+            f"{name}-skip.pt", "Skip-Latte", "Skip-Latte-XL/2", 256, "ema", _SPARSE, 2.77, None, _VIDEO,
+            {"num_classes": 0},
+        )
+        for name in ("ffs", "taichi", "skytimelapse")
+    ),
+    Release(
+        "ucf101-skip.pt", "Skip-Latte", "Skip-Latte-XL/2", 256, "ema", _SPARSE, 2.77, None,
+        _VIDEO._replace(cfg_scale=7.0), {"num_classes": 101},
+    ),
+    Release("Latte-skip.pt", "Skip-LatteT2V", "Skip-LatteT2V-XL/2", 512, "ema", _SPARSE, 8.76, None, _TEXT),
 )  # fmt: skip
 
 

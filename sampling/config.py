@@ -133,6 +133,11 @@ class CachingSettings:
     """State that evaluations reuse."""
 
     cache_interval: int | None = setting(None, "Skip-Cache: compute kept state every N evaluations, and at the end")
+    cache_bounds: tuple[float, float] | None = setting(
+        None,
+        "timesteps between which the interval holds: from HIGH on and below LOW every evaluation computes it",
+        shown="those that the family was published with",
+    )
     sharing_interval: int | None = setting(
         None, "encoder sharing: compute kept state once in R evaluations", was={"--refresh-rate": None}
     )
@@ -151,6 +156,12 @@ class CachingSettings:
         """Validate the fields."""
         _at_least_1(self, "cache_interval", "sharing_interval")
         reuses = self.cache_interval is not None or self.sharing_interval is not None
+        if self.cache_bounds is not None:
+            high, low = self.cache_bounds
+            if self.cache_interval is None:
+                raise ValueError(f"--cache-bounds {high:g} {low:g}: has no effect without --cache-interval")
+            if not 0 <= low <= high <= 1000:
+                raise ValueError(f"--cache-bounds {high:g} {low:g}: must be timesteps, 1000 >= HIGH >= LOW >= 0")
         if self.cache_forecast is not None and (self.cache_forecast < 0 or not reuses):
             needs = "must be at least 0" if reuses else "has no effect without --cache-interval or --sharing-interval"
             raise ValueError(f"--cache-forecast {self.cache_forecast}: {needs}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion import Evaluation, convert_time, evaluations, guided, make_sampler, sample_loop
-from diffusion.caching import cheapest, check_keeps_state, every_nth, sharing_budget, skip_cache
+from diffusion.caching import CacheSchedule, cheapest, check_keeps_state, every_nth, sharing_budget, skip_cache
 from diffusion.calibration import Calibration
 from diffusion.flow import FlowMatching
 from diffusion.forecast import Forecast, ForecastState, forecast_schedule
@@ -184,7 +184,10 @@ def refresh_schedule(
     caching, guidance, count = config.caching, config.guidance, len(sampler.times)
     if caching.cache_interval is not None:
         with error_prefix(f"--cache-interval {caching.cache_interval}"):
-            return skip_cache(network, sampler, caching.cache_interval)
+            bounds = CacheSchedule(*family_of(info.model).cache_bounds)
+            if caching.cache_bounds is not None:
+                bounds = bounds._replace(t_high=caching.cache_bounds[0], t_low=caching.cache_bounds[1])
+            return skip_cache(network, sampler, caching.cache_interval, bounds)
     if caching.sharing_interval is None:
         return None
     with error_prefix(f"--sharing-interval {caching.sharing_interval}"):
@@ -230,11 +233,11 @@ def accelerate(network: Network, model: str, sampler: Sampler, compute: ComputeS
         if slow := slow_bf16(device):
             warnings.warn(slow, stacklevel=2)
         evaluate = lower = AutocastNetwork(prepared, device, torch.bfloat16)
-        if network.conditioning == ("y",):
+        if {*network.conditioning} <= {"y"}:
             x = torch.zeros(1, *network.sample_shape, device=device)
-            y = torch.zeros(1, dtype=torch.int64, device=device)
+            labels = {name: torch.zeros(1, dtype=torch.int64, device=device) for name in network.conditioning}
             with torch.compiler.set_stance("force_eager"):  # compiled is for the rows and dtypes to come
-                cast_weights_once(prepared, torch.bfloat16, lambda: lower(x, times[0], y=y))
+                cast_weights_once(prepared, torch.bfloat16, lambda: lower(x, times[0], **labels))
     return prepared, GraphedNetwork(evaluate) if compute.cuda_graphs else evaluate
 
 

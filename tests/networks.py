@@ -34,6 +34,11 @@ def debug_name(family: str) -> str:
     return min(models.FAMILIES[family].configs, key=size)
 
 
+def sample_shape(family: str, *image: int) -> tuple[int, ...]:
+    """(C, H, W), with the family's debug number of frames in front if its samples are clips."""
+    return (*models.model_config(debug_name(family)).sample_shape[:-3], *image)
+
+
 def debug_network(family: str, **overrides: Any) -> Network:
     """A family's smallest network with random weights."""
     return randomise(models.create_model(debug_name(family), **overrides))
@@ -60,7 +65,7 @@ def inputs(network: Network, rows: int = 2) -> tuple[Tensor, float, dict[str, Te
     t = {"index": 500.0, "unit": 0.5}[network.time_convention]
     if network.conditioning == ("y",):
         return x, t, {"y": torch.arange(rows) % network.config.num_classes}
-    return x, t, network.null_conditioning(rows)
+    return x, t, network.null_conditioning(rows) if network.conditioning else {}
 
 
 def small_autoencoder(folder: Path) -> Any:

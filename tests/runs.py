@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import train
+from models import FAMILIES
 from runtime.checkpoint import read_groups
 from runtime.distributed import World
 from runtime.errors import run
@@ -19,6 +20,13 @@ from training.setup import Setup, set_up
 
 CPU = World(0, 1, torch.device("cpu"))
 DIGITS = "--dataset digits --device cpu --num-workers 0 --log-every 1".split()
+
+MOVING_DIGITS = ["--dataset", "moving-digits", *DIGITS[2:], *"--num-frames 4 --image-size 12".split()]
+
+
+def data_for(family: str) -> list[str]:
+    """Flags of the digits, moving for families whose samples are clips, and of a short run on the CPU."""
+    return MOVING_DIGITS if "frames" in getattr(FAMILIES[family].config, "axes", ()) else DIGITS
 
 
 def start(results: Path, *argv: object) -> int:

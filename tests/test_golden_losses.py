@@ -12,7 +12,7 @@ import pytest
 
 import models
 from tests.networks import debug_name
-from tests.runs import DIGITS, losses, start
+from tests.runs import data_for, losses, start
 
 CURVES = Path(__file__).parent / "assets" / "losses"
 # Another processor rounds differently, and twenty steps of Adam spread that a little; a changed computation shows.
@@ -22,7 +22,7 @@ TOLERANCE = 2e-4
 def loss_curve(family: str, results: Path) -> list[float]:
     """Twenty losses on the digits: seed 0, float32, the official recipe's settings at a batch of 16."""
     argv = "--max-steps 20 --global-batch-size 16 --precision fp32 --lr 1e-3".split()
-    assert start(results, *DIGITS, "--model", debug_name(family), *argv) == 0
+    assert start(results, *data_for(family), "--model", debug_name(family), *argv) == 0
     return [*losses(results).values()]
 
 

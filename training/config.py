@@ -75,10 +75,13 @@ class OptimizationSettings:
     global_batch_size: int = setting(256, "images a step, over all processes")
     grad_accum: int = setting(1, "micro-batches that a process cuts its part of a step into", free=True)
     lr: float = setting(1e-4, "peak learning rate")
-    lr_schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after warm-up")
+    lr_schedule: Literal["constant", "cosine", "linear"] = setting(
+        "constant", "learning rate after warm-up; linear falls to 0 at the last step, and warms up from 0"
+    )
     lr_warmup_steps: int = setting(0, "steps of linear warm-up")
     lr_final_ratio: float = setting(0.0, "end of the cosine, as a share of the peak")
     grad_clip: float | None = setting(None, "largest norm of the gradient")
+    grad_clip_start: int = setting(0, "step from which on --grad-clip holds")
     grad_norm_mode: Literal["clip", "skip"] = setting("clip", "for a larger norm: clip it, or skip the update")
     non_finite: Literal["fatal", "skip"] = setting(
         "fatal", "after a step with a gradient that is not finite (it is never applied)", free=True
@@ -90,13 +93,15 @@ class OptimizationSettings:
     def __post_init__(self) -> None:
         """Validate the fields."""
         _at_least(self, 1, "epochs", "max_steps", "global_batch_size", "grad_accum")
-        _at_least(self, 0, "lr_warmup_steps")
+        _at_least(self, 0, "lr_warmup_steps", "grad_clip_start")
         _positive(self, "lr", "grad_clip")
         for name in ("ema_decay", "lr_final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must lie in [0, 1]")
-        if self.lr_final_ratio and self.lr_schedule == "constant":
+        if self.lr_final_ratio and self.lr_schedule != "cosine":
             raise ValueError(f"--lr-final-ratio {self.lr_final_ratio}: has no effect without --lr-schedule cosine")
+        if self.grad_clip_start and self.grad_clip is None:
+            raise ValueError(f"--grad-clip-start {self.grad_clip_start}: has no effect without --grad-clip")
         if self.grad_norm_mode == "skip" and self.grad_clip is None:
             raise ValueError("--grad-norm-mode skip: needs --grad-clip, the norm from which updates are skipped")
         shares = world_size() * self.grad_accum
@@ -113,11 +118,14 @@ class OptimizationSettings:
 
     def learning_rate(self, step: int, total: int) -> float:
         """Learning rate of step `step` (from 0) of `total`: linear warm-up, then constant or cosine."""
+        linear = self.lr_schedule == "linear"
         if step < self.lr_warmup_steps:
-            return self.lr * (step + 1) / self.lr_warmup_steps
+            return self.lr * (step + (not linear)) / self.lr_warmup_steps
         if self.lr_schedule == "constant":
             return self.lr
         done = (step - self.lr_warmup_steps) / max(1, total - self.lr_warmup_steps)
+        if linear:
+            return self.lr * (1 - done)
         return self.lr * (self.lr_final_ratio + (1 - self.lr_final_ratio) * (1 + math.cos(math.pi * done)) / 2)
 
 

@@ -11,7 +11,7 @@ from data import Dataset
 from data.vision_encoder import VisionEncoder
 from diffusion.alignment import Alignment
 from diffusion.loss import DiffusionLoss, LossSettings
-from models import Network, create_model
+from models import Network, create_model, family_of
 from runtime.errors import UserError, error_prefix
 from runtime.launch import world_size
 from runtime.seeds import derive_seed
@@ -68,6 +68,14 @@ def build_loss(
     """
     (_, process), (name, settings) = owners["process"], owners["loss"]
     torch.manual_seed(derive_seed("weights", config.optimization.global_seed))
+    axes = getattr(family_of(config.model).config, "axes", None)
+    if axes is not None and len(axes) != len(shape):
+        takes, given = ("clips", "images") if len(axes) == 4 else ("images", "clips")
+        raise UserError(
+            f"--model {config.model}: takes {takes}, and these data are {given}; choose another model or --dataset"
+        )
+    with error_prefix(f"--joint-images of --model {config.model}"):
+        shape = settings.network_shape(shape)
     with error_prefix(f"--image-size {config.data.image_size or 'of the data'}"):
         network = create_model(config.model, **fields, sample_shape=shape)
     return LOSSES[name].loss(

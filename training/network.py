@@ -54,8 +54,8 @@ def check_classes(config: TrainSettings, fields: Values, dataset: Dataset) -> No
     """
     expected = getattr(model_config(config.model, **fields), "num_classes", None)
     count = len(dataset.classes)
-    if expected in (None, count):
-        return
+    if expected in (None, 0, count):
+        return  # 0: an unconditional network takes any data
     if "num_classes" in fields:
         raise UserError(f"--num-classes {expected}: the data has {count} classes; use --num-classes {count}")
     hint = "--model DiT-digits/2, or " if config.data.dataset == "digits" else ""

@@ -136,7 +136,7 @@ def set_up(
     check_loss(given, *owners["loss"])
 
     source = str(config.data.data_path or config.data.dataset) if dataset is None else type(dataset).__name__
-    dataset = open_training_data(config) if dataset is None else dataset
+    dataset = open_training_data(config, owners["loss"][1].images_behind) if dataset is None else dataset
     check_classes(config, fields, dataset)
     vae = config.data.vae or dataset.vae
     with error_prefix(f"--vae {vae}"):
@@ -174,8 +174,8 @@ def set_up(
 # Data
 
 
-def open_training_data(config: TrainSettings) -> Dataset:
-    """The data set that the settings name.
+def open_training_data(config: TrainSettings, joint_images: int = 0) -> Dataset:
+    """The data set that the settings name, with so many single frames behind every clip.
 
     Raises:
         UserError: If it cannot be opened.
@@ -194,6 +194,7 @@ def open_training_data(config: TrainSettings) -> Dataset:
             strict=data.strict,
             trust_stamps=config.run.trust_stamps,
             frames=data.num_frames,
+            joint_images=joint_images,
         )
 
 
@@ -202,7 +203,7 @@ def encode(setup: Setup, images: Tensor, step: int, rows: range, seed: int | Non
     noise = None
     if setup.encoder.stochastic:
         seed = setup.config.optimization.global_seed if seed is None else seed
-        noise = row_noise("encoder", seed, step, rows, setup.network.sample_shape, images.device)
+        noise = row_noise("encoder", seed, step, rows, setup.loss.data_shape, images.device)
     return setup.encoder.to_latents(setup.encoder.encode_pixels(images), noise)
 
 
@@ -224,7 +225,8 @@ def open_validation(setup: Setup, every: int, held_out: Dataset | None, device: 
             a validation has nothing to do.
     """
     settings, process = setup.config.validation, setup.loss.process
-    held_out = open_held_out(setup.config, setup.dataset) if held_out is None else held_out
+    if held_out is None:
+        held_out = open_held_out(setup.config, setup.dataset, setup.network.sample_shape)
     if not settings.eval_samples:
         if held_out is None:
             raise UserError(f"--eval-every {every}: nothing to do; give --eval-data-path or --eval-samples")
@@ -236,8 +238,16 @@ def open_validation(setup: Setup, every: int, held_out: Dataset | None, device: 
     return ValidationData(every, held_out, sampler, scorer)
 
 
-def open_held_out(config: TrainSettings, dataset: Dataset) -> Dataset | None:
-    """The images of the validation loss, which are never mirrored; None if there are none.
+def open_held_out(config: TrainSettings, dataset: Dataset, latents: tuple[int, ...]) -> Dataset | None:
+    """The images of the validation loss, which are never mirrored, or clips, without images behind them.
+
+    Args:
+        config: Settings of the run.
+        dataset: Training data.
+        latents: Shape of the network's samples.
+
+    Returns:
+        The data; None if there are none.
 
     Raises:
         UserError: If they cannot be opened or are of other classes than the training data.
@@ -246,7 +256,7 @@ def open_held_out(config: TrainSettings, dataset: Dataset) -> Dataset | None:
     if data.dataset == "digits":
         return open_digits("test", seed=config.optimization.global_seed)
     if data.dataset == "moving-digits":
-        return MovingDigits("test", frames=dataset.image_shape[0], side=dataset.image_shape[-1])
+        return MovingDigits("test", frames=latents[0], side=dataset.image_shape[-1])
     if path is None:
         return None
     channels, height, width = dataset.image_shape[-3:]

@@ -166,9 +166,10 @@ class Trainer:
         losses = {name: torch.cat([piece[name].detach() for piece in seen]) for name in seen[0]}
         gradients = [p.grad for p in state.trained.values() if p.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if optimization.grad_clip is not None and optimization.grad_norm_mode == "clip":
-            torch.nn.utils.clip_grads_with_norm_(state.trained.values(), optimization.grad_clip, grad_norm)
-        limit = optimization.grad_clip if optimization.grad_norm_mode == "skip" else None
+        limit = optimization.grad_clip if step >= optimization.grad_clip_start else None
+        if limit is not None and optimization.grad_norm_mode == "clip":
+            torch.nn.utils.clip_grads_with_norm_(state.trained.values(), limit, grad_norm)
+            limit = None
         self.guard.watch(step, losses["loss"].mean(), grad_norm, limit)
         self.guard.step()
         state.ema.update()

@@ -121,6 +121,8 @@ class Validation:
     def preview_conditioning(self) -> dict[str, Tensor]:
         """Conditioning of the samples: all classes in turn or, without classes, that of the first images."""
         count, classes = self.settings.eval_samples, len(self.setup.dataset.classes)
+        if not self.network.conditioning:
+            return {}
         if classes:
             return {"y": torch.arange(count) % classes}
         images = self.setup.dataset if self.data.held_out is None else self.data.held_out
@@ -147,7 +149,8 @@ class Validation:
         for number, (raw, y, index) in zip(own, read_batches(loader, "--eval-data-path"), strict=True):
             draws = self.loss.draw(number, len(index), device=device)
             latents = encode(self.setup, raw.to(device), number, range(len(index)), self.seed)
-            batch = Batch(latents, {name: leaf.to(device) for name, leaf in conditioning(y).items()}, index)
+            cond = conditioning(y) if self.network.conditioning else {}
+            batch = Batch(latents, {name: leaf.to(device) for name, leaf in cond.items()}, index)
             loss = self.loss(batch, draws, number, {})["loss"]
             timesteps = convert_time(process.to_time(draws.t), process.time_convention, "index")
             quarter = (timesteps / (1000 / QUARTERS)).long().clamp(0, QUARTERS - 1)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch.nn import functional
 
 import models
 from benchmarks.fake_cuda import CudaTrace, extra_casts, fake_cuda, trace, trace_block
-from data.image_folder import ArrayImages
+from data import Example, Key
 from diffusion import PROCESSES, SAMPLERS, Batch, evaluations, guided, make_sampler, sample_loop
 from diffusion.caching import every_nth
 from models import DyDiT, Network, model_config
@@ -122,20 +121,33 @@ def test_a_planted_cast_is_found(device: torch.device, monkeypatch: pytest.Monke
 # Training
 
 
+class OneBlackItem:
+    """Data of any shape."""
+
+    vae, worth_workers = "none", False
+
+    def __init__(self, shape: tuple[int, ...], classes: list[str]) -> None:
+        self.image_shape, self.classes = shape, classes
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, key: Key) -> Example:
+        return torch.zeros(self.image_shape, dtype=torch.uint8), 0, 0
+
+
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_an_objective_waits_for_nothing(device: torch.device, family: str, process: str) -> None:
     config = model_config(debug_name(family))
-    channels, height, width = config.sample_shape
     argv = ["--model", debug_name(family), "--process", process, "--precision", "bf16", "--global-batch-size", "4"]
     given = parse(
         TrainSettings, [*argv, "--max-steps", "1", "--device", "cpu"], program="train.py", doc=None, kinds=KINDS
     )
-    classes = [str(k) for k in range(config.num_classes)]
-    data = ArrayImages(np.zeros((1, height, width, channels), np.uint8), np.zeros(1, np.int64), classes)
+    data = OneBlackItem(config.sample_shape, [str(k) for k in range(config.num_classes)])
     loss = set_up(given, device, dataset=data, fake=nullcontext()).loss  # type: ignore[arg-type]  # one is active
     labels = {"y": torch.zeros(4, dtype=torch.int64, device=device)}
-    batch = Batch(torch.empty(4, channels, height, width, device=device), labels, torch.arange(4, device=device))
+    batch = Batch(torch.empty(4, *config.sample_shape, device=device), labels, torch.arange(4, device=device))
     draws = loss.draw(0, 4, device=device)
 
     def step() -> None:

@@ -49,9 +49,9 @@ def test_blocks_are_compiled_once_for_all_steps_and_whole(network: Network, samp
         with torch.autocast("cpu", BF16, enabled=half):
             prepared(x, time if sampling else torch.rand(len(x)) * t, **conditioning)
         after.append(counter.frame_count)
-    # Both halves of a DDT, whose conditioning differs; blocks and skip units; what a plan runs in place of a block,
-    # where one head is on and where more are
-    kinds = {"DDT": 2, "SkipDiT": 2, "DyDiT": 3 if sampling else 1}
+    # Both halves of a DDT, whose conditioning differs; blocks and skip units; spatial and temporal blocks; what a plan
+    # runs in place of a block, where one head is on and where more are
+    kinds = {"DDT": 2, "SkipDiT": 2, "Latte": 2, "SkipLatte": 3, "DyDiT": 3 if sampling else 1}
     assert after == [kinds.get(type(network).__name__, 1)] * 3
     torch._dynamo.reset()
 

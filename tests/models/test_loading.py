@@ -14,7 +14,7 @@ from runtime import releases
 from runtime.errors import UserError
 from runtime.releases import Preset, Release
 from tests.checkpoints import write_network
-from tests.networks import debug_name, debug_network, randomise
+from tests.networks import debug_name, debug_network, randomise, sample_shape
 
 
 def assert_same(loaded: Network, network: Network) -> None:
@@ -38,7 +38,8 @@ def official(path: Path, network: Network) -> Path:
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_a_checkpoint_becomes_the_network_that_it_was_made_with(family: str, tmp_path: Path) -> None:
-    network = debug_network(family, num_classes=3, sample_shape=(4, 6, 10))
+    shape = sample_shape(family, 4, 6, 10)
+    network = debug_network(family, num_classes=3, sample_shape=shape)
     data = {"image_shape": [3, 48, 80], "classes": ["ant", "bee", "cat"]}
     process = {"name": models.FAMILIES[family].process, "shift": 2.0}
     path = write_network(
@@ -50,7 +51,7 @@ def test_a_checkpoint_becomes_the_network_that_it_was_made_with(family: str, tmp
     assert (info.path, info.weights, info.model, info.step) == (path, "ema-0.9999", debug_name(family), 7)
     assert (info.process, info.process_settings) == (process["name"], {"shift": 2.0})
     assert (info.encoder, info.image_shape, info.classes) == ("mse", (3, 48, 80), ("ant", "bee", "cat"))
-    assert info.config["sample_shape"] == (4, 6, 10) and info.release is info.preset is None
+    assert info.config["sample_shape"] == shape and info.release is info.preset is None
     assert info.meta is not None and info.meta["format"] == 2
 
 
@@ -194,8 +195,10 @@ def test_a_source_that_cannot_be_had_is_one_line(
 
 
 def test_a_family_that_is_not_here_yet_is_named() -> None:
-    with pytest.raises(UserError, match="^--ckpt ucf101-skip: is of the family Latte, which is not here yet; here: "):
-        load_network("ucf101-skip")
+    with pytest.raises(
+        UserError, match="^--ckpt Latte-skip: is of the family Skip-LatteT2V, which is not here yet; here: "
+    ):
+        load_network("Latte-skip")
 
 
 @pytest.mark.parametrize(

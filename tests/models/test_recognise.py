@@ -6,7 +6,7 @@ import torch
 import models
 from models import create_model, model_config
 from models.recognise import check_family, family_of_weights, recognise
-from tests.networks import debug_name
+from tests.networks import debug_name, sample_shape
 
 
 @pytest.mark.parametrize("name", models.list_models())
@@ -21,7 +21,7 @@ def test_every_model_is_recognised_by_its_weights(name: str) -> None:
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_data_may_differ_from_the_named_config(family: str) -> None:
     fields = models.FAMILIES[family].config.__dataclass_fields__
-    other = {"num_classes": 7, "sample_shape": (3, 12, 12), "learn_sigma": False}
+    other = {"num_classes": 7, "sample_shape": sample_shape(family, 3, 12, 12), "learn_sigma": False}
     network = create_model(debug_name(family), **{k: v for k, v in other.items() if k in fields})
     recognised = recognise(network.state_dict())
     assert recognised is not None and recognised.name == debug_name(family)

@@ -34,7 +34,7 @@ class Float64Operations(TorchDispatchMode):
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_after_the_draws_nothing_is_computed_in_float64(family):
     flags = "--global-batch-size 4 --num-classes 10 --max-steps 2".split()
-    setup = runs.open_setup(*runs.DIGITS, "--model", debug_name(family), *flags)
+    setup = runs.open_setup(*runs.data_for(family), "--model", debug_name(family), *flags)
     network, loss = setup.network, setup.loss
     draws, noise = loss.draw(0, 4), ImageNoise(0, range(4), network.sample_shape)
     batch = Batch(torch.randn(4, *network.sample_shape), {"y": torch.arange(4)}, torch.arange(4))

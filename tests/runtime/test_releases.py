@@ -39,7 +39,7 @@ def test_wrong_official_links_are_put_right() -> None:
     skip, video, sky = (find_release(name) for name in ("DiT-XL-2-skip", "Latte-skip", "skytimelapse-skip"))
     assert skip and video and sky
     assert skip.address.endswith("/DiT-XL-2-skip.pt") and skip.model == "Skip-DiT-XL/2"
-    assert video.address.endswith("/Latte-skip.pt") and video.family == "Latte"
+    assert video.address.endswith("/Latte-skip.pt") and video.family == "Skip-LatteT2V"
     assert sky.address.endswith("/skytimelapse-skip.pt")
 
 
@@ -62,8 +62,9 @@ def test_a_release_of_a_registered_family_fits_its_model_and_its_file_s_size(rel
     assert release.model in models.FAMILIES[release.family].configs
     with torch.device("meta"):
         side = release.image_size // 8
-        network = models.create_model(release.model, **{"sample_shape": (4, side, side), **release.config})
-    assert network.sample_shape == (4, side, side)
+        frames = models.model_config(release.model).sample_shape[:-3]
+        network = models.create_model(release.model, **{"sample_shape": (*frames, 4, side, side), **release.config})
+    assert network.sample_shape == (*frames, 4, side, side)
     if release.gigabytes is not None:
         numbers = sum(parameter.numel() for parameter in network.parameters())
         assert release.gigabytes * 1e9 == pytest.approx(4 * numbers * COPIES[release.layout], rel=0.005)
@@ -78,12 +79,12 @@ def test_a_model_s_release_is_found_by_model_and_size() -> None:
         release_of_model("DyDiT-XL/2", None, models.FAMILIES)
 
 
-@pytest.mark.parametrize(("model", "size"), [("DiT-S/2", 256), ("LatteT2V-skip", 512), ("Latte-skip", 256)])
+@pytest.mark.parametrize(("model", "size"), [("DiT-S/2", 256), ("Skip-LatteT2V-XL/2", 512)])
 def test_a_release_of_a_family_without_code_is_not_offered(model: str, size: int) -> None:
     with pytest.raises(UserError, match="no checkpoint of it .*DDT-XL/2") as error:
         release_of_model(model, size, models.FAMILIES)
     offered = str(error.value).split("released: ")[1]
-    assert "Latte" not in offered and "Skip-DiT-XL/2 (256 pixels)" in offered
+    assert "LatteT2V" not in offered and "Skip-DiT-XL/2 (256 pixels)" in offered
 
 
 @pytest.mark.parametrize(
@@ -93,12 +94,13 @@ def test_a_release_of_a_family_without_code_is_not_offered(model: str, size: int
         ("dit-xl-2-512.pt", "DiT-XL-2-512x512"),
         ("dydit0.7.pth", "dydit_0.7"),
         ("new_dydit0.6", "new_dydit0.5"),
+        ("ucf101-skip2", "ucf101-skip"),
     ],
 )
 def test_a_misspelt_release_is_close_to_the_one_that_was_meant(name: str, close: str) -> None:
     assert close in close_names(name, models.FAMILIES)
 
 
-@pytest.mark.parametrize("name", ["nothing.pt", "results/000-DiT-XL-2/checkpoints/0400000.pt", "ucf101-skip2", "a.pt"])
+@pytest.mark.parametrize("name", ["nothing.pt", "results/000-DiT-XL-2/checkpoints/0400000.pt", "imagenet2", "a.pt"])
 def test_other_names_are_close_to_none(name: str) -> None:
     assert close_names(name, models.FAMILIES) == []

@@ -136,7 +136,7 @@ def test_a_flag_of_another_owner_is_refused_by_name(
 def test_families_and_losses_fit_together() -> None:
     for family, row in FAMILIES.items():
         name = next(name for name in row.configs if "digits" in name)
-        assert open_setup(*DIGITS, "--model", name).document()["model"]["name"].startswith(family)
+        assert open_setup(*runs.data_for(family), "--model", name).document()["model"]["name"].startswith(family)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

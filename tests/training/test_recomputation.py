@@ -21,7 +21,9 @@ ROUTED = "--width-router-bias 0.5 --token-router-bias 0.5 --flops-target 0.3 --f
 def step(family: str, *argv: str) -> tuple[Trainer, dict[str, Tensor], int]:
     """The trainer after a step from random weights, the gradients, and the peak of memory above the start."""
     own = ROUTED if family == "DyDiT" else []
-    setup = open_setup(*DIGITS, "--model", debug_name(family), "--global-batch-size", 64, "--depth", 8, *own, *argv)
+    setup = open_setup(
+        *runs.data_for(family), "--model", debug_name(family), "--global-batch-size", 64, "--depth", 8, *own, *argv
+    )
     randomise(setup.network).train()
     trainer = Trainer(setup, CPU)
     number, pieces = next(batches(setup, CPU, 0))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from diffusion.loss import DiffusionLoss, LossSettings
 from training.losses.dydit import DyDiTLoss, DyDiTLossSettings
+from training.losses.joint import JointLoss, JointLossSettings
 
 
 class LossRow(NamedTuple):
@@ -18,8 +19,9 @@ class LossRow(NamedTuple):
 LOSSES: dict[str, LossRow] = {
     "diffusion": LossRow(DiffusionLoss, LossSettings),
     "dydit": LossRow(DyDiTLoss, DyDiTLossSettings),
+    "joint": LossRow(JointLoss, JointLossSettings),
 }
-FAMILY_LOSS = {"DyDiT": "dydit"}  # "diffusion" for all others
+FAMILY_LOSS = {"DyDiT": "dydit", "Latte": "joint", "Skip-Latte": "joint"}  # "diffusion" for all others
 
 
 def loss_of(family: str) -> str:

@@ -1,0 +1,299 @@
+"""Latte: a diffusion transformer for clips (Ma et al., 2024, arXiv 2401.03048), plain and with skip units.
+
+Its blocks are DiT's and come in pairs: in the first, the tokens of a frame attend to each other, in the second those of
+one place in all frames do. A Skip-Latte (Chen et al., 2024, arXiv 2411.17616) has a skip unit before every pair of its
+second half, as Skip-DiT has before every block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models import dit
+from models.contract import ModelOutput
+from models.dit import DiT, DiTConfig
+from models.skip_dit import SkipUnits
+
+CACHE_BOUNDS = (900.0, 50.0, False)
+LABEL_TABLE = "y_embedder.embedding_table.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatteConfig(DiTConfig):
+    """Everything that fixes a Latte's parameters, and its reusable state.
+
+    `depth` counts blocks, of which every second is temporal; `cache_depth` counts pairs of them. Without classes
+    (`num_classes` 0) the network is unconditional.
+
+    Raises:
+        ValueError: Naming the field, its value, and the values that are possible.
+    """
+
+    axes: ClassVar[tuple[str, ...]] = ("frames", "channels", "height", "width")
+    fewest_classes: ClassVar[int] = 0
+
+    sample_shape: tuple[int, ...] = (16, 4, 32, 32)  # (F, C, H, W) of a clip's latents
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        if self.num_classes == 0:
+            object.__setattr__(self, "class_dropout_prob", 0.0)  # there is nothing to drop
+        super().__post_init__()
+        if self.depth % 2:
+            raise ValueError(f"depth {self.depth} must be even: blocks are spatial and temporal in turn")
+        if self.hidden_size % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} must be even for the positions of frames")
+        if self.cache_depth is not None and not 1 <= self.cache_depth <= self.depth // 4:
+            raise ValueError(
+                f"cache_depth {self.cache_depth} must lie in 1..{self.depth // 4}: it counts pairs of blocks, at most "
+                "half of them"
+            )
+
+    @property
+    def frames(self) -> int:
+        """F, the number of frames."""
+        return self.sample_shape[0]
+
+    @property
+    def frame_tokens(self) -> int:
+        """T, the number of tokens of a frame."""
+        return super().tokens
+
+    @property
+    def tokens(self) -> int:
+        """F * T, the number of tokens of a clip."""
+        return self.frames * self.frame_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipLatteConfig(LatteConfig):
+    """Everything that fixes a Skip-Latte's parameters, and its reusable state: one pair at each end by default.
+
+    Raises:
+        ValueError: Naming the field, its value, and the values that are possible.
+    """
+
+    def __post_init__(self) -> None:
+        """Fill in `cache_depth` and validate the fields."""
+        if self.depth % 4:
+            raise ValueError(f"depth {self.depth} must be a multiple of 4: every pair of blocks has one in each half")
+        if self.cache_depth is None:
+            object.__setattr__(self, "cache_depth", 1)
+        super().__post_init__()
+
+    @property
+    def skip_units(self) -> int:
+        """Number of skip units: one before every pair of the second half."""
+        return self.depth // 4
+
+
+def frame_position_table(width: int, frames: int) -> Tensor:
+    """Compute fixed positions of frames (F, D) float64: sines, then cosines, of f * 10,000^(-k / (D / 2))."""
+    frequencies = 10_000.0 ** -(np.arange(width // 2, dtype=np.float64) / (width // 2))
+    angles = np.arange(frames, dtype=np.float64)[:, None] * frequencies
+    return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
+
+
+class Latte(DiT):
+    """Diffusion transformer of spatial and temporal blocks in turn, for clips with a label or without.
+
+    With `cache_depth` B, the tokens (N, F, T, D) that enter the B-th pair from the end are returned as state, and an
+    evaluation that is given them runs the last B pairs on them and ignores x.
+
+    In training, I single images may follow the frames of every clip: spatial blocks see all, temporal ones the frames
+    alone. Images may have labels of their own.
+
+    Source: arXiv 2401.03048, section 3 (its first variant), sizes from DiT; joint training from arXiv 2411.17616's
+    released code.
+    """
+
+    config: LatteConfig
+    temp_embed: nn.Parameter
+
+    def __init__(self, config: LatteConfig) -> None:
+        super().__init__(config)
+        self.cache_at = None if config.cache_depth is None else config.depth - 2 * config.cache_depth
+
+    def position_tables(self) -> dict[str, Tensor]:
+        """Fixed positions: `pos_embed` (1, T, D) of tokens in a frame, `temp_embed` (1, F, D) of frames in a clip."""
+        return {
+            **super().position_tables(),
+            "temp_embed": frame_position_table(self.config.hidden_size, self.config.frames)[None],
+        }
+
+    def null_conditioning(self, rows: int) -> dict[str, Tensor]:
+        """Return labels of the null class; a ValueError for an unconditional network."""
+        if not self.conditioning:
+            raise ValueError("this network is unconditional: it has no labels, and cannot be guided by them")
+        return super().null_conditioning(rows)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: float | Tensor,
+        *,
+        y: Tensor | None = None,
+        image_labels: Tensor | None = None,
+        state: Tensor | None = None,
+        features_at: Collection[int] = (),
+    ) -> ModelOutput:
+        """Predict noise (and variance values) for noisy clips at timesteps 0..999; see `Network`.
+
+        Args:
+            x: (N, F, C, H, W), or (N, F + I, C, H, W) with single images behind the frames.
+            t: Timesteps; images have their clip's.
+            y: (N,) int64 labels; None for an unconditional network.
+            image_labels: (N, I) int64 labels of the images of a class-conditional network.
+            state: State of an earlier evaluation of the same rows.
+            features_at: 1-based numbers of blocks; their tokens (N, (F + I) * T, D) are returned, frame by frame.
+
+        Returns:
+            `ModelOutput` with sample (N, F + I, C_out, H, W), and state (N, F + I, T, D) with `cache_depth`.
+        """
+        state = state if self.keeps_state else None
+        blocks = self.blocks_to_run(reused=state is not None)
+        self.check_inputs(x, state, features_at, blocks)
+        if (y is None) == ("y" in self.conditioning):
+            raise ValueError(
+                "y must be (N,) labels" if y is None else "y: this network is unconditional, without labels"
+            )
+        c = self.t_embedder(t) if y is None else self.t_embedder(t) + self.y_embedder(y)  # (N, D) or (1, D)
+        frame_c = self.frame_conditioning(t, c, x, image_labels)
+        units = self.config.skip_units
+        features: dict[int, Tensor] = {}
+        skips: list[Tensor] = []  # outputs of the first half's pairs; the second half takes the latest first
+        if state is None or blocks[0] != self.cache_at:
+            x = self.embed(x)
+        for i in blocks:  # (N, F + I, T, D)
+            temporal, pair = i % 2 == 1, i // 2
+            if i == self.cache_at:
+                x = state = x if state is None else state
+            if not temporal and units and pair >= units:
+                x = self.fuse(pair - units, x, skips.pop())
+            x = self.over_frames(i, x, c) if temporal else self.over_places(i, x, c, frame_c)
+            if temporal and pair < units:
+                skips.append(x)
+            if i + 1 in features_at:
+                features[i + 1] = x.flatten(1, 2)
+        return ModelOutput(self.decode(x, c, frame_c), state, features)
+
+    def fuse(self, unit: int, x: Tensor, skip: Tensor) -> Tensor:
+        """Apply a skip unit, of which a plain Latte has none."""
+        raise NotImplementedError
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Embed frames and images (N, F + I, C, H, W) -> (N, F + I, T, D)."""
+        tokens: Tensor = self.x_embedder(x.flatten(0, 1)) + self.pos_embed
+        return tokens.view(*x.shape[:2], *tokens.shape[1:])
+
+    def frame_conditioning(self, t: float | Tensor, c: Tensor, x: Tensor, labels: Tensor | None) -> Tensor | None:
+        """Conditioning of every frame and image (N, F + I, D); None if images have no labels of their own.
+
+        Args:
+            t: Timesteps.
+            c: (N, D) conditioning of the clips.
+            x: (N, F + I, C, H, W).
+            labels: (N, I) labels of the images.
+
+        Raises:
+            ValueError: If images and labels do not match.
+        """
+        images = x.shape[1] - self.config.frames
+        wanted = (len(x), images) if images and self.conditioning else None
+        if (None if labels is None else tuple(labels.shape)) != wanted:
+            given = "none" if labels is None else f"of shape {tuple(labels.shape)}"
+            raise ValueError(f"image_labels must be {wanted or 'left out'} for x of {tuple(x.shape)}; given: {given}")
+        if labels is None:
+            return None
+        of_images = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels)  # (N, I, D)
+        return torch.cat([c.unsqueeze(1).expand(-1, self.config.frames, -1), of_images], dim=1)
+
+    def over_places(self, i: int, x: Tensor, c: Tensor, frame_c: Tensor | None) -> Tensor:
+        """Run a spatial block, in which the tokens of a frame attend to each other: (N, F + I, T, D) -> the same."""
+        out: Tensor
+        if frame_c is not None:
+            out = self.blocks[i](x.flatten(0, 1), frame_c.flatten(0, 1))
+        else:
+            out = self.blocks[i](x.flatten(1, 2), c, x.shape[1])
+        return out.view_as(x)
+
+    def over_frames(self, i: int, x: Tensor, c: Tensor) -> Tensor:
+        """Run a temporal block, in which the tokens of one place attend to each other: (N, F + I, T, D) -> the same."""
+        frames = self.config.frames
+        clip = x[:, :frames].transpose(1, 2)  # (N, T, F, D)
+        if i == 1:
+            clip = clip + self.temp_embed
+        n, tokens, _, width = clip.shape
+        out = self.blocks[i](clip.reshape(n, tokens * frames, width), c, tokens)
+        clip = out.view(n, tokens, frames, width).transpose(1, 2)
+        return clip.contiguous() if x.shape[1] == frames else torch.cat([clip, x[:, frames:]], dim=1)
+
+    def decode(self, x: Tensor, c: Tensor, frame_c: Tensor | None) -> Tensor:
+        """Map tokens (N, F + I, T, D) to predictions (N, F + I, C_out, H, W)."""
+        if frame_c is None:
+            values = self.final_layer(x.flatten(1, 2), c).unflatten(1, x.shape[1:3]).flatten(0, 1)
+        else:
+            values = self.final_layer(x.flatten(0, 1), frame_c.flatten(0, 1))
+        samples = self.unpatchify(values)
+        return samples.view(*x.shape[:2], *samples.shape[1:])
+
+    def check_inputs(
+        self, x: Tensor, state: Tensor | None, features_at: Collection[int], blocks: Sequence[int]
+    ) -> None:
+        """Validate the arguments of an evaluation that runs these blocks; raises the ValueErrors of `forward`."""
+        frames = self.config.frames
+        if x.ndim == 5 and x.shape[1] < frames:
+            raise ValueError(f"x has {x.shape[1]} frames; this network was made for clips of {frames}")
+        super().check_inputs(x[:, :frames], state, features_at, blocks)
+
+    def attended_tokens(self, block: int) -> int:
+        """Number of tokens that each token attends to: those of a frame or, in temporal blocks, of a place."""
+        return self.config.frames if block % 2 else self.config.frame_tokens
+
+
+class SkipLatte(SkipUnits, Latte):
+    """Latte with a skip unit before every pair of blocks of the second half.
+
+    The state (N, F, T, D) is the tokens that enter the `cache_depth`-th pair from the end, before its skip unit. An
+    evaluation that is given it runs the first and last `cache_depth` pairs only.
+
+    Source: arXiv 2411.17616, section 4, with the released code's formula for 28 blocks continued to other depths.
+    """
+
+    config: SkipLatteConfig
+
+
+def data_settings(weights: Mapping[str, Tensor], config: LatteConfig) -> dict[str, object] | None:
+    """Infer sample_shape, num_classes (0: unconditional) and learn_sigma; None if the weights have another size."""
+    labels = {LABEL_TABLE: torch.empty(1, 0)} if LABEL_TABLE not in weights else {}
+    found = dit.data_settings({**weights, **labels}, config)
+    if found is None or "temp_embed" not in weights:
+        return None
+    shape: tuple[int, ...] = found["sample_shape"]  # type: ignore[assignment]
+    return {**found, "sample_shape": (weights["temp_embed"].shape[1], *shape)}
+
+
+# Small enough for every script to run in seconds on a laptop; class-conditional clips of four frames.
+DEBUG: dict[str, object] = {**dit.DEBUG, "sample_shape": (4, 4, 8, 8)}
+# Moving digits: eight grey frames of 16 x 16.
+DIGITS: dict[str, object] = {
+    "depth": 8, "hidden_size": 96, "num_heads": 4, "patch_size": 4, "sample_shape": (8, 1, 16, 16), "num_classes": 10,
+    "learn_sigma": False,
+}  # fmt: skip
+
+CONFIGS: dict[str, dict[str, object]] = {
+    **dit.published("Latte"),
+    "Latte-debug/2": DEBUG,
+    "Latte-digits/4": DIGITS,
+}
+SKIP_CONFIGS: dict[str, dict[str, object]] = {
+    **dit.published("Skip-Latte"),
+    "Skip-Latte-debug/2": {**DEBUG, "depth": 8},
+    "Skip-Latte-digits/4": DIGITS,
+}
