@@ -41,7 +41,9 @@ UPRIGHT = {  # EXIF orientation -> its inverse
 
 # Raster formats of photographs; Pillow would also open formats that start other programs (EPS) or hold scripts
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-MAX_PIXELS = 200_000_000  # a GB while it is decoded
+# An image takes up to 16 bytes a pixel while it is decoded, so 3.2 GB (WebP; most PNG and JPEG files half of that)
+MAX_PIXELS = 200_000_000
+ROWS = 256  # of 16-bit pixels that are converted at a time
 MAX_RATIO = 100  # of the sides: resized to cover a crop, an image has at most as many times its pixels
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # bytes of a text in a PNG, such as the workflow of a generator
@@ -68,8 +70,9 @@ def decode_image(data: bytes, channels: int) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             check_size(file.width, file.height)
             file.load()
-            image, turn = _eight_bit(file), UPRIGHT.get(_orientation(file))
-            return (image if turn is None else image.transpose(turn)).convert("RGB" if channels == 3 else "L")
+            image, turn, mode = _eight_bit(file), UPRIGHT.get(_orientation(file)), "RGB" if channels == 3 else "L"
+            image = image if image.mode == mode else image.convert(mode)  # PIL would copy it
+            return image if turn is None else image.transpose(turn)
     except MemoryError:
         raise  # not a fault of the file
     except Exception as error:  # PIL's decoders raise exceptions of all kinds on damaged bytes
@@ -95,7 +98,10 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 0xFFFF:
             raise ValueError("pixels of more than 16 bits have no agreed range")
-        return Image.fromarray(np.rint(levels / 257).astype(np.uint8))
+        rounded = np.empty(levels.shape, np.uint8)
+        for start in range(0, len(levels), ROWS):  # in float64 all of it would take eight times as much
+            rounded[start : start + ROWS] = np.rint(levels[start : start + ROWS] / 257)
+        return Image.fromarray(rounded)
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA")  # PIL would warn about each file if converted to RGB at once
     return image

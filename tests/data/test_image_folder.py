@@ -1,15 +1,20 @@
+import io
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader
 
 from data import open_dataset
 from data.digits import load_digits
 from data.image_folder import ArrayImages, ImageFolder, UnreadableImageError, center_crop, decode_image
 from tests import golden_data
+from tests.processes import ROOT
 
 
 @pytest.mark.parametrize("size", [(6, 10), (10, 6), (24, 5), (5, 24)])
@@ -280,3 +285,65 @@ def test_the_machines_shortage_of_memory_is_not_blamed_on_the_file(monkeypatch):
     monkeypatch.setattr(Image, "open", full)
     with pytest.raises(MemoryError):
         decode_image(b"x", 3)
+
+
+FILES = {
+    "JPEG": {"progressive": True, "subsampling": 0},
+    "PNG": {},
+    "WEBP": {"lossless": True, "quality": 0, "method": 0},
+    "TIFF": {},
+    "BMP": {},
+    "PPM": {},
+    "GIF": {},
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("kind", FILES)
+def test_what_is_decoded_outlives_its_file(kind, mode):
+    buffer, channels = io.BytesIO(), len(mode)
+    pixels = np.random.default_rng(1).integers(0, 256, (17, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(buffer, kind, **FILES[kind])
+    with Image.open(io.BytesIO(buffer.getvalue())) as file:
+        expected = [np.asarray(file.convert(mode)), np.asarray(center_crop(file.convert(mode), 8))]
+    image = decode_image(buffer.getvalue(), channels)
+    assert image.mode == mode and np.array_equal(np.asarray(image), expected[0])
+    assert np.array_equal(np.asarray(center_crop(image, 8)), expected[1])
+    assert np.array_equal(np.asarray(image.copy()), expected[0])
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from data.image_folder import center_crop, decode_image
+
+def memory(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+for path in sys.argv[1:]:
+    content = Path(path).read_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
+    before = memory("VmRSS")
+    center_crop(decode_image(content, 3), 64)
+    print(path, memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux")
+def test_memory_of_decoding_is_bounded_by_the_number_of_pixels(tmp_path):
+    exif, side = Image.Exif(), 2500
+    exif[ExifTags.Base.Orientation] = 6
+    colours = Image.new("RGB", (side, side), (7, 80, 3))
+    levels = np.full((side, side), 40_000)
+    images = {"JPEG": colours, "PNG": Image.fromarray(levels.astype(np.uint16)), "WEBP": colours}
+    images["TIFF"] = Image.fromarray(levels.astype(np.int32))
+    for kind, image in images.items():
+        options = FILES[kind] | ({} if kind == "TIFF" else {"exif": exif})
+        image.save(tmp_path / kind, kind, **options)
+    names = [str(tmp_path / kind) for kind in images]
+    done = subprocess.run([sys.executable, "-c", MEMORY, *names], capture_output=True, text=True, cwd=ROOT, check=True)
+    for line in done.stdout.splitlines():
+        name, peak = line.split()
+        assert int(peak) < 16.5 * side**2, f"{name}: {int(peak) / side**2:.1f} bytes a pixel"
+    assert len(done.stdout.splitlines()) == len(images)
