@@ -27,7 +27,7 @@ Array = npt.NDArray[np.int64]
 
 
 class Motion(NamedTuple):
-    """How the digit of a clip moves."""
+    """Motion of the digit of a clip."""
 
     direction: str  # one of DIRECTIONS
     speed: float  # pixels a frame
@@ -36,7 +36,7 @@ class Motion(NamedTuple):
 class MovingDigits:
     """A data set of clips (F, 1, S, S) uint8 of moving digits, with their labels.
 
-    Every digit moves in every direction at every speed, from a place of its own.
+    Every digit moves in every direction at every speed, from its own place.
 
     Args:
         split: train or test.
@@ -75,7 +75,7 @@ class MovingDigits:
         return len(self._labels) * len(DIRECTIONS) * len(SPEEDS)
 
     def motion(self, index: int) -> Motion:
-        """How the digit of a clip moves."""
+        """Motion of the digit of a clip."""
         return Motion(list(DIRECTIONS)[index // len(SPEEDS) % len(DIRECTIONS)], SPEEDS[index % len(SPEEDS)])
 
     def label(self, index: int) -> int:
