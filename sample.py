@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -43,7 +44,9 @@ SMALLEST = 64  # pixels; digits are too small to see and are enlarged to about t
 class PictureGuidance(GuidanceSettings):
     """Guidance with the official script's scale."""
 
-    cfg_scale: float | None = setting(4.0, "guidance scale; 1: no guidance")
+    default_scale: ClassVar[float | None] = 4.0
+
+    cfg_scale: float | None = setting(None, "guidance scale; 1: no guidance", shown="4.0; 1 without labels")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 
@@ -74,7 +74,13 @@ class EncoderSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceSettings:
-    """Guidance by a second prediction."""
+    """Guidance by a second prediction.
+
+    Attributes:
+        default_scale: Scale where no flag gives one; None for the checkpoint's.
+    """
+
+    default_scale: ClassVar[float | None] = None
 
     guidance: Guidance = setting(
         "cfg",
@@ -88,7 +94,9 @@ class GuidanceSettings:
         "constant", "scale over time; the others rise from 1 at the noise, with the same mean"
     )
 
-    cfg_scale: float | None = setting(None, "guidance scale; 1: no guidance", shown="1.5, or a release's own")
+    cfg_scale: float | None = setting(
+        None, "guidance scale; 1: no guidance", shown="1.5, or a release's own; 1 without labels"
+    )
     guidance_channels: int | None = setting(
         None, "guide this many leading channels", shown="3 for official Gaussian files, else all"
     )
@@ -290,10 +298,16 @@ def preset_of(info: CheckpointInfo) -> Preset:
     return Preset(*samplers[0], cfg_scale=1.5, channels=channels)
 
 
-def resolve(given: Given[C], info: CheckpointInfo) -> tuple[C, object]:
+def resolve(given: Given[C], info: CheckpointInfo, conditional: bool = True) -> tuple[C, object]:
     """Settings with nothing left to the checkpoint, and those of the sampler, or the table in its place.
 
     A preset's interval belongs to its scale: with another scale it is not used.
+
+    Args:
+        given: The settings.
+        info: Description of the checkpoint.
+        conditional: False for a network without conditioning, which is not guided where no scale is given; a weaker
+            network guides it like any other.
 
     Raises:
         UserError: If the sampler is not one of the checkpoint's process, or settings do not go with each other.
@@ -301,7 +315,9 @@ def resolve(given: Given[C], info: CheckpointInfo) -> tuple[C, object]:
     config, preset = given.general, preset_of(info)
     table = None if config.solver_table is None else chosen_table(config.solver_table, config.num_sampling_steps)
     name, guidance = config.sampler or preset.sampler, config.guidance
-    row, published, default_scale = SAMPLERS[name], name == preset.sampler, guidance.cfg_scale is None
+    row, published, scale = SAMPLERS[name], name == preset.sampler, guidance.cfg_scale or guidance.default_scale
+    if guidance.cfg_scale is None and not conditional and guidance.guidance != "autoguidance":
+        scale = 1.0
     if row.process != info.process:
         fitting = ", ".join(sampler for sampler, other in SAMPLERS.items() if other.process == info.process)
         raise UserError(f"--sampler {name}: --ckpt was trained under {info.process!r}; choose from {fitting}")
@@ -311,9 +327,9 @@ def resolve(given: Given[C], info: CheckpointInfo) -> tuple[C, object]:
     with error_prefix(""):  # a flag may not go with what the checkpoint decides
         guidance = replace(
             guidance,
-            cfg_scale=preset.cfg_scale if default_scale else guidance.cfg_scale,
+            cfg_scale=preset.cfg_scale if scale is None else scale,
             guidance_channels=guidance.guidance_channels or preset.channels,
-            guidance_interval=guidance.guidance_interval or (preset.interval if default_scale else None),
+            guidance_interval=guidance.guidance_interval or (preset.interval if scale is None else None),
         )
     resolved = replace(
         config,

@@ -171,7 +171,7 @@ class Pipeline:
         if settings.get("sampler", given.general.sampler) != given.general.sampler:
             given = Given(given.general, KINDS)  # settings of the former sampler go with it
         given = _replaced(given, settings)
-        config, own = resolve(given, self.info)
+        config, own = resolve(given, self.info, conditional=bool(self.network.conditioning))
         key = repr((config, own, strength))
         if key not in self._runs:
             flags = "" if config.sampler is None else given.prefix("sampler", config.sampler)

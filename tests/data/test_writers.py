@@ -102,6 +102,14 @@ def test_a_gif_shows_all_clips_at_once_frame_by_frame(channels: int, tmp_path: P
     assert durations == [40] * 5 and np.array_equal(frames, np.broadcast_to(samples[0], frames.shape))
 
 
+@pytest.mark.parametrize(("still", "shown"), [([2, 3], [120, 130, 250, 120]), ([0, 1, 2, 3, 4], [620])])
+def test_equal_frames_of_a_gif_are_shown_for_as_long(still: list[int], shown: list[int], tmp_path: Path) -> None:
+    samples = np.arange(5, dtype=np.uint8)[None, :, None, None, None] * np.full((7, 12, 3), 50, np.uint8)
+    samples[:, still] = 10
+    ClipWriter().save(samples, tmp_path / "a.gif")
+    assert animation(tmp_path / "a.gif")[1] == shown
+
+
 @pytest.mark.parametrize(("height", "width", "channels"), [(7, 12, 3), (64, 48, 1)])
 def test_an_mp4_is_close_to_the_clip_and_equal_clips_make_equal_bytes(
     height: int, width: int, channels: int, tmp_path: Path

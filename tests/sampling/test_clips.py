@@ -269,14 +269,16 @@ def test_an_unconditional_network_makes_as_many_clips_as_are_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ckpt = write_clips(tmp_path / "1.safetensors", ClipConfig(num_classes=0))
-    drawn = draw(ckpt, tmp_path / "a.npz", "--cfg-scale", "1")
+    drawn = draw(ckpt, tmp_path / "a.npz")
+    assert json.loads((tmp_path / "a.json").read_text())["config"]["guidance"]["cfg_scale"] == 1
     assert [*drawn] == ["arr_0"] and drawn["arr_0"].shape == (7, FRAMES, HEIGHT, WIDTH, CHANNELS)
-    pipeline = Pipeline.from_pretrained(ckpt, device="cpu", num_sampling_steps=3, cfg_scale=1)
+    pipeline = Pipeline.from_pretrained(ckpt, device="cpu", num_sampling_steps=3)
     assert pipeline.num_classes == 0
     assert np.array_equal(pipeline.sample(count=7, batch_size=2), drawn["arr_0"])
-    assert show(ckpt, tmp_path / "a.png", "--cfg-scale", "1", "--num-samples", "2") == 0
+    assert show(ckpt, tmp_path / "a.png", "--num-samples", "2") == 0
     assert "Saved 2 clips" in capsys.readouterr().out
-    assert show(ckpt, tmp_path / "b.png", "--cfg-scale", "1") == 0 and "Saved 8 clips" in capsys.readouterr().out
+    assert show(ckpt, tmp_path / "b.png", "--cfg-scale", "1") == 0
+    assert "Saved 8 clips" in capsys.readouterr().out
     for options, message in (
         ({}, "count None: must be"),
         ({"count": 0}, "count 0: must be at least 1"),
@@ -284,6 +286,14 @@ def test_an_unconditional_network_makes_as_many_clips_as_are_asked_for(
     ):
         with pytest.raises(UserError, match=message):
             pipeline.sample(**options)  # type: ignore[arg-type]
+
+
+def test_a_weaker_network_guides_an_unconditional_one(tmp_path: Path) -> None:
+    ckpt = write_clips(tmp_path / "1.safetensors", ClipConfig(num_classes=0))
+    pipeline = Pipeline.from_pretrained(
+        ckpt, device="cpu", num_sampling_steps=3, guidance="autoguidance", guide_ckpt=ckpt
+    )
+    assert pipeline.prepare().config.guidance.cfg_scale == 1.5 and pipeline.sample(count=2).shape[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -298,7 +308,7 @@ def test_labels_of_an_unconditional_network_are_refused(
     script: Any, argv: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ckpt = write_clips(tmp_path / "1.safetensors", ClipConfig(num_classes=0))
-    options = ["--ckpt", str(ckpt), "--cfg-scale", "1", "--device", "cpu", "--num-sampling-steps", "2", *argv.split()]
+    options = ["--ckpt", str(ckpt), "--device", "cpu", "--num-sampling-steps", "2", *argv.split()]
     options += ["--output", str(tmp_path / ("a.png" if script is sample else "a.npz"))]
     assert run(script.main, f"{script.__name__}.py", options) == 2
     error = capsys.readouterr().err
