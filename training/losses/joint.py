@@ -63,7 +63,7 @@ class JointLoss(DiffusionLoss):
         return (frames + self.settings.joint_images, *image)
 
     def draw_extra(self, step: int, rows: range, device: torch.device | str) -> dict[str, Tensor]:
-        """Rows whose images lose their labels, (N,) bool."""
+        """Rows (N,) bool in which the images lose their labels."""
         if not (self.settings.joint_images and self.dropout_prob):
             return {}
         draws = [
