@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 
 from evaluator.features import CACHE_FORMAT, FileFeatures, extract_features, load_features, save_features
-from evaluator.inception.backend import Backend
-from evaluator.inception.network import load_network
-from evaluator.inception.tensorflow_backend import TensorFlowBackend
-from evaluator.inception.weights import Weights, find_weights, inspect_weights
-from evaluator.inputs import EvaluationInput, open_inputs, order_warnings
+from evaluator.inception.backend import FeatureBackend
+from evaluator.inception.weights import Weights
+from evaluator.inputs import EvaluationInput, open_files, order_warnings, plan_clips, plan_inputs
 from evaluator.metrics import float16_noise
+from evaluator.npz import ImageFile
 from evaluator.report import is_result, library_versions, path_next_to, protocol_path, read_protocol, write_document
-from evaluator.scores import ImageSet, compute_scores
+from evaluator.scores import METRICS, ImageSet, compute_scores
 from evaluator.settings import EvaluatorConfig
+from evaluator.stages import CLIPS, IMAGES, Stage, clip_warnings, clips_summary, open_clips_stage, open_images_stage
 from runtime import distributed
 from runtime.distributed import World
 from runtime.errors import UserError, error_prefix
@@ -41,33 +41,37 @@ def evaluate(config: EvaluatorConfig, world: World) -> None:
     """
     watch = Stopwatch()
     with watch.measure("total"):
-        inputs = open_inputs(config.ref_batch, config.sample_batch, config.metric_names, config.num_samples)
+        real, generated = files = open_files(config.ref_batch, config.sample_batch)
+        metrics = config.metric_names(clips=generated.frames is not None)
+        images = plan_inputs(*files, metrics, config.num_samples)
+        clips = None
+        if any(METRICS[name].clips for name in metrics):
+            clips = plan_clips(
+                *files, config.num_samples, config.num_reference, config.frame_interval or 1, config.clip_seed or 0
+            )
         protocol = read_protocol(config.sample_batch)
         output = output_path(config)
         if world.is_main:
             remove_temporary(output)
         check_folder(config.cache, "--cache-dir")
         with watch.measure("weights"):
-            weights = inspect_weights(shared_weights(config, world))
-            backend = make_backend(config, weights.path, world.device)
-        order = order_warnings(*inputs)
+            stages = [open_images_stage(config, world, images)] if images else []
+            stages += [open_clips_stage(config, world, clips)] if clips else []
+        order = order_warnings(real, generated)
         print_warnings(order, world)  # before the work, which may be for nothing
-        digests, scores, rounding = score_files(config, world, inputs, weights, backend, watch)
-    warnings = [*list_warnings(inputs, weights, protocol), *rounding]
+        digests, scores, rounding = score_files(config, world, metrics, stages, watch)
+    warnings = [each for stage in stages for each in list_warnings(stage, protocol)]
+    warnings = [*dict.fromkeys(warnings), *rounding]
     document = {
         "format": FORMAT,
         "scores": {name.lower().replace(" ", "_"): value for name, value in scores.items()},
-        **{each.title: describe(each, digest) for each, digest in zip(inputs, digests, strict=True)},
-        "protocol": protocol,
-        "config": to_dict(config),
-        "network": {
-            "backend": config.backend,
-            "weights": str(weights.path),
-            "weights_sha256": weights.sha256,
-            "precision": "float32",
-            "device": world.device.type,
-            "world_size": world.size,
+        **{
+            each.title: describe(each, file, digest)
+            for each, file, digest in zip(stages[0].inputs, files, digests, strict=True)
         },
+        "protocol": protocol,
+        "config": {**to_dict(config), "metrics": ",".join(metrics)},
+        **{stage.name: stage.describe(world) for stage in stages},
         "versions": library_versions(config.backend),
         "seconds": watch.seconds,
         "warnings": order + warnings,
@@ -77,29 +81,31 @@ def evaluate(config: EvaluatorConfig, world: World) -> None:
             print_warnings(warnings, world)
             for name, value in scores.items():  # first: a full disk must not lose what was computed
                 print(f"{name}: {value:.6f}")
+            if clips:
+                print(clips_summary(clips))
             write_document(document, output)
             print(f"written: {output}", file=sys.stderr)
 
 
 def score_files(
-    config: EvaluatorConfig,
-    world: World,
-    inputs: tuple[EvaluationInput, EvaluationInput],
-    weights: Weights,
-    backend: Backend,
-    watch: Stopwatch,
+    config: EvaluatorConfig, world: World, metrics: Sequence[str], stages: Sequence[Stage], watch: Stopwatch
 ) -> tuple[tuple[str, str], dict[str, float], list[str]]:
     """Compute checksums, scores and warnings about their precision; what is returned counts on rank 0 only."""
-    reference, samples = inputs
+    features: dict[str, tuple[FileFeatures | None, FileFeatures | None]] = {}
     with ThreadPoolExecutor(1) as thread:
-        pending = thread.submit(digest_on_main, samples, world)  # reads gigabytes while the network computes
+        # reads gigabytes while the network computes
+        pending = thread.submit(digest_on_main, [stage.inputs[1] for stage in stages], world)
         with distributed.raise_on_all_ranks():
-            reference_digest = digest_on_main(reference, world)
-        cache = config.cache / "features" / features_name(config, reference_digest, weights, world.device)
-        with watch.measure("reference"):
-            of_reference = features_of(reference, backend, config, world, cache)
-        with watch.measure("samples"):
-            of_samples = features_of(samples, backend, config, world)
+            reference_digest = digest_on_main([stage.inputs[0] for stage in stages], world)
+        for stage in stages:
+            reference, samples = stage.inputs
+            name = features_name(stage.network, reference_digest, stage.weights, world.device)
+            cache = config.cache / "features" / name
+            with watch.measure("reference"):
+                of_reference = features_of(reference, stage, world, cache)
+            with watch.measure("samples"):
+                of_samples = features_of(samples, stage, world)
+            features[stage.name] = of_reference, of_samples
         with distributed.raise_on_all_ranks():
             sample_digest = pending.result()
     scores: dict[str, float] = {}
@@ -107,10 +113,10 @@ def score_files(
     with watch.measure("metrics"), distributed.raise_on_all_ranks():
         if world.is_main:
             with error_prefix(f"{config.sample_batch} against {config.ref_batch}"):
-                sets = image_set(reference, of_reference, backend), image_set(samples, of_samples, backend)
-                scores = compute_scores(config.metric_names, *sets, config.pr_precision)
-                if "pr" in config.metric_names and config.pr_precision == "adm":
-                    warnings = rounding_warnings(*sets, scores)
+                reference_set, sample_set = (image_set(stages, features, i) for i in range(2))
+                scores = compute_scores(metrics, reference_set, sample_set, config.pr_precision)
+                if "pr" in metrics and config.pr_precision == "adm":
+                    warnings = rounding_warnings(reference_set, sample_set, scores)
     return (reference_digest, sample_digest), scores, warnings
 
 
@@ -131,43 +137,28 @@ def output_path(config: EvaluatorConfig) -> Path:
     return path
 
 
-def shared_weights(config: EvaluatorConfig, world: World) -> Path:
-    """Path of the weight file, which rank 0 alone downloads if it is missing."""
-    with distributed.raise_on_all_ranks():
-        if world.is_main:
-            find_weights(config.weights, config.cache, offline=config.offline)
-    return find_weights(config.weights, config.cache, offline=True)
-
-
-def make_backend(config: EvaluatorConfig, weights: Path, device: torch.device) -> Backend:
-    """Load the network.
-
-    Raises:
-        UserError: If the file is damaged or something else, or TensorFlow is asked for and absent.
-    """
-    with error_prefix(str(weights)):
-        if config.backend == "tensorflow":
-            return TensorFlowBackend(weights, device)
-        return load_network(weights, device)
-
-
-def digest_on_main(source: EvaluationInput, world: World) -> str:
+def digest_on_main(uses: Sequence[EvaluationInput], world: World) -> str:
     """sha256 of the file on rank 0, "" on the others, which do not need it.
+
+    Args:
+        uses: The networks' inputs from this file.
+        world: This rank and the number of ranks.
 
     Raises:
         UserError: On rank 0, if its images are damaged.
     """
-    return source.file.verified_sha256(read_to_end=source.count == source.file.count) if world.is_main else ""
+    if not world.is_main:
+        return ""
+    whole = [each for each in uses if each.count == each.file.count]
+    return (whole or uses)[0].file.verified_sha256(read_to_end=bool(whole))
 
 
-def features_name(config: EvaluatorConfig, digest: str, weights: Weights, device: torch.device) -> str:
+def features_name(network: str, digest: str, weights: Weights, device: torch.device) -> str:
     """Name of a cached file, made of everything that its features depend on."""
-    return f"{digest[:16]}-{weights.sha256[:16]}-{config.backend}-{device.type}-v{CACHE_FORMAT}.safetensors"
+    return f"{digest[:16]}-{weights.sha256[:16]}-{network}-{device.type}-v{CACHE_FORMAT}.safetensors"
 
 
-def features_of(
-    source: EvaluationInput, backend: Backend, config: EvaluatorConfig, world: World, cache: Path | None = None
-) -> FileFeatures | None:
+def features_of(source: EvaluationInput, stage: Stage, world: World, cache: Path | None = None) -> FileFeatures | None:
     """Features of an input, from the cache if they are there; None if no metric needs them, and on other ranks."""
     if not source.features:
         return None
@@ -175,17 +166,18 @@ def features_of(
     with distributed.raise_on_all_ranks():
         if cache is not None and world.is_main:
             remove_temporary(cache)
-            cached = cached_features(source, backend, world.device, cache)
+            cached = cached_features(source, stage.backend, world.device, cache)
     if distributed.broadcast(cached is not None):
         return cached
     features = extract_features(
         source.file,
-        backend,
+        stage.backend,
         source.count,
-        batch_size=config.batch_size_on(world.device.type),
+        batch_size=stage.batch_size,
         spatial=source.spatial,
         world=world,
         title=source.title,
+        unit=stage.unit,
     )
     if features is not None and cache is not None:
         try:
@@ -196,7 +188,7 @@ def features_of(
 
 
 def cached_features(
-    source: EvaluationInput, backend: Backend, device: torch.device, cache: Path
+    source: EvaluationInput, backend: FeatureBackend, device: torch.device, cache: Path
 ) -> FileFeatures | None:
     """Features that an earlier evaluation cached; None if there are none, or not of this network's widths."""
     cached = load_features(cache, count=source.count, spatial=source.spatial, device=device)
@@ -209,14 +201,17 @@ def cached_features(
     return cached if fits else None
 
 
-def image_set(source: EvaluationInput, features: FileFeatures | None, backend: Backend) -> ImageSet:
-    """Features and statistics of an input, as the metrics take them."""
-    stored, computed = source.stored, features.spatial if features is not None else None
+def image_set(stages: Sequence[Stage], features: Mapping[str, Sequence[FileFeatures | None]], index: int) -> ImageSet:
+    """Features and statistics of the reference (index 0) or the samples (1), as the metrics take them."""
+    images, clips = (features.get(name, (None, None))[index] for name in (IMAGES, CLIPS))
+    stage = next((each for each in stages if each.name == IMAGES), None)
+    stored, computed = stage.inputs[index].stored if stage else None, images.spatial if images is not None else None
     return ImageSet(
-        pool=None if features is None else features.pool,
+        pool=None if images is None else images.pool,
         pool_statistics=None if stored is None else stored.pool,
         spatial_statistics=computed if stored is None or stored.spatial is None else stored.spatial,
-        probabilities=backend.probabilities,
+        probabilities=stage.probabilities if stage else None,
+        clips=None if clips is None else clips.pool,
     )
 
 
@@ -226,21 +221,23 @@ def print_warnings(warnings: list[str], world: World) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def list_warnings(inputs: tuple[EvaluationInput, EvaluationInput], weights: Weights, protocol: object) -> list[str]:
+def list_warnings(stage: Stage, protocol: object) -> list[str]:
     """Reasons why the scores may not be comparable with published ones."""
-    samples, warnings = inputs[1], []
+    samples, warnings = stage.inputs[1], []
     if protocol is None:
         warnings.append(f"{protocol_path(samples.file.path)}: not there; the settings of the samples are unknown")
-    for each in inputs:
+    for each in stage.inputs:
         if each.stored is not None and each.stored.spatial is None:
             warnings.append(
                 f"{each.file.path}: has mu and sigma only, so it is not ADM's; statistics of another Inception network "
                 "(pytorch-fid) are not comparable with ours"
             )
-    if weights.warning is not None:
-        warnings.append(f"{weights.warning}: these scores are not comparable with published ones")
-    if samples.stored is None and samples.count != PUBLISHED_COUNT:
-        few = min(each.count for each in inputs if each.stored is None) <= FEATURES
+    if stage.weights.warning is not None:
+        warnings.append(f"{stage.weights.warning}: these scores are not comparable with published ones")
+    if stage.name == CLIPS:
+        warnings += clip_warnings(stage.inputs)
+    elif samples.stored is None and samples.count != PUBLISHED_COUNT:
+        few = min(each.count for each in stage.inputs if each.stored is None) <= FEATURES
         advice = f"; with {FEATURES:,} or fewer it says little, and KID is better" if few else ""
         warnings.append(
             f"FID falls with the number of images: here {samples.count:,}, in papers {PUBLISHED_COUNT:,}{advice}"
@@ -263,16 +260,15 @@ def rounding_warnings(reference: ImageSet, samples: ImageSet, scores: dict[str, 
     ]
 
 
-def describe(source: EvaluationInput, digest: str) -> dict[str, object]:
-    """Description of one file, for the JSON."""
-    return {
-        "path": str(source.file.path),
-        "sha256": digest,
-        "images": source.count,
-        "images_in_file": source.file.count,
-        "image_size": source.file.size,
-        "statistics": "computed" if source.stored is None else "stored in the file",
-    }
+def describe(source: EvaluationInput, file: ImageFile, digest: str) -> dict[str, object]:
+    """Description of one file, for the JSON; the clips in use are described with their network."""
+    described: dict[str, object] = {"path": str(file.path), "sha256": digest, "image_size": file.size}
+    if file.frames is not None:
+        described |= {"clips_in_file": file.count, "frames": file.frames}
+    if source.file.frames is None:
+        statistics = "computed" if source.stored is None else "stored in the file"
+        described |= {"images": source.count, "images_in_file": source.file.count, "statistics": statistics}
+    return described
 
 
 class Stopwatch:
@@ -286,4 +282,4 @@ class Stopwatch:
         """Measure the block."""
         start = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
+        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)

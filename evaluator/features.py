@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluator.inception.backend import Backend
+from evaluator.inception.backend import FeatureBackend
 from evaluator.npz import BadImageFile, ImageFile
 from evaluator.statistics import ROWS_PER_UPDATE, Statistics, StatisticsAccumulator
 from runtime import distributed
@@ -43,9 +43,17 @@ class FileFeatures:
 
 
 def extract_features(
-    file: ImageFile, backend: Backend, count: int, *, batch_size: int, spatial: bool, world: World, title: str
+    file: ImageFile,
+    backend: FeatureBackend,
+    count: int,
+    *,
+    batch_size: int,
+    spatial: bool,
+    world: World,
+    title: str,
+    unit: str = "image",
 ) -> FileFeatures | None:
-    """Compute the features of the first images of a file; all ranks call it together.
+    """Compute the features of the first images (or clips) of a file; all ranks call it together.
 
     Args:
         file: File with at least `count` images.
@@ -55,6 +63,7 @@ def extract_features(
         spatial: Compute statistics of the spatial features, too.
         world: This rank and the number of ranks.
         title: Title of the progress bar.
+        unit: Word for one image or clip.
 
     Returns:
         The features on rank 0, None on the others.
@@ -68,7 +77,7 @@ def extract_features(
     chunks: list[Tensor] = []  # spatial features that are not yet added
     with (
         distributed.raise_on_all_ranks(),
-        tqdm(total=count, desc=title, unit="image", disable=None if world.is_main else True) as bar,
+        tqdm(total=count, desc=title, unit=unit, disable=None if world.is_main else True) as bar,
     ):
         for images in read_ahead(file.batches(start, stop, batch_size)):
             features = backend.features(images)
@@ -82,7 +91,7 @@ def extract_features(
         bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
         if bad:
             raise BadImageFile(
-                f"{file.path}: features of {len(bad)} image(s) are NaN or infinite, first of image {start + bad[0]}; "
+                f"{file.path}: features of {len(bad)} {unit}(s) are NaN or infinite, first of {unit} {start + bad[0]}; "
                 "are the weights damaged?"
             )
         if chunks:

@@ -10,7 +10,10 @@ from evaluator.npz import BadImageFile, ImageFile, StoredStatistics
 from evaluator.png_folder import open_images
 from evaluator.report import is_sampled
 from evaluator.scores import METRICS
+from evaluator.video.windows import ClipWindows
 from runtime.errors import UserError
+
+TITLES = ("reference", "samples")
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class EvaluationInput:
 
     Attributes:
         title: "reference" or "samples".
-        file: The images, their statistics, or both.
+        file: The images, their statistics, or both; frames or windows of clips are files, too.
         count: Number of images to use, from the first one on.
         stored: Statistics in the file of exactly these images; preferred to computed ones, as in ADM.
         features: True if the network must process the images.
@@ -34,37 +37,97 @@ class EvaluationInput:
     spatial: bool
 
 
-def open_inputs(
-    reference: Path, samples: Path, metrics: Sequence[str], num_samples: int | None = None
-) -> tuple[EvaluationInput, EvaluationInput]:
+Pair = tuple[EvaluationInput, EvaluationInput]  # the reference and the samples
+
+
+def open_files(reference: Path, samples: Path) -> tuple[ImageFile, ImageFile]:
     """Open both files.
 
     Args:
-        reference: .npz of real images, their statistics, or both; or a folder of PNG files.
-        samples: The same of generated images.
-        metrics: Keys of `METRICS`.
-        num_samples: Number of samples to use, the first ones; None takes all.
-
-    Returns:
-        The reference and the samples.
+        reference: .npz of real images, their statistics, or both; a folder of PNG files; or an .npz of clips.
+        samples: The same of generated images or clips.
 
     Raises:
-        UserError: If a file cannot be used, the resolutions differ, or a metric needs more than a file holds.
+        UserError: If a file cannot be used, or the two differ in resolution, or in being clips.
     """
     real, generated = open_images(reference), open_images(samples)
+    if (real.frames is None) != (generated.frames is None):
+        clips, images = (reference, samples) if generated.frames is None else (samples, reference)
+        raise UserError(
+            f"{images}: holds no clips, but {clips} does; give two files of clips, arr_0 (N, F, H, W, 3), or two of "
+            "images, (N, H, W, 3)"
+        )
     if real.size and generated.size and real.size != generated.size:
         raise UserError(
             f"{samples}: images of {_shown(generated.size)} pixels, but {reference} has {_shown(real.size)}; "
             "take a reference of the same resolution"
         )
-    count = generated.count if num_samples is None else num_samples
-    if count > generated.count:
-        raise UserError(f"--num-samples {count}: {samples} has {generated.count:,} images")
+    return real, generated
+
+
+def plan_inputs(
+    real: ImageFile, generated: ImageFile, metrics: Sequence[str], num_samples: int | None = None
+) -> Pair | None:
+    """Plan the metrics of images; of clips, all frames are the images.
+
+    Args:
+        real: The reference.
+        generated: The samples.
+        metrics: Keys of `METRICS`; those of clips are left out.
+        num_samples: Number of samples to use, the first ones; None takes all.
+
+    Returns:
+        The reference and the samples; None without a metric of images.
+
+    Raises:
+        UserError: If a metric needs more than a file holds.
+    """
+    count = count_samples(generated, num_samples) * (generated.frames or 1)
+    metrics = [name for name in metrics if not METRICS[name].clips]
+    if not metrics:
+        return None
+    real, generated = real.as_frames(), generated.as_frames()
     of_reference = [name for name in metrics if METRICS[name].of_reference]
     return (
-        _plan_input("reference", real, real.count, of_reference),
-        _plan_input("samples", generated, count, metrics),
+        _plan_input(TITLES[0], real, real.count, of_reference),
+        _plan_input(TITLES[1], generated, count, metrics),
     )
+
+
+def plan_clips(
+    real: ImageFile, generated: ImageFile, num_samples: int | None, num_reference: int | None, interval: int, seed: int
+) -> Pair:
+    """Plan the metrics of clips: windows of real ones, and the first frames of generated ones.
+
+    Args:
+        real: The reference.
+        generated: The samples.
+        num_samples: Number of samples to use, the first ones; None takes all.
+        num_reference: Number of clips of the reference to use, a random choice; None takes all.
+        interval: Take every interval-th frame of the reference.
+        seed: Seed of the choice, and of the first frames of the reference's windows.
+
+    Raises:
+        UserError: If there are too few clips, or they are too short.
+    """
+    chosen = real.count if num_reference is None else num_reference
+    if chosen > real.count:
+        raise UserError(f"--num-reference {chosen}: {real.path} has {real.count:,} clips")
+    windows = (
+        ClipWindows(real, chosen, interval=interval, seed=seed),
+        ClipWindows(generated, count_samples(generated, num_samples)),
+    )
+    first, second = (_plan_input(title, each, each.count, ["fvd"]) for title, each in zip(TITLES, windows, strict=True))
+    return first, second
+
+
+def count_samples(generated: ImageFile, num_samples: int | None) -> int:
+    """Number of samples to use; a UserError if there are fewer than asked for."""
+    count = generated.count if num_samples is None else num_samples
+    if count > generated.count:
+        kind = "images" if generated.frames is None else "clips"
+        raise UserError(f"--num-samples {count}: {generated.path} has {generated.count:,} {kind}")
+    return count
 
 
 def _plan_input(title: str, file: ImageFile, count: int, metrics: Sequence[str]) -> EvaluationInput:
@@ -72,8 +135,9 @@ def _plan_input(title: str, file: ImageFile, count: int, metrics: Sequence[str])
     computed = [name for name in metrics if not (METRICS[name].statistics and _holds(stored, METRICS[name].spatial))]
     for name in computed:
         if count < METRICS[name].images:
+            kind = "images" if file.frames is None else "clips"
             raise BadImageFile(
-                f"{file.path}: {count or 'no'} images to use, but metric {name} needs at least {METRICS[name].images} "
+                f"{file.path}: {count or 'no'} {kind} to use, but metric {name} needs at least {METRICS[name].images} "
                 f"in the {title}; --metrics without {name} leaves it out"
             )
     spatial = any(METRICS[name].spatial for name in computed)
@@ -85,9 +149,9 @@ def _holds(stored: StoredStatistics | None, spatial: bool) -> bool:
     return stored is not None and (stored.spatial if spatial else stored.pool) is not None
 
 
-def order_warnings(reference: EvaluationInput, samples: EvaluationInput) -> list[str]:
+def order_warnings(reference: ImageFile, samples: ImageFile) -> list[str]:
     """Signs that the two files are one, or in the wrong order."""
-    first, second = reference.file.path, samples.file.path
+    first, second = reference.path, samples.path
     if first.resolve() == second.resolve():
         return [f"{second}: reference and samples are the same file"]
     signs = []
@@ -95,7 +159,7 @@ def order_warnings(reference: EvaluationInput, samples: EvaluationInput) -> list
         signs.append(f"{first} has the settings of a sampling job")
     if "VIRTUAL_imagenet" in second.name and "VIRTUAL_imagenet" not in first.name:
         signs.append(f"{second} has the name of a reference")
-    if samples.file.has_statistics and not reference.file.has_statistics:
+    if samples.has_statistics and not reference.has_statistics:
         signs.append(f"{second} holds statistics, as references do")
     return [f"{'; '.join(signs)}: the reference comes first, then the samples"] if signs else []
 

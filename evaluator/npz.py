@@ -1,11 +1,12 @@
-"""Images in .npz files, read batch by batch, so that 50,000 of them need little memory.
+"""Images or clips in .npz files, read batch by batch, so that 50,000 of them need little memory.
 
-The layout is ADM's: `arr_0` holds images (N, H, W, 3) uint8; `mu`, `sigma`, `mu_s`, `sigma_s`, where present, are
-statistics to be used instead of computing them. Nothing is unpickled.
+The layout is ADM's: `arr_0` holds images (N, H, W, 3) uint8, or clips (N, F, H, W, 3); `mu`, `sigma`, `mu_s`,
+`sigma_s`, where present, are statistics to be used instead of computing them. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import lzma
 import math
@@ -52,7 +53,7 @@ class StoredStatistics(NamedTuple):
 class _Layout(NamedTuple):
     """Position and layout of the images in the file."""
 
-    shape: tuple[int, int, int, int]  # (N, H, W, 3)
+    shape: tuple[int, ...]  # (N, H, W, 3) or (N, F, H, W, 3)
     fortran_order: bool  # the first index changes fastest
     offset: int | None  # of the first pixel in the file; None if the pixels are compressed
     header_bytes: int  # before the first pixel within the entry
@@ -99,13 +100,27 @@ class ImageFile:
 
     @property
     def count(self) -> int:
-        """Number of images; 0 in a file of statistics only."""
+        """Number of images or clips; 0 in a file of statistics only."""
         return 0 if self._layout is None else self._layout.shape[0]
 
     @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of the images; None without images."""
-        return None if self._layout is None else self._layout.shape[1:3]
+        return None if self._layout is None else (self._layout.shape[-3], self._layout.shape[-2])
+
+    @property
+    def frames(self) -> int | None:
+        """Number of frames of each clip; None for images."""
+        return None if self._layout is None or len(self._layout.shape) == 4 else self._layout.shape[1]
+
+    def as_frames(self) -> ImageFile:
+        """Return the frames of all clips as images, in their order; a file of images is returned as it is."""
+        if self.frames is None or self._layout is None:
+            return self
+        images = copy.copy(self)
+        clips, frames, *shape = self._layout.shape
+        images._layout = self._layout._replace(shape=(clips * frames, *shape))
+        return images
 
     @cached_property
     def statistics(self) -> StoredStatistics | None:
@@ -165,15 +180,15 @@ class ImageFile:
         return digest.hexdigest()
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Images]:
-        """Yield images start .. stop - 1 in batches.
+        """Yield images or clips start .. stop - 1 in batches.
 
         Args:
-            start: First image, >= 0.
-            stop: One past the last image, at most `count`.
-            size: Images at a time, >= 1; the last batch may be shorter.
+            start: First one, >= 0.
+            stop: One past the last, at most `count`.
+            size: Number at a time, >= 1; the last batch may be shorter.
 
         Yields:
-            (n, H, W, 3) uint8 arrays, each in memory that nothing else refers to.
+            (n, H, W, 3) or (n, F, H, W, 3) uint8 arrays, each in memory that nothing else refers to.
 
         Raises:
             BadImageFile: If the data ends early or is damaged.
@@ -234,11 +249,14 @@ class ImageFile:
                 raise BadImageFile(f"{self.path}: {IMAGES} is no NumPy array ({error})") from error
             header_bytes = entry.tell()
         self._check_images(shape, dtype)
-        count, height, width, channels = shape
         expected, actual = math.prod(shape), info.file_size - header_bytes
         if actual != expected:
             raise BadImageFile(f"{self.path}: {IMAGES} is cut short: {actual:,} of {expected:,} bytes of pixels")
         stored = info.compress_type == zipfile.ZIP_STORED
+        if fortran_order and len(shape) == 5:
+            raise BadImageFile(
+                f"{self.path}: {IMAGES} is in Fortran order; save clips in C order (np.ascontiguousarray)"
+            )
         if fortran_order and not stored and expected > LARGEST_WHOLE:
             raise BadImageFile(
                 f"{self.path}: {IMAGES} is compressed in Fortran order, and {expected:,} bytes of pixels are too many "
@@ -247,7 +265,7 @@ class ImageFile:
         offset = self._start_of_entry(info) + header_bytes if stored else None
         if offset is not None and offset + expected > self.path.stat().st_size:
             raise BadImageFile(f"{self.path}: the file ends inside {IMAGES}")
-        return _Layout((count, height, width, channels), fortran_order, offset, header_bytes, info.CRC)
+        return _Layout(shape, fortran_order, offset, header_bytes, info.CRC)
 
     def _start_of_entry(self, info: zipfile.ZipInfo) -> int:
         """Position of an entry's content: after its local header, which holds its own length."""
@@ -262,9 +280,11 @@ class ImageFile:
             raise BadImageFile(
                 f"{where} is {dtype}; expected uint8 pixels, 0 to 255 (scale and round pixels of another range first)"
             )
-        if len(shape) != 4 or shape[3] != 3:
-            first = " (channels come last: transpose it)" if len(shape) == 4 and shape[1] == 3 else ""
-            raise BadImageFile(f"{where} is of shape {shape}; expected (N, H, W, 3){first}")
+        if len(shape) not in (4, 5) or shape[-1] != 3:
+            forms = {4: "(N, H, W, 3)", 5: "(N, F, H, W, 3)"}
+            expected = forms.get(len(shape)) or " or ".join(forms.values())
+            first = " (channels come last: transpose it)" if len(shape) in forms and shape[-3] == 3 else ""
+            raise BadImageFile(f"{where} is of shape {shape}; expected {expected}{first}")
         if min(shape) < 1:
             raise BadImageFile(f"{where} is empty: its shape is {shape}")
 

@@ -65,6 +65,11 @@ class PngFolder(ImageFile):
         """Height and width of the images."""
         return self._size
 
+    @property
+    def frames(self) -> None:
+        """None: files are images, not frames of clips."""
+        return None
+
     def verified_sha256(self, *, read_to_end: bool = True) -> str:
         """Return the sha256 of the sha256 of all files, in their order; PNG has its own checksums."""
         digest = hashlib.sha256()

@@ -33,12 +33,14 @@ class ImageSet:
         pool_statistics: Their statistics, if a file holds them; computed from `pool` otherwise.
         spatial_statistics: Statistics of the spatial features.
         probabilities: Map from pool features to class probabilities.
+        clips: (N, 400) float32 features of clips, if the files hold clips.
     """
 
     pool: Tensor | None
     pool_statistics: Statistics | None
     spatial_statistics: Statistics | None
-    probabilities: Callable[[Tensor], Tensor]
+    probabilities: Callable[[Tensor], Tensor] | None
+    clips: Tensor | None = None
 
     def rows(self) -> Tensor:
         """Pool features (N, 2048) of a metric that needs images."""
@@ -58,10 +60,11 @@ class Metric(NamedTuple):
 
     Attributes:
         compute: Function (reference, samples, precision of distances) -> scores by name.
-        images: Number of images that it needs at least, of the reference and of the samples.
+        images: Number of images (or clips) that it needs at least, of the reference and of the samples.
         of_reference: True if it needs the reference's images at all.
         statistics: True if mean and covariance from a file can replace images.
         spatial: True if it reads spatial features.
+        clips: True if it reads features of clips, not of images.
     """
 
     compute: Callable[[ImageSet, ImageSet, DistancePrecision], dict[str, float]]
@@ -69,9 +72,11 @@ class Metric(NamedTuple):
     of_reference: bool = True
     statistics: bool = False
     spatial: bool = False
+    clips: bool = False
 
 
 def _inception_score(reference: ImageSet, samples: ImageSet, precision: DistancePrecision) -> dict[str, float]:
+    assert samples.probabilities is not None
     return {"Inception Score": inception_score(samples.probabilities(samples.rows()))}
 
 
@@ -95,14 +100,21 @@ def _kid(reference: ImageSet, samples: ImageSet, precision: DistancePrecision) -
     return {"KID": kernel_distance(reference.rows(), samples.rows())}
 
 
+def _fvd(reference: ImageSet, samples: ImageSet, precision: DistancePrecision) -> dict[str, float]:
+    assert reference.clips is not None and samples.clips is not None
+    return {"FVD": frechet_distance_from_features(reference.clips, samples.clips, biased=True)}
+
+
 METRICS = {
     "is": Metric(_inception_score, images=1, of_reference=False),
     "fid": Metric(_fid, images=2, statistics=True),
     "sfid": Metric(_sfid, images=2, statistics=True, spatial=True),
     "pr": Metric(_precision_recall, images=NEIGHBOUR + 1),
     "kid": Metric(_kid, images=2),
+    "fvd": Metric(_fvd, images=2, clips=True),
 }
 ADM_METRICS = ("is", "fid", "sfid", "pr")  # in the order in which ADM prints them
+CLIP_METRICS = ("fvd",)
 
 
 def compute_scores(

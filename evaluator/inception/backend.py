@@ -28,16 +28,20 @@ class Features(NamedTuple):
     spatial: Tensor
 
 
-class Backend(Protocol):
-    """Network of one weight file."""
+class FeatureBackend(Protocol):
+    """Network of one weight file, of images or clips."""
 
-    def features(self, images: npt.NDArray[np.uint8]) -> Features:
+    def features(self, images: npt.NDArray[np.uint8], /) -> Features:
         """Compute both kinds of features, on the backend's device.
 
         Args:
-            images: (N, H, W, 3) uint8, of any size.
+            images: (N, H, W, 3) uint8, or clips (N, F, H, W, 3), of any size.
         """
         ...
+
+
+class Backend(FeatureBackend, Protocol):
+    """Network of images that is also a classifier."""
 
     def probabilities(self, pool: Tensor) -> Tensor:
         """Compute the class probabilities of the Inception Score.
