@@ -9,7 +9,6 @@ the number of processes. The same command again makes only what is missing. Enco
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,6 @@ from tqdm import tqdm
 from data.encoders import Encoder, open_encoder
 from data.image_folder import ImageFolder, UnreadableImageError
 from data.latent_files import (
-    FORMAT,
     INDEX,
     MANIFEST,
     Encoded,
@@ -36,38 +34,23 @@ from data.latent_files import (
     is_finite,
     remove_partial,
     remove_shards,
-    shard_files,
     write_index,
     write_shard,
 )
+from data.latent_manifest import check_ranks, check_settings, make_manifest
 from runtime import distributed
 from runtime.command_line import parse_config
 from runtime.devices import DeviceName
 from runtime.distributed import World
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import check_writable
-from runtime.json_file import is_intact, write_json
+from runtime.json_file import write_json
 from runtime.locks import NAME as LOCK
 from runtime.locks import locked
-from runtime.migrate import latent_index
 from runtime.settings import flag_name, setting
 
 PROGRAM = "extract_latents.py"
 WEEK = 7 * 24 * 3600.0  # a rank may wait for a whole shard of another, hours on a CPU; torchrun reports a dead one
-
-# Settings in the manifest that fix the bytes, and their flags
-FLAGS = {
-    "classes": "--data-path",
-    "images": "--data-path",
-    "paths_sha256": "--data-path",
-    "sizes_sha256": "--data-path",
-    "image_shape": "--image-size",
-    "encoder": "--vae",
-    "row_shape": "--both-flips",
-    "batch_size": "--batch-size",
-    "shard_size": "--shard-size",
-}
-LONG = ("classes", "paths_sha256", "sizes_sha256", "encoder")  # values that messages leave out
 
 
 @dataclass(frozen=True)
@@ -136,79 +119,9 @@ def set_up(config: ExtractConfig, device: torch.device) -> Job:
         raw_shape = encoder.raw_shape((channels, *size))
     with error_prefix(f"--data-path {config.data_path}"):
         images = ImageFolder(config.data_path, size, channels=channels, flip=False)
-    paths = "\n".join(map(images.path, range(len(images))))
     row_shape = (2 if config.both_flips else 1, *raw_shape)
-    manifest = {
-        "format": FORMAT,
-        "images": len(images),
-        "paths_sha256": hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest(),
-        "sizes_sha256": images.sizes_sha256(),
-        "classes": images.classes,
-        "image_shape": images.image_shape,
-        "encoder": encoder.describe(),
-        "row_shape": row_shape,
-        "batch_size": config.batch_size,
-        "shard_size": config.shard_size,
-    }
-    return Job(config, images, encoder, row_shape, json.loads(json.dumps(manifest)))
-
-
-def difference_between(job: Job, other: Json) -> tuple[str, str] | None:
-    """First difference from another manifest: its flag, and words for it; None if both make the same bytes."""
-    for name, flag in FLAGS.items():
-        ours, theirs = job.manifest[name], other.get(name)
-        if name == "encoder" and isinstance(theirs, dict):  # its folder may have moved
-            try:
-                job.encoder.check_same(theirs)
-            except ValueError as error:
-                return flag, f"(other encoder): {error}"
-        elif ours != theirs and (name, theirs) != ("sizes_sha256", None):  # older manifests have no sizes
-            return flag, f"(other {name})" if name in LONG else f"({name} {ours} instead of {theirs})"
-    return None
-
-
-def check_ranks(job: Job) -> None:
-    """Check that all ranks have the same images, classes and encoder.
-
-    Raises:
-        UserError: On all ranks, naming the first that differs from rank 0.
-    """
-    first, *others = distributed.objects_from_all_ranks(job.manifest)
-    for rank, other in enumerate(others, start=1):
-        for name, flag in FLAGS.items():
-            if other[name] != first[name]:
-                shown = "" if name in LONG else f" ({other[name]} instead of {first[name]})"
-                raise UserError(f"{flag}: rank {rank} has other {name} than rank 0{shown}; give all ranks the same")
-
-
-def check_settings(job: Job) -> None:
-    """Refuse to continue an extraction that was started with other settings, and to touch files of other programs.
-
-    Raises:
-        UserError: Naming the first flag that differs, or the file.
-    """
-    folder, path, where = job.config.output, job.config.output / MANIFEST, f"--output {job.config.output}"
-    remedy = "give the same settings, another --output, or --overwrite to start again"
-    by_hand = "give the same settings or another --output, or remove what is there"
-    present = [*filter(Path.exists, (folder / INDEX,)), *shard_files(folder)]
-    if not path.exists():
-        if present:
-            raise UserError(f"{where}: {present[0].name} is there, but no {MANIFEST}; {by_hand}")
-        return
-    try:
-        started = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{where}: {path} is not JSON; {by_hand}") from error
-    document = started if isinstance(started, dict) else {}
-    started = latent_index(document)
-    if started.get("format") != FORMAT:
-        raise UserError(f"{where}: {path} is of another format; {by_hand}")
-    if job.config.overwrite:
-        return
-    if document["format"] == FORMAT and not is_intact(document):  # earlier formats have no checksum
-        raise UserError(f"{where}: {path} is edited or damaged, it does not match its checksum; {remedy}")
-    if difference := difference_between(job, started):
-        raise UserError(f"{difference[0]}: {path} was started with other settings {difference[1]}; {remedy}")
+    manifest = make_manifest(images, encoder, row_shape, config.batch_size, config.shard_size)
+    return Job(config, images, encoder, row_shape, manifest)
 
 
 def check_finished(job: Job) -> list[int]:
@@ -347,13 +260,13 @@ def main(argv: Sequence[str]) -> None:
         distributed.allow_tf32(False)
         with distributed.raise_on_all_ranks():
             job = set_up(config, world.device)
-        check_ranks(job)
+        check_ranks(job.manifest)
         with distributed.raise_on_all_ranks():
             check_writable(config.output / INDEX, "--output")
             if world.is_main:
                 held.enter_context(locked(config.output, f"--output {config.output}"))
                 held.callback((config.output / LOCK).unlink, missing_ok=True)  # before it is released
-                check_settings(job)
+                check_settings(config.output, job.manifest, job.encoder, overwrite=config.overwrite)
                 start(job)
         pending = check_finished(job)
         distributed.barrier()  # all have the same list, and none has started

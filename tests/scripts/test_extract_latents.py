@@ -10,6 +10,7 @@ from PIL import Image
 from data import encoder_for, open_dataset, open_encoder
 from data.autoencoders import KLAutoencoder
 from data.image_folder import ImageFolder
+from data.latent_manifest import check_ranks
 from data.latents import LatentShards
 from data.pixels import from_uint8
 from runtime import distributed
@@ -317,10 +318,10 @@ def test_everything_that_fixes_the_bytes_is_compared(name, value, words, images,
             distributed, "objects_from_all_ranks", lambda manifest, other=other: [manifest, manifest, other]
         )
         if other == job.manifest:
-            extract_latents.check_ranks(job)
+            check_ranks(job.manifest)
         else:
             with pytest.raises(UserError, match=words):
-                extract_latents.check_ranks(job)
+                check_ranks(job.manifest)
 
 
 def test_two_extractions_do_not_write_into_one_folder(images, vae, copy, capsys):
