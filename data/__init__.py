@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 import data.autoencoders  # noqa: F401  (registers the encoders of diffusers)
+from data.clip_folder import open_clip_folder
+from data.clip_settings import ClipSettings
 from data.dataset import Dataset, DatasetSettings, Example, GlobalBatches, Key, conditioning, sides
 from data.digits import load_digits, open_digits, open_training_digits
 from data.encoders import Encoder, open_encoder
@@ -40,8 +42,9 @@ DATASETS: dict[str, Callable[[DatasetSettings], Dataset]] = {  # by the value of
     "latents": open_latents,
     "idx": open_idx,
     "moving-digits": open_moving_digits,
+    "videofolder": open_clip_folder,
 }
-CLIPS = ("moving-digits",)  # those of clips
+CLIPS = ("moving-digits", "videofolder", "latents")  # those that may have clips
 EMBEDDED = ("digits", "moving-digits")  # those that need no files; their images are grey
 
 
@@ -57,6 +60,7 @@ def open_dataset(
     trust_stamps: bool = False,
     frames: int | None = None,
     joint_images: int = 0,
+    clips: ClipSettings = ClipSettings(),  # noqa: B008  # it is frozen
 ) -> Dataset:
     """Open a training set by the value of `--dataset`, one of `DATASETS`; the rest becomes its `DatasetSettings`.
 
@@ -74,7 +78,8 @@ def open_dataset(
                 raise ValueError(
                     f"{given} {what}: the data set {name} has images, not clips (those: {', '.join(CLIPS)})"
                 )
-    return DATASETS[name](DatasetSettings(path, size, channels, flip, seed, strict, trust_stamps, frames, joint_images))
+    settings = DatasetSettings(path, size, channels, flip, seed, strict, trust_stamps, frames, joint_images, clips)
+    return DATASETS[name](settings)
 
 
 def encoder_for(dataset: Dataset, vae: str, device: torch.device | str = "cpu") -> Encoder:

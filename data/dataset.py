@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from data.clip_settings import ClipSettings
 from runtime import distributed
 from runtime.errors import RankError, UserError
 from runtime.seeds import derive_seed
@@ -116,6 +117,7 @@ class DatasetSettings(NamedTuple):
     trust_stamps: bool = False  # use stored latents that are not newer than their index without checksums
     frames: int | None = None  # of a clip; None is what the data have, or the data set's own number
     joint_images: int = 0  # single frames of other clips behind every clip
+    clips: ClipSettings = ClipSettings()  # cutting of clips from videos
 
     def require_path(self, content: str) -> Path:
         """The folder; a ValueError if none is given."""

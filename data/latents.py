@@ -38,9 +38,12 @@ def open_latents(settings: DatasetSettings) -> LatentShards:
     """Open a latent store; a ValueError if there is none, or it is of images of another shape."""
     folder = settings.require_path("a folder of latents")
     latents = LatentShards(folder, flip=settings.flip, seed=settings.seed, trust_stamps=settings.trust_stamps)
-    expected = (*latents.image_shape[:-3], settings.channels, *(settings.size or latents.image_shape[-2:]))
+    frames = latents.image_shape[:-3] if settings.frames is None else (settings.frames,)
+    expected = (*frames, settings.channels, *(settings.size or latents.image_shape[-2:]))
     if latents.image_shape != expected:
         raise ValueError(f"the latents are of images {latents.image_shape}, not {expected}; check size and channels")
+    if settings.joint_images:
+        raise ValueError(f"{settings.joint_images} joint images: stored latents of clips have none; give the videos")
     return latents
 
 

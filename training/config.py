@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from data import DATASETS, EMBEDDED
+from data import DATASETS, EMBEDDED, ClipSettings
 from diffusion import PROCESSES
 from models import FAMILIES, family_name, family_of
 from models.acceleration import can_compile
@@ -34,7 +34,7 @@ class DataSettings:
     """Training data."""
 
     data_path: Path | None = setting(
-        None, "root of an image folder, one folder a class; a latent store; or idx files", free=True
+        None, "root of images or videos, one folder a class; a latent store; or idx files", free=True
     )
     dataset: str = setting(
         "imagefolder",
@@ -237,6 +237,7 @@ class TrainSettings:
     process: str | None = setting(None, "noise process", shown="the one that the model's family is published with")
     optimizer: str = setting("adamw", "optimizer")
     data: DataSettings = field(default_factory=DataSettings)
+    clips: ClipSettings = field(default_factory=ClipSettings)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
     run: RunSettings = field(default_factory=RunSettings)
@@ -247,6 +248,10 @@ class TrainSettings:
         """Validate what concerns several groups."""
         data, validation = self.data, self.validation
         digits = data.dataset in EMBEDDED
+        for own in fields(self.clips):
+            value = getattr(self.clips, own.name)
+            if value != own.default and data.dataset != "videofolder":
+                raise ValueError(f"{flag_name(own.name)} {value}: has no effect without --dataset videofolder")
         if self.run.trust_stamps and data.dataset != "latents":
             raise ValueError("--trust-stamps: has no effect without --dataset latents")
         if validation.eval_reference is not None and (digits or data.channels == 1):

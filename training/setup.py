@@ -195,6 +195,7 @@ def open_training_data(config: TrainSettings, joint_images: int = 0) -> Dataset:
             trust_stamps=config.run.trust_stamps,
             frames=data.num_frames,
             joint_images=joint_images,
+            clips=config.clips,
         )
 
 
@@ -269,6 +270,8 @@ def open_held_out(config: TrainSettings, dataset: Dataset, latents: tuple[int, .
             flip=False,
             strict=data.strict,
             trust_stamps=config.run.trust_stamps,
+            frames=data.num_frames,
+            clips=config.clips,
         )
     if list(held_out.classes) != list(dataset.classes):
         raise UserError(

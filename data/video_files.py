@@ -1,0 +1,153 @@
+"""Frames of video files by PyAV, an extra with FFmpeg in its wheels; it is imported where a video is opened."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data.image_folder import UnreadableImageError, check_size
+
+EXTENSIONS = (
+    ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv",
+)  # fmt: skip
+# Containers; FFmpeg would also open playlists, which name other files
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,asf,flv,ogg"
+REMEDY = "replace or remove the file"
+
+
+class VideoInfo(NamedTuple):
+    """Frames of a video file.
+
+    Attributes:
+        length: Number of frames.
+        times: Time of the first frame, and the constant step to the next, in the stream's units; None if it varies.
+    """
+
+    length: int
+    times: tuple[int, float] | None
+
+
+def check_pyav() -> None:
+    """Raise a ValueError if PyAV is missing."""
+    if find_spec("av") is None:
+        raise ValueError("reading videos needs PyAV, which is missing: pip install av; or give folders of frames")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Container and stream of the first video track, in one thread.
+
+    Raises:
+        UnreadableImageError: Naming the file, if it cannot be decoded.
+        OSError: If the file cannot be opened.
+    """
+    import av
+    from av.error import FFmpegError
+
+    av.logging.set_level(av.logging.PANIC)  # what is damaged is said by our own messages
+    with path.open("rb") as file:  # the file system's errors, before those of the content
+        is_empty = not file.read(1)
+    try:
+        with av.open(f"file:{path}", options={"protocol_whitelist": "file", "format_whitelist": FORMATS}) as container:
+            pictures = av.stream.Disposition.attached_pic
+            tracks = [track for track in container.streams.video if not track.disposition & pictures]
+            if not tracks:
+                raise ValueError("it has sound, and no video" if container.streams.audio else "it has no video")
+            tracks[0].codec_context.thread_count = 1
+            yield container, tracks[0]
+    except (FFmpegError, ValueError, ArithmeticError) as error:
+        reason = "the file is empty" if is_empty else getattr(error, "strerror", None) or str(error)
+        raise UnreadableImageError(f"{path}: cannot be read: {reason}; {REMEDY}", reason) from error
+
+
+def inspect_video(path: Path) -> VideoInfo:
+    """Count the frames of a video without decoding them.
+
+    Raises:
+        UnreadableImageError: Naming the file, if it is damaged, has no video, or no frames.
+        OSError: If the file cannot be opened.
+    """
+    with _opened(path) as (container, stream):
+        check_size(stream.width, stream.height)
+        count, rate = stream.frames, stream.average_rate
+        if count and rate and rate == stream.base_rate and stream.duration and stream.start_time is not None:
+            step = 1 / (rate * stream.time_base)
+            if abs(stream.duration - count * step) < Fraction(1, 2) * step:
+                return VideoInfo(count, (stream.start_time, float(step)))
+        times = _packet_times(container, stream)
+        if not times:
+            raise ValueError("it has no frames")
+        steps = np.diff(times)
+        step = float(steps.mean()) if len(steps) else 1.0
+        even = times[0] + step * np.arange(len(times))
+        constant = bool((np.abs(np.array(times) - even) < step / 2).all())
+        return VideoInfo(len(times), (times[0], step) if constant else None)
+
+
+def _packet_times(container: Any, stream: Any) -> list[int]:
+    """Times of all frames in the order in which they are shown."""
+    packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+    return sorted(p.pts if p.pts is not None else p.dts for p in packets if (p.pts, p.dts) != (None, None))
+
+
+def read_frames(path: Path, info: VideoInfo, numbers: Sequence[int], channels: int) -> Iterator[Image.Image]:
+    """Decode some frames of a video one by one, upright, from the key frame before the first of them.
+
+    Args:
+        path: Path of the file.
+        info: Its frames.
+        numbers: Numbers of frames, not falling.
+        channels: 3 for RGB, 1 for grey.
+
+    Raises:
+        UnreadableImageError: Naming the file, if it is damaged or ends before the last frame.
+        OSError: If the file cannot be opened.
+    """
+    with _opened(path) as (container, stream):
+        if info.times is None:
+            times = _packet_times(container, stream)
+            if len(times) != info.length:
+                raise ValueError(f"it has {len(times)} frames instead of {info.length}")
+            wanted, slack = [float(times[n]) for n in numbers], 0.5
+        else:
+            start, step = info.times
+            wanted, slack = [start + n * step for n in numbers], step / 2
+        position, shown = 0, None
+        for frame in _from(container, stream, int(wanted[0]), wanted[0] + slack):
+            while position < len(wanted) and frame.pts >= wanted[position] - slack:
+                shown = shown if shown is not None and shown[0] == frame.pts else (frame.pts, _upright(frame, channels))
+                yield shown[1]
+                position += 1
+            if position == len(wanted):
+                return
+        raise ValueError(f"it ends before frame {numbers[position]} of {info.length}; it is truncated or damaged")
+
+
+def _from(container: Any, stream: Any, time: int, latest: float) -> Iterator[Any]:
+    """Decoded frames from one at or before `time` on."""
+    container.seek(time, stream=stream)
+    frames = (frame for frame in container.decode(stream) if frame.pts is not None)
+    first = next(frames, None)
+    if first is None or first.pts > latest:  # the index of the container is wrong, or absent
+        container.seek(stream.start_time or 0, stream=stream)
+        yield from (frame for frame in container.decode(stream) if frame.pts is not None)
+    else:
+        yield from itertools.chain([first], frames)
+
+
+def _upright(frame: Any, channels: int) -> Image.Image:
+    check_size(frame.width, frame.height)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pixels = frame.to_ndarray(format="rgb24" if channels == 3 else "gray")
+    turns = round(frame.rotation / 90) % 4  # counterclockwise, as the camera noted it
+    return Image.fromarray(np.ascontiguousarray(np.rot90(pixels, turns)))

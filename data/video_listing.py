@@ -1,0 +1,285 @@
+"""The videos of a folder: files, or folders of frames, by class or not; their listing is kept.
+
+    CLASS/VIDEO.mp4    VIDEO.mp4    CLASS/VIDEO/frame_0001.jpg    VIDEO/frame_0001.jpg
+
+The listing (`.clip_listing.json` in the folder) has the number of frames of each video. A file or folder that changed
+since then, by its size and time of change, is opened again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from data.folder_scan import EXTENSIONS, OTHER_FOLDERS, OTHER_IMAGES
+from data.image_folder import UnreadableImageError
+from data.video_files import EXTENSIONS as VIDEO_EXTENSIONS
+from data.video_files import VideoInfo, check_pyav, inspect_video
+from runtime.json_file import read_json, write_json
+
+LISTING = ".clip_listing.json"
+FORMAT = 1
+NAME = re.compile(r"(?P<start>.*?)(?P<number>\d+)(?P<end>\D*\.\w+)", re.DOTALL)
+THREADS = 8
+FOLDER = -1  # in place of a size
+
+
+class Frames(NamedTuple):
+    """Files of frames with numbers in their names: start, number with at least `digits` digits, end."""
+
+    start: str
+    end: str
+    digits: int
+    first: int
+    step: int
+    length: int
+
+    def name(self, position: int) -> str:
+        """File of a frame."""
+        return f"{self.start}{self.first + position * self.step:0{self.digits}d}{self.end}"
+
+    def names(self) -> Iterator[str]:
+        """Files of all frames in their order."""
+        template = f"{self.start.replace('%', '%%')}%0{self.digits}d{self.end.replace('%', '%%')}"
+        return map(template.__mod__, range(self.first, self.first + self.length * self.step, self.step))
+
+
+class Video(NamedTuple):
+    """A video of a folder.
+
+    Attributes:
+        path: Relative to the folder, with forward slashes.
+        size: Of the file in bytes; FOLDER for a folder of frames.
+        stamp: Time of its last change in nanoseconds.
+        length: Number of frames; 0 if it cannot be read.
+        times: Of a file, as in `VideoInfo`.
+        frames: Of a folder of frames: the pattern of their names.
+        problem: Why it cannot be read, or cannot be used as a whole; empty if it can.
+    """
+
+    path: str
+    size: int
+    stamp: int
+    length: int
+    times: tuple[int, float] | None = None
+    frames: Frames | None = None
+    problem: str = ""
+
+    @property
+    def is_folder(self) -> bool:
+        """True for a folder of frames."""
+        return self.size == FOLDER
+
+    @property
+    def info(self) -> VideoInfo:
+        """Frames of a file."""
+        return VideoInfo(self.length, self.times)
+
+
+class Listing(NamedTuple):
+    """Content of a folder of videos.
+
+    Attributes:
+        classes: Names of the class folders, sorted as text; none if the videos have no classes.
+        videos: All videos, readable or not, by class, then by name.
+        labels: Class number of each; 0 without classes.
+    """
+
+    classes: list[str]
+    videos: list[Video]
+    labels: list[int]
+
+
+def list_videos(root: Path) -> Listing:
+    """List the videos of a folder, and keep the listing there. Hidden files and folders are not seen.
+
+    Raises:
+        ValueError: If the folder is missing, holds no videos, or some with a class and some without.
+        OSError: If the file system fails.
+    """
+    if not root.is_dir():
+        raise ValueError(f"{root}: {'not a' if root.exists() else 'no such'} folder")
+    known = _read(root)
+    found, left_out = dict[str, list[Video | str]](), Counter[str]()  # class -> folders of frames, and paths of files
+    for name, is_folder in _entries(root):
+        if not is_folder:
+            if _suffix(name) in EXTENSIONS:
+                raise ValueError(f"{root}: holds images ({name}); put the frames of each video into its own folder")
+            _add(found, "", _file(name, left_out))
+        elif (video := _folder(root, name, known)) is not None:
+            _add(found, "", video)
+        else:
+            for inner, is_inner_folder in _entries(root / name):
+                path = f"{name}/{inner}"
+                if not is_inner_folder:
+                    _add(found, name, _file(path, left_out))
+                    continue
+                video = _folder(root, path, known)
+                left_out["folders without frames"] += video is None
+                _add(found, name, video)
+    if "" in found and len(found) > 1:
+        first, second = (_path(found[name][0]) for name in ("", next(filter(None, found))))
+        raise ValueError(f"{root}: {first} has no class, and {second} has one; put each into a class folder")
+    if +left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted((+left_out).items()))
+        warnings.warn(f"{root}: left out {kinds}; videos, and folders of PNG, JPEG or WebP are read", stacklevel=3)
+    if not found:
+        raise ValueError(f"{root}: holds no videos; expected [CLASS/]VIDEO.mp4 or [CLASS/]VIDEO/frame_0001.jpg")
+    classes = sorted(filter(None, found))
+    rows = [(label, row) for label, name in enumerate(classes or [""]) for row in sorted(found[name], key=_path)]
+    if any(isinstance(row, str) for _, row in rows):
+        check_pyav()
+    with ThreadPoolExecutor(THREADS) as pool:
+        videos = [*pool.map(lambda row: _inspect(root, row[1], known), rows)]
+    if videos != [*known.values()]:
+        _write(root, videos)
+    return Listing(classes, videos, [label for label, _ in rows])
+
+
+def digest_of_videos(videos: Sequence[Video]) -> str:
+    """Digest of the paths of videos, of their sizes and numbers of frames."""
+    total = hashlib.sha256()
+    for video in videos:
+        total.update(f"{video.path}\n{video.size} {video.length} {video.frames}\n".encode(errors="surrogateescape"))
+    return total.hexdigest()
+
+
+def pattern_of(names: Iterable[str]) -> tuple[Frames | None, str]:
+    """Pattern of the names of a video's frames, and what is wrong with them in a few words.
+
+    Frames are sorted by the last number in their names. Where some are missing, the longest run without a gap is taken.
+    """
+    present = [*names]
+    if (frames := _even(present)) is not None:  # most folders, tried first because it is fast
+        return frames, ""
+    matches = [match for match in map(NAME.fullmatch, sorted(present)) if match]
+    kinds = Counter((match["start"], match["end"]) for match in matches)
+    if not kinds:
+        return None, "the names of its frames have no numbers"
+    if len(kinds) > 1:
+        first, second = (f"{start}N{end}" for start, end in list(kinds)[:2])
+        return None, f"its frames are named in several ways ({first}, {second})"
+    texts = [match["number"] for match in matches]
+    digits = min((len(text) for text in texts if text[0] == "0"), default=1)
+    numbers = sorted(map(int, texts))
+    if len({*numbers}) < len(numbers) or any(f"{int(text):0{digits}d}" != text for text in texts):
+        return None, "its frames have numbers of several widths"
+    steps = [b - a for a, b in zip(numbers, numbers[1:], strict=False)]
+    step = Counter(steps).most_common(1)[0][0] if steps else 1
+    breaks = [0, *(i + 1 for i, each in enumerate(steps) if each != step), len(numbers)]
+    begin, stop = max(zip(breaks, breaks[1:], strict=False), key=lambda run: run[1] - run[0])
+    frames = Frames(*next(iter(kinds)), digits, numbers[begin], step, stop - begin)
+    if len(breaks) == 2:
+        return frames, ""
+    gap = f"frames are missing after number {numbers[breaks[1] - 1]}"
+    return frames, f"{gap}; only its longest part without a gap is used, {stop - begin} of {len(numbers)} frames"
+
+
+def _even(names: list[str]) -> Frames | None:
+    """Pattern of names with numbers at equal steps; None for any others."""
+    lengths = [*map(len, names)]
+    shortest, longest = min(lengths, default=0), max(lengths, default=0)
+    first = NAME.fullmatch(min((name for name in names if len(name) == shortest), default=""))
+    last = NAME.fullmatch(max((name for name in names if len(name) == longest), default=""))
+    if first is None or last is None:
+        return None
+    begin, stop, length = int(first["number"]), int(last["number"]), len(names)
+    step = max(1, (stop - begin) // max(1, length - 1))
+    digits = len(first["number"]) if first["number"][0] == "0" else 1
+    frames = Frames(first["start"], first["end"], digits, begin, step, length)
+    return frames if {*frames.names()} == {*names} else None
+
+
+def _inspect(root: Path, row: Video | str, known: dict[str, Video]) -> Video:
+    """A video file from the listing, or as it is now; a folder of frames is one already."""
+    if isinstance(row, Video):
+        return row
+    status, before = os.stat(root / row), known.get(row)
+    if before is not None and (before.size, before.stamp) == (status.st_size, status.st_mtime_ns):
+        return before
+    try:
+        return Video(row, status.st_size, status.st_mtime_ns, *inspect_video(root / row))
+    except UnreadableImageError as error:
+        return Video(row, status.st_size, status.st_mtime_ns, 0, problem=error.reason)
+
+
+def _folder(root: Path, path: str, known: dict[str, Video]) -> Video | None:
+    """A folder of frames from the listing, or as it is now; None for a folder without images, or of folders."""
+    stamp, before = os.stat(root / path).st_mtime_ns, known.get(path)
+    if before is not None and before.is_folder and before.stamp == stamp:
+        return before
+    names = [name for name in os.listdir(root / path) if name[0] != "."]
+    images = [name for name in names if name.endswith(EXTENSIONS) or _suffix(name) in EXTENSIONS]
+    rest = [] if len(images) == len(names) else sorted({*names} - {*images})
+    if not images or any(os.path.isdir(root / path / name) for name in rest):
+        return None
+    frames, problem = pattern_of(images)
+    others = [_suffix(name) for name in rest if _suffix(name) in OTHER_IMAGES]
+    if others and not problem:
+        problem = "left out " + ", ".join(f"{count} {suffix}" for suffix, count in sorted(Counter(others).items()))
+    return Video(path, FOLDER, stamp, frames.length if frames else 0, frames=frames, problem=problem)
+
+
+def _file(path: str, left_out: Counter[str]) -> str | None:
+    """The path of a video file; None for another file, which is counted if it is an image."""
+    if _suffix(path) in VIDEO_EXTENSIONS:
+        return path
+    left_out[_suffix(path)] += _suffix(path) in (*OTHER_IMAGES, *EXTENSIONS)
+    return None
+
+
+def _add(found: dict[str, list[Video | str]], name: str, video: Video | str | None) -> None:
+    if video is not None:
+        found.setdefault(name, []).append(video)
+
+
+def _entries(folder: Path) -> list[tuple[str, bool]]:
+    """Names in a folder, sorted, and which are folders."""
+    entries = (entry for entry in os.scandir(folder) if entry.name[0] != "." and entry.name not in OTHER_FOLDERS)
+    return sorted((entry.name, entry.is_dir()) for entry in entries)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _path(row: Video | str) -> str:
+    return row if isinstance(row, str) else row.path
+
+
+def _read(root: Path) -> dict[str, Video]:
+    """Videos of the kept listing by path; none if there is no listing, or it is damaged."""
+    file = root / LISTING
+    try:
+        document = read_json(file)
+        if document["format"] != FORMAT:
+            return {}
+        videos = [
+            Video(path, size, stamp, length, times and tuple(times), frames and Frames(*frames), problem)
+            for path, size, stamp, length, times, frames, problem in document["videos"]
+        ]
+        if document["digest"] != digest_of_videos(videos):
+            raise ValueError(f"{file}: does not match its digest")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{file}: cannot be used ({error}); all videos are opened again", stacklevel=4)
+        return {}
+    return {video.path: video for video in videos}
+
+
+def _write(root: Path, videos: Sequence[Video]) -> None:
+    """Keep a listing; a folder that cannot be written to gets a warning."""
+    try:
+        content = {"format": FORMAT, "digest": digest_of_videos(videos), "videos": json.loads(json.dumps(videos))}
+        write_json(root / LISTING, content, indent=None)
+    except OSError as error:
+        warnings.warn(f"{root}: its listing cannot be kept ({error.strerror}); starts take longer", stacklevel=4)
