@@ -1,6 +1,7 @@
 """Clips from sample.py, sample_ddp.py and the pipeline, of a small family that only this test registers."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import models
 import sample
 import sample_ddp
 from data.pixels import enlarge, grid, to_picture
@@ -17,10 +19,11 @@ from runtime.errors import UserError, run
 from sampling.job import COUNTS, JobSettings, plan_job
 from sampling.pipeline import Pipeline
 from tests import clips
+from tests.checkpoints import write_network
 from tests.clips import CHANNELS, FRAMES, HEIGHT, WIDTH, ClipConfig, write_clips
 from tests.golden_data import relative_error
-from tests.networks import small_autoencoder
-from tests.processes import run_script
+from tests.networks import debug_name, debug_network, small_autoencoder
+from tests.processes import run_ranks
 
 FACTOR = sample.SMALLEST // HEIGHT
 JOB = "--num-fid-samples 7 --num-sampling-steps 3 --per-proc-batch-size 2 --device cpu".split()
@@ -105,29 +108,35 @@ def test_a_release_tells_the_size_of_frames_but_not_their_number(tmp_path: Path)
 # ----------------------------------------------------------------------------------------------------------------------
 # Jobs
 
-WORLD = """
-import sys
-from runtime.errors import run
-from tests import clips
-clips.register()
-import sample_ddp
-sys.exit(run(sample_ddp.main, "sample_ddp.py", sys.argv[1:]))
-"""
+FAMILIES = [name for name in models.FAMILIES if len(models.model_config(debug_name(name)).sample_shape) == 4]
 
 
-def test_any_number_of_processes_writes_the_same_bytes(clip_ckpt: Path, tmp_path: Path) -> None:
-    pytest.importorskip("av")
-    files = ["--save-gif", "--save-mp4", "--save-png", "--fps", "10"]
-    draw(clip_ckpt, tmp_path / "one.npz", *files)
-    (tmp_path / "world.py").write_text(WORLD)
-    argv = ["--ckpt", str(clip_ckpt), "--output", str(tmp_path / "many.npz"), *JOB, *files]
-    done = run_script(tmp_path / "world.py", *argv, ranks=3, folder=tmp_path)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_clips_of_every_family_do_not_depend_on_processes_and_interruptions(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guided, with reused state and an autoencoder; chunks of two clips are decoded five frames at a time."""
+    small_autoencoder(tmp_path / "vae")
+    network = debug_network(name)
+    shape = network.sample_shape
+    image = [*shape[:-3], 3, 2 * shape[-2], 2 * shape[-1]]
+    meta = {"encoder": {"name": str(tmp_path / "vae")}, "data": {"image_shape": image, "classes": None}}
+    ckpt = write_network(tmp_path / "1.safetensors", debug_name(name), network, **meta)
+    argv = [*"--vae-batch-size 5 --cache-interval 2 --cfg-scale 2 --save-gif --save-png --fps 10".split()]
+    argv += ["--save-mp4"] if find_spec("av") else []
+    argv += [] if network.keeps_state else ["--cache-depth", "1"]
+    drawn = draw(ckpt, tmp_path / "one.npz", *argv)["arr_0"]
+    assert drawn.shape == (7, shape[0], image[-2], image[-1], 3) and len({clip.tobytes() for clip in drawn}) == 7
+    options = ["--ckpt", str(ckpt), "--output", str(tmp_path / "many.npz"), *JOB, *argv]
+    done = run_ranks("sample_ddp.py", *options, ranks=3, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "many.npz").read_bytes()
-    assert names(tmp_path / "one") == names(tmp_path / "many") and len(names(tmp_path / "one")) == 3 * 7
-    for name in names(tmp_path / "one"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes(), name
-    assert json.loads((tmp_path / "many.json").read_text())["run"]["world_size"] == 3
+    interrupted(ckpt, tmp_path / "resumed.npz", monkeypatch, *argv)
+    draw(ckpt, tmp_path / "resumed.npz", *argv)
+    for other in ("many", "resumed"):
+        assert (tmp_path / "one.npz").read_bytes() == (tmp_path / f"{other}.npz").read_bytes(), other
+        assert len(names(tmp_path / "one")) % 7 == 0 and names(tmp_path / "one") == names(tmp_path / other)
+        for path in (tmp_path / "one").iterdir():
+            assert path.read_bytes() == (tmp_path / other / path.name).read_bytes(), (other, path.name)
 
 
 def interrupted(ckpt: Path, path: Path, monkeypatch: pytest.MonkeyPatch, *argv: str) -> None:
