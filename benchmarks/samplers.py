@@ -20,8 +20,8 @@ from diffusion.time_grids import TimeGrid
 from evaluator.small import SmallScores
 from models.loading import resolve_checkpoint
 from runtime.settings import Values
-from sampling.config import chosen_table
 from sampling.pipeline import Pipeline
+from sampling.resolution import chosen_table
 
 # Settings to compare of a sampler of the registry; all others once, with their defaults
 VARIANTS: dict[str, Sequence[Values]] = {

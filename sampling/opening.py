@@ -16,7 +16,8 @@ from models.loading import CheckpointInfo, build_network, resolve_checkpoint
 from runtime.errors import UserError, error_prefix
 from runtime.releases import release_of_model
 from runtime.settings import Given
-from sampling.config import SamplingSettings, resolve
+from sampling.config import SamplingSettings
+from sampling.resolution import resolve
 from sampling.run import WeakerNetwork
 
 

@@ -34,10 +34,10 @@ from sampling.config import (
     EncoderSettings,
     SamplingSettings,
     check_labels,
-    resolve,
 )
 from sampling.editing import Edit
 from sampling.opening import open_checkpoint, open_guide
+from sampling.resolution import resolve
 from sampling.run import PreparedRun, WeakerNetwork, prepare_run
 
 KEPT_RUNS = 4  # prepared runs that a pipeline keeps
