@@ -22,8 +22,8 @@ import torch
 from benchmarks.costs import counted_cost, layer_norm_elements, reused_cost, routed_cost, run_cost
 from benchmarks.report import aligned
 from diffusion import AncestralSampler, create_diffusion, skip_cache
-from diffusion.caching import takes_cache_depth
-from models import DyDiT, Network, create_model, model_config
+from diffusion.caching import CacheSchedule, takes_cache_depth
+from models import DyDiT, Network, create_model, family_of, model_config
 from models.dydit_block import Routing
 from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
@@ -114,15 +114,18 @@ def count(name: str, config: CountSettings, **overrides: object) -> Count:
         layer_norm_elements=layer_norm_elements(network),
         parts=parts,
         macs_with_state=sum(reused_cost(network).values()) if keeps else None,
-        runs=[count_run(network, interval, config.num_sampling_steps or "250") for interval in config.cache_interval],
+        runs=[
+            count_run(network, interval, config.num_sampling_steps or "250", CacheSchedule(*family_of(name).cache_bounds))
+            for interval in config.cache_interval
+        ],
         torch_macs=counted_cost(network) if config.check else None,
         torch_macs_with_state=counted_cost(network, reused=True) if config.check and keeps else None,
     )
 
 
-def count_run(network: Network, interval: int, steps: str) -> Run:
+def count_run(network: Network, interval: int, steps: str, bounds: CacheSchedule) -> Run:
     """Count the steps of a sampling run and the MACs that they execute."""
-    refresh = skip_cache(network, AncestralSampler(create_diffusion(), steps), interval)
+    refresh = skip_cache(network, AncestralSampler(create_diffusion(), steps), interval, bounds)
     executed = run_cost(network, refresh)
     always = run_cost(network, [True] * len(refresh))
     return Run(interval, sum(refresh), len(refresh) - sum(refresh), executed, always / executed)
@@ -178,7 +181,7 @@ def main(argv: Sequence[str]) -> None:
             if config.cache_depth is not None and not takes_cache_depth(own):
                 raise UserError(f"--cache-depth {config.cache_depth}: has no effect on {name}; leave it out")
             if side := fields.pop("input_size", None):
-                fields["sample_shape"] = (own.sample_shape[0], side, side)
+                fields["sample_shape"] = (*own.sample_shape[:-2], side, side)
             counts.append(count(name, config, **fields))
     print(as_json(counts) if config.json else summary(counts))
     wrong = [c for c in counts if (c.torch_macs, c.torch_macs_with_state) != (c.macs, c.macs_with_state)]

@@ -22,13 +22,14 @@ import torch
 
 from models import DDT, DiT, Network
 from models.diffusers_format import diffusers_network
+from models.latte import Latte
 from models.loading import CheckpointInfo, load_network
 from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
 from runtime.settings import setting
 
-OFFICIAL_CLASSES = 1000
+OFFICIAL_CLASSES, OFFICIAL_CLIP_CLASSES = 1000, 101
 SUFFIXES = (".pt", ".ckpt")
 LIGHTNING_VERSION = "2.5.0"  # Lightning migrates what earlier versions wrote, and does not load without a version
 LIGHTNING_PREFIXES = ("ema_denoiser.", "denoiser.")  # the average that samples, the network that it is swapped with
@@ -81,14 +82,15 @@ def notes_on(network: Network, format: str) -> list[str]:
         "optimizer state and the other set of weights (average or network): this is for sampling, not for training",
     ]
     classes, null_class = network.config.num_classes, []
+    expected = OFFICIAL_CLIP_CLASSES if isinstance(network, Latte) else OFFICIAL_CLASSES
     if isinstance(network, DDT):
         notes.append(
             "the sizes of the network and its null class: the YAML config of the official code has to name them"
         )
-    elif classes != OFFICIAL_CLASSES:
+    elif classes not in (0, expected):
         reader = "the official scripts always take" if format == "official" else "DiTPipeline always takes"
-        null_class = [f"the null class {classes}: {reader} {OFFICIAL_CLASSES}"]
-    if format == "official" and network.config.class_dropout_prob == 0:
+        null_class = [f"the null class {classes}: {reader} {expected}"]
+    if format == "official" and classes and network.config.class_dropout_prob == 0:
         null_class = ["a null class, which it was trained without: the official code makes a network with one"]
     if format == "official":
         return [*notes, "the process (noise schedule, prediction): the official code assumes its own", *null_class]
@@ -104,8 +106,10 @@ def notes_on(network: Network, format: str) -> list[str]:
 
 
 def official_content(network: Network, info: CheckpointInfo) -> Mapping[str, object]:
-    """Content of an official file: a flat state dict, or a Lightning checkpoint that holds one under two prefixes."""
+    """Content of an official file: a state dict, flat or as an average, or a Lightning checkpoint with two of them."""
     weights = network.state_dict()
+    if isinstance(network, Latte):
+        return {"ema": weights}  # its loader takes no flat file
     if not isinstance(network, DDT):
         return weights
     return {

@@ -153,3 +153,30 @@ def test_ranking_twice_is_ranking_once() -> None:
     once = rank_by_magnitude(debug_network("DiT").state_dict(), 4)
     twice = rank_by_magnitude(once, 4)
     assert all(torch.equal(twice[name], tensor) for name, tensor in once.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clips
+
+
+@pytest.mark.parametrize(("source", "target"), [("DiT", "Latte"), ("DiT", "Skip-Latte"), ("Latte", "Skip-Latte")])
+def test_a_network_of_clips_starts_from_one_of_images_or_without_skip_units(source: str, target: str) -> None:
+    """All blocks are taken over, spatial and temporal ones; what is not in the weights is named."""
+    overrides = {"depth": 8} | ({} if source == "DiT" else {"sample_shape": (4, 4, 8, 8)})
+    weights = randomise(create_model(f"{source}-debug/2", **overrides)).state_dict()
+    network = create_model(f"{target}-debug/2", depth=8)
+    adapted, notes = adapt_weights(network, weights, added_parts=FAMILIES[target].added_parts)
+    network.load_state_dict(adapted)
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in weights.items())
+    said = " ".join(notes)
+    assert ("positions computed for 4 frames (the weights had none)" in said) == (source == "DiT")
+    assert ("initialised afresh, because the weights have none: skip_norms.0..1.weight" in said) == ("Skip" in target)
+    assert network.temp_embed.std() > 0.1
+
+
+def test_positions_of_another_number_of_frames_are_computed() -> None:
+    weights = create_model("Latte-debug/2", sample_shape=(6, 4, 8, 8)).state_dict()
+    adapted, notes = adapt_weights(network := create_model("Latte-debug/2"), weights)
+    network.load_state_dict(adapted)
+    assert notes == ["positions computed for 4 frames (the weights had 6)"]
+    assert torch.equal(network.temp_embed[0], weights["temp_embed"][0, :4])

@@ -83,6 +83,21 @@ def test_runs_with_skip_cache_cost_what_was_published(capsys: pytest.CaptureFixt
     assert lines[-5].replace("|", "").split() == ["Skip-DiT-XL/2", "2", "128", "122", "20,869.1601", "1.535", "x"]
 
 
+@pytest.mark.parametrize("steps", ["250", "50"])
+def test_runs_of_clips_have_the_bounds_and_speed_ups_of_their_family(
+    steps: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model", "Skip-Latte-XL/2", "--cache-interval", *"23456", "--num-sampling-steps", steps, "--json"]
+    assert count(*argv) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    published = table("latte/official_latte_xl2_skip_ucf101_keys")["schedule_cost"]
+    for cached in row["runs"]:
+        official = published[f"{steps}_N{cached['interval']}"]
+        assert (cached["full"], cached["cached"]) == (official["full"], official["cached"])
+        # of slightly less work, since modulation is computed once a clip
+        assert cached["speedup"] == pytest.approx(official["theoretical_speedup_vs_skip"], rel=1e-3)
+
+
 def test_a_plain_network_can_be_cached_at_the_same_place(capsys: pytest.CaptureFixture[str]) -> None:
     assert count("--json", "--model", "DiT-XL/2", "--cache-depth", "4", "--cache-interval", "2") == 0
     (row,) = json.loads(capsys.readouterr().out)

@@ -11,7 +11,7 @@ import pytest
 from tests.digits_checkpoints import save_digits_checkpoint
 from tests.processes import ROOT
 
-SCRIPTS = ("digits_dydit", "digits_ddt", "digits_skip_dit", "digits_families", "digits_samplers")
+SCRIPTS = ("digits_dydit", "digits_ddt", "digits_skip_dit", "digits_families", "digits_samplers", "digits_video")
 
 
 def script(name: str, folder: Path, *argv: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -48,6 +48,14 @@ def test_skip_dit_in_a_moment(tmp_path: Path) -> None:
     assert networks(done) == (["DiT-digits-deep/2"] * 6 + ["Skip-DiT-digits/2"] * 6) * 2
     assert " to " in done.stdout  # two seeds have a spread
     assert {"ddim", "ddpm"} <= {path.name for path in (tmp_path / "out with space").iterdir()}
+
+
+@pytest.mark.slow
+def test_clips_in_a_moment(tmp_path: Path) -> None:
+    done = script("digits_video", tmp_path, DIGITS_STEPS="2", DIGITS_SAMPLES="10")
+    rows = networks(done)
+    assert rows[:8] == ["Skip-Latte-digits/4"] * 4 + ["Latte-digits/4"] * 4
+    assert (tmp_path / "out with space" / "Skip-Latte-digits-4.gif").exists()
 
 
 @pytest.mark.slow

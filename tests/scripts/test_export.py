@@ -12,10 +12,11 @@ from torch import nn
 from diffusion import create_diffusion
 from models import Network, create_model
 from models.diffusers_format import correct_timesteps
-from models.loading import CheckpointInfo
+from models.loading import CheckpointInfo, load_network
 from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.errors import run
 from scripts import export
+from tests.checkpoints import write_network
 from tests.golden_data import assert_close, relative_error, table
 from tests.networks import randomise
 
@@ -128,6 +129,23 @@ def test_the_loaders_of_the_official_ddt_fill_their_networks(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("classes", "note"), [(10, "the null class 10: the official scripts always take 101"), (0, "")])
+def test_an_official_file_of_clips_holds_an_average(
+    classes: int, note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The official loader of clips takes "ema" or "model" and no flat file."""
+    network = randomise(create_model("Skip-Latte-debug/2", num_classes=classes))
+    write_network(tmp_path / "a.safetensors", "Skip-Latte-debug/2", network)
+    assert exported(tmp_path / "a.safetensors", tmp_path / "a.pt", "official") == 0
+    said = capsys.readouterr().out
+    assert note in said and ("null class" in said) == bool(note)
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert content.keys() == {"ema"} and content["ema"].keys() == network.state_dict().keys()
+    again, info = load_network(tmp_path / "a.pt")
+    assert info.model == "Skip-Latte-debug/2" and again.config.num_classes == classes
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["DiT-debug/2", "DyDiT-debug/2", "Skip-DiT-debug/2"])
 def test_the_loaders_of_the_other_official_scripts_fill_their_networks(name: str, tmp_path: Path) -> None:
     network = checkpoint(tmp_path / "a.safetensors", name=name)

@@ -1,0 +1,156 @@
+"""Scores of clips of one moving digit, from what is seen in them: which digit it is, and how it moves.
+
+A digit is followed by its centre of mass. Its picture is the mean of all frames around that centre, which an
+independent classifier judges; its motion is right where it is that of a real clip: along one axis, steadily, at one of
+the speeds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from data.moving_digits import DIRECTIONS, SPEEDS, MovingDigits
+
+if TYPE_CHECKING:
+    from sklearn.svm import SVC
+
+Clips = npt.NDArray[np.uint8]  # (N, F, S, S, 1)
+Numbers = npt.NDArray[np.float64]
+
+REACH = 5  # pixels around the centre
+TOLERANCE = 1.0  # pixels between a centre and a steady path; a faint pixel far away moves it by tenths
+NEAREST = 500  # clips that are compared with all training clips
+
+
+@dataclass(frozen=True)
+class ClipScores:
+    """Scores of one set of clips.
+
+    Attributes:
+        num_samples: Number of clips.
+        accuracy: Share of clips in which the independent classifier finds the requested digit.
+        motion: Share of clips that move as real ones do.
+        directions: Share of each direction among these.
+        nearest_ratio: Median distance in grey levels to the nearest training clip, over that of held-out clips.
+    """
+
+    num_samples: int
+    accuracy: float
+    motion: float
+    directions: dict[str, float]
+    nearest_ratio: float
+
+
+class ClipScorer:
+    """Scores of clips of moving digits, with what they share kept for the next ones.
+
+    Args:
+        train: Training clips.
+        test: Held-out clips of the same size.
+    """
+
+    def __init__(self, train: MovingDigits, test: MovingDigits) -> None:
+        self.train, self.test = train, test
+        self.kinds = len(DIRECTIONS) * len(SPEEDS)
+
+    def score(self, clips: Clips, labels: npt.NDArray[np.int64]) -> ClipScores:
+        """Score generated clips.
+
+        Args:
+            clips: (N, F, S, S, 1) uint8, N >= 1.
+            labels: (N,) the digits that were asked for.
+
+        Raises:
+            ValueError: For clips of another size.
+        """
+        frames, channels, side, _ = self.test.image_shape
+        if clips.shape[1:] != (frames, side, side, channels) or not len(clips) == len(labels) > 0:
+            raise ValueError(
+                f"clips of shape {clips.shape} with {len(labels)} labels; these are {self.test.image_shape}"
+            )
+        found = [direction_of(path, frames) for path in centres(clips)]
+        moving = [direction for direction in found if direction is not None]
+        return ClipScores(
+            num_samples=len(clips),
+            accuracy=self.accuracy(clips, labels),
+            motion=len(moving) / len(clips),
+            directions={name: moving.count(name) / max(1, len(moving)) for name in DIRECTIONS},
+            nearest_ratio=self._nearest(clips) / self.nearest_of_test,
+        )
+
+    def accuracy(self, clips: Clips, labels: npt.NDArray[np.int64]) -> float:
+        """Share of clips in which the classifier finds these digits."""
+        return float(np.mean(self.classifier.predict(_vectors(clips)) == labels))
+
+    def real(self, data: MovingDigits, count: int | None = None) -> tuple[Clips, npt.NDArray[np.int64]]:
+        """Clips and labels of a split, one of each digit, in every direction and at every speed in turn."""
+        digits = len(data) // self.kinds
+        indices = [digit * self.kinds + digit % self.kinds for digit in range(min(digits, count or digits))]
+        clips = np.stack([data.clip(i) for i in indices])[..., None]
+        return clips, np.array([data.label(i) for i in indices])
+
+    @cached_property
+    def classifier(self) -> SVC:
+        """Support vector machine on pictures of the digits in real training clips, fitted at first use."""
+        from sklearn.svm import SVC  # takes most of a second to import
+
+        clips, labels = self.real(self.train)
+        return SVC(gamma=0.02, C=10.0).fit(_vectors(clips), labels)
+
+    @cached_property
+    def nearest_of_test(self) -> float:
+        """Median distance of a held-out clip to its nearest training clip."""
+        return self._nearest(self.real(self.test)[0])
+
+    @cached_property
+    def _references(self) -> torch.Tensor:
+        clips = np.stack([self.train.clip(i) for i in range(len(self.train))])
+        return torch.from_numpy(clips).flatten(1).float()
+
+    def _nearest(self, clips: Clips) -> float:
+        points = torch.from_numpy(clips[:NEAREST]).flatten(1).float()
+        return float(torch.cdist(points, self._references).amin(1).median())
+
+
+def centres(clips: Clips) -> Numbers:
+    """Centre of mass of every frame, (N, F, 2): row, column; the middle of an empty one."""
+    weights = clips[..., 0].astype(np.float64)
+    weights = np.where(weights < 64, 0.0, weights)  # faint noise far from the digit would pull the centre
+    total = weights.sum((2, 3))
+    rows, columns = np.arange(weights.shape[2]), np.arange(weights.shape[3])
+    row, column = (weights.sum(3) * rows).sum(2), (weights.sum(2) * columns).sum(2)
+    middle = (np.array(weights.shape[2:]) - 1) / 2
+    place = np.stack([row, column], axis=-1) / np.maximum(total, 1)[..., None]
+    return np.where(total[..., None] > 0, place, middle)
+
+
+def direction_of(path: Numbers, frames: int) -> str | None:
+    """Direction in which centres (F, 2) move, if they stay near the path of a real clip; else None."""
+    for name, step in DIRECTIONS.items():
+        for speed in SPEEDS:
+            steady = np.floor(speed * np.arange(frames))[:, None] * np.array(step)
+            off = path - path.mean(0) - (steady - steady.mean(0))
+            if np.abs(off).max() <= TOLERANCE:
+                return name
+    return None
+
+
+def pictures(clips: Clips) -> Numbers:
+    """Mean of all frames around their centres, (N, 2 REACH, 2 REACH) in [0, 255]."""
+    padded = np.pad(clips[..., 0].astype(np.float64), ((0, 0), (0, 0), (REACH, REACH), (REACH, REACH)))
+    corners = np.rint(centres(clips) + 0.5).astype(np.int64)  # of a window centred there, in the padded frame
+    result = np.zeros((len(clips), 2 * REACH, 2 * REACH))
+    for clip, places, picture in zip(padded, corners, result, strict=True):
+        for frame, (row, column) in zip(clip, places, strict=True):
+            picture += frame[row : row + 2 * REACH, column : column + 2 * REACH] / len(clip)
+    return result
+
+
+def _vectors(clips: Clips) -> Numbers:
+    return pictures(clips).reshape(len(clips), -1) / 255.0 - 0.5

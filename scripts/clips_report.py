@@ -1,0 +1,171 @@
+"""Sample moving digits from trained networks at several intervals of Skip-Cache, score them, and show them.
+
+    python scripts/clips_report.py --ckpt digits_video_out/Skip-Latte digits_video_out/Latte
+    python scripts/clips_report.py --ckpt digits_video_out --intervals 2 --num-clips 50 --output-dir report
+
+A row is a network at one interval: how many evaluations computed everything, the MACs that a clip took, the share of
+clips in which an independent classifier finds the requested digit, the share that moves as real ones do, and the
+distance to the nearest training clip. All sample the same labels from the same noise. The picture has one clip a row.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.counting import SamplingCost
+from benchmarks.report import aligned
+from benchmarks.small import PROTOCOLS, find_checkpoints, psnr
+from benchmarks.timing import check_at_least
+from data.moving_digits import MovingDigits
+from data.pixels import Images, enlarge
+from data.writers import writer_of
+from diffusion.caching import takes_cache_depth
+from evaluator.small.clips import ClipScorer, ClipScores
+from runtime.command_line import parse_config
+from runtime.errors import UserError, run
+from runtime.files import atomic_path, check_writable
+from runtime.settings import setting
+from sampling.pipeline import Pipeline
+
+BATCH = 50
+TILE = 4  # pixels of the picture for one of a clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipReportSettings:
+    """Settings of clips_report.py."""
+
+    ckpt: tuple[Path, ...] = setting((Path("digits_video_out"),), "checkpoints of train.py, or folders of runs")
+    num_sampling_steps: int = setting(25, "steps of the sampler")
+    intervals: tuple[int, ...] = setting((2, 3, 4), "evaluations from one that computes kept state to the next")
+    cfg_scale: float | None = setting(None, "guidance scale", shown="1.1; 1, no guidance, for flows")
+    num_clips: int = setting(200, "clips of every row, of all digits in turn")
+    seed: int = setting(0, "seed of the noise")
+    output_dir: Path = setting(Path("digits_video_out"), "folder of the table, the contact sheets and animations")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 10, "num_clips")
+        check_at_least(self, 1, "num_sampling_steps")
+        for interval in self.intervals:
+            if interval < 2:
+                raise ValueError(f"--intervals {interval}: must be at least 2")
+
+
+class Row(NamedTuple):
+    """Result of one network at one interval."""
+
+    name: str  # of the model
+    interval: int  # 1: everything at every step
+    full: int  # evaluations that computed everything
+    evaluations: int
+    macs: float  # of one clip
+    scores: ClipScores
+    psnr: float | None  # to the clips without reuse, dB
+    clips: Images  # (N, F, S, S, 1)
+
+
+def open_clip_network(path: Path) -> Pipeline:
+    """Open a checkpoint of a network that was trained on moving digits, built so that it keeps state.
+
+    Raises:
+        UserError: If it is another.
+    """
+    pipeline = Pipeline.from_pretrained(path, device="cpu")
+    meta = pipeline.info.meta or {}
+    if meta.get("train", {}).get("data", {}).get("dataset") != "moving-digits":
+        raise UserError(f"--ckpt {path}: not a checkpoint of train.py --dataset moving-digits")
+    if not pipeline.network.keeps_state and takes_cache_depth(pipeline.network.config):
+        return Pipeline.from_pretrained(path, device="cpu", cache_depth=1)
+    return pipeline
+
+
+def sample_clips(pipeline: Pipeline, config: ClipReportSettings, interval: int) -> tuple[Images, float, int, int]:
+    """Sample clips of all digits in turn; returns them, the MACs of one, full evaluations and all."""
+    sampler, scale = PROTOCOLS[pipeline.info.process]
+    scale = scale if config.cfg_scale is None else config.cfg_scale
+    reuse = {} if interval == 1 else {"cache_interval": interval}
+    prepared = pipeline.prepare(
+        sampler=sampler, num_sampling_steps=str(config.num_sampling_steps), cfg_scale=scale, **reuse
+    )
+    labels = torch.arange(config.num_clips) % pipeline.num_classes
+    with SamplingCost().listening() as cost:
+        latents = [
+            pipeline.denoise(prepared, config.seed, rows.tolist(), {"y": labels[rows]})
+            for rows in torch.arange(config.num_clips).split(BATCH)
+        ]
+    writer = writer_of(pipeline.image_shape)
+    clips = writer.to_uint8(pipeline.decode(torch.cat(latents))).numpy()
+    full = sum(evaluation.refresh for evaluation in prepared.table)
+    return clips, cost.executed.total() / config.num_clips, full, len(prepared.table)
+
+
+def examine(pipeline: Pipeline, scorer: ClipScorer, config: ClipReportSettings) -> list[Row]:
+    """All rows of one network."""
+    rows: list[Row] = []
+    for interval in (1, *(config.intervals if pipeline.network.keeps_state else ())):
+        clips, macs, full, count = sample_clips(pipeline, config, interval)
+        scores = scorer.score(clips, np.arange(len(clips)) % pipeline.num_classes)
+        difference = psnr(clips, rows[0].clips) if rows else None
+        rows.append(Row(pipeline.info.model, interval, full, count, macs, scores, difference, clips))
+    return rows
+
+
+def table(rows: Sequence[Row], scorer: ClipScorer) -> str:
+    """Markdown, with held-out clips in the last row."""
+    titles = ["network", "N", "full evaluations", "M MACs", "recognised", "moves", "nearest", "PSNR, dB"]
+    lines = [
+        [
+            row.name,
+            "" if row.interval == 1 else str(row.interval),
+            f"{row.full} of {row.evaluations}",
+            f"{row.macs / 1e6:,.0f}",
+            f"{row.scores.accuracy:.3f}",
+            f"{row.scores.motion:.3f}",
+            f"{row.scores.nearest_ratio:.2f}",
+            "" if row.psnr is None else f"{row.psnr:.1f}",
+        ]
+        for row in rows
+    ]
+    real = scorer.score(*scorer.real(scorer.test))
+    lines.append(["real, held out", "", "", "", f"{real.accuracy:.3f}", f"{real.motion:.3f}", "1.00", ""])
+    return aligned(titles, lines, left=2)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Sample, score, write.
+
+    Raises:
+        UserError: For wrong flags or files.
+    """
+    config = parse_config(ClipReportSettings, argv, program="clips_report.py", doc=__doc__)
+    paths = [path for place in config.ckpt for path in find_checkpoints([place])]
+    if not paths:
+        raise UserError(f"--ckpt {config.ckpt[0]}: no checkpoint there; bash scripts/digits_video.sh makes some")
+    pipelines = [open_clip_network(path) for path in paths]
+    check_writable(config.output_dir / "clips.md", "--output-dir")
+    rows: list[Row] = []
+    for pipeline in pipelines:
+        frames, _, side, _ = pipeline.image_shape
+        scorer = ClipScorer(*(MovingDigits(split, frames=frames, side=side) for split in ("train", "test")))
+        own = examine(pipeline, scorer, config)
+        for row in own[:2]:
+            name = row.name.replace("/", "-") + ("" if row.interval == 1 else f"-N{row.interval}")
+            shown, writer = enlarge(row.clips[:10], TILE), writer_of(pipeline.image_shape)
+            for suffix, columns in ((".png", 1), (".gif", 5)):
+                writer.save(shown, config.output_dir / f"{name}{suffix}", columns, gap=2)
+        rows += own
+    text = table(rows, scorer)
+    with atomic_path(config.output_dir / "clips.md") as path:
+        path.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, "clips_report.py"))

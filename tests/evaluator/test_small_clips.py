@@ -1,0 +1,66 @@
+"""Scores of moving digits: real clips, clips with a fault, and the limits of what counts as motion."""
+
+import numpy as np
+import pytest
+
+from data.moving_digits import DIRECTIONS, SPEEDS, MovingDigits
+from evaluator.small.clips import ClipScorer, centres, direction_of, pictures
+
+
+@pytest.fixture(scope="module")
+def scorer() -> ClipScorer:
+    return ClipScorer(MovingDigits("train"), MovingDigits("test"))
+
+
+def test_held_out_clips_are_recognised_and_all_move(scorer: ClipScorer) -> None:
+    scores = scorer.score(*scorer.real(scorer.test))
+    assert scores.num_samples == 500 and scores.accuracy > 0.97 and scores.motion == 1.0
+    assert all(abs(share - 0.25) < 0.01 for share in scores.directions.values())
+    assert scores.nearest_ratio == 1.0
+
+
+def test_shuffled_frames_do_not_move_and_wrong_labels_are_not_recognised(scorer: ClipScorer) -> None:
+    clips, labels = scorer.real(scorer.test, 100)
+    rng = np.random.default_rng(0)
+    shuffled = scorer.score(np.stack([clip[rng.permutation(len(clip))] for clip in clips]), labels)
+    assert shuffled.motion < 0.1 and shuffled.accuracy > 0.9, "the digit is still there"
+    assert scorer.score(clips, (labels + 1) % 10).accuracy < 0.05
+    still = scorer.score(np.repeat(clips[:, :1], clips.shape[1], axis=1), labels)
+    assert still.motion == 0
+
+
+def test_copies_and_noise_are_told_from_new_clips(scorer: ClipScorer) -> None:
+    clips, labels = scorer.real(scorer.train, 50)
+    assert scorer.score(clips, labels).nearest_ratio == 0
+    noise = np.random.default_rng(0).integers(0, 256, clips.shape, dtype=np.uint8)
+    scores = scorer.score(noise, labels)
+    assert scores.motion == 0 and scores.accuracy < 0.4 and scores.nearest_ratio > 1.5
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_directions_are_those_of_steady_paths(name: str, speed: float) -> None:
+    path = 5 + speed * np.arange(8)[:, None] * np.array(DIRECTIONS[name])
+    assert direction_of(path, 8) == name
+    jump = path.copy()
+    jump[4] += 3
+    assert direction_of(jump, 8) is None
+    assert direction_of(path + np.arange(8)[:, None] * np.array(DIRECTIONS[name])[::-1] * 0.9, 8) is None, "oblique"
+
+
+def test_a_digit_is_followed_and_faint_noise_is_not() -> None:
+    clip = np.zeros((1, 8, 16, 16, 1), np.uint8)
+    for frame in range(8):
+        clip[0, frame, 4:6, frame : frame + 2] = 200
+    assert np.allclose(centres(clip)[0], [[4.5, frame + 0.5] for frame in range(8)])
+    assert np.array_equal(centres(np.maximum(clip, 30)), centres(clip))
+    assert np.allclose(centres(np.zeros_like(clip)), 7.5)
+    picture = pictures(clip)[0]
+    assert picture.shape == (10, 10) and picture.max() == 200 and (picture > 0).sum() == 4, (
+        "sharp: aligned in all frames"
+    )
+
+
+def test_clips_of_another_size_are_refused(scorer: ClipScorer) -> None:
+    with pytest.raises(ValueError, match=r"\(2, 8, 12, 12, 1\) with 2 labels; these are \(8, 1, 16, 16\)"):
+        scorer.score(np.zeros((2, 8, 12, 12, 1), np.uint8), np.zeros(2, np.int64))
