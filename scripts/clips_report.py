@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.counting import SamplingCost
+from benchmarks.moving_digits import ClipScorer, ClipScores
 from benchmarks.report import aligned
 from benchmarks.small import PROTOCOLS, find_checkpoints, psnr
 from benchmarks.timing import check_at_least
@@ -27,7 +28,6 @@ from data.moving_digits import MovingDigits
 from data.pixels import Images, enlarge
 from data.writers import writer_of
 from diffusion.caching import takes_cache_depth
-from evaluator.small.clips import ClipScorer, ClipScores
 from runtime.command_line import parse_config
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable

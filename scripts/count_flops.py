@@ -115,7 +115,9 @@ def count(name: str, config: CountSettings, **overrides: object) -> Count:
         parts=parts,
         macs_with_state=sum(reused_cost(network).values()) if keeps else None,
         runs=[
-            count_run(network, interval, config.num_sampling_steps or "250", CacheSchedule(*family_of(name).cache_bounds))
+            count_run(
+                network, interval, config.num_sampling_steps or "250", CacheSchedule(*family_of(name).cache_bounds)
+            )
             for interval in config.cache_interval
         ],
         torch_macs=counted_cost(network) if config.check else None,

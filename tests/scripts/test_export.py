@@ -129,7 +129,9 @@ def test_the_loaders_of_the_official_ddt_fill_their_networks(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("classes", "note"), [(10, "the null class 10: the official scripts always take 101"), (0, "")])
+@pytest.mark.parametrize(
+    ("classes", "note"), [(10, "the null class 10: the official scripts always take 101"), (0, "")]
+)
 def test_an_official_file_of_clips_holds_an_average(
     classes: int, note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

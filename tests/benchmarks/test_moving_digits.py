@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from benchmarks.moving_digits import ClipScorer, centres, direction_of, pictures
 from data.moving_digits import DIRECTIONS, SPEEDS, MovingDigits
-from evaluator.small.clips import ClipScorer, centres, direction_of, pictures
 
 
 @pytest.fixture(scope="module")
