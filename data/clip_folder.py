@@ -172,6 +172,10 @@ class ClipFolder:
         """Label of a video, 0 without classes."""
         return self._labels[index]
 
+    def count_places(self, index: int) -> int:
+        """Number of first frames that a clip of a video may have."""
+        return self._places[index]
+
     def numbers(self, index: int, start: int) -> list[int]:
         """Numbers of the frames of a clip of a video."""
         settings, count = self._settings, self._videos[index].length

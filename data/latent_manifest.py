@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.clip_windows import ClipWindows
 from data.encoders import Encoder
 from data.image_folder import ImageFolder
 from data.latent_files import FORMAT, INDEX, MANIFEST, Json, shard_files
@@ -27,16 +28,17 @@ FLAGS = {
     "batch_size": "--batch-size",
     "shard_size": "--shard-size",
 }
+OF_CLIPS = {"clips": "--clip-window"}  # in manifests of clips alone
 LONG = ("classes", "paths_sha256", "sizes_sha256", "encoder")  # values that messages leave out
 
 
 def make_manifest(
-    images: ImageFolder, encoder: Encoder, row_shape: Sequence[int], batch_size: int, shard_size: int
+    images: ImageFolder | ClipWindows, encoder: Encoder, row_shape: Sequence[int], batch_size: int, shard_size: int
 ) -> Json:
     """Make the manifest of an extraction, as it is read back from JSON.
 
     Args:
-        images: The images, cropped as they are encoded.
+        images: The images or clips, cropped as they are encoded.
         encoder: Encoder of these images.
         row_shape: Shape of an image's latents: flips, then the shape of raw latents.
         batch_size: Images encoded at a time.
@@ -50,6 +52,7 @@ def make_manifest(
         "sizes_sha256": images.sizes_sha256(),
         "classes": images.classes,
         "image_shape": images.image_shape,
+        **({"clips": images.describe()} if isinstance(images, ClipWindows) else {}),
         "encoder": encoder.describe(),
         "row_shape": row_shape,
         "batch_size": batch_size,
@@ -61,8 +64,8 @@ def make_manifest(
 
 def difference_between(manifest: Json, encoder: Encoder, other: Json) -> tuple[str, str] | None:
     """First difference from another manifest: its flag, and words for it; None if both make the same bytes."""
-    for name, flag in FLAGS.items():
-        ours, theirs = manifest[name], other.get(name)
+    for name, flag in {**FLAGS, **OF_CLIPS}.items():
+        ours, theirs = manifest.get(name), other.get(name)
         if name == "encoder" and isinstance(theirs, dict):  # its folder may have moved
             try:
                 encoder.check_same(theirs)
@@ -81,9 +84,10 @@ def check_ranks(manifest: Json) -> None:
     """
     first, *others = distributed.objects_from_all_ranks(manifest)
     for rank, other in enumerate(others, start=1):
-        for name, flag in FLAGS.items():
-            if other[name] != first[name]:
-                shown = "" if name in LONG else f" ({other[name]} instead of {first[name]})"
+        for name, flag in {**FLAGS, **OF_CLIPS}.items():
+            theirs, ours = other.get(name), first.get(name)
+            if theirs != ours:
+                shown = "" if name in LONG else f" ({theirs} instead of {ours})"
                 raise UserError(f"{flag}: rank {rank} has other {name} than rank 0{shown}; give all ranks the same")
 
 

@@ -108,7 +108,8 @@ class LatentShards:
     def __getitems__(self, keys: Sequence[Key]) -> list[Example]:
         """The items of a batch, which a DataLoader asks for at once."""
         raw, labels, indices = self.gather(keys)
-        return list(zip(raw.unbind(), labels.tolist(), indices.tolist(), strict=True))
+        given: list[int | dict[str, Tensor]] = labels.tolist() if self.classes else [{}] * len(keys)
+        return list(zip(raw.unbind(), given, indices.tolist(), strict=True))
 
     def gather(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor, Tensor]:
         """Read a batch: raw latents (n, *raw_shape) float16, labels (n,) int64, indices (n,) int64.

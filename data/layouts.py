@@ -20,10 +20,11 @@ OTHER_LATENTS = (
 OURS = re.compile(r"(index|manifest)\.json")
 SHARD = re.compile(r"\d{5}\.npy")
 IMAGE = re.compile(r"(.*/)?[^/]+\.(jpe?g|png|webp|bmp|ppm|pgm|tiff?)", re.IGNORECASE)
+VIDEO = re.compile(r"(.*/)?[^/]+\.(mp4|m4v|mov|avi|mkv|webm)", re.IGNORECASE)
 
 
 def describe_layout(folder: Path) -> str | None:
-    """One line about a folder of stored latents, of other latents or of images; None for anything else."""
+    """One line about a folder of stored latents, of other latents, images or videos; None for anything else."""
     names = [*_names(folder, depth=3)]
     if any(map(OURS.fullmatch, names)) and any(map(SHARD.fullmatch, names)):
         return f"{folder}: holds latents of scripts/extract_latents.py; train.py takes them by --dataset latents"
@@ -41,6 +42,8 @@ def describe_layout(folder: Path) -> str | None:
             f"{folder}: holds images, not latents; give --dataset imagefolder, or encode them by "
             "scripts/extract_latents.py and give its --output"
         )
+    if any(map(VIDEO.fullmatch, names)):
+        return f"{folder}: holds videos; give --dataset videofolder"
     return None
 
 

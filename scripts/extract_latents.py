@@ -1,8 +1,10 @@
-"""Encode an image folder once, for training with `--dataset latents`.
+"""Encode a folder of images or videos once, for training with `--dataset latents`.
 
     torchrun --nproc-per-node 8 scripts/extract_latents.py --data-path /imagenet/train --output latents
     python train.py --dataset latents --data-path latents --model DiT-XL/2
+    python scripts/extract_latents.py --dataset videofolder --data-path videos --num-frames 16 --output latents
 
+Of videos all clips are stored that follow each other without a common frame; there, --shard-size counts clips.
 Each process makes whole shards, and a shard is cut into batches at fixed positions: on CPUs the bytes do not depend on
 the number of processes. The same command again makes only what is missing. Encoding is float32 throughout.
 """
@@ -10,12 +12,13 @@ the number of processes. The same command again makes only what is missing. Enco
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -23,6 +26,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data.clip_settings import FRAMES, ClipSettings
+from data.clip_windows import ClipWindows
 from data.encoders import Encoder, open_encoder
 from data.image_folder import ImageFolder, UnreadableImageError
 from data.latent_files import (
@@ -57,12 +62,15 @@ WEEK = 7 * 24 * 3600.0  # a rank may wait for a whole shard of another, hours on
 class ExtractConfig:
     """Settings of extract_latents.py."""
 
-    data_path: Path | None = setting(None, "root of an image folder: one folder per class")
+    data_path: Path | None = setting(None, "root of an image folder, one folder per class, or of videos")
+    dataset: Literal["imagefolder", "videofolder"] = setting("imagefolder", "images, or clips of videos")
+    num_frames: int | None = setting(None, "frames of a clip", shown=str(FRAMES))
+    clips: ClipSettings = field(default_factory=ClipSettings)
     output: Path = setting(Path("latents"), "folder for the shards")
     vae: str = setting("ema", "autoencoder: ema, mse, or a local folder of diffusers")
     image_size: tuple[int, ...] = setting((256,), "side of square images in pixels, or height and width")
     both_flips: bool = setting(True, "store every image plain and mirrored (twice the bytes)")
-    batch_size: int = setting(32, "images per batch, on each process")
+    batch_size: int = setting(32, "images or frames per batch, on each process; at least one clip")
     shard_size: int = setting(10_240, "images per shard; ImageNet makes 254 files of the default")
     strict: bool = setting(False, "stop at an image that cannot be read, instead of skipping and naming it")
     overwrite: bool = setting(False, "delete the shards in the output folder first")
@@ -73,6 +81,12 @@ class ExtractConfig:
         """Validate the fields."""
         if self.data_path is None:
             raise ValueError("--data-path: needed, the root of an image folder")
+        if self.dataset != "videofolder" and (self.num_frames is not None or self.clips != ClipSettings()):
+            raise ValueError(
+                "--num-frames, --frame-interval, --clip-window, --clip-crop: are for --dataset videofolder"
+            )
+        if self.num_frames is not None and self.num_frames < 1:
+            raise ValueError(f"--num-frames {self.num_frames}: must be at least 1")
         if not 1 <= len(self.image_size) <= 2:
             raise ValueError(f"--image-size {self.image_size}: give one side, or height and width")
         if self.vae == "none":
@@ -91,7 +105,7 @@ class Job:
     """Everything that is fixed before the first image."""
 
     config: ExtractConfig
-    images: ImageFolder
+    images: ImageFolder | ClipWindows
     encoder: Encoder
     row_shape: tuple[int, ...]  # flips, then the shape of raw latents
     manifest: Json  # all settings that fix the bytes
@@ -105,7 +119,8 @@ class Job:
         """Images of a shard, cut into batches."""
         start = number * self.config.shard_size
         stop = min(start + self.config.shard_size, len(self.images))
-        return [range(i, min(i + self.config.batch_size, stop)) for i in range(start, stop, self.config.batch_size)]
+        size = max(1, self.config.batch_size // math.prod(self.images.image_shape[:-3]))
+        return [range(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 def set_up(config: ExtractConfig, device: torch.device) -> Job:
@@ -116,12 +131,24 @@ def set_up(config: ExtractConfig, device: torch.device) -> Job:
         encoder = open_encoder(config.vae, (3, *size), device)
     channels = encoder.image_channels
     with error_prefix("--image-size"):
-        raw_shape = encoder.raw_shape((channels, *size))
+        encoder.raw_shape((channels, *size))
     with error_prefix(f"--data-path {config.data_path}"):
-        images = ImageFolder(config.data_path, size, channels=channels, flip=False)
+        images = open_images(config, size, channels)
+    raw_shape = encoder.raw_shape(images.image_shape)
     row_shape = (2 if config.both_flips else 1, *raw_shape)
     manifest = make_manifest(images, encoder, row_shape, config.batch_size, config.shard_size)
     return Job(config, images, encoder, row_shape, manifest)
+
+
+def open_images(config: ExtractConfig, size: tuple[int, int], channels: int) -> ImageFolder | ClipWindows:
+    """The images or clips of the folder; a ValueError if there are none."""
+    assert config.data_path is not None
+    if config.dataset == "imagefolder":
+        return ImageFolder(config.data_path, size, channels=channels, flip=False)
+    frames, settings = config.num_frames or FRAMES, config.clips
+    return ClipWindows(
+        config.data_path, size, frames=frames, settings=settings, channels=channels, strict=config.strict
+    )
 
 
 def check_finished(job: Job) -> list[int]:
@@ -167,9 +194,9 @@ class Decoded(NamedTuple):
 
 
 class DecodedBatches(Dataset[Decoded]):
-    """Batches of an image folder, by ranges of indices. Errors are returned as values, so that workers survive them."""
+    """Batches of images or clips, by ranges of indices. Errors are returned as values, so that workers survive them."""
 
-    def __init__(self, images: ImageFolder, batches: list[range], strict: bool) -> None:
+    def __init__(self, images: ImageFolder | ClipWindows, batches: list[range], strict: bool) -> None:
         self._images, self._batches, self._strict = images, batches, strict
 
     def __len__(self) -> int:
@@ -248,9 +275,10 @@ def finish(job: Job) -> None:
         description = finished_shard(job.config.output, number)
         for path, reason in description["skipped"] if description else ():
             print(f"{PROGRAM}: left out {path}: {reason}", file=sys.stderr)
-    print(f"Extracted {index['count']:,} images to {job.config.output}, left out {index['skipped']:,}")
+    unit = "images" if len(job.images.image_shape) == 3 else "clips"
+    print(f"Extracted {index['count']:,} {unit} to {job.config.output}, left out {index['skipped']:,}")
     if not index["count"]:
-        raise UserError(f"--data-path {job.config.data_path}: none of its images can be read")
+        raise UserError(f"--data-path {job.config.data_path}: none of its {unit} can be read")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -40,6 +40,12 @@ def test_images_are_no_latents(names, tmp_path):
         open_dataset("latents", make(tmp_path, *names), None, 3)
 
 
+@pytest.mark.parametrize("dataset", ["latents", "imagefolder"])
+def test_videos_are_neither(dataset, tmp_path):
+    with pytest.raises(ValueError, match="holds videos; give --dataset videofolder"):
+        open_dataset(dataset, make(tmp_path, "a/0.mp4", "b/1.AVI"), None, 3)
+
+
 def test_latents_are_no_images(tmp_path):
     make(tmp_path, "index.json", "manifest.json", "00000.npy", "00000.json")
     with pytest.raises(ValueError, match=r"holds latents of scripts/extract_latents.py; .* by --dataset latents"):
