@@ -1,6 +1,8 @@
 """Flipped bits and truncations of every format that the program reads: found, or without effect; never a traceback."""
 
+import gzip
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from data.idx import read_idx
 from data.image_folder import decode_image
+from data.latent_files import Encoded, write_index, write_shard
+from data.latents import LatentShards
 from diffusion.solver_table import read_table, write_table
 from evaluator.features import FileFeatures, load_features, save_features
 from evaluator.npz import ImageFile
@@ -69,6 +74,46 @@ def picture(path: Path) -> Any:
     return np.asarray(decode_image(path.read_bytes(), 3))
 
 
+RAW = np.random.default_rng(1).standard_normal((6, 2, 4, 4, 4)).astype(np.float16)
+
+
+def store(path: Path, name: str) -> None:
+    """A store of latents, and a copy of one of its files."""
+    folder = path.parent / "store"
+    if not folder.exists():
+        folder.mkdir()
+        manifest = {
+            "format": 2, "classes": ["a", "b"], "image_shape": [3, 8, 8], "batch_size": 2, "row_shape": RAW.shape[1:],
+            "encoder": {"name": "ema", "sha256": "0", "stochastic": False, "scaling_factor": 0.5, "shift_factor": 0.0},
+        }  # fmt: skip
+        write_json(folder / "manifest.json", json.loads(json.dumps(manifest)))
+        write_shard(folder, 0, RAW.shape[1:], [Encoded(RAW, [i % 2 for i in range(6)], list("abcdef"), [])])
+        write_index(folder, 1)
+    shutil.copy(folder / name, path)
+
+
+def latents(path: Path, name: str) -> Any:
+    """Latents and labels of the store with one of its files replaced."""
+    file = path.parent / "store" / name
+    file.unlink()
+    shutil.copy(path, file)
+    data = LatentShards(file.parent, flip=False)
+    return {"raw": np.stack([data[0, i][0].numpy() for i in range(6)]), "labels": [data[0, i][1] for i in range(6)]}
+
+
+def idx(path: Path) -> None:
+    content = bytes([0, 0, 8, PIXELS.ndim]) + b"".join(size.to_bytes(4, "big") for size in PIXELS.shape)
+    content += PIXELS.tobytes()
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+def sharded(path: Path) -> None:
+    """An index of safetensors files, and the file."""
+    weights = network().state_dict()
+    save_file(weights, path.parent / "shard.safetensors")
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "shard.safetensors")}))
+
+
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 8, 3), np.uint8)
 FORMATS = {
     "our checkpoint": Format(
@@ -116,9 +161,24 @@ FORMATS = {
         lambda path: np.concatenate(list(ImageFile(path).batches(0, 4, 2))),
         True,
     ),
+    "shard of latents": Format(
+        ".npy", lambda path: store(path, "00000.npy"), lambda path: latents(path, "00000.npy"), True
+    ),
+    "index of latents": Format(
+        ".json", lambda path: store(path, "index.json"), lambda path: latents(path, "index.json"), True
+    ),
+    "index of safetensors": Format(
+        ".safetensors.index.json", sharded, lambda path: numbers(load_network(path)[0]), False
+    ),
+    "idx": Format(".idx", idx, read_idx, False),
+    "idx.gz": Format(".gz", idx, read_idx, True),
     "PNG": Format(".png", lambda path: Image.fromarray(PIXELS).save(path), picture, False),
     "JPEG": Format(".jpg", lambda path: Image.fromarray(PIXELS).save(path), picture, False),
     "WebP": Format(".webp", lambda path: Image.fromarray(PIXELS).save(path), picture, False),
+    "GIF": Format(".gif", lambda path: Image.fromarray(PIXELS).save(path), picture, False),
+    "TIFF": Format(".tif", lambda path: Image.fromarray(PIXELS).save(path, compression="tiff_lzw"), picture, False),
+    "BMP": Format(".bmp", lambda path: Image.fromarray(PIXELS).save(path), picture, False),
+    "PPM": Format(".ppm", lambda path: Image.fromarray(PIXELS).save(path), picture, False),
 }
 
 
