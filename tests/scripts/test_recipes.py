@@ -74,6 +74,43 @@ def test_a_recipe_starts_train_py_with_flags_that_it_knows(name: str, tmp_path: 
     assert config.run.init_from in (None, tmp_path / "weights.pt") and config.optimization.global_batch_size == 256
 
 
+CLIPS = {"ffs": "ffs-skip", "sky": "skytimelapse-skip", "taichi": "taichi-skip", "ucf101": "ucf101-skip"}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_recipe_for_clips_starts_train_py_as_published(name: str, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    done = recipe(f"train_latte_{name}", tmp_path, "videos", "--one-more-flag")
+    assert done.returncode == 0, done.stderr
+    ((*argv, last),) = recorded(tmp_path, "train.py")
+    assert last == "--one-more-flag"
+    given = parse(TrainSettings, argv, program="train.py", doc=None, kinds=KINDS)
+    check_owners(given)
+    config, steps = given.general, given.general.optimization
+    assert config.data.data_path == tmp_path / "videos" and config.model == "Skip-Latte-XL/2"
+    assert (config.data.flip is False) == (name == "sky")
+    last = 100_000 if name == "ucf101" else 1_000_000
+    assert steps.learning_rate(last - 1, steps.max_steps) == pytest.approx(0, abs=2e-9) and steps.max_steps == last
+    assert steps.learning_rate(last // 2, last) == pytest.approx(5e-5, rel=0.01)
+    fields = given.fields("model", "Skip-Latte")
+    assert model_config(config.model, **fields).num_classes == (101 if name == "ucf101" else 0)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_released_clips_are_sampled_and_scored(name: str, tmp_path: Path) -> None:
+    (tmp_path / "real.npz").touch()
+    done = recipe(
+        f"sample_latte_{name}", tmp_path, "real.npz", "--cache-interval", "2", SAMPLES=str(tmp_path / "s.npz")
+    )
+    assert done.returncode == 0, done.stderr
+    (argv,) = recorded(tmp_path, "sample_ddp.py")
+    given = parse(SampleDDPSettings, argv, program="sample_ddp.py", doc=None, kinds=SAMPLING_KINDS)
+    assert given.general.checkpoint.ckpt == Path(CLIPS[name]) and given.general.job.num_fid_samples == 2048
+    (argv,) = recorded(tmp_path, "evaluator/evaluator.py")
+    scored = parse_config(EvaluatorConfig, argv, program="evaluator", doc=None)
+    assert (scored.ref_batch, scored.sample_batch) == (tmp_path / "real.npz", tmp_path / "s.npz")
+
+
 @pytest.mark.parametrize(("name", "runs"), [("digits_dydit", 2), ("digits_ddt", 2), ("digits_skip_dit", 6)])
 def test_scripts_for_the_digits_give_flags_that_have_an_effect(name: str, runs: int, tmp_path: Path) -> None:
     python = tmp_path / "python"
@@ -134,7 +171,7 @@ def test_released_dydits_are_drawn_from_and_scored(name: str, model: str, tmp_pa
     assert (scored.ref_batch, scored.sample_batch) == (tmp_path / "ref.npz", tmp_path / "s.npz")
 
 
-@pytest.mark.parametrize("name", [*PATHS, "sample_0.5", "sample_0.7", "sample_dydit"])
+@pytest.mark.parametrize("name", [*PATHS, "sample_0.5", "sample_0.7", "sample_dydit", "train_latte", "sample_latte"])
 def test_too_few_paths_are_one_line_and_help_is_the_header(name: str, tmp_path: Path) -> None:
     done = recipe(name, tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "usage: bash scripts/" in done.stderr
