@@ -49,7 +49,7 @@ def scan(root: Path) -> Scan:
     """
     place = root.resolve()
     around = tuple(map(_identity, (place, *place.parents)))
-    folders = [entry for entry in os.scandir(root) if not _is_hidden(entry.name) and leads_to_folder(entry)]
+    folders = [entry for entry in os.scandir(root) if not _is_hidden(entry.name) and _is_folder(entry)]
     loops = sorted(entry.path for entry in folders if entry.is_symlink() and _identity(entry.path) in around)
     names = sorted(entry.name for entry in folders if entry.path not in loops)
     if names and SPLITS.issuperset(name.lower() for name in names):
@@ -84,8 +84,8 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in OTHER_FOLDERS
 
 
-def leads_to_folder(entry: os.DirEntry[str]) -> bool:
-    """True for a folder, or a link to one; False for a link to itself."""
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """True for a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError as error:
@@ -126,7 +126,7 @@ def _files(folder: str, around: tuple[Identity, ...]) -> Iterator[tuple[str, str
             suffix = os.path.splitext(entry.name)[1].lower()
             if _is_hidden(entry.name):
                 continue
-            if leads_to_folder(entry):
+            if _is_folder(entry):
                 folders.append((entry.path, (*holders, own)))
             elif suffix in EXTENSIONS:
                 is_broken = entry.is_symlink() and not os.path.exists(entry.path)

@@ -113,35 +113,60 @@ def read_frames(path: Path, info: VideoInfo, numbers: Sequence[int], channels: i
         OSError: If the file cannot be opened.
     """
     with _opened(path) as (container, stream):
-        if info.times is None:
-            times = _packet_times(container, stream)
-            if len(times) != info.length:
-                raise ValueError(f"it has {len(times)} frames instead of {info.length}")
-            wanted, slack = [float(times[n]) for n in numbers], 0.5
-        else:
-            start, step = info.times
-            wanted, slack = [start + n * step for n in numbers], step / 2
-        position, shown = 0, None
-        for frame in _from(container, stream, int(wanted[0]), wanted[0] + slack):
-            while position < len(wanted) and frame.pts >= wanted[position] - slack:
-                shown = shown if shown is not None and shown[0] == frame.pts else (frame.pts, _upright(frame, channels))
-                yield shown[1]
-                position += 1
-            if position == len(wanted):
+        wanted, slack = _wanted(container, stream, info, numbers)
+    for seeks in (True, False):  # some containers have no index, or one in which frames are found too late
+        with _opened(path) as (container, stream):
+            frames = _timed(container, stream, wanted[0] if seeks else None)
+            first = next(frames, None)
+            if first is not None and first[0] <= wanted[0] + slack:
+                yield from _chosen(itertools.chain([first], frames), wanted, slack, channels)
                 return
-        raise ValueError(f"it ends before frame {numbers[position]} of {info.length}; it is truncated or damaged")
+    raise UnreadableImageError(f"{path}: cannot be read: frame {numbers[0]} is missing; {REMEDY}", "a frame is missing")
 
 
-def _from(container: Any, stream: Any, time: int, latest: float) -> Iterator[Any]:
-    """Decoded frames from one at or before `time` on."""
-    container.seek(time, stream=stream)
-    frames = (frame for frame in container.decode(stream) if frame.pts is not None)
-    first = next(frames, None)
-    if first is None or first.pts > latest:  # the index of the container is wrong, or absent
-        container.seek(stream.start_time or 0, stream=stream)
-        yield from (frame for frame in container.decode(stream) if frame.pts is not None)
-    else:
-        yield from itertools.chain([first], frames)
+def _counts(container: Any, stream: Any) -> bool:
+    """True where the times of frames say nothing: AVI has none, and their order changes where frames look ahead."""
+    return bool(container.format.name == "avi" and stream.codec_context.has_b_frames)
+
+
+def _wanted(container: Any, stream: Any, info: VideoInfo, numbers: Sequence[int]) -> tuple[list[float], float]:
+    """Times of some frames, and how far those of decoded ones may be from them."""
+    if _counts(container, stream):
+        return [*map(float, numbers)], 0.5
+    if info.times is not None:
+        start, step = info.times
+        return [start + number * step for number in numbers], step / 2
+    times = _packet_times(container, stream)
+    if len(times) != info.length:
+        raise ValueError(f"it has {len(times)} frames instead of {info.length}")
+    return [float(times[number]) for number in numbers], 0.5
+
+
+def _timed(container: Any, stream: Any, time: float | None) -> Iterator[tuple[float, Any]]:
+    """Decoded frames with their times: from one at or before a time on, or from the first (None)."""
+    if _counts(container, stream):
+        yield from enumerate(container.decode(stream))
+        return
+    if time is not None:
+        container.seek(int(time), stream=stream)
+    yield from ((frame.pts, frame) for frame in container.decode(stream) if frame.pts is not None)
+
+
+def _chosen(
+    frames: Iterator[tuple[float, Any]], wanted: Sequence[float], slack: float, channels: int
+) -> Iterator[Image.Image]:
+    """Pictures of the frames at the wanted times; a ValueError if one is missing."""
+    position, shown = 0, None
+    for time, frame in frames:
+        while position < len(wanted) and time >= wanted[position] - slack:
+            if time > wanted[position] + 2 * slack:
+                raise ValueError(f"frame {position} of {len(wanted)} in a clip is missing")
+            shown = shown if shown is not None and shown[0] == time else (time, _upright(frame, channels))
+            yield shown[1]
+            position += 1
+        if position == len(wanted):
+            return
+    raise ValueError(f"it ends after {position} of {len(wanted)} frames of a clip; it is truncated or damaged")
 
 
 def _upright(frame: Any, channels: int) -> Image.Image:

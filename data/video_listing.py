@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from data.folder_scan import EXTENSIONS, OTHER_FOLDERS, OTHER_IMAGES, leads_to_folder
+from data.folder_scan import EXTENSIONS, OTHER_FOLDERS, OTHER_IMAGES
 from data.image_folder import UnreadableImageError
 from data.video_files import EXTENSIONS as VIDEO_EXTENSIONS
 from data.video_files import VideoInfo, check_pyav, inspect_video
@@ -244,7 +244,7 @@ def _add(found: dict[str, list[Video | str]], name: str, video: Video | str | No
 def _entries(folder: Path) -> list[tuple[str, bool]]:
     """Names in a folder, sorted, and which are folders."""
     entries = (entry for entry in os.scandir(folder) if entry.name[0] != "." and entry.name not in OTHER_FOLDERS)
-    return sorted((entry.name, leads_to_folder(entry)) for entry in entries)
+    return sorted((entry.name, entry.is_dir()) for entry in entries)
 
 
 def _suffix(name: str) -> str:

@@ -250,6 +250,16 @@ def test_every_frame_is_found_by_its_number(videos: Path) -> None:
 
 
 @needs_pyav
+@pytest.mark.parametrize("name", ["a.ts", "b.avi", "c.flv", "d.mov"])
+def test_containers_that_seek_badly_or_have_no_times(name: str, tmp_path: Path) -> None:
+    video_files.write_video(tmp_path / name, 20)
+    data = ClipFolder(tmp_path, 8, frames=4)
+    for number in range(20):
+        assert numbers_in(data.read(0, [number])) == [number]
+    assert numbers_in(data.read(0, range(20))) == [*range(20)]
+
+
+@needs_pyav
 def test_turned_and_odd_videos(tmp_path: Path) -> None:
     video_files.write_video(tmp_path / "a.mp4", 6, size=(24, 48))
     video_files.write_video(tmp_path / "b.mp4", 6, size=(33, 47))

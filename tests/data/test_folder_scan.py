@@ -16,7 +16,6 @@ from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from data.folder_scan import scan
 from data.image_folder import ImageFolder, UnreadableImageError, center_crop, check_size, decode_image
-from data.video_listing import list_videos
 from runtime.errors import RankError
 from tests import runs
 from training.trainer import batches
@@ -145,17 +144,6 @@ def test_links_to_themselves_are_left_out(root: Path, place: str, reason: str) -
     with warnings.catch_warnings(record=True) as found:
         assert scan(root) == before
     assert [reason in str(each.message) for each in found] == [True] * bool(reason)
-
-
-def test_links_around_videos_end(tmp_path: Path) -> None:
-    for frame in range(3):
-        put(tmp_path / "a" / "video" / f"frame_{frame}.png")
-    link(tmp_path / "a" / "up", tmp_path / "a")
-    link(tmp_path / "a" / "self", tmp_path / "a" / "self")
-    link(tmp_path / "b", tmp_path / "b")
-    with pytest.warns(UserWarning, match=f"{tmp_path}: left out .*1 folders without frames"):
-        listing = list_videos(tmp_path)
-    assert [video.path for video in listing.videos] == ["a/video"] and listing.classes == ["a"]
 
 
 def test_jfif_is_jpeg(root: Path) -> None:
