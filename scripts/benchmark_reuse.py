@@ -1,6 +1,7 @@
 """Time sampling runs that reuse state against one that does not, and against the ratio of their MACs.
 
     python scripts/benchmark_reuse.py --model DDT-XL/2 --num-sampling-steps 100 --intervals 4 10
+    python scripts/benchmark_reuse.py --model Skip-Latte-XL/2 --input-size 8 --num-sampling-steps 50
     python scripts/benchmark_reuse.py --hidden-size 1152 --num-heads 16 --input-size 32 --precision bf16 --device cuda
 
 Without flags: Skip-Cache in 28 blocks of width 192. Runs go through the real sampling loop and take turns (A B C,
@@ -58,8 +59,8 @@ class ReuseSettings(TimingSettings):
 def measure_runs(config: ReuseSettings, device: torch.device) -> list[Values]:
     """Build the network, and time its runs."""
     with error_prefix(f"--model {config.model}"):
-        side, channels = config.input_size, model_config(config.model).sample_shape[0]
-        fields: Values = {"sample_shape": (channels, side, side)}
+        side = config.input_size
+        fields: Values = {"sample_shape": (*model_config(config.model).sample_shape[:-2], side, side)}
         names = ("hidden_size", "num_heads", "cache_depth")
         fields |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
         pipeline, intervals = random_pipeline(config.model, device, **fields), dict.fromkeys((1, *config.intervals))
