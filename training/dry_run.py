@@ -89,8 +89,8 @@ def dry_run(given: Given[TrainSettings]) -> None:
     print("The peak is less than their sum: kept activations are freed while gradients are made.")
     copied = sum(memory[part] for part in ("weights", "averaged weights", "optimizer"))
     print(f"host memory of rank 0 for the copy that a checkpoint is written from: {copied / 1e9:.3f} GB")
-    for warning in setup.warnings():
-        print(f"Warning: {warning}")
+    for line in [*setup.start_notes, *(f"Warning: {warning}" for warning in setup.warnings())]:
+        print(line)
 
 
 def print_size(setup: Setup, world: World) -> None:

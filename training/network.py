@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from data import Dataset, Encoder
 from diffusion import PROCESSES
 from diffusion.loss import DiffusionLoss
 from models import family_of, model_config
+from models.recognise import recognised_name
 from models.transfer import adapt_weights
 from runtime import distributed
-from runtime.checkpoint import Checkpoint, load_weights
+from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.errors import UserError, error_prefix
-from runtime.settings import Given, Values, flag_name
+from runtime.json_file import Json
+from runtime.releases import find_release
+from runtime.settings import Given, Values, flag_name, flag_of, typed_flag
 from runtime.weight_files import weights_sha256
-from training.config import TrainSettings
+from training.config import KINDS, TrainSettings
 
 START = "start_sha256"  # member of checkpoints: digest of the file that a run began with
 # Members of checkpoints with digests of files -> the settings that name these files
@@ -46,6 +51,83 @@ def network_fields(given: Given[TrainSettings], names: Mapping[str, str], start:
     return fields | from_weights
 
 
+def read_start(path: Path) -> Checkpoint:
+    """Read the weights that a run starts from.
+
+    Raises:
+        UserError: If the file cannot be read; for the name of a release, with the place of its file.
+    """
+    release = None if path.exists() else find_release(str(path))
+    if release is not None:
+        file = Path("pretrained_models") / release.file
+        how = f"it is {file}" if file.exists() else f"python sample.py --ckpt {release.name} downloads it to {file}"
+        raise UserError(f"--init-from {path}: is a released checkpoint, give its file: {how}")
+    return read_checkpoint(path, flag="--init-from")
+
+
+def take_data_settings(config: TrainSettings, meta: Json) -> tuple[TrainSettings, list[str]]:
+    """Take the autoencoder, size and channels of the images that weights were trained on, where no flag gives them.
+
+    Args:
+        config: Settings of the run.
+        meta: Document of one of our checkpoints.
+
+    Returns:
+        The settings, and a line about what was taken.
+    """
+    shape: list[int] = meta["data"].get("image_shape") or []
+    theirs: Values = {"vae": meta["encoder"]["name"]}
+    if len(shape) == 3 and shape[1] == shape[2]:
+        theirs |= {"image_size": shape[2], "channels": shape[0]}
+    taken = {name: value for name, value in theirs.items() if getattr(config.data, name) is None}
+    if not taken:
+        return config, []
+    flags = [typed_flag(flag_of(TrainSettings, KINDS, f"data.{name}"), value) for name, value in taken.items()]
+    with error_prefix(""):
+        return replace(config, data=replace(config.data, **taken)), [f"{' '.join(flags)}, as the weights were trained"]
+
+
+def check_channels(config: TrainSettings, meta: Json, vae: str, channels: int) -> None:
+    """Check that the latents or pixels of a run have as many channels as those that weights were trained on.
+
+    Raises:
+        UserError: With the flag to give.
+    """
+    own, theirs = meta["model"]["sample_shape"][-3], meta["encoder"]["name"]
+    if own == channels:
+        return
+    remedy = f"--in-channels {own}" if vae == theirs == "none" else f"--vae {theirs}"
+    if config.data.dataset == "latents":
+        remedy = "images by --dataset imagefolder" if theirs == "none" else f"latents of {remedy}"
+    raise UserError(
+        f"--init-from {config.run.init_from}: was trained with --vae {theirs} on {own} channels, and this run has "
+        f"{channels} (--vae {vae}); give {remedy}"
+    )
+
+
+def start_warnings(config: TrainSettings, meta: Json, process: Values, encoder: Encoder) -> list[str]:
+    """Lines about a process or an autoencoder that are others than those that the weights were trained with.
+
+    Args:
+        config: Settings of the run.
+        meta: Document of one of our checkpoints.
+        process: Name and settings of the run's process.
+        encoder: Encoder of the run.
+    """
+    lines, keys = [], ["name"]
+    if meta["process"]["name"] == process["name"]:
+        keys = ["prediction", "noise_schedule"]  # which decide what the outputs mean
+    for key in keys:
+        then, now, flag = meta["process"].get(key), process.get(key), flag_of(TrainSettings, KINDS, f"process.{key}")
+        if then not in (None, now):
+            lines.append(f"{flag} {now}: --init-from {config.run.init_from} was trained with {flag} {then}")
+    try:
+        encoder.check_same(meta.get("autoencoder", {}))
+    except ValueError as error:
+        lines.append(f"--init-from {config.run.init_from}: trained with another autoencoder: {error}")
+    return lines
+
+
 def check_classes(config: TrainSettings, fields: Values, dataset: Dataset) -> None:
     """Check that the network has as many classes as the data, if both have any.
 
@@ -65,10 +147,8 @@ def check_classes(config: TrainSettings, fields: Values, dataset: Dataset) -> No
     )
 
 
-def load_start(
-    config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, dataset: Dataset, encoder: Encoder
-) -> list[str]:
-    """Fill the network with the weights of --init-from; returns what had to be changed to fit.
+def load_start(config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, dataset: Dataset) -> list[str]:
+    """Fill the network with the weights of --init-from; returns what they are, and what was changed to fit.
 
     Raises:
         UserError: If they are those of another network.
@@ -81,16 +161,14 @@ def load_start(
         new_classes=dataset.classes,
         old_shape=None if start.meta is None else start.meta["model"]["sample_shape"],
     )
-    load_weights(loss.network, weights, f"--init-from {config.run.init_from} as {config.model}")
-    with error_prefix(f"--init-from {config.run.init_from}"):
+    source, name = f"--init-from {config.run.init_from}", None if start.meta is None else start.meta["model"]["name"]
+    load_weights(loss.network, weights, f"{source} as {config.model}", lambda _: name or recognised_name(start.weights))
+    with error_prefix(source):
         notes += loss.start(start.weights)
-    if start.foreign is not None:
-        notes = [*start.foreign.notes, start.foreign.verification, *notes]
-    try:
-        encoder.check_same((start.meta or {}).get("autoencoder", {}))
-    except ValueError as error:
-        notes.append(f"trained with another autoencoder: {error}")
-    return notes
+    if start.meta is not None:
+        process, step = start.meta["process"]["name"], start.meta.get("step")
+        return [f"{name}, process {process}, step {step}, weights {start.group!r}", *notes]
+    return notes if start.foreign is None else [*start.foreign.notes, start.foreign.verification, *notes]
 
 
 def file_digests(config: TrainSettings) -> dict[str, str]:

@@ -181,7 +181,7 @@ def introduce(log: RunLog, setup: Setup, saved: ResumeState | None) -> None:
         log.line(f"Experiment directory created at {log.folder}")
         if saved is None and setup.config.run.resume is not None:
             log.line(f"Nothing to resume in {setup.config.run.results_dir}: a new run")
-    for note in setup.notes:
+    for note in [*setup.notes, *(setup.start_notes if saved is None else [])]:
         log.line(note)
     if setup.encoder.is_unverified({} if saved is None else saved.meta.get("autoencoder", {})):
         log.line(f"--vae {setup.encoder.name}: {UNVERIFIED}; it is recorded, and compared when the run is resumed")

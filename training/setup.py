@@ -18,13 +18,22 @@ from diffusion import PREVIEW_SAMPLER, make_sampler
 from diffusion.loss import DiffusionLoss, row_noise
 from diffusion.sampling import Sampler
 from models import Network
-from runtime.checkpoint import read_checkpoint
 from runtime.devices import slow_bf16
 from runtime.errors import UserError, error_prefix
-from runtime.settings import Given, Values, choose_owners, document, flag_of
+from runtime.settings import Given, Values, choose_owners, document, flag_of, to_dict
 from training.config import KINDS, PROGRAM, TrainSettings
 from training.loss import build_loss, check_loss, open_vision_encoder
-from training.network import DIGESTS, check_classes, file_digests, load_start, network_fields
+from training.network import (
+    DIGESTS,
+    check_channels,
+    check_classes,
+    file_digests,
+    load_start,
+    network_fields,
+    read_start,
+    start_warnings,
+    take_data_settings,
+)
 from training.optimization import OptimizerSettings
 from training.scores import Scorer, open_scorer
 
@@ -57,7 +66,9 @@ class Setup:
         encoder: Encoder between the data and the network's latents.
         loss: Loss, which holds the network and the process.
         total_steps: Number of steps of the run.
-        notes: Lines about files of weights: content, changes that made it fit, digests.
+        notes: Lines about files of weights: content and digests.
+        start_notes: Lines about the weights to start from, and changes that made them fit.
+        setup_warnings: Lines about data and weights that were noticed while they were opened.
         digests: SHA-256 of these files, by the names in `DIGESTS`; none in a dry run.
         validation: Data and tools of validations; None without any.
     """
@@ -70,6 +81,8 @@ class Setup:
     loss: DiffusionLoss
     total_steps: int
     notes: list[str]
+    start_notes: list[str]
+    setup_warnings: list[str]
     digests: dict[str, str]
     validation: ValidationData | None = None
 
@@ -94,15 +107,16 @@ class Setup:
         return {"format": 2, "script": PROGRAM, **document(self.config, **self.owners)}
 
     def warnings(self) -> list[str]:
-        """Lines about settings that a user may regret, for the log and the dry run."""
-        lines, optimization = self.loss.warnings(self.total_steps), self.config.optimization
+        """Lines about data and settings that a user may regret, for the log and the dry run."""
+        lines, optimization = [*self.setup_warnings, *self.loss.warnings(self.total_steps)], self.config.optimization
         if self.config.compute.precision == "bf16" and (slow := slow_bf16(next(self.network.parameters()).device)):
             lines.append(slow)
         untrained = optimization.ema_decay**self.total_steps
         if untrained > 0.05 and not optimization.ema_ramp:
+            first = "untrained weights" if self.config.run.init_from is None else "weights it started from"
             lines.append(
-                f"at --ema-decay {optimization.ema_decay} the average still holds {untrained:.0%} of the untrained "
-                "weights at the end; add --ema-ramp, or sample with --weights model"
+                f"at --ema-decay {optimization.ema_decay} the average still holds {untrained:.0%} of the {first} at "
+                "the end; add --ema-ramp, or sample with --weights model"
             )
         return lines
 
@@ -130,7 +144,11 @@ def set_up(
     """
     config, names = given.general, choose_owners(KINDS, vars(given.general))
     given.check_owners(**names)
-    start = None if config.run.init_from is None else read_checkpoint(config.run.init_from, flag="--init-from")
+    start = None if config.run.init_from is None else read_start(config.run.init_from)
+    meta = None if start is None else start.meta
+    start_notes, lines = list[str](), list[str]()
+    if meta is not None and dataset is None and config.data.dataset == "imagefolder":
+        config, start_notes = take_data_settings(config, meta)
     fields = network_fields(given, names, start)
     owners = {kind: (names[kind], given.build(kind, names[kind])) for kind in ("process", "loss", "optimizer")}
     check_loss(given, *owners["loss"])
@@ -142,6 +160,9 @@ def set_up(
     with error_prefix(f"--vae {vae}"):
         encoder = encoder_for(dataset, vae, device)
         shape = encoder.latent_shape(dataset.image_shape)
+    if meta is not None:
+        check_channels(config, meta, vae, shape[-3])
+        lines += start_warnings(config, meta, {"name": names["process"], **to_dict(owners["process"][1])}, encoder)
     vision = open_vision_encoder(config, dataset, device)
     make = partial(build_loss, config, owners, fields, shape, vision)
     if fake is None:
@@ -150,10 +171,11 @@ def set_up(
         with fake, device:
             loss = make()
     notes, digests = [], dict[str, str]()
+    if start is not None:
+        start_notes += load_start(config, loss, start, dataset)
+        start_notes = [f"--init-from: {note}" for note in start_notes]
     if fake is None:
         notes += [] if vision is None else [f"--align-ckpt: {note}" for note in vision.notes]
-        if start is not None:
-            notes += [f"--init-from: {note}" for note in load_start(config, loss, start, dataset, encoder)]
         digests = file_digests(config)
     for name, digest in digests.items():
         flag = flag_of(TrainSettings, KINDS, DIGESTS[name])
@@ -164,7 +186,7 @@ def set_up(
     data = replace(config.data, vae=vae, image_size=width, channels=channels)
     resolved = replace(config, process=names["process"], data=data)
     steps = config.optimization.total_steps(len(dataset))
-    setup = Setup(resolved, owners, dataset, source, encoder, loss, steps, notes, digests)
+    setup = Setup(resolved, owners, dataset, source, encoder, loss, steps, notes, start_notes, lines, digests)
     if config.validation.eval_every is not None:
         setup.validation = open_validation(setup, config.validation.eval_every, held_out, device)
     return setup
