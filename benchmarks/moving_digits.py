@@ -16,16 +16,19 @@ import numpy.typing as npt
 import torch
 
 from data.moving_digits import DIRECTIONS, SPEEDS, MovingDigits
+from evaluator.metrics import frechet_distance_from_features
+from evaluator.small import MOVING_DIGITS, compute_features
 
 if TYPE_CHECKING:
     from sklearn.svm import SVC
 
 Clips = npt.NDArray[np.uint8]  # (N, F, S, S, 1)
 Numbers = npt.NDArray[np.float64]
+Features = npt.NDArray[np.float32]  # (N, 64)
 
 REACH = 5  # pixels around the centre
 TOLERANCE = 1.0  # pixels between a centre and a steady path; a faint pixel far away moves it by tenths
-NEAREST = 500  # clips that are compared with all training clips
+NEAREST = 500  # clips that are compared with all training clips; there are as many held-out digits
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class ClipScores:
         motion: Share of clips that move as real ones do.
         directions: Share of each direction among these.
         nearest_ratio: Median distance in grey levels to the nearest training clip, over that of held-out clips.
+        frechet_ratio: Frechet distance to the training clips on the small 3-D network, over that of sets of as many
+            held-out clips; None for sizes that the network was not made for, and for a single clip.
     """
 
     num_samples: int
@@ -45,6 +50,7 @@ class ClipScores:
     motion: float
     directions: dict[str, float]
     nearest_ratio: float
+    frechet_ratio: float | None
 
 
 class ClipScorer:
@@ -82,6 +88,7 @@ class ClipScorer:
             motion=len(moving) / len(clips),
             directions={name: moving.count(name) / max(1, len(moving)) for name in DIRECTIONS},
             nearest_ratio=self._nearest(clips) / self.nearest_of_test,
+            frechet_ratio=self._frechet_ratio(clips[:NEAREST]),
         )
 
     def accuracy(self, clips: Clips, labels: npt.NDArray[np.int64]) -> float:
@@ -112,6 +119,29 @@ class ClipScorer:
     def _references(self) -> torch.Tensor:
         clips = np.stack([self.train.clip(i) for i in range(len(self.train))])
         return torch.from_numpy(clips).flatten(1).float()
+
+    @cached_property
+    def _features(self) -> tuple[Features, Features]:
+        """Features of all training and all held-out clips."""
+        train, test = (
+            compute_features(np.stack([data.clip(i) for i in range(len(data))])[..., None], MOVING_DIGITS)[0]
+            for data in (self.train, self.test)
+        )
+        return train, test
+
+    def _frechet_ratio(self, clips: Clips) -> float | None:
+        if clips.shape[1:] != MOVING_DIGITS.shape or len(clips) < 2:
+            return None
+        train, test = self._features
+        # from fewer clips a distance is larger, and varies: several sets of as many held-out clips, of different digits
+        random, digits = np.random.default_rng(0), len(test) // self.kinds
+        orders = [random.permutation(digits)[: len(clips)] for _ in range(self.kinds)]
+        sets = [test[order * self.kinds + (order + first) % self.kinds] for first, order in enumerate(orders)]
+        own, *others = (
+            frechet_distance_from_features(train, each, biased=True)
+            for each in (compute_features(clips, MOVING_DIGITS)[0], *sets)
+        )
+        return own / float(np.mean(others))
 
     def _nearest(self, clips: Clips) -> float:
         points = torch.from_numpy(clips[:NEAREST]).flatten(1).float()

@@ -4,8 +4,9 @@
     python scripts/clips_report.py --ckpt digits_video_out --intervals 2 --num-clips 50 --output-dir report
 
 A row is a network at one interval: how many evaluations computed everything, the MACs that a clip took, the share of
-clips in which an independent classifier finds the requested digit, the share that moves as real ones do, and the
-distance to the nearest training clip. All sample the same labels from the same noise. The picture has one clip a row.
+clips in which an independent classifier finds the requested digit, the share that moves as real ones do, the Frechet
+distance to the training clips, and the distance to the nearest one, both over those of held-out clips. All sample the
+same labels from the same noise. The picture has one clip a row.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def examine(pipeline: Pipeline, scorer: ClipScorer, config: ClipReportSettings) 
 
 def table(rows: Sequence[Row], scorer: ClipScorer) -> str:
     """Markdown, with held-out clips in the last row."""
-    titles = ["network", "N", "full evaluations", "M MACs", "recognised", "moves", "nearest", "PSNR, dB"]
+    titles = ["network", "N", "full evaluations", "M MACs", "recognised", "moves", "Frechet", "nearest", "PSNR, dB"]
     lines = [
         [
             row.name,
@@ -128,14 +129,20 @@ def table(rows: Sequence[Row], scorer: ClipScorer) -> str:
             f"{row.macs / 1e6:,.0f}",
             f"{row.scores.accuracy:.3f}",
             f"{row.scores.motion:.3f}",
+            _shown(row.scores.frechet_ratio),
             f"{row.scores.nearest_ratio:.2f}",
             "" if row.psnr is None else f"{row.psnr:.1f}",
         ]
         for row in rows
     ]
     real = scorer.score(*scorer.real(scorer.test))
-    lines.append(["real, held out", "", "", "", f"{real.accuracy:.3f}", f"{real.motion:.3f}", "1.00", ""])
+    shares = [f"{real.accuracy:.3f}", f"{real.motion:.3f}"]
+    lines.append(["real, held out", "", "", "", *shares, _shown(real.frechet_ratio), "1.00", ""])
     return aligned(titles, lines, left=2)
+
+
+def _shown(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def main(argv: Sequence[str]) -> None:

@@ -6,11 +6,12 @@ The numbers compare runs of this project with one another; they are not FID and 
 from evaluator.small.classifier import IndependentClassifier
 from evaluator.small.network import FeatureNetwork, compute_features, load_feature_network
 from evaluator.small.score import SmallScorer, SmallScores
-from evaluator.small.sets import DIGITS, FASHION, SETS, SmallSet
+from evaluator.small.sets import DIGITS, FASHION, MOVING_DIGITS, SETS, SmallSet
 
 __all__ = [
     "DIGITS",
     "FASHION",
+    "MOVING_DIGITS",
     "SETS",
     "FeatureNetwork",
     "IndependentClassifier",

@@ -5,6 +5,7 @@ The weights are committed so that a Frechet distance means the same on every mac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -22,36 +23,40 @@ IMAGES_PER_BATCH = 2048  # bounds memory only
 
 
 class FeatureNetwork(nn.Module):
-    """Three convolutions and two linear layers; the features are the non-negative input of the last one."""
+    """Three convolutions (of clips over time, too) and two linear layers; features are the input of the last one."""
 
     def __init__(self, images: SmallSet = DIGITS) -> None:
         super().__init__()
         side = images.image_size // images.stride // 4  # after two poolings
+        convolution: Callable[..., nn.Module] = nn.Conv3d if images.frames else nn.Conv2d
+        pooling: Callable[[int], nn.Module] = nn.MaxPool3d if images.frames else nn.MaxPool2d
+        stride = (*[1] * (images.frames > 0), images.stride, images.stride)  # of space alone
         self.convolutions = nn.Sequential(
-            nn.Conv2d(1, 16, kernel_size=3, padding=1, stride=images.stride),
+            convolution(1, 16, kernel_size=3, padding=1, stride=stride),
             nn.ReLU(),
-            nn.Conv2d(16, 32, kernel_size=3, padding=1),
+            convolution(16, 32, kernel_size=3, padding=1),
             nn.ReLU(),
-            nn.MaxPool2d(2),  # (N, 32, 4, 4) of digits
-            nn.Conv2d(32, 48, kernel_size=3, padding=1),
+            pooling(2),  # (N, 32, 4, 4) of digits
+            convolution(32, 48, kernel_size=3, padding=1),
             nn.ReLU(),
-            nn.MaxPool2d(2),  # (N, 48, 2, 2)
+            pooling(2),  # (N, 48, 2, 2)
             nn.Flatten(),  # (N, 192)
         )
-        self.penultimate = nn.Sequential(nn.Linear(48 * side * side, NUM_FEATURES), nn.ReLU())
+        inputs = 48 * side * side * (images.frames // 4 or 1)
+        self.penultimate = nn.Sequential(nn.Linear(inputs, NUM_FEATURES), nn.ReLU())
         self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(NUM_FEATURES, NUM_CLASSES)
+        self.head = nn.Linear(NUM_FEATURES, sum(images.targets))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Classify images.
+        """Classify images or clips.
 
         Args:
-            images: (N, H, W, 1) uint8, scaled to [-1, 1] here.
+            images: (N, H, W, 1) or (N, F, H, W, 1) uint8, scaled to [-1, 1] here.
 
         Returns:
-            Features (N, 64), float32 and >= 0, and logits (N, 10), float32.
+            Features (N, 64), float32 and >= 0, and logits (N, 10), float32, or those of all targets side by side.
         """
-        pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 1, H, W)
+        pixels = images.movedim(-1, 1).float() / 127.5 - 1  # (N, 1, H, W)
         features = self.penultimate(self.convolutions(pixels))  # (N, 64)
         return features, self.head(self.dropout(features))
 
@@ -84,7 +89,7 @@ def compute_features(
     """Compute the committed network's features and class probabilities.
 
     Args:
-        images: (N, H, W, 1) uint8, N >= 1.
+        images: (N, H, W, 1) uint8, or clips (N, F, H, W, 1), N >= 1.
         of: The set that they belong to.
 
     Returns:
@@ -97,7 +102,7 @@ def compute_features(
     network = _committed_network(of)
     batches = [network(batch) for batch in torch.tensor(images).split(IMAGES_PER_BATCH)]
     features = torch.cat([features for features, _ in batches])
-    logits = torch.cat([logits for _, logits in batches])
+    logits = torch.cat([logits[:, :NUM_CLASSES] for _, logits in batches])
     return features.numpy(), logits.double().softmax(dim=1).numpy()
 
 

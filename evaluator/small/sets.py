@@ -1,4 +1,4 @@
-"""The sets of small images that have scores, each with its feature network and the sizes that bound its scores."""
+"""The sets of small images or clips that have scores, each with its feature network and the sizes that bound them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUM_CLASSES = 10
 
 @dataclass(frozen=True)
 class SmallSet:
-    """A set of small grey images of ten classes.
+    """A set of small grey images or clips of ten classes.
 
     Attributes:
         name: Name in commands.
@@ -32,6 +32,8 @@ class SmallSet:
         manifold: Split that precision and recall refer to.
         max_nearest: Images of a set for which the nearest training image is searched.
         digest: Digest that train.py records of the training split; empty where the shape tells the set.
+        frames: Number of frames of a clip; 0 for images.
+        targets: Numbers of values of the labels that the feature network learns, the class first.
     """
 
     name: str
@@ -45,6 +47,13 @@ class SmallSet:
     manifold: Split
     max_nearest: int
     digest: str = ""
+    frames: int = 0
+    targets: tuple[int, ...] = (NUM_CLASSES,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an image (H, W, 1) or a clip (F, H, W, 1)."""
+        return (*[self.frames] * (self.frames > 0), self.image_size, self.image_size, 1)
 
     @property
     def weights(self) -> Path:
@@ -55,11 +64,10 @@ class SmallSet:
         """Check that an array is a batch of this set's images.
 
         Raises:
-            ValueError: Unless it is (N, H, W, 1) uint8 with N >= 1; the message starts with `name`.
+            ValueError: Unless it is (N, *shape) uint8 with N >= 1; the message starts with `name`.
         """
-        size = self.image_size
-        if images.dtype != np.uint8 or images.shape[1:] != (size, size, 1) or len(images) == 0:
-            expected = f"(N, {size}, {size}, 1) uint8 with N >= 1"
+        if images.dtype != np.uint8 or images.shape[1:] != self.shape or len(images) == 0:
+            expected = f"(N, {', '.join(map(str, self.shape))}) uint8 with N >= 1"
             raise ValueError(f"{name} must be {expected}, not {images.shape} {images.dtype}")
 
 
@@ -80,4 +88,7 @@ FASHION = SmallSet(
     "fashion", 28, 2, 128, 1500, 0.88, 0.02, 10_000, "test", 1000,
     "1f243a60b4b748a44c48b9a6f6907be2a08bee3e4e226f0e86fbde8e147b745a",
 )  # fmt: skip
-SETS = {each.name: each for each in (DIGITS, FASHION)}
+MOVING_DIGITS = SmallSet(
+    "moving-digits", 16, 2, 32, 2500, 0.85, 0.1, 1 << 30, "train", 1000, frames=8, targets=(NUM_CLASSES, 4, 2)
+)
+SETS = {each.name: each for each in (DIGITS, FASHION, MOVING_DIGITS)}

@@ -16,7 +16,7 @@ def test_held_out_clips_are_recognised_and_all_move(scorer: ClipScorer) -> None:
     scores = scorer.score(*scorer.real(scorer.test))
     assert scores.num_samples == 500 and scores.accuracy > 0.97 and scores.motion == 1.0
     assert all(abs(share - 0.25) < 0.01 for share in scores.directions.values())
-    assert scores.nearest_ratio == 1.0
+    assert scores.nearest_ratio == 1.0 and 0.7 < scores.frechet_ratio < 1.4
 
 
 def test_shuffled_frames_do_not_move_and_wrong_labels_are_not_recognised(scorer: ClipScorer) -> None:
@@ -27,14 +27,17 @@ def test_shuffled_frames_do_not_move_and_wrong_labels_are_not_recognised(scorer:
     assert scorer.score(clips, (labels + 1) % 10).accuracy < 0.05
     still = scorer.score(np.repeat(clips[:, :1], clips.shape[1], axis=1), labels)
     assert still.motion == 0
+    assert shuffled.frechet_ratio > 2 and still.frechet_ratio > 2
 
 
 def test_copies_and_noise_are_told_from_new_clips(scorer: ClipScorer) -> None:
     clips, labels = scorer.real(scorer.train, 50)
-    assert scorer.score(clips, labels).nearest_ratio == 0
+    copies = scorer.score(clips, labels)
+    assert copies.nearest_ratio == 0 and copies.frechet_ratio < 2
     noise = np.random.default_rng(0).integers(0, 256, clips.shape, dtype=np.uint8)
     scores = scorer.score(noise, labels)
     assert scores.motion == 0 and scores.accuracy < 0.4 and scores.nearest_ratio > 1.5
+    assert scores.frechet_ratio > 5
 
 
 @pytest.mark.parametrize("speed", SPEEDS)
@@ -59,6 +62,12 @@ def test_a_digit_is_followed_and_faint_noise_is_not() -> None:
     assert picture.shape == (10, 10) and picture.max() == 200 and (picture > 0).sum() == 4, (
         "sharp: aligned in all frames"
     )
+
+
+def test_sizes_and_numbers_without_a_frechet_distance(scorer: ClipScorer) -> None:
+    assert scorer.score(*scorer.real(scorer.test, 1)).frechet_ratio is None
+    other = ClipScorer(MovingDigits("train", frames=4), MovingDigits("test", frames=4))
+    assert other.score(*other.real(other.test, 3)).frechet_ratio is None
 
 
 def test_clips_of_another_size_are_refused(scorer: ClipScorer) -> None:

@@ -120,7 +120,7 @@ def test_every_set_has_its_scores():
     generator = np.random.default_rng(0)
     for images in SETS.values():
         few = dataclasses.replace(images, max_fitted=20)
-        shape = (30, images.image_size, images.image_size, 1)
+        shape = (30, *images.shape)
         train, test = ((generator.integers(0, 256, shape, dtype=np.uint8), np.arange(30) % 10) for _ in range(2))
         scorer = SmallScorer(train, test, few)
         scores = scorer.score(*train)

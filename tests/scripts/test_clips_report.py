@@ -35,7 +35,7 @@ def test_every_interval_is_a_row_and_the_work_falls(folder: Path, tmp_path: Path
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line
     ]
-    rows = [line for line in lines[2:] if len(line) == 8]
+    rows = [line for line in lines[2:] if len(line) == 9]
     assert [(row[0], row[1]) for row in rows] == [
         ("Latte-digits/4", ""), ("Latte-digits/4", "2"), ("Skip-Latte-digits/4", ""), ("Skip-Latte-digits/4", "2"),
         ("real, held out", ""),
@@ -43,7 +43,8 @@ def test_every_interval_is_a_row_and_the_work_falls(folder: Path, tmp_path: Path
     macs = [int(row[3].replace(",", "")) for row in rows[:4]]
     assert macs[1] < macs[0] and macs[3] < macs[2]
     assert [row[2] for row in rows[:4]] == ["4 of 4", "2 of 4", "4 of 4", "2 of 4"]
-    assert float(rows[4][4]) > 0.97 and rows[4][5] == "1.000"
+    assert float(rows[4][4]) > 0.97 and rows[4][5] == "1.000" and 0.7 < float(rows[4][6]) < 1.4
+    assert all(float(row[6]) > 2 for row in rows[:4]), "untrained"
     for name in ("Latte-digits-4", "Skip-Latte-digits-4-N2"):
         with Image.open(tmp_path / "new" / f"{name}.gif") as animation:
             assert animation.n_frames == 8
