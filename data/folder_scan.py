@@ -16,6 +16,7 @@ OTHER_IMAGES = (
     ".gif", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga", ".ico", ".svg", ".psd", ".eps", ".dib", ".pcx",
     ".pbm", ".pnm", ".apng", ".dds", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw",
 )  # fmt: skip
+READ = "JPEG, PNG, WebP, BMP, TIFF and PPM are read; convert other images to JPEG or PNG"
 NO_EXTENSION, BROKEN, LOOP = "without an extension", "links to missing files", "links to folders that hold them"
 MAX_REPEATS = 10_000  # times that links of a class may lead to a folder again; links of links multiply
 OTHER_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "System Volume Information"}
@@ -71,9 +72,15 @@ def scan(root: Path) -> Scan:
             empty[name] = f"; it has {_counted(here)}" if here else ""
     for name, kinds in empty.items() if samples else ():
         raise ValueError(f"{root}: the class folder {name} has no image{kinds}; remove it, or add images")
+    if not samples and any(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(root)):
+        above = root.parent if root.name else place.parent
+        raise ValueError(
+            f"{root}: holds images, and no class folders with images; give the folder above, {above}, or put the images "
+            "into one folder in it"
+        )
     if +left_out:
         first = f" (the first is {os.path.relpath(loops[0], root)})" if loops else ""
-        warnings.warn(f"{root}: left out {_counted(left_out)}{first}; PNG, JPEG and WebP are read", stacklevel=3)
+        warnings.warn(f"{root}: left out {_counted(left_out)}{first}; {READ}", stacklevel=3)
     if all(map(str.isdecimal, names)) and names != sorted(names, key=int):
         shown = ", ".join(names[:4])
         warnings.warn(f"{root}: class names are numbers, and are sorted as text: {shown}, ...", stacklevel=3)

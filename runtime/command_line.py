@@ -6,10 +6,12 @@ import argparse
 import copy
 import dataclasses
 import json
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -36,7 +38,12 @@ Aliases = Mapping[str, Mapping[str, object]]  # value of --model -> flag -> valu
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
+        shown = {name: action for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS}
+        known = {name.lstrip("-"): name for name in shown}
+        unknown = re.findall(r"--([\w-]+)", message) if message.startswith("unrecognized arguments") else []
+        close = [known[name] for word in unknown for name in get_close_matches(word, known)]
+        hint = f"close to it: {', '.join(dict.fromkeys(close))}; " if close else ""
+        raise UserError(f"{message} ({hint}see --help)")
 
 
 def parse_config(cls: type[T], argv: Sequence[str], *, program: str, doc: str | None) -> T:

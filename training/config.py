@@ -173,8 +173,6 @@ class RunSettings:
     def __post_init__(self) -> None:
         """Validate the fields."""
         _at_least(self, 1, "log_every", "ckpt_every", "keep_last")
-        if self.resume not in (None, "auto") and self.init_from is not None:
-            raise ValueError(f"--init-from {self.init_from}: has no effect with --resume {self.resume}")
         if self.override and self.resume is None:
             raise ValueError(f"--override {' '.join(self.override)}: has no effect without --resume")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:

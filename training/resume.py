@@ -88,7 +88,7 @@ def find_run(setup: Setup) -> ResumeState | None:
             raise UserError(f"--resume {resume}: the run has other settings: {changes}")
         check_same_classes(f"--resume {resume}", state.meta, setup.dataset.classes)
         return state._replace(changed=tuple(changes.allowed.values()))
-    others: list[str] = []
+    others: list[tuple[int, str]] = []
     for folder in runs_in(setup.config.run.results_dir):
         for path in checkpoints_in(folder):
             try:
@@ -100,13 +100,14 @@ def find_run(setup: Setup) -> ResumeState | None:
             if changes.other or other_data(setup, state.meta):
                 pass
             elif changes.refused:
-                others.append(f"run {folder.name} differs in {changes}")
+                others.append((len(changes.refused), f"run {folder.name} differs in {changes}"))
             else:
                 check_same_classes(f"--resume auto: {folder}", state.meta, setup.dataset.classes)
                 return state._replace(changed=tuple(changes.allowed.values()))
             break  # another run; its older checkpoints are no closer
     if others:
-        raise UserError(f"--resume auto: nothing to resume: {others[0]}; leave out --resume for a new run")
+        closest = min(others, key=lambda other: other[0])[1]  # of equals the newest
+        raise UserError(f"--resume auto: nothing to resume: {closest}; leave out --resume for a new run")
     return None
 
 
@@ -220,7 +221,7 @@ def changes_since(setup: Setup, meta: Json) -> Changes:
     if setup.config.optimization.lr_schedule != "constant":
         free -= {"optimization.epochs", "optimization.max_steps"}
     if run.init_from is not None:
-        free -= {"run.init_from"}  # with --resume auto: the run that began there, or a new one
+        free -= {"run.init_from"}  # the run that began there is meant
     # Settings that did not exist yet had the effect of their defaults.
     defaults = {kind: (name, type(settings)()) for kind, (name, settings) in setup.owners.items() if kind != "model"}
     then = flatten(document(TrainSettings(), **{**setup.owners, **defaults})) | flatten(upgrade(meta["train"]))

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
@@ -93,6 +94,22 @@ class RunLog:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
             self._events.flush()
+
+
+@contextmanager
+def warnings_logged(log: RunLog) -> Iterator[None]:
+    """Write the warnings of a block, and of processes forked in it, to the log; without a folder they are as usual."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, *where: object) -> None:
+        log.line(f"Warning: {message}")
+
+    if log.folder is not None:
+        warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 def open_events(folder: Path) -> SummaryWriter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -154,7 +155,11 @@ def set_up(
     check_loss(given, *owners["loss"])
 
     source = str(config.data.data_path or config.data.dataset) if dataset is None else type(dataset).__name__
-    dataset = open_training_data(config, owners["loss"][1].images_behind) if dataset is None else dataset
+    if dataset is None:
+        with warnings.catch_warnings(record=True) as caught:  # for the log, which there is not yet
+            warnings.simplefilter("always", UserWarning)
+            dataset = open_training_data(config, owners["loss"][1].images_behind)
+        lines += [str(warning.message) for warning in caught]
     check_classes(config, fields, dataset)
     vae = config.data.vae or dataset.vae
     with error_prefix(f"--vae {vae}"):

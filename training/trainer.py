@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from runtime.saver import BackgroundSaver, Saver, State
 from training.network import START
 from training.optimization import FiniteGuard
 from training.resume import ResumeState, thin
-from training.run import INTERRUPTED_STATUS, RunLog, stop_on_signal, trace_steps
+from training.run import INTERRUPTED_STATUS, RunLog, stop_on_signal, trace_steps, warnings_logged
 from training.setup import Setup, encode
 from training.state import TrainingState, checkpoint_meta
 from training.validation import Validation
@@ -78,6 +79,10 @@ class Trainer:
     def __init__(
         self, setup: Setup, world: World, folder: Path | None = None, saved: ResumeState | None = None
     ) -> None:
+        if saved is not None:  # its checkpoints still say where the run began
+            first = saved.meta["train"].get("run", {}).get("init_from")
+            began = replace(setup.config.run, init_from=None if first is None else Path(first))
+            setup.config = replace(setup.config, run=began)
         self.setup, self.config, self.world, self.folder = setup, setup.config, world, folder
         self.log = RunLog(folder, tensorboard=self.config.run.tensorboard)
         self.state = TrainingState(setup)
@@ -115,6 +120,7 @@ class Trainer:
         with (
             self.last_save_finished(),
             stop_on_signal() as stop,
+            warnings_logged(self.log),
             tqdm(total=total, initial=state.step, disable=None if self.world.is_main else True, unit="step") as bar,
             trace_steps(traces) as end_of_step,
         ):
@@ -146,7 +152,9 @@ class Trainer:
         self.log.line(f"{family_name(self.config.model)} Parameters: {parameters:,}")
         self.log.line(f"Dataset contains {len(self.setup.dataset):,} images ({self.setup.source})")
         epochs = "" if self.config.optimization.max_steps else f"{self.config.optimization.epochs} epochs, "
-        self.log.line(f"Training for {epochs}{self.setup.total_steps:,} steps...")
+        step, total = self.state.step, self.setup.total_steps
+        ended = f"Already at step {step:,} of {total:,}: nothing to train; a larger --max-steps or --epochs continues"
+        self.log.line(ended if step >= total else f"Training for {epochs}{total:,} steps...")
         for warning in self.setup.warnings():
             self.log.line(f"Warning: {warning}")
 

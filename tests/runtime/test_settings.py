@@ -413,6 +413,9 @@ def test_a_mistake_in_an_owner_s_section(tmp_path, section, words):
 def test_sampling_offers_only_settings_that_do_not_change_weights(tmp_path):
     kinds = (Kind("figure", {"square": Square, "circle": Circle}, figure_of, sampling=True),)
     assert picture("--circle-fill", "red", kinds=kinds).fields("figure", "circle") == {"fill": "red"}
+    for argv, close in ((["--step", "5"], "--steps"), (["--fats"], "--fast"), (["--size", "5", "--bettas=1"], "--betas")):
+        with pytest.raises(UserError, match=rf"unrecognized arguments: .* \(close to it: {close}; see --help\)"):
+            example(*argv)
     with pytest.raises(UserError, match="unrecognized arguments: --radius 5"):
         picture("--radius", "5", kinds=kinds)
 

@@ -1,5 +1,6 @@
 """Weights to start from: what they decide, what is said of them, and what does not fit."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +110,35 @@ def test_the_name_of_a_release_says_where_its_file_is(
     torch.save({}, tmp_path / file)
     assert start(tmp_path, *argv) == 2
     assert runs.the_error(capsys).endswith(f"give its file: it is {file}\n")
+
+
+def test_resuming_a_checkpoint_takes_the_same_command_and_keeps_where_it_began(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ckpt = checkpoint(trained / "runs", 1)
+    command = again(trained, ckpt)
+    assert start(tmp_path, *command) == 0
+    first = checkpoint(tmp_path, 1)
+    assert start(tmp_path, *command, "--max-steps", 2, "--resume", first) == 0
+    without = [*MODEL, *"--num-classes 2 --vae none --image-size 8 --in-channels 1 --data-path".split()]
+    argv = [*without, trained / "photos", "--max-steps", 3, "--resume", checkpoint(tmp_path, 2)]
+    assert start(tmp_path, *argv) == 0
+    assert start(tmp_path, *command, "--max-steps", 3, "--resume", "auto") == 0
+    assert "Already at step 3 of 3: nothing to train; a larger --max-steps" in log(tmp_path)
+    capsys.readouterr()
+    assert start(tmp_path, *command, "--lr", 0.1, "--ema-ramp", "--max-steps", 1) == 0  # a later run
+    assert start(tmp_path, *command, "--lr", 0.2, "--max-steps", 4, "--resume", "auto") == 2
+    assert "nothing to resume: run 000-DiT-debug-2 differs in --lr (0.0001, 0.2)" in runs.the_error(capsys)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_wrong_with_images_is_in_the_log(trained: Path, tmp_path: Path, workers: int) -> None:
+    photos = Path(shutil.copytree(trained / "photos", tmp_path / "photos"))
+    (photos / "cats" / "1.png").write_bytes(b"")
+    (photos / "cats" / "2.heic").touch()
+    argv = ["--data-path", photos, *"--vae none --image-size 8 --num-classes 2 --num-workers".split(), workers]
+    assert start(tmp_path / "runs", *MODEL, *argv) == 0
+    lines = [line for line in log(tmp_path / "runs").splitlines() if "Warning: " in line]
+    formats = "JPEG, PNG, WebP, BMP, TIFF and PPM are read; convert other images to JPEG or PNG"
+    assert sum(f"{photos}: left out 1 .heic; {formats}" in line for line in lines) == 1
+    assert sum("1.png: cannot be read: the file is empty; replace or remove the file" in line for line in lines) == 1

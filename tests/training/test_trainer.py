@@ -330,7 +330,6 @@ def test_mistakes_are_one_line(whole, tmp_path, capsys):
     cases = {
         ("--resume", "nothing.safetensors"): "--resume nothing.safetensors: no such file",
         ("--init-from", "nothing.pt"): "--init-from nothing.pt: no such file",
-        ("--init-from", "x", "--resume", "y"): "--init-from x: has no effect with --resume y",
         ("--init-from", str(checkpoint(whole, 12)), "--model", "DiT-debug/2", "--num-classes", "10"): "do not fit",
         ("--grad-accum", "5"): "--global-batch-size 12: not divisible by the 1 processes times 5 micro-batches",
         ("--grad-clip", "0"): "--grad-clip 0.0: must be positive",
