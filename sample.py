@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
 
@@ -53,8 +54,8 @@ class PictureGuidance(GuidanceSettings):
 class PictureSettings:
     """Labels, seed and output."""
 
-    class_labels: tuple[int, ...] | None = setting(
-        None, "labels of the images", shown="eight official classes, or one of each"
+    class_labels: tuple[str, ...] | None = setting(
+        None, "classes of the images, by number or by name", shown="eight official classes, or one of each"
     )
     num_samples: int | None = setting(None, "number of samples of a network without labels", shown="8")
     seed: int = setting(0, "seed of the noise")
@@ -216,20 +217,43 @@ def overviews(writer: Writer, settings: PictureSettings, clips: ClipSettings) ->
     return paths
 
 
-def choose_labels(settings: PictureSettings, num_classes: int) -> tuple[int, ...] | None:
+def choose_labels(
+    settings: PictureSettings, num_classes: int, names: Sequence[str] | None = None
+) -> tuple[int, ...] | None:
     """Labels of the samples; None for a network that takes none.
 
+    Args:
+        settings: Settings of the picture.
+        num_classes: Number of the network's classes.
+        names: Their names, if the checkpoint has them.
+
     Raises:
-        UserError: For labels that the network does not have.
+        UserError: For labels or names that the network does not have.
     """
     if num_classes == 0:
         check_unlabelled({"--class-labels": settings.class_labels})
         return None
     if settings.num_samples is not None:
         raise UserError(f"--num-samples {settings.num_samples}: the network takes labels; give --class-labels")
-    labels = settings.class_labels or (OFFICIAL_LABELS if num_classes == 1000 else tuple(range(num_classes)))
+    labels = tuple(find_label(text, num_classes, names or ()) for text in settings.class_labels or ())
+    labels = labels or (OFFICIAL_LABELS if num_classes == 1000 else tuple(range(num_classes)))
     check_labels(labels, num_classes)
     return labels
+
+
+def find_label(text: str, num_classes: int, names: Sequence[str]) -> int:
+    """Find the label of a class that is given by its number or its name.
+
+    Raises:
+        UserError: With names that are close to an unknown one.
+    """
+    try:
+        return names.index(text) if text in names and not text.isdecimal() else int(text)
+    except ValueError:
+        close = get_close_matches(text, names) or names[:8]
+        known = f"close to it, or the first: {', '.join(close)}" if names else "the checkpoint has no names"
+        number = f"give a number of 0 to {num_classes - 1}"
+        raise UserError(f"--class-labels {text}: no class of this name ({known}); {number}, or a name") from None
 
 
 def save_trajectory(moments: Sequence[Images], columns: int, path: Path, writer: Writer) -> None:
@@ -255,7 +279,7 @@ def main(argv: Sequence[str]) -> None:
         paths = overviews(writer, settings, given.general.clips)
         edit = read_edit(pipeline, given.general.image)
         prepared = pipeline.prepare(given.general.image.chosen_strength)
-        labels = choose_labels(settings, pipeline.num_classes)
+        labels = choose_labels(settings, pipeline.num_classes, pipeline.info.classes)
         count = len(labels) if labels else settings.num_samples or len(OFFICIAL_LABELS)
         columns = settings.columns or (4 if count == len(OFFICIAL_LABELS) else min(count, 10))
         factor = max(1, SMALLEST // pipeline.image_shape[-2])
@@ -265,7 +289,10 @@ def main(argv: Sequence[str]) -> None:
         ]
         for path in paths:
             writer.save(moments[-1], path, columns, gap=GAP, software=PROGRAM)
-        print(f"Saved {count} {writer.unit}s to {', '.join(map(str, paths))}")
+        names = pipeline.info.classes or ()
+        named = dict.fromkeys(f"{i} {names[i]}" for i in labels or () if names and names[i] != str(i))
+        shown = f"; classes: {', '.join(named)}" if named else ""
+        print(f"Saved {count} {writer.unit}s to {', '.join(map(str, paths))}{shown}")
         if settings.trajectory is not None:
             save_trajectory(moments, columns, settings.trajectory, writer)
             print(f"Saved {len(moments)} moments of them to {settings.trajectory}")

@@ -75,8 +75,8 @@ def scan(root: Path) -> Scan:
     if not samples and any(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(root)):
         above = root.parent if root.name else place.parent
         raise ValueError(
-            f"{root}: holds images, and no class folders with images; give the folder above, {above}, or put the images "
-            "into one folder in it"
+            f"{root}: holds images, and no class folders with images; give the folder above, {above}, or put the "
+            "images into one folder in it"
         )
     if +left_out:
         first = f" (the first is {os.path.relpath(loops[0], root)})" if loops else ""

@@ -38,8 +38,8 @@ Aliases = Mapping[str, Mapping[str, object]]  # value of --model -> flag -> valu
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        shown = {name: action for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS}
-        known = {name.lstrip("-"): name for name in shown}
+        flags = self._option_string_actions.items()
+        known = {name.lstrip("-"): name for name, action in flags if action.help != argparse.SUPPRESS}
         unknown = re.findall(r"--([\w-]+)", message) if message.startswith("unrecognized arguments") else []
         close = [known[name] for word in unknown for name in get_close_matches(word, known)]
         hint = f"close to it: {', '.join(dict.fromkeys(close))}; " if close else ""

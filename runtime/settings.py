@@ -379,7 +379,8 @@ def from_json(value: object, flag: Flag, where: str) -> object:
         count = "" if Ellipsis in items else f"{len(items)} "
         if not isinstance(value, list) or (count and len(value) != len(items)):
             raise UserError(f"{where} = {value!r}: expected {count}values in a list")
-        return tuple(_scalar(item, items[0], where) for item in value)
+        as_text = items[0] is str  # numbers are names, too
+        return tuple(_scalar(str(v) if as_text and type(v) is int else v, items[0], where) for v in value)
     return _scalar(value, kind, where)
 
 

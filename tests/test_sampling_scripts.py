@@ -666,6 +666,17 @@ def test_labels_out_of_range_are_refused_before_sampling(ckpt, tmp_path, capsys)
     assert "--class-labels 10: the model has classes 0 to 9" in capsys.readouterr().err
 
 
+def test_classes_are_given_by_name_or_number():
+    def labels(*given, names=("birds", "cats", "7")):
+        return sample.choose_labels(sample.PictureSettings(class_labels=given or None), 10, names)
+
+    assert labels("cats", "0", "7", "birds") == (1, 0, 7, 0) and labels() == tuple(range(10))
+    with pytest.raises(UserError, match=r"--class-labels cat: no class of this name \(close to it, or .*: cats\)"):
+        labels("cat")
+    with pytest.raises(UserError, match=r"\(the checkpoint has no names\); give a number of 0 to 9"):
+        labels("cats", names=None)
+
+
 def test_a_checkpoint_of_an_unknown_process_is_refused(ckpt, tmp_path, capsys):
     read = read_checkpoint(ckpt)
     path = tmp_path / "0000001.safetensors"
