@@ -101,7 +101,7 @@ def warnings_logged(log: RunLog) -> Iterator[None]:
     """Write the warnings of a block, and of processes forked in it, to the log; without a folder they are as usual."""
     usual = warnings.showwarning
 
-    def show(message: Warning | str, *where: object) -> None:
+    def show(message: Warning | str, *where: object, **more: object) -> None:
         log.line(f"Warning: {message}")
 
     if log.folder is not None:
