@@ -132,7 +132,8 @@ def _layouts(family: str) -> tuple[frozenset[str], ...]:
     for name in FAMILIES[family].configs:
         config = model_config(name)
         kinds[frozenset(item for item in vars(config).items() if isinstance(item[1], bool | str | None))] = config
-    without_labels = (replace(config, num_classes=0) for config in kinds.values() if config.fewest_classes == 0)
+    unlabelled = [config for config in kinds.values() if getattr(config, "fewest_classes", 1) == 0]
+    without_labels = (replace(config, num_classes=0) for config in unlabelled)
     return tuple(_without_numbers(_shapes(family, config)) for config in (*kinds.values(), *without_labels))
 
 

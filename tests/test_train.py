@@ -189,7 +189,7 @@ def test_latents_on_disk_train_as_their_images_do(images, tmp_path):
         ("--dataset digits --lr -1", "--lr -1.0: must be positive"),
         ("--dataset digits --lr-final-ratio 0.1", "--lr-final-ratio 0.1: has no effect"),
         ("--dataset digits --model DiT-digits/2 --results-dir {file}/x", "--results-dir {file}/x: cannot write"),
-        ("--dataset digits --lr-schedule linear", "--lr-schedule"),
+        ("--dataset digits --lr-schedule step", "--lr-schedule"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(argv, words, images, tmp_path, monkeypatch, capsys):
