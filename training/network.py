@@ -180,3 +180,9 @@ def file_digests(config: TrainSettings) -> dict[str, str]:
         if path is not None:
             digests[name] = distributed.on_rank0(partial(weights_sha256, path, flag_name(field)))
     return digests
+
+
+def digest_notes(digests: Mapping[str, str]) -> list[str]:
+    """A line of the log for each of these digests."""
+    flags = {name: flag_of(TrainSettings, KINDS, DIGESTS[name]) for name in digests}
+    return [f"{flags[name]}: SHA-256 {value}, compared when the run is resumed" for name, value in digests.items()]

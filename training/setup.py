@@ -21,13 +21,13 @@ from diffusion.sampling import Sampler
 from models import Network
 from runtime.devices import slow_bf16
 from runtime.errors import UserError, error_prefix
-from runtime.settings import Given, Values, choose_owners, document, flag_of, to_dict
+from runtime.settings import Given, Values, choose_owners, document, to_dict
 from training.config import KINDS, PROGRAM, TrainSettings
 from training.loss import build_loss, check_loss, open_vision_encoder
 from training.network import (
-    DIGESTS,
     check_channels,
     check_classes,
+    digest_notes,
     file_digests,
     load_start,
     network_fields,
@@ -70,7 +70,7 @@ class Setup:
         notes: Lines about files of weights: content and digests.
         start_notes: Lines about the weights to start from, and changes that made them fit.
         setup_warnings: Lines about data and weights that were noticed while they were opened.
-        digests: SHA-256 of these files, by the names in `DIGESTS`; none in a dry run.
+        digests: SHA-256 of these files, by the names in `training.network.DIGESTS`; none in a dry run.
         validation: Data and tools of validations; None without any.
     """
 
@@ -156,10 +156,7 @@ def set_up(
 
     source = str(config.data.data_path or config.data.dataset) if dataset is None else type(dataset).__name__
     if dataset is None:
-        with warnings.catch_warnings(record=True) as caught:  # for the log, which there is not yet
-            warnings.simplefilter("always", UserWarning)
-            dataset = open_training_data(config, owners["loss"][1].images_behind)
-        lines += [str(warning.message) for warning in caught]
+        dataset, lines = open_and_listen(config, owners["loss"][1].images_behind)
     check_classes(config, fields, dataset)
     vae = config.data.vae or dataset.vae
     with error_prefix(f"--vae {vae}"):
@@ -175,16 +172,11 @@ def set_up(
     else:
         with fake, device:
             loss = make()
-    notes, digests = [], dict[str, str]()
     if start is not None:
-        start_notes += load_start(config, loss, start, dataset)
-        start_notes = [f"--init-from: {note}" for note in start_notes]
-    if fake is None:
-        notes += [] if vision is None else [f"--align-ckpt: {note}" for note in vision.notes]
-        digests = file_digests(config)
-    for name, digest in digests.items():
-        flag = flag_of(TrainSettings, KINDS, DIGESTS[name])
-        notes.append(f"{flag}: SHA-256 {digest}, compared when the run is resumed")
+        start_notes = [f"--init-from: {note}" for note in start_notes + load_start(config, loss, start, dataset)]
+    digests = file_digests(config) if fake is None else {}
+    notes = [f"--align-ckpt: {note}" for note in vision.notes] if vision is not None and fake is None else []
+    notes += digest_notes(digests)
 
     owners |= {"model": (config.model, loss.network.config)}
     channels, width = dataset.image_shape[-3], dataset.image_shape[-1]
@@ -224,6 +216,14 @@ def open_training_data(config: TrainSettings, joint_images: int = 0) -> Dataset:
             joint_images=joint_images,
             clips=config.clips,
         )
+
+
+def open_and_listen(config: TrainSettings, joint_images: int) -> tuple[Dataset, list[str]]:
+    """The data set, and the warnings about it, for the log, which is not there yet."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        dataset = open_training_data(config, joint_images)
+    return dataset, [str(warning.message) for warning in caught]
 
 
 def encode(setup: Setup, images: Tensor, step: int, rows: range, seed: int | None = None) -> Tensor:
