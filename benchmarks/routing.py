@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -111,7 +112,7 @@ def open_gates(network: DyDiT, workload: Workload, x: Tensor, t: float, y: Tenso
 
 def plain_dit(network: DyDiT) -> Network:
     """A DiT with the same weights, without the routers."""
-    fields = {name: getattr(network.config, name) for name in DiTConfig.__dataclass_fields__}
+    fields = {field.name: getattr(network.config, field.name) for field in dataclasses.fields(DiTConfig)}
     with torch.device(network.pos_embed.device):
         plain = create_model("DiT-XL/2", **fields)
     own = plain.state_dict()

@@ -6,6 +6,7 @@ it. Networks know nothing of noise processes, step numbers, guidance scales or c
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -162,7 +163,7 @@ def model_config(name: str, **overrides: object) -> Any:
         ValueError: For an unknown name, an unknown field, or values that do not fit together.
     """
     family = family_of(name)
-    fields = family.config.__dataclass_fields__
+    fields = {field.name: field for field in dataclasses.fields(family.config)}
     named = family.configs[name]
     if "sample_shape" in fields and not {"input_size", "in_channels"}.isdisjoint(overrides):
         default = named.get("sample_shape", fields["sample_shape"].default)

@@ -302,7 +302,8 @@ def test_a_video_that_is_cut_short_while_it_is_used_is_replaced(videos: Path) ->
         assert data[0, 1][2] == 2
 
 
-def test_files_need_pyav(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_need_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"video")
     monkeypatch.setattr("data.video_files.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="reading videos needs PyAV, which is missing: pip install av"):
-        ClipFolder(videos, 8, frames=4)
+        ClipFolder(tmp_path, 8, frames=4)
