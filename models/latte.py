@@ -165,7 +165,6 @@ class Latte(DiT):
             )
         c = self.t_embedder(t) if y is None else self.t_embedder(t) + self.y_embedder(y)  # (N, D) or (1, D)
         frame_c = self.frame_conditioning(t, c, x, image_labels)
-        units = self.config.skip_units
         features: dict[int, Tensor] = {}
         skips: list[Tensor] = []  # outputs of the first half's pairs; the second half takes the latest first
         if state is None or blocks[0] != self.cache_at:
@@ -174,18 +173,18 @@ class Latte(DiT):
             temporal, pair = i % 2 == 1, i // 2
             if i == self.cache_at:
                 x = state = x if state is None else state
-            if not temporal and units and pair >= units:
-                x = self.fuse(pair - units, x, skips.pop())
+            if not temporal:
+                x = self.join(pair, x, skips)
             x = self.over_frames(i, x, c) if temporal else self.over_places(i, x, c, frame_c)
-            if temporal and pair < units:
+            if temporal and pair < self.config.skip_units:
                 skips.append(x)
             if i + 1 in features_at:
                 features[i + 1] = x.flatten(1, 2)
         return ModelOutput(self.decode(x, c, frame_c), state, features)
 
-    def fuse(self, unit: int, x: Tensor, skip: Tensor) -> Tensor:
-        """Apply a skip unit, of which a plain Latte has none."""
-        raise NotImplementedError
+    def join(self, pair: int, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """Join the tokens that enter a pair with those kept from the first half: here, none are kept."""
+        return x
 
     def embed(self, x: Tensor) -> Tensor:
         """Embed frames and images (N, F + I, C, H, W) -> (N, F + I, T, D)."""
@@ -267,6 +266,10 @@ class SkipLatte(SkipUnits, Latte):
     """
 
     config: SkipLatteConfig
+
+    def join(self, pair: int, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """Apply the skip unit of a pair of the second half, to the latest tokens that were kept."""
+        return x if pair < self.num_units else self.fuse(pair - self.num_units, x, skips.pop())
 
 
 def data_settings(weights: Mapping[str, Tensor], config: LatteConfig) -> dict[str, object] | None:
