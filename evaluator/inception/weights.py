@@ -126,7 +126,10 @@ def inspect_weights(path: Path) -> Weights:
     Raises:
         UserError: If it cannot be read, or has changed since it was downloaded.
     """
-    content = _read(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     sha256 = hashlib.sha256(content).hexdigest()
     recorded = _checksum_path(path)
     if recorded.is_file() and recorded.read_text().split()[:1] != [sha256]:
@@ -139,22 +142,6 @@ def inspect_weights(path: Path) -> Weights:
     elif hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5:
         warning = f"{path.name} does not have the md5 that is reported for the file of published scores"
     return Weights(path, sha256, warning)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes, in hexadecimal.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
-    return hashlib.sha256(_read(path)).hexdigest()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _checksum_path(path: Path) -> Path:

