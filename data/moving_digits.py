@@ -36,7 +36,7 @@ class Motion(NamedTuple):
 class MovingDigits:
     """A data set of clips (F, 1, S, S) uint8 of moving digits, with their labels.
 
-    Every digit moves in every direction at every speed, from its own place.
+    Every digit moves in every direction at every speed, from its own place. A class is a digit and a direction.
 
     Args:
         split: train or test.
@@ -65,7 +65,7 @@ class MovingDigits:
             )
         self._digits, self._labels = load_digits(split)
         self._frames, self._joint, self._seed = frames, joint_images, seed
-        self.classes = [str(k) for k in range(NUM_CLASSES)]
+        self.classes = [f"{digit} {direction}" for digit in range(NUM_CLASSES) for direction in DIRECTIONS]
         self.image_shape: tuple[int, ...] = (frames + joint_images, 1, side, side)
         draws = np.random.default_rng([PLACES_SEED, split == "test"])
         self._places: Array = draws.integers(0, 2**31, (len(self), 2))
@@ -78,9 +78,13 @@ class MovingDigits:
         """Motion of the digit of a clip."""
         return Motion(list(DIRECTIONS)[index // len(SPEEDS) % len(DIRECTIONS)], SPEEDS[index % len(SPEEDS)])
 
+    def digit(self, index: int) -> int:
+        """The digit of a clip, 0 to 9."""
+        return int(self._labels[self._picture(index)])
+
     def label(self, index: int) -> int:
-        """Class of the digit of a clip, 0 to 9."""
-        return int(self._labels[self._digit(index)])
+        """Class of a clip, 0 to 39: four times its digit, plus the place of its direction in `DIRECTIONS`."""
+        return self.digit(index) * len(DIRECTIONS) + index // len(SPEEDS) % len(DIRECTIONS)
 
     def digest(self) -> str:
         """Digest of the digits and of what is done with them."""
@@ -92,7 +96,7 @@ class MovingDigits:
         """The clip (F, S, S) of an index."""
         side = self._room + IMAGE_SIZE
         clip = np.zeros((self._frames, side, side), np.uint8)
-        digit, places = self._digits[self._digit(index), :, :, 0], self._positions(index)
+        digit, places = self._digits[self._picture(index), :, :, 0], self._positions(index)
         for frame, (row, column) in zip(clip, places, strict=True):
             frame[row : row + IMAGE_SIZE, column : column + IMAGE_SIZE] = digit
         return clip
@@ -113,7 +117,7 @@ class MovingDigits:
         behind: Tensor = torch.from_numpy(np.stack(images))[:, None]
         return torch.cat([clip, behind]), labels, index
 
-    def _digit(self, index: int) -> int:
+    def _picture(self, index: int) -> int:
         return index // (len(DIRECTIONS) * len(SPEEDS))
 
     def _positions(self, index: int) -> Array:

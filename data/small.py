@@ -36,14 +36,14 @@ def load_moving_digits(split: Split) -> tuple[npt.NDArray[np.uint8], npt.NDArray
     """Load all clips of a split and what is in them.
 
     Returns:
-        Clips (N, F, S, S, 1) uint8, and labels (N, 3) int64: class, direction and speed, the last two by their place
+        Clips (N, F, S, S, 1) uint8, and labels (N, 3) int64: digit, direction and speed, the last two by their place
         among `DIRECTIONS` and `SPEEDS`.
     """
     data = MovingDigits(split)
     motions = [data.motion(i) for i in range(len(data))]
     directions = list(DIRECTIONS)
     labels = [
-        (data.label(i), directions.index(motion.direction), SPEEDS.index(motion.speed))
+        (data.digit(i), directions.index(motion.direction), SPEEDS.index(motion.speed))
         for i, motion in enumerate(motions)
     ]
     clips = np.stack([data.clip(i) for i in range(len(data))])[..., None]

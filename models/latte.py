@@ -284,9 +284,9 @@ def data_settings(weights: Mapping[str, Tensor], config: LatteConfig) -> dict[st
 
 # Small enough for every script to run in seconds on a laptop; class-conditional clips of four frames.
 DEBUG: dict[str, object] = {**dit.DEBUG, "sample_shape": (4, 4, 8, 8)}
-# Moving digits: eight grey frames of 16 x 16.
+# Moving digits: eight grey frames of 16 x 16, ten digits in four directions.
 DIGITS: dict[str, object] = {
-    "depth": 8, "hidden_size": 96, "num_heads": 4, "patch_size": 4, "sample_shape": (8, 1, 16, 16), "num_classes": 10,
+    "depth": 8, "hidden_size": 96, "num_heads": 4, "patch_size": 4, "sample_shape": (8, 1, 16, 16), "num_classes": 40,
     "learn_sigma": False,
 }  # fmt: skip
 
