@@ -11,13 +11,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models import dit
 from models.contract import ModelOutput
 from models.dit import DiT, DiTConfig
+from models.frame_positions import frame_position_table
 from models.skip_dit import SkipUnits
 
 CACHE_BOUNDS = (900.0, 50.0, False)
@@ -91,13 +91,6 @@ class SkipLatteConfig(LatteConfig):
     def skip_units(self) -> int:
         """Number of skip units: one before every pair of the second half."""
         return self.depth // 4
-
-
-def frame_position_table(width: int, frames: int) -> Tensor:
-    """Compute fixed positions of frames (F, D) float64: sines, then cosines, of f * 10,000^(-k / (D / 2))."""
-    frequencies = 10_000.0 ** -(np.arange(width // 2, dtype=np.float64) / (width // 2))
-    angles = np.arange(frames, dtype=np.float64)[:, None] * frequencies
-    return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
 
 
 class Latte(DiT):

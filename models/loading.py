@@ -16,8 +16,9 @@ from models import FAMILIES, Network, family_of, list_models, model_config
 from models.blank import blank_model
 from models.contract import TimeConvention
 from models.diffusers_format import from_diffusers, is_diffusers
+from models.frame_positions import FramePositions
 from models.recognise import check_family, describe_unknown, recognise, recognised_name
-from models.transfer import LABEL_TABLE, without_variance
+from models.transfer import LABEL_TABLE, fit_frames, without_variance
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.download import obtain
@@ -77,6 +78,7 @@ def load_network(
     device: str | torch.device = "cpu",
     download_dir: str | Path = "pretrained_models",
     flag: str = "--ckpt",
+    frame_positions: FramePositions | None = None,
     **overrides: object,
 ) -> tuple[Network, CheckpointInfo]:
     """Load the network of a checkpoint.
@@ -88,6 +90,8 @@ def load_network(
         device: Device of the network.
         download_dir: Folder of released checkpoints, downloaded where necessary.
         flag: Flag of the source, for messages.
+        frame_positions: How positions of frames become those of another number (`models.frame_positions`), where a
+            `sample_shape` has another one.
         **overrides: Fields of the model's config that change no weights, such as `cache_depth`.
 
     Returns:
@@ -97,7 +101,8 @@ def load_network(
         UserError: If the file cannot be had or read, or does not fit the model.
     """
     info, tensors = resolve_checkpoint(source, weights=weights, model=model, download_dir=download_dir, flag=flag)
-    return build_network(info, tensors, device=device, flag=flag, **overrides), info
+    network = build_network(info, tensors, device=device, flag=flag, frame_positions=frame_positions, **overrides)
+    return network, info
 
 
 def resolve_checkpoint(
@@ -146,6 +151,7 @@ def build_network(
     *,
     device: str | torch.device = "cpu",
     flag: str = "--ckpt",
+    frame_positions: FramePositions | None = None,
     **overrides: object,
 ) -> Network:
     """Build the network of a resolved checkpoint; arguments as for `load_network`.
@@ -163,6 +169,7 @@ def build_network(
         network = blank_model(info.model, **{**info.config, **overrides})
         if network.state_dict().keys() != weights.keys():
             check_family(info.model, weights)
+        weights = {**weights, **fit_frames(network, weights, frame_positions)}
     load_weights(network, weights, f"{source} as {info.model}", recognised_name)
     if info.time_convention is not None:
         network.time_convention = info.time_convention  # type: ignore[misc]  # of this one network

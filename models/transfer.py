@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.contract import Network
+from models.frame_positions import FramePositions, resample_frame_positions
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 POSITIONS, FRAME_POSITIONS = "pos_embed", "temp_embed"
@@ -23,6 +24,7 @@ def adapt_weights(
     old_classes: Sequence[str] | None = None,
     new_classes: Sequence[str] | None = None,
     old_shape: Sequence[int] | None = None,
+    frame_positions: FramePositions | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Make foreign weights fit a fresh network where that has a meaning; a strict load checks the rest.
 
@@ -33,9 +35,13 @@ def adapt_weights(
         old_classes: Names of the classes in the weights' label table, if known.
         new_classes: Names of the network's classes, if known.
         old_shape: `sample_shape` of the network that had the weights, if known.
+        frame_positions: How positions of frames become those of another number (`models.frame_positions`).
 
     Returns:
         The weights, and a sentence for each change made.
+
+    Raises:
+        ValueError: If the weights have another number of frames and `frame_positions` is missing, or has no effect.
     """
     adapted, notes = dict(weights), []
     own = network.state_dict()
@@ -45,12 +51,15 @@ def adapt_weights(
             counts = own[POSITIONS].shape[1], adapted[POSITIONS].shape[1]
             notes.append(f"positions recomputed for {counts[0]} tokens (the weights had {counts[1]})")
             adapted[POSITIONS] = own[POSITIONS]
-    if FRAME_POSITIONS in own:
-        given, needed = adapted.get(FRAME_POSITIONS), own[FRAME_POSITIONS]
-        if given is None or given.shape != needed.shape:
-            had = "none" if given is None else str(given.shape[1])
-            notes.append(f"positions computed for {needed.shape[1]} frames (the weights had {had})")
-            adapted[FRAME_POSITIONS] = needed
+    if FRAME_POSITIONS in own and FRAME_POSITIONS not in weights and frame_positions is None:
+        notes.append(f"positions computed for {own[FRAME_POSITIONS].shape[1]} frames (the weights had none)")
+        adapted[FRAME_POSITIONS] = own[FRAME_POSITIONS]
+    for name, table in fit_frames(network, weights, frame_positions).items():
+        counts = table.shape[1], adapted[name].shape[1]
+        notes.append(
+            f"positions of {counts[0]} frames from those of {counts[1]} by --frame-positions {frame_positions}"
+        )
+        adapted[name] = table
     same_names = old_classes is None or new_classes is None or list(old_classes) == list(new_classes)
     if {LABEL_TABLE} <= adapted.keys() & own.keys():
         if adapted[LABEL_TABLE].shape != own[LABEL_TABLE].shape or not same_names:
@@ -62,6 +71,21 @@ def adapt_weights(
         adapted.update((name, own[name]) for name in added)
         notes.append(f"initialised afresh, because the weights have none: {', '.join(_grouped(added))}")
     return adapted, notes
+
+
+def fit_frames(network: Network, weights: Mapping[str, Tensor], how: FramePositions | None) -> dict[str, Tensor]:
+    """Return the weights that change for a network of another number of frames, by name.
+
+    Raises:
+        ValueError: If the numbers differ and `how` is missing; if it has no effect.
+    """
+    own, given = network.state_dict().get(FRAME_POSITIONS), weights.get(FRAME_POSITIONS)
+    if own is None or given is None or own.shape[2:] != given.shape[2:]:
+        if how is not None:
+            raise ValueError(f"--frame-positions {how}: has no effect, because the weights have no frames")
+        return {}
+    table = resample_frame_positions(given, own.shape[1], how)
+    return {} if table is given else {FRAME_POSITIONS: table}
 
 
 def without_variance(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

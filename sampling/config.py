@@ -15,6 +15,7 @@ from diffusion import PROCESSES, SAMPLERS
 from diffusion.guidance import Guidance, ScaleSchedule
 from models import FAMILIES, family_name
 from models.acceleration import can_compile
+from models.frame_positions import FramePositions
 from runtime import migrate
 from runtime.command_line import parse
 from runtime.devices import DeviceName, check_mps
@@ -32,6 +33,13 @@ class CheckpointSettings:
     weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
     image_size: int | None = setting(None, "side of the images in pixels", shown="the weights'; 256 without --ckpt")
     num_classes: int | None = setting(None, "number of classes", shown="the weights'")
+    num_frames: int | None = setting(None, "frames of a clip", shown="the weights'")
+    frame_positions: FramePositions | None = setting(
+        None,
+        "where --num-frames is another number than the weights': interpolate, in the same time, or extend, at the same "
+        "interval",
+        shown="an error",
+    )
     process: str | None = setting(
         None,
         "noise process",
@@ -45,7 +53,9 @@ class CheckpointSettings:
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        _at_least_1(self, "image_size", "num_classes")
+        _at_least_1(self, "image_size", "num_classes", "num_frames")
+        if self.frame_positions is not None and self.num_frames is None:
+            raise ValueError(f"--frame-positions {self.frame_positions}: has no effect without --num-frames")
 
 
 @dataclass(frozen=True, kw_only=True)

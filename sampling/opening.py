@@ -60,17 +60,36 @@ def open_checkpoint(
         fields["num_classes"] = chosen.num_classes
     with error_prefix(given.prefix("model", family) or f"--ckpt {info.path}"):
         shape = model_config(info.model, **{**info.config, **fields}).sample_shape
+    if chosen.num_frames is not None:
+        info, shape = with_frames(info, shape, chosen.num_frames)
+        fields["sample_shape"] = shape
     if info.meta is None and info.release is None and default_vae is not None:
         info = replace(info, encoder=default_vae)
     info, encoder = open_its_encoder(info, config, shape[-3], device)
     if info.image_shape is None and chosen.image_size is not None:  # not every file tells the size
         image = (*encoder.image_shape(shape)[:-2], chosen.image_size, chosen.image_size)
         fields["sample_shape"] = encoder.latent_shape(image)
-    network = build_network(info, weights, device=device, **fields)
+    network = build_network(info, weights, device=device, frame_positions=chosen.frame_positions, **fields)
     check_shapes(network, info, encoder)
     if info.notes and os.environ.get("RANK", "0") == "0":
         print(f"--ckpt {source}: {'; '.join(info.notes)}")
     return network, info, encoder
+
+
+def with_frames(info: CheckpointInfo, shape: tuple[int, ...], frames: int) -> tuple[CheckpointInfo, tuple[int, ...]]:
+    """Give a checkpoint's samples another number of frames.
+
+    Returns:
+        The description with the shape of such clips, and the shape (F, C, H, W) of their latents.
+
+    Raises:
+        UserError: If the network makes images.
+    """
+    if len(shape) == 3:
+        raise UserError(f"--num-frames {frames}: is a setting of clips; the network of {info.path} makes images")
+    known = info.image_shape
+    clip = known if known is None or len(known) == 3 else (frames, *known[1:])
+    return replace(info, image_shape=clip), (frames, *shape[1:])
 
 
 def open_guide(
@@ -88,7 +107,13 @@ def open_guide(
     guide_info, weights = resolve_checkpoint(
         path, weights=chosen.weights, download_dir=chosen.pretrained_dir, flag="--guide-ckpt"
     )
-    guide = build_network(guide_info, weights, device=device)
+    fields = {}
+    if chosen.num_frames is not None:
+        own = model_config(guide_info.model, **guide_info.config).sample_shape
+        fields["sample_shape"] = with_frames(guide_info, own, chosen.num_frames)[1]
+    guide = build_network(
+        guide_info, weights, device=device, flag="--guide-ckpt", frame_positions=chosen.frame_positions, **fields
+    )
     facts = [
         ("process", guide_info.process, info.process),
         ("settings of the process", dict(guide_info.process_settings), dict(info.process_settings)),

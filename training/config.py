@@ -15,6 +15,7 @@ from data import DATASETS, EMBEDDED, ClipSettings
 from diffusion import PROCESSES
 from models import FAMILIES, family_name, family_of
 from models.acceleration import can_compile
+from models.frame_positions import FramePositions
 from runtime import migrate
 from runtime.command_line import parse
 from runtime.devices import DeviceName, check_mps
@@ -160,6 +161,13 @@ class RunSettings:
     )
     override: tuple[str, ...] = setting((), "resume with other values of these flags, such as lr precision", free=True)
     init_from: Path | None = setting(None, "start from the weights in a file: ours, or an official .pt", free=True)
+    frame_positions: FramePositions | None = setting(
+        None,
+        "where these weights have another number of frames: interpolate, in the same time, or extend, at the same "
+        "interval",
+        shown="an error",
+        free=True,
+    )
     log_every: int = setting(100, "steps between log lines", free=True)
     ckpt_every: int = setting(50_000, "steps between checkpoints; the last step always makes one", free=True)
     keep_last: int | None = setting(None, "number of newest checkpoints to keep", shown="all", free=True)
@@ -175,6 +183,8 @@ class RunSettings:
         _at_least(self, 1, "log_every", "ckpt_every", "keep_last")
         if self.override and self.resume is None:
             raise ValueError(f"--override {' '.join(self.override)}: has no effect without --resume")
+        if self.frame_positions is not None and self.init_from is None:
+            raise ValueError(f"--frame-positions {self.frame_positions}: has no effect without --init-from")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("--tensorboard: the package is not installed; pip install tensorboard")
 

@@ -153,15 +153,17 @@ def load_start(config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, da
     Raises:
         UserError: If they are those of another network.
     """
-    weights, notes = adapt_weights(
-        loss.network,
-        start.weights,
-        added_parts=family_of(config.model).added_parts,
-        old_classes=None if start.meta is None else start.meta["data"].get("classes"),
-        new_classes=dataset.classes,
-        old_shape=None if start.meta is None else start.meta["model"]["sample_shape"],
-    )
     source, name = f"--init-from {config.run.init_from}", None if start.meta is None else start.meta["model"]["name"]
+    with error_prefix(source):
+        weights, notes = adapt_weights(
+            loss.network,
+            start.weights,
+            added_parts=family_of(config.model).added_parts,
+            old_classes=None if start.meta is None else start.meta["data"].get("classes"),
+            new_classes=dataset.classes,
+            old_shape=None if start.meta is None else start.meta["model"]["sample_shape"],
+            frame_positions=config.run.frame_positions,
+        )
     load_weights(loss.network, weights, f"{source} as {config.model}", lambda _: name or recognised_name(start.weights))
     with error_prefix(source):
         notes += loss.start(start.weights)

@@ -221,7 +221,7 @@ def changes_since(setup: Setup, meta: Json) -> Changes:
     if setup.config.optimization.lr_schedule != "constant":
         free -= {"optimization.epochs", "optimization.max_steps"}
     if run.init_from is not None:
-        free -= {"run.init_from"}  # the run that began there is meant
+        free -= {"run.init_from", "run.frame_positions"}  # the run that began there is meant
     # Settings that did not exist yet had the effect of their defaults.
     defaults = {kind: (name, type(settings)()) for kind, (name, settings) in setup.owners.items() if kind != "model"}
     then = flatten(document(TrainSettings(), **{**setup.owners, **defaults})) | flatten(upgrade(meta["train"]))

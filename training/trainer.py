@@ -80,8 +80,9 @@ class Trainer:
         self, setup: Setup, world: World, folder: Path | None = None, saved: ResumeState | None = None
     ) -> None:
         if saved is not None:  # its checkpoints still say where the run began
-            first = saved.meta["train"].get("run", {}).get("init_from")
-            began = replace(setup.config.run, init_from=None if first is None else Path(first))
+            run = saved.meta["train"].get("run", {})
+            first, how = run.get("init_from"), run.get("frame_positions")
+            began = replace(setup.config.run, init_from=None if first is None else Path(first), frame_positions=how)
             setup.config = replace(setup.config, run=began)
         self.setup, self.config, self.world, self.folder = setup, setup.config, world, folder
         self.log = RunLog(folder, tensorboard=self.config.run.tensorboard)

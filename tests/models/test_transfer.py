@@ -174,9 +174,18 @@ def test_a_network_of_clips_starts_from_one_of_images_or_without_skip_units(sour
     assert network.temp_embed.std() > 0.05
 
 
-def test_positions_of_another_number_of_frames_are_computed() -> None:
-    weights = create_model("Latte-debug/2", sample_shape=(6, 4, 8, 8)).state_dict()
-    adapted, notes = adapt_weights(network := create_model("Latte-debug/2"), weights)
-    network.load_state_dict(adapted)
-    assert notes == ["positions computed for 4 frames (the weights had 6)"]
-    assert torch.equal(network.temp_embed[0], weights["temp_embed"][0, :4])
+def test_another_number_of_frames_needs_to_be_told_how() -> None:
+    weights, network = (
+        create_model("Latte-debug/2", sample_shape=(7, 4, 8, 8)).state_dict(),
+        create_model("Latte-debug/2"),
+    )
+    with pytest.raises(ValueError, match=r"^made for 7 frames, not 4; .*interpolate .*or --num-frames 7$"):
+        adapt_weights(network, weights)
+    for how, rows in (("extend", slice(0, 4)), ("interpolate", slice(0, 7, 2))):
+        adapted, notes = adapt_weights(network, weights, frame_positions=how)
+        network.load_state_dict(adapted)
+        assert notes == [f"positions of 4 frames from those of 7 by --frame-positions {how}"]
+        assert_close(network.temp_embed[0], weights["temp_embed"][0, rows], 1e-6)
+    for same in (network.state_dict(), create_model("DiT-debug/2", depth=4).state_dict()):
+        with pytest.raises(ValueError, match="--frame-positions extend: has no effect"):
+            adapt_weights(network, same, frame_positions="extend")

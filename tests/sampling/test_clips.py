@@ -15,6 +15,7 @@ import models
 import sample
 import sample_ddp
 from data.pixels import enlarge, grid, to_picture
+from models import create_model
 from runtime.errors import UserError, run
 from sampling.job import COUNTS, JobSettings, plan_job
 from sampling.pipeline import Pipeline
@@ -22,7 +23,7 @@ from tests import clips
 from tests.checkpoints import write_network
 from tests.clips import CHANNELS, FRAMES, HEIGHT, WIDTH, ClipConfig, write_clips
 from tests.golden_data import relative_error
-from tests.networks import debug_name, debug_network, small_autoencoder
+from tests.networks import debug_name, debug_network, randomise, small_autoencoder
 from tests.processes import run_ranks
 
 FACTOR = sample.SMALLEST // HEIGHT
@@ -103,6 +104,63 @@ def test_a_release_tells_the_size_of_frames_but_not_their_number(tmp_path: Path)
     meta = {"data": {"image_shape": [CHANNELS, HEIGHT, WIDTH], "classes": None}}
     pipeline = Pipeline.from_pretrained(write_clips(tmp_path / "a.safetensors", **meta), device="cpu")
     assert pipeline.image_shape == (FRAMES, CHANNELS, HEIGHT, WIDTH)
+
+
+def latte(path: Path, frames: int, **fields: Any) -> Path:
+    """A small Latte whose positions of frames are its own, and everything else random."""
+    network = create_model("Latte-debug/2", sample_shape=(frames, 4, 8, 8), **fields)
+    positions = network.temp_embed.clone()
+    with torch.no_grad():
+        randomise(network).temp_embed.copy_(positions)
+    return write_network(path, "Latte-debug/2", network)
+
+
+@pytest.mark.parametrize("how", ["interpolate", "extend"])
+def test_weights_sample_another_number_of_frames_where_told_how(how: str, tmp_path: Path) -> None:
+    ckpt = latte(tmp_path / "a.safetensors", 4, class_dropout_prob=0.0)
+    settings = {"device": "cpu", "num_sampling_steps": 2, "cfg_scale": 1.0}
+    plain = Pipeline.from_pretrained(ckpt, **settings)
+    other = Pipeline.from_pretrained(ckpt, num_frames=7, frame_positions=how, **settings)
+    assert other.image_shape == (7, 4, 8, 8) and other.sample([1, 2], seed=3).shape == (2, 7, 8, 8, 4)
+    rows = slice(0, 7, 2) if how == "interpolate" else slice(0, 4)
+    torch.testing.assert_close(other.network.temp_embed[:, rows], plain.network.temp_embed)
+    same = Pipeline.from_pretrained(ckpt, num_frames=4, **settings)
+    assert np.array_equal(same.sample([1], seed=3), plain.sample([1], seed=3))
+
+
+def test_a_weaker_network_takes_as_many_frames(tmp_path: Path) -> None:
+    ckpt, guide = (latte(tmp_path / f"{i}.safetensors", frames) for i, frames in enumerate((4, 5)))
+    settings = {"device": "cpu", "num_sampling_steps": 2, "guidance": "autoguidance", "cfg_scale": 2.0}
+    more = {"num_frames": 6, "frame_positions": "interpolate"}
+    assert Pipeline.from_pretrained(ckpt, guide_ckpt=guide, **settings, **more).sample([1]).shape[1] == 6
+    with pytest.raises(UserError, match=r"--guide-ckpt .*: its shape of latents is \(5, 4, 8, 8\)"):
+        Pipeline.from_pretrained(ckpt, guide_ckpt=guide, **settings)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--num-frames 7", "--ckpt {ckpt}: made for 4 frames, not 7; give --frame-positions interpolate"),
+        (
+            "--num-frames 4 --frame-positions extend",
+            "--frame-positions extend: has no effect, because the weights have",
+        ),
+        ("--frame-positions extend", "--frame-positions extend: has no effect without --num-frames"),
+        ("--num-frames 0", "--num-frames 0: must be at least 1"),
+    ],
+)
+def test_another_number_of_frames_is_named(
+    argv: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ckpt = latte(tmp_path / "a.safetensors", 4)
+    output = ["--output", str(tmp_path / "a.png"), "--device", "cpu"]
+    assert run(sample.main, "sample.py", ["--ckpt", str(ckpt), *argv.split(), *output]) == 2
+    assert words.format(ckpt=ckpt) in capsys.readouterr().err and names(tmp_path) == ["a.safetensors"]
+
+
+def test_networks_of_images_have_no_frames(ckpt: Path) -> None:
+    with pytest.raises(UserError, match=r"--num-frames 7: is a setting of clips; the network of .* makes images"):
+        Pipeline.from_pretrained(ckpt, num_frames=7, device="cpu")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

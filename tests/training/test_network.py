@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 import train
+from models import create_model
 from runtime.errors import run
 from tests import runs
+from tests.checkpoints import write_network
 from tests.runs import DIGITS, checkpoint, log, start
 
 MODEL = "--model DiT-debug/2 --global-batch-size 4 --device cpu --num-workers 0 --log-every 1 --max-steps 1".split()
@@ -61,6 +63,33 @@ def test_a_dry_run_shows_the_start_and_another_process(
     out = capsys.readouterr().out
     assert "--init-from: label rows: 1 kept by name, 1 initialised afresh, null row kept" in out
     assert f"Warning: --prediction v: --init-from {ckpt} was trained with --prediction epsilon" in out
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_another_number_of_frames_is_said_before_work_and_made_as_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: bool
+) -> None:
+    network = create_model("Latte-debug/2", sample_shape=(5, 1, 12, 12), learn_sigma=False)
+    ckpt = write_network(tmp_path / "a.safetensors", "Latte-debug/2", network, process={"name": "flow"})
+    argv = [*"--model Latte-debug/2 --process flow --num-classes 10 --global-batch-size 2".split(), "--init-from", ckpt]
+    argv += [*runs.MOVING_DIGITS, "--max-steps", 1, *["--dry-run"] * dry]  # of 4 frames
+    assert start(tmp_path / "runs", *argv) == 2
+    error = runs.the_error(capsys)
+    assert (
+        f"--init-from {ckpt}: made for 5 frames, not 4; give --frame-positions" in error and "--num-frames 5" in error
+    )
+    assert not (tmp_path / "runs").exists()
+    assert start(tmp_path / "runs", *argv, "--frame-positions", "interpolate") == 0
+    out = capsys.readouterr().out
+    assert "--init-from: positions of 4 frames from those of 5 by --frame-positions interpolate" in out
+    if not dry:
+        made = runs.state(checkpoint(tmp_path / "runs", 1))["model/temp_embed"]
+        assert torch.equal(made[0, 0], network.temp_embed[0, 0])
+        torch.testing.assert_close(made[0, 3], network.temp_embed[0, 4], rtol=0, atol=1e-4)
+        more = [*argv, "--max-steps", 2, "--resume", checkpoint(tmp_path / "runs", 1), "--frame-positions"]
+        assert start(tmp_path / "runs", *more, "extend") == 2
+        assert "--frame-positions (interpolate, extend)" in runs.the_error(capsys)
+        assert start(tmp_path / "runs", *more, "interpolate") == 0
 
 
 def test_a_dry_run_names_another_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
