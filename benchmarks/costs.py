@@ -10,10 +10,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import DDT, DiT, Network
+from models import DDT, Network
 from models.contract import State
 from models.dydit_block import Routing
 from models.skip_dit import SkipUnits
+from models.transformer import Transformer
 
 NORMS = (functional.layer_norm, functional.rms_norm)
 
@@ -27,7 +28,7 @@ def reused_cost(network: Network) -> dict[str, int]:
         return network.cost()
     if isinstance(network, DDT):
         return {part: count for part, count in network.cost().items() if part.startswith("decoder_")}
-    if isinstance(network, DiT):
+    if isinstance(network, Transformer):
         parts = network.cost_of(network.blocks_to_run(reused=True))
         if not isinstance(network, SkipUnits):
             del parts["patch_embedding"]  # the state replaces x

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.config import TransformerConfig
+from models.config import LabelledConfig
 from models.contract import ModelOutput
 from models.layers import FREQUENCY_DIM, ClassConditional, LabelEmbedder, TimestepEmbedder, multiply_add
 from models.llama_layers import RMSNorm, RotaryAttention, SwiGLU, rotary_table
@@ -25,7 +25,7 @@ SLOWEST_PERIOD = 10.0  # of the time features, for times in [0, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDTConfig(TransformerConfig):
+class DDTConfig(LabelledConfig):
     """Everything that fixes a DDT's parameters, which fit every height and width.
 
     Raises:

@@ -7,16 +7,15 @@ ViT: no class token, fixed 2-D sine-cosine positions, norms without parameters, 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from models.config import TransformerConfig
+from models.config import BackboneConfig, LabelledConfig
 from models.contract import ModelOutput
 from models.layers import (
-    FREQUENCY_DIM,
     AdaLNModulation,
     Attention,
     ClassConditional,
@@ -31,34 +30,16 @@ from models.layers import (
     unpatchify,
     xavier_linear_,
 )
-from runtime.settings import setting
+from models.transformer import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTConfig(TransformerConfig):
+class DiTConfig(BackboneConfig, LabelledConfig):
     """Everything that fixes a DiT's parameters, and its reusable state.
 
     Raises:
         ValueError: Naming the field, its value, and the values that are possible.
     """
-
-    learn_sigma: bool = setting(True, "predict variance values, in as many channels again")
-    cache_depth: int | None = setting(
-        None, "blocks at the end (Skip-DiT: at each end) that an evaluation with reused state computes", sampling=True
-    )
-
-    def __post_init__(self) -> None:
-        """Validate the fields."""
-        super().__post_init__()
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        if self.cache_depth is not None and not 1 <= self.cache_depth <= self.depth // 2:
-            raise ValueError(f"cache_depth {self.cache_depth} must lie in 1..{self.depth // 2}, half the depth")
-
-    @property
-    def skip_units(self) -> int:
-        """Number of units that join the second half's tokens with the first half's: none."""
-        return 0
 
 
 class DiTBlock(nn.Module):
@@ -84,14 +65,8 @@ class DiTBlock(nn.Module):
         return gated_add(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
 
-class DiT(ClassConditional):
+class DiT(Transformer, ClassConditional):
     """Diffusion transformer with adaLN-Zero blocks.
-
-    With `cache_depth` B, the tokens that enter block L - B are returned as state, and an evaluation that is given them
-    runs the last B blocks on them and ignores x. This is the baseline that Skip-DiT is compared with.
-
-    Attributes:
-        cache_at: L - B, the index of the block that takes the state as input; None without `cache_depth`.
 
     Source: arXiv 2212.09748, section 3; sizes from table 1.
     """
@@ -101,14 +76,9 @@ class DiT(ClassConditional):
     y_embedder: LabelEmbedder
 
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.sample_shape = config.sample_shape
+        super().__init__(config)
         self.conditioning = ("y",) if config.num_classes else ()
         channels, width = config.sample_shape[-3], config.hidden_size
-        self.out_channels = channels * (2 if config.learn_sigma else 1)
-        self.cache_at = None if config.cache_depth is None else config.depth - config.cache_depth
-        self.keeps_state = self.cache_at is not None
 
         # Parameters because checkpoints hold them and fine-tuning at another resolution replaces them; never trained.
         for name, table in self.position_tables().items():
@@ -174,50 +144,6 @@ class DiT(ClassConditional):
     def unpatchify(self, x: Tensor) -> Tensor:
         """Arrange tokens (N, T, p * p * C_out) as images (N, C_out, H, W)."""
         return unpatchify(x, self.config.grid, self.config.patch_size, self.out_channels)
-
-    def blocks_to_run(self, *, reused: bool) -> Sequence[int]:
-        """Return the indices of the blocks that an evaluation runs, with or without state, in order."""
-        return range(self.cache_at if reused and self.cache_at is not None else 0, self.config.depth)
-
-    def check_inputs(
-        self, x: Tensor, state: Tensor | None, features_at: Collection[int], blocks: Sequence[int]
-    ) -> None:
-        """Validate the arguments of an evaluation that runs these blocks; raises the ValueErrors of `forward`."""
-        if x.shape[1:] != self.sample_shape:
-            takes = ", ".join(map(str, self.sample_shape))
-            raise ValueError(f"x is {tuple(x.shape)}; this network takes (N, {takes})")
-        if state is not None and len(state) != len(x):
-            raise ValueError(f"state of {len(state)} rows cannot be reused for {len(x)} rows")
-        for number in features_at:
-            if not 1 <= number <= len(self.blocks):
-                raise ValueError(f"features_at must lie in 1..{len(self.blocks)}, not {number}")
-            if number - 1 not in blocks:
-                raise ValueError(f"features_at {number}: that block does not run when state is reused")
-
-    def cost(self) -> dict[str, int]:
-        """Count the MACs of one forward of one sample by part; they sum to the "Gflops" of the paper's table 1.
-
-        Layer norms, activations and softmax are not counted.
-        """
-        return self.cost_of(range(self.config.depth))
-
-    def attended_tokens(self, block: int) -> int:
-        """Number of tokens that each token attends to in a block."""
-        return self.config.tokens
-
-    def cost_of(self, blocks: Sequence[int]) -> dict[str, int]:
-        """Count the MACs by part of these blocks with the embedders and the final layer."""
-        config, d, tokens, count = self.config, self.config.hidden_size, self.config.tokens, len(blocks)
-        patch_values = config.patch_size**2
-        return {
-            "patch_embedding": tokens * d * patch_values * config.sample_shape[-3],
-            "timestep_mlp": FREQUENCY_DIM * d + d * d,
-            "attention_linear": count * 4 * tokens * d * d,
-            "attention_products": sum(2 * tokens * self.attended_tokens(i) * d for i in blocks),
-            "mlp": count * 2 * tokens * d * config.mlp_width,
-            "modulation": (count * 6 + 2) * d * d,
-            "final_linear": tokens * d * patch_values * self.out_channels,
-        }
 
 
 def data_settings(weights: Mapping[str, Tensor], config: DiTConfig) -> dict[str, object] | None:

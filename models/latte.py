@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models import dit
+from models.config import ClipConfig, SkipClipConfig
 from models.contract import ModelOutput
 from models.dit import DiT, DiTConfig
 from models.frame_positions import frame_position_table
@@ -25,7 +26,7 @@ LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatteConfig(DiTConfig):
+class LatteConfig(ClipConfig, DiTConfig):
     """Everything that fixes a Latte's parameters, and its reusable state.
 
     `depth` counts blocks, of which every second is temporal; `cache_depth` counts pairs of them. Without classes
@@ -35,62 +36,22 @@ class LatteConfig(DiTConfig):
         ValueError: Naming the field, its value, and the values that are possible.
     """
 
-    axes: ClassVar[tuple[str, ...]] = ("frames", "channels", "height", "width")
     fewest_classes: ClassVar[int] = 0
-
-    sample_shape: tuple[int, ...] = (16, 4, 32, 32)  # (F, C, H, W) of a clip's latents
 
     def __post_init__(self) -> None:
         """Validate the fields."""
         if self.num_classes == 0:
             object.__setattr__(self, "class_dropout_prob", 0.0)  # there is nothing to drop
         super().__post_init__()
-        if self.depth % 2:
-            raise ValueError(f"depth {self.depth} must be even: blocks are spatial and temporal in turn")
-        if self.hidden_size % 2:
-            raise ValueError(f"hidden_size {self.hidden_size} must be even for the positions of frames")
-        if self.cache_depth is not None and not 1 <= self.cache_depth <= self.depth // 4:
-            raise ValueError(
-                f"cache_depth {self.cache_depth} must lie in 1..{self.depth // 4}: it counts pairs of blocks, at most "
-                "half of them"
-            )
-
-    @property
-    def frames(self) -> int:
-        """F, the number of frames."""
-        return self.sample_shape[0]
-
-    @property
-    def frame_tokens(self) -> int:
-        """T, the number of tokens of a frame."""
-        return super().tokens
-
-    @property
-    def tokens(self) -> int:
-        """F * T, the number of tokens of a clip."""
-        return self.frames * self.frame_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class SkipLatteConfig(LatteConfig):
+class SkipLatteConfig(SkipClipConfig, LatteConfig):
     """Everything that fixes a Skip-Latte's parameters, and its reusable state: one pair at each end by default.
 
     Raises:
         ValueError: Naming the field, its value, and the values that are possible.
     """
-
-    def __post_init__(self) -> None:
-        """Fill in `cache_depth` and validate the fields."""
-        if self.depth % 4:
-            raise ValueError(f"depth {self.depth} must be a multiple of 4: every pair of blocks has one in each half")
-        if self.cache_depth is None:
-            object.__setattr__(self, "cache_depth", 1)
-        super().__post_init__()
-
-    @property
-    def skip_units(self) -> int:
-        """Number of skip units: one before every pair of the second half."""
-        return self.depth // 4
 
 
 class Latte(DiT):
@@ -108,10 +69,6 @@ class Latte(DiT):
 
     config: LatteConfig
     temp_embed: nn.Parameter
-
-    def __init__(self, config: LatteConfig) -> None:
-        super().__init__(config)
-        self.cache_at = None if config.cache_depth is None else config.depth - 2 * config.cache_depth
 
     def position_tables(self) -> dict[str, Tensor]:
         """Fixed positions: `pos_embed` (1, T, D) of tokens in a frame, `temp_embed` (1, F, D) of frames in a clip."""

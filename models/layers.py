@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -171,9 +171,9 @@ class TimestepEmbedder(nn.Module):
 class TimestepTable(nn.Module):
     """Embeddings of all times of a schedule, computed in one call when it is built."""
 
-    def __init__(self, embedder: TimestepEmbedder | TimestepTable, times: Iterable[float]) -> None:
+    def __init__(self, embedder: nn.Module, times: Iterable[float]) -> None:
         super().__init__()
-        self.embedder: TimestepEmbedder = embedder.embedder if isinstance(embedder, TimestepTable) else embedder
+        self.embedder: nn.Module = embedder.embedder if isinstance(embedder, TimestepTable) else embedder
         distinct = sorted(set(times))
         device = next(embedder.parameters()).device
         with torch.no_grad():
@@ -219,7 +219,29 @@ class LabelEmbedder(nn.Module):
         return torch.full((rows,), self.num_classes, dtype=torch.int64, device=self.embedding_table.weight.device)
 
 
-class ClassConditional(Network):
+class TimeConditional(Network):
+    """Base class of networks that embed a time by one module.
+
+    Attributes:
+        time_embedder: Name of that module, which a table of times may replace.
+    """
+
+    time_embedder: ClassVar[str] = "t_embedder"
+
+    def embedded_time(self, t: float) -> Tensor | None:
+        """Return the row (1, D) of a time that this network was prepared for."""
+        table = self._modules[self.time_embedder]
+        return table.rows.get(t) if isinstance(table, TimestepTable) else None
+
+    def for_sampling(self, times: Iterable[float]) -> Self:
+        """Embed all times of a schedule in one call; parameters are shared with this network."""
+        prepared = copy.copy(self)
+        prepared._modules = dict(self._modules)  # copy.copy shares the dict, and this network must keep its embedder
+        prepared._modules[self.time_embedder] = TimestepTable(self.get_submodule(self.time_embedder), times)
+        return prepared
+
+
+class ClassConditional(TimeConditional):
     """Base class of networks that embed a time and a label."""
 
     t_embedder: TimestepEmbedder | TimestepTable
@@ -228,17 +250,6 @@ class ClassConditional(Network):
     def null_conditioning(self, rows: int) -> dict[str, Tensor]:
         """Return labels of the null class; a ValueError if the network was built without label dropout."""
         return {"y": self.y_embedder.null_labels(rows)}
-
-    def embedded_time(self, t: float) -> Tensor | None:
-        """Return the row (1, D) of a time that this network was prepared for."""
-        return self.t_embedder.rows.get(t) if isinstance(self.t_embedder, TimestepTable) else None
-
-    def for_sampling(self, times: Iterable[float]) -> Self:
-        """Embed all times of a schedule in one call; parameters are shared with this network."""
-        prepared = copy.copy(self)
-        prepared._modules = dict(self._modules)  # copy.copy shares the dict, and this network must keep its embedder
-        prepared._modules["t_embedder"] = TimestepTable(self.t_embedder, times)
-        return prepared
 
 
 # ----------------------------------------------------------------------------------------------------------------------

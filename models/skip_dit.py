@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models import dit
+from models.config import BackboneConfig
 from models.contract import ModelOutput
 from models.dit import DiT, DiTConfig
+from models.transformer import Transformer
 
 
 def default_cache_depth(depth: int) -> int:
@@ -79,7 +81,7 @@ def skip_unit(x: Tensor, skip: Tensor, norm: nn.Module, linear: nn.Module) -> Te
     return out
 
 
-class SkipUnits(DiT):
+class SkipUnits(Transformer):
     """A network with skip units, by which its second half also sees the first half's tokens; it always keeps state.
 
     Attributes:
@@ -89,14 +91,14 @@ class SkipUnits(DiT):
     num_units: int
     _compiled_unit: Callable[..., Tensor] | None = None
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__(config)
         width, self.num_units = config.hidden_size, config.skip_units
         self.skip_norms = nn.ModuleList(SkipNorm(2 * width, eps=1e-6) for _ in range(self.num_units))
         self.skip_linears = nn.ModuleList(SkipLinear(width) for _ in range(self.num_units))
 
     def reset_parameters(self) -> None:
-        """Re-initialise: DiT's parts as there, skip units as PyTorch does."""
+        """Re-initialise: the other parts as without skip units, these as PyTorch does."""
         super().reset_parameters()
         for module in self.modules():
             if isinstance(module, SkipNorm | SkipLinear):
@@ -128,7 +130,7 @@ class SkipUnits(DiT):
         return {**super().cost_of(blocks), "skip_units": skip_units}
 
 
-class SkipDiT(SkipUnits):
+class SkipDiT(SkipUnits, DiT):
     """DiT with a skip unit before every block of the second half.
 
     Source: arXiv 2411.17616, section 3; sizes from DiT, of which the paper trains XL/2.
