@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import data.autoencoders  # noqa: F401  (registers the encoders of diffusers)
+from data.captioned_digits import CaptionedDigits, open_captioned_digits
 from data.clip_folder import open_clip_folder
 from data.clip_settings import ClipSettings
 from data.dataset import Dataset, DatasetSettings, Example, GlobalBatches, Key, conditioning, sides
@@ -22,6 +23,7 @@ __all__ = [
     "CLIPS",
     "DATASETS",
     "EMBEDDED",
+    "CaptionedDigits",
     "Dataset",
     "Encoder",
     "Example",
@@ -42,10 +44,11 @@ DATASETS: dict[str, Callable[[DatasetSettings], Dataset]] = {  # by the value of
     "latents": open_latents,
     "idx": open_idx,
     "moving-digits": open_moving_digits,
+    "captioned-digits": open_captioned_digits,
     "videofolder": open_clip_folder,
 }
-CLIPS = ("moving-digits", "videofolder", "latents")  # those that may have clips
-EMBEDDED = ("digits", "moving-digits")  # those that need no files; their images are grey
+CLIPS = ("moving-digits", "captioned-digits", "videofolder", "latents")  # those that may have clips
+EMBEDDED = ("digits", "moving-digits", "captioned-digits")  # those that need no files; their images are grey
 
 
 def open_dataset(

@@ -17,13 +17,17 @@ if ! command -v uv >/dev/null 2>&1; then
     exit 2
 fi
 
-# compile OUTPUT EXTRA [flags of uv]: one set of pins for all systems and versions of Python, without addresses.
+# compile OUTPUT "EXTRAS" [flags of uv]: one set of pins for all systems and versions of Python, without addresses.
 compile() {
+    local extra extras=()
+    for extra in $2; do
+        extras+=(--extra "$extra")
+    done
     uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-        --no-emit-index-url --no-emit-find-links pyproject.toml --output-file "$1" --extra "$2" "${@:3}" >/dev/null
+        --no-emit-index-url --no-emit-find-links pyproject.toml --output-file "$1" "${extras[@]}" "${@:3}" >/dev/null
 }
 
-compile requirements.lock dev "$@"
+compile requirements.lock "dev text video" "$@" # what tests need
 # TensorFlow's environment is a layer on the other one: only what that lacks.
 below=$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock | sort -u)
 # shellcheck disable=SC2086 # names have no spaces
