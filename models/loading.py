@@ -17,7 +17,7 @@ from models.blank import blank_model
 from models.contract import TimeConvention
 from models.diffusers_format import from_diffusers, is_diffusers
 from models.frame_positions import FramePositions
-from models.recognise import check_family, describe_unknown, recognise, recognised_name
+from models.recognise import check_conditional, check_family, describe_unknown, recognise, recognised_name
 from models.transfer import LABEL_TABLE, fit_frames, without_variance
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
@@ -160,7 +160,7 @@ def build_network(
         UserError: If the overrides or the weights do not fit the model.
     """
     source, classes = f"{flag} {info.path}", overrides.get("num_classes")
-    if info.meta is not None and classes not in (None, info.config["num_classes"]):
+    if info.meta is not None and classes not in (None, info.config.get("num_classes", classes)):
         raise UserError(f"--num-classes {classes}: {source} was trained with {info.config['num_classes']}")
     table = weights.get(LABEL_TABLE)
     if info.meta is None and classes is not None and table is not None and len(table) == classes:
@@ -169,11 +169,20 @@ def build_network(
         network = blank_model(info.model, **{**info.config, **overrides})
         if network.state_dict().keys() != weights.keys():
             check_family(info.model, weights)
+            check_conditional(network, weights, _other_labels(info, classes is not None))
         weights = {**weights, **fit_frames(network, weights, frame_positions)}
     load_weights(network, weights, f"{source} as {info.model}", recognised_name)
     if info.time_convention is not None:
         network.time_convention = info.time_convention  # type: ignore[misc]  # of this one network
     return network.to(device).eval().requires_grad_(False)
+
+
+def _other_labels(info: CheckpointInfo, by_flag: bool) -> str:
+    """Say what to do with weights that have labels where their config has none, or the reverse."""
+    if info.release is None or by_flag:
+        return "leave out --num-classes, or choose another file"
+    kind = "class-conditional" if info.release.config.get("num_classes", 1) else "unconditional"
+    return f"by its name the file is the release {info.release.name}, which is {kind}: give that one, or rename this"
 
 
 def _locate(source: str | Path, folder: Path, flag: str) -> tuple[Path, Release | None]:

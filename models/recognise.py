@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from models import FAMILIES, family_name, model_config
+from models import FAMILIES, Network, family_name, model_config
 from models.blank import without_values
+from models.transfer import LABEL_TABLE
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -111,6 +112,24 @@ def check_family(model: str, weights: Mapping[str, Tensor]) -> None:
     ]
     choice = recognised_name(weights) or f"a {actual} model"
     raise ValueError(f"weights of a {actual} ({', '.join(differences)}), not of {model}; choose {choice}")
+
+
+def check_conditional(network: Network, weights: Mapping[str, Tensor], remedy: str) -> None:
+    """Check that weights of an unconditional network are not taken for class-conditional ones, or the reverse.
+
+    Weights that differ in other names pass; loading them strictly says what is wrong.
+
+    Raises:
+        ValueError: Saying what the weights are, with the remedy.
+    """
+    own = network.state_dict()
+    if own.keys() ^ weights.keys() != {LABEL_TABLE}:
+        return
+    classes = getattr(network.config, "num_classes", 0)
+    if LABEL_TABLE in own:
+        raise ValueError(f"unconditional weights (they have no y_embedder), and num_classes is {classes}; {remedy}")
+    rows = f"{len(weights[LABEL_TABLE])} rows, one of them the null class's if there is one"
+    raise ValueError(f"class-conditional weights (y_embedder has {rows}), and num_classes is {classes}; {remedy}")
 
 
 def recognised_name(weights: Mapping[str, Tensor]) -> str | None:

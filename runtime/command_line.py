@@ -129,10 +129,12 @@ def _expand(values: Values, general: Mapping[str, Flag], owners: Mapping[str, Va
     Raises:
         UserError: If it means a flag that the program does not have, or contradicts one that is given.
     """
-    name = values.get("model")
-    for flag, value in aliases.get(name, {}).items() if isinstance(name, str) else ():
+    name = str(values.get("model"))
+    for flag, value in aliases.get(name, {}).items():
         if flag not in general:
-            raise UserError(f"--model {name}: means {flag} {value}, which has no effect here; use DiT-skip")
+            raise UserError(
+                f"--model {name}: means {flag} {value}, which has no effect here; use {aliases[name]['--model']}"
+            )
         path = general[flag].path
         given = section_of(values, path).get(path[-1])
         if flag != "--model" and given not in (None, value):

@@ -20,6 +20,9 @@ HUB = "https://huggingface.co"
 ALIASES: dict[str, dict[str, object]] = {
     "DiT-skip": {"--model": "Skip-DiT-XL/2"},
     **{f"DiT-cache-{n}": {"--model": "Skip-DiT-XL/2", "--cache-interval": n} for n in range(2, 7)},
+    "Latte-skip": {"--model": "Skip-Latte-XL/2"},
+    "Latte-skip-cache": {"--model": "Skip-Latte-XL/2", "--cache-interval": 2},
+    **{f"Latte-skip-cache-{n}": {"--model": "Skip-Latte-XL/2", "--cache-interval": n} for n in range(2, 7)},
 }
 
 

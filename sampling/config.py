@@ -22,7 +22,7 @@ from runtime.devices import DeviceName, check_mps
 from runtime.distributed import PRECISIONS
 from runtime.errors import UserError
 from runtime.releases import ALIASES
-from runtime.settings import Given, Kind, flag_name, setting
+from runtime.settings import Given, Kind, flag_name, setting, typed_flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,7 @@ class CheckpointSettings:
     num_frames: int | None = setting(None, "frames of a clip", shown="the weights'")
     frame_positions: FramePositions | None = setting(
         None,
-        "where --num-frames is another number than the weights': interpolate, in the same time, or extend, at the same "
-        "interval",
+        "for weights of another number of frames: interpolate, in the same time, or extend, at the same interval",
         shown="an error",
     )
     process: str | None = setting(
@@ -53,7 +52,9 @@ class CheckpointSettings:
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        _at_least_1(self, "image_size", "num_classes", "num_frames")
+        _at_least_1(self, "image_size", "num_frames")
+        if self.num_classes is not None and self.num_classes < 0:
+            raise ValueError(f"--num-classes {self.num_classes}: must be at least 1, or 0 for an unconditional network")
         if self.frame_positions is not None and self.num_frames is None:
             raise ValueError(f"--frame-positions {self.frame_positions}: has no effect without --num-frames")
 
@@ -303,7 +304,7 @@ def check_unlabelled(chosen: Mapping[str, object]) -> None:
     """
     for flag, value in chosen.items():
         if value is not None:
-            raise UserError(f"{flag}: has no effect, because the network takes no labels")
+            raise UserError(f"{typed_flag(flag, value)}: has no effect: the network of --ckpt takes no labels")
 
 
 def _at_least_1(settings: object, *names: str) -> None:

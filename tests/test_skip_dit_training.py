@@ -49,5 +49,5 @@ def test_the_official_name_is_the_large_model(tmp_path: Path, capsys) -> None:
 
 def test_a_cached_name_means_nothing_in_training(tmp_path: Path, capsys) -> None:
     assert start(tmp_path, *runs.DIGITS, "--model", "DiT-cache-2") == 2
-    words = "--model DiT-cache-2: means --cache-interval 2, which has no effect here; use DiT-skip"
+    words = "--model DiT-cache-2: means --cache-interval 2, which has no effect here; use Skip-DiT-XL/2"
     assert words in runs.the_error(capsys)

@@ -163,8 +163,7 @@ class RunSettings:
     init_from: Path | None = setting(None, "start from the weights in a file: ours, or an official .pt", free=True)
     frame_positions: FramePositions | None = setting(
         None,
-        "where these weights have another number of frames: interpolate, in the same time, or extend, at the same "
-        "interval",
+        "for weights of another number of frames: interpolate, in the same time, or extend, at the same interval",
         shown="an error",
         free=True,
     )

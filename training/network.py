@@ -11,7 +11,7 @@ from data import Dataset, Encoder
 from diffusion import PROCESSES
 from diffusion.loss import DiffusionLoss
 from models import family_of, model_config
-from models.recognise import recognised_name
+from models.recognise import check_conditional, recognised_name
 from models.transfer import adapt_weights
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
@@ -164,6 +164,8 @@ def load_start(config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, da
             old_shape=None if start.meta is None else start.meta["model"]["sample_shape"],
             frame_positions=config.run.frame_positions,
         )
+        remedy = "give weights of the other kind, or --num-classes"
+        check_conditional(loss.network, weights, f"{remedy} {0 if loss.network.conditioning else len(dataset.classes)}")
     load_weights(loss.network, weights, f"{source} as {config.model}", lambda _: name or recognised_name(start.weights))
     with error_prefix(source):
         notes += loss.start(start.weights)

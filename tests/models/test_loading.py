@@ -260,6 +260,38 @@ def test_a_file_of_ours_that_does_not_fit_is_one_line(
         load_network(path, model=model, **overrides)
 
 
+@pytest.mark.parametrize("layout", [".pt", "release", ".safetensors"])
+@pytest.mark.parametrize("classes", [0, 101])
+def test_weights_with_labels_and_without_are_not_confused(
+    classes: int, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the released file of UCF101 bears the name of SkyTimelapse's, or a flag asks for the other kind."""
+    network, other = create_model("Skip-Latte-debug/2", num_classes=classes), 101 - classes
+    if layout == ".safetensors":
+        path = write_network(tmp_path / "a.safetensors", "Skip-Latte-debug/2", network)
+    else:
+        path = official(tmp_path / "a.pt", network)
+    assert load_network(path)[0].config.num_classes == classes
+    kind = "class-conditional" if classes else "unconditional"
+    message = (
+        rf"^--ckpt {path}: {kind} weights .* num_classes is {other}; leave out --num-classes, or choose another file$"
+    )
+    if layout == ".safetensors":
+        message = rf"^--num-classes {other}: --ckpt {path} was trained with {classes}$"
+    if layout == "release":
+        preset = Preset("ddpm", "250", 1.0, None)
+        row = Release(
+            "a.pt", "Skip-Latte", "Skip-Latte-debug/2", 256, "ema", "", None, None, preset, {"num_classes": other}
+        )
+        monkeypatch.setattr(releases, "RELEASES", (row,))
+        its = "unconditional" if classes else "class-conditional"
+        message = (
+            rf"num_classes is {other}; by its name the file is the release a, which is {its}: give that one, or rename"
+        )
+    with pytest.raises(UserError, match=message):
+        load_network(path, **({} if layout == "release" else {"num_classes": other}))
+
+
 def test_names_that_belong_to_no_model_are_said_to(tmp_path: Path) -> None:
     torch.save({"blocks.0.weight": torch.zeros(1)}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="^--init-from .*: its names and sizes are those of no model in the registry$"):

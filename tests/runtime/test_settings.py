@@ -12,6 +12,7 @@ import sample
 import sample_ddp
 import sampling.config
 import training.config
+from models import list_models
 from runtime.command_line import parse, parse_config
 from runtime.errors import UserError, run
 from runtime.migrate import run_config
@@ -459,7 +460,11 @@ def test_official_names_stand_for_a_model_and_an_interval():
     assert model_and_interval("--model", "DiT-skip") == ("Skip-DiT-XL/2", None)
     for n in (2, 3, 4, 5, 6):
         assert model_and_interval("--model", f"DiT-cache-{n}") == ("Skip-DiT-XL/2", n)
-    assert len(ALIASES) == 6
+    assert model_and_interval("--model", "Latte-skip") == ("Skip-Latte-XL/2", None)
+    assert model_and_interval("--model", "Latte-skip-cache") == ("Skip-Latte-XL/2", 2)
+    for n in (2, 3, 4, 5, 6):
+        assert model_and_interval("--model", f"Latte-skip-cache-{n}") == ("Skip-Latte-XL/2", n)
+    assert len(ALIASES) == 13 and all(row["--model"] in list_models() for row in ALIASES.values())
 
 
 @pytest.mark.parametrize("model", ["DiT-XL/2", "DiT-cache-7"])

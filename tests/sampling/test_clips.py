@@ -366,7 +366,7 @@ def test_a_weaker_network_guides_an_unconditional_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("--class-labels 1", "--class-labels: has no effect, because the network takes no labels"),
+        ("--class-labels 1", "--class-labels 1: has no effect: the network of --ckpt takes no labels"),
         ("--cfg-scale 2", "--cfg-scale 2.0: this network takes no labels"),
     ],
 )

@@ -69,9 +69,9 @@ def test_a_dry_run_shows_the_start_and_another_process(
 def test_another_number_of_frames_is_said_before_work_and_made_as_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: bool
 ) -> None:
-    network = create_model("Latte-debug/2", sample_shape=(5, 1, 12, 12), learn_sigma=False)
+    network = create_model("Latte-debug/2", sample_shape=(5, 1, 12, 12), learn_sigma=False, num_classes=40)
     ckpt = write_network(tmp_path / "a.safetensors", "Latte-debug/2", network, process={"name": "flow"})
-    argv = [*"--model Latte-debug/2 --process flow --num-classes 10 --global-batch-size 2".split(), "--init-from", ckpt]
+    argv = [*"--model Latte-debug/2 --process flow --num-classes 40 --global-batch-size 2".split(), "--init-from", ckpt]
     argv += [*runs.MOVING_DIGITS, "--max-steps", 1, *["--dry-run"] * dry]  # of 4 frames
     assert start(tmp_path / "runs", *argv) == 2
     error = runs.the_error(capsys)
@@ -90,6 +90,20 @@ def test_another_number_of_frames_is_said_before_work_and_made_as_told(
         assert start(tmp_path / "runs", *more, "extend") == 2
         assert "--frame-positions (interpolate, extend)" in runs.the_error(capsys)
         assert start(tmp_path / "runs", *more, "interpolate") == 0
+
+
+@pytest.mark.parametrize(("classes", "theirs"), [(0, 40), (40, 0)])
+def test_weights_with_labels_and_without_are_told_apart(
+    classes: int, theirs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = create_model("Latte-debug/2", sample_shape=(4, 1, 12, 12), learn_sigma=False, num_classes=theirs)
+    torch.save({"ema": network.state_dict()}, tmp_path / "a.pt")
+    argv = [*"--model Skip-Latte-debug/2 --depth 4 --process flow --global-batch-size 2".split(), *runs.MOVING_DIGITS]
+    argv += ["--num-classes", classes, "--init-from", tmp_path / "a.pt"]
+    assert start(tmp_path / "runs", *argv) == 2
+    error, kind = runs.the_error(capsys), "class-conditional" if theirs else "unconditional"
+    assert f"--init-from {tmp_path / 'a.pt'}: {kind} weights (" in error and f"num_classes is {classes}; give" in error
+    assert f"or --num-classes {theirs}" in error
 
 
 def test_a_dry_run_names_another_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
