@@ -58,7 +58,7 @@ class CaptionedDigits:
         seed: Seed of what changes from epoch to epoch: these pictures, and what captions leave out.
 
     Attributes:
-        text_encoder: Encoder of the captions.
+        text: Description of the captions' encoder.
         null_conditioning: Encoded empty caption, without rows.
 
     Raises:
@@ -84,8 +84,9 @@ class CaptionedDigits:
         self.image_shape: tuple[int, ...] = (frames + joint_images, 1, side, side)
         draws = np.random.default_rng([PLACES_SEED, split == "test"])
         self._places = draws.random((len(self), 2))
-        self.text_encoder = Words()
-        self._encode = cache(lambda text: {k: v[0] for k, v in self.text_encoder.encode([text]).items()})
+        words = Words()
+        self.text = words.describe()
+        self._encode = cache(lambda text: {k: v[0] for k, v in words.encode([text]).items()})
         self.null_conditioning: dict[str, Tensor] = self._encode("")
 
     def __len__(self) -> int:

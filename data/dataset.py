@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Dataset(Protocol):
     image_shape: tuple[int, ...]  # (C, H, W), or (F, C, H, W) for clips
     vae: str  # value of `--vae` if the user gives none
     worth_workers: bool  # loading takes long enough for separate processes
+    # Data with captions also have `text`, the description of their encoder (data/text_encoders.py), and
+    # `null_conditioning`, the encoded empty caption without rows
 
     def __len__(self) -> int:
         """Number of images."""
@@ -50,6 +52,11 @@ class Dataset(Protocol):
 def conditioning(labels: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Conditioning of a collated batch: labels (N,) become {"y": labels}, a dict of tensors stays as it is."""
     return {"y": labels} if isinstance(labels, Tensor) else dict(labels)
+
+
+def text_of(dataset: Dataset) -> dict[str, Any] | None:
+    """Description of the encoder of a data set's captions: "name", "width", "length", "sha256"; None without any."""
+    return getattr(dataset, "text", None)
 
 
 def digest_of(dataset: Dataset) -> str | None:

@@ -56,6 +56,7 @@ class DataSettings:
         shown="ema; latents: theirs; (moving) digits and idx: none",
     )
     flip: bool | None = setting(None, "mirror images at random", shown="yes, but not for digits and idx")
+    caption_dropout_prob: float = setting(0.0, "share of captions replaced by the empty one, for guidance")
     strict: bool = setting(False, "end the run at an unreadable image instead of replacing and naming it", free=True)
     num_workers: int = setting(4, "loader processes a rank", free=True)
 
@@ -63,6 +64,8 @@ class DataSettings:
         """Validate the fields."""
         _at_least(self, 1, "image_size", "num_frames")
         _at_least(self, 0, "num_workers")
+        if not 0 <= self.caption_dropout_prob < 1:
+            raise ValueError(f"--caption-dropout-prob {self.caption_dropout_prob}: must lie in [0, 1)")
         if self.data_path is not None and self.dataset in EMBEDDED:
             raise ValueError(f"--data-path {self.data_path}: has no effect with --dataset {self.dataset}")
 

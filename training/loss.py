@@ -82,6 +82,7 @@ def build_loss(
         network,
         process.make(network.out_channels != shape[-3]),
         seed=config.optimization.global_seed,
+        dropout_prob=config.data.caption_dropout_prob or None,
         autocast=torch.bfloat16 if config.compute.precision == "bf16" else None,
         alignment=None if vision is None else build_alignment(config, network, vision),
         settings=settings,

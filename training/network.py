@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from data import Dataset, Encoder
+from data.dataset import text_of
 from diffusion import PROCESSES
 from diffusion.loss import DiffusionLoss
 from models import family_of, model_config
@@ -145,6 +146,37 @@ def check_classes(config: TrainSettings, fields: Values, dataset: Dataset) -> No
         f"--model {config.model}: made for {expected} classes, but the data has {count}; "
         f"give {hint}--num-classes {count}"
     )
+
+
+def text_fields(config: TrainSettings, fields: Values, dataset: Dataset) -> Values:
+    """Fields of the network's config that follow from the captions of the data.
+
+    Raises:
+        UserError: If one of both has text and the other does not, or a flag contradicts the captions.
+    """
+    text, source = text_of(dataset), config.data.data_path or f"--dataset {config.data.dataset}"
+    takes = {"text_width", "text_length"} <= family_of(config.model).config.__dataclass_fields__.keys()
+    if config.data.caption_dropout_prob and not takes:
+        raise UserError(f"--caption-dropout-prob: has no effect, because --model {config.model} takes no text")
+    if text is None:
+        if takes and not hasattr(dataset, "null_conditioning"):
+            raise UserError(
+                f"--model {config.model}: takes text, and {source} has no captions; give --dataset captioned-digits, "
+                "latents with captions, or a model for labels"
+            )
+        return {}
+    if not takes:
+        if getattr(model_config(config.model, **fields), "num_classes", 0) == 0:
+            return {}  # an unconditional network takes any data
+        raise UserError(
+            f"--model {config.model}: takes labels, and {source} has captions; give a model for text, such as "
+            "LatteT2V, or --num-classes 0 where the family can do without"
+        )
+    own = {"text_width": text["width"], "text_length": text["length"]}
+    for name, value in own.items():
+        if fields.get(name, value) != value:
+            raise UserError(f"{flag_name(name)} {fields[name]}: the captions of {source} have {value}")
+    return own
 
 
 def load_start(config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, dataset: Dataset) -> list[str]:

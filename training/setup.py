@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from data import EMBEDDED, Dataset, MovingDigits, encoder_for, open_dataset, open_digits
+from data import EMBEDDED, CaptionedDigits, Dataset, MovingDigits, encoder_for, open_dataset, open_digits
+from data.dataset import text_of
 from data.encoders import Encoder
 from data.latents import LatentShards
 from diffusion import PREVIEW_SAMPLER, make_sampler
@@ -34,6 +35,7 @@ from training.network import (
     read_start,
     start_warnings,
     take_data_settings,
+    text_fields,
 )
 from training.optimization import OptimizerSettings
 from training.scores import Scorer, open_scorer
@@ -112,6 +114,8 @@ class Setup:
         lines, optimization = [*self.setup_warnings, *self.loss.warnings(self.total_steps)], self.config.optimization
         if self.config.compute.precision == "bf16" and (slow := slow_bf16(next(self.network.parameters()).device)):
             lines.append(slow)
+        if text_of(self.dataset) and self.network.conditioning and not self.loss.dropout_prob:
+            lines.append("--caption-dropout-prob 0: guidance needs unconditional rows, and none are trained")
         untrained = optimization.ema_decay**self.total_steps
         if untrained > 0.05 and not optimization.ema_ramp:
             first = "untrained weights" if self.config.run.init_from is None else "weights it started from"
@@ -157,6 +161,7 @@ def set_up(
     source = str(config.data.data_path or config.data.dataset) if dataset is None else type(dataset).__name__
     if dataset is None:
         dataset, lines = open_and_listen(config, owners["loss"][1].images_behind)
+    fields |= text_fields(config, fields, dataset)
     check_classes(config, fields, dataset)
     vae = config.data.vae or dataset.vae
     with error_prefix(f"--vae {vae}"):
@@ -283,8 +288,9 @@ def open_held_out(config: TrainSettings, dataset: Dataset, latents: tuple[int, .
     path, data = config.validation.eval_data_path, config.data
     if data.dataset == "digits":
         return open_digits("test", seed=config.optimization.global_seed)
-    if data.dataset == "moving-digits":
-        return MovingDigits("test", frames=latents[0], side=dataset.image_shape[-1])
+    if data.dataset in ("moving-digits", "captioned-digits"):
+        embedded = MovingDigits if data.dataset == "moving-digits" else CaptionedDigits
+        return embedded("test", frames=latents[0], side=dataset.image_shape[-1])
     if path is None:
         return None
     channels, height, width = dataset.image_shape[-3:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from data.dataset import digest_of
+from data.dataset import digest_of, text_of
 from runtime.checkpoint import load_weights
 from runtime.settings import Values
 from training.optimization import EMA
@@ -25,6 +25,7 @@ def checkpoint_meta(setup: Setup, step: int) -> Values:
         "step": step,
         **owners,
         "encoder": {"name": setup.config.data.vae},
+        **({} if (text := text_of(setup.dataset)) is None else {"text": text}),
         "autoencoder": setup.encoder.describe(),
         "data": {
             "image_shape": list(setup.dataset.image_shape),
