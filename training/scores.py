@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from evaluator.inception.network import load_network
 from evaluator.inception.weights import default_cache, find_weights, inspect_weights
-from evaluator.metrics import frechet_distance, inception_score
+from evaluator.metrics import frechet_distance, frechet_distance_from_features, inception_score
 from evaluator.npz import ImageFile
+from evaluator.small import MOVING_DIGITS, compute_features, predict_targets
 from evaluator.statistics import feature_statistics
 from runtime import distributed
 from runtime.errors import UserError, error_prefix, is_first
@@ -25,19 +29,19 @@ class Scorer(NamedTuple):
 
     Attributes:
         features: Maps (n, H, W, C) uint8 images to the rows that are kept; on all processes.
-        scores: Maps the features of all images (N, ...) and their labels (N,) to scores; on rank 0.
+        scores: Maps the features of all images (N, ...) and their labels (N,), None without any, to scores; on rank 0.
     """
 
     features: Callable[[Tensor], Tensor]
-    scores: Callable[[Tensor, Tensor], dict[str, float]]
+    scores: Callable[[Tensor, Tensor | None], dict[str, float]]
 
 
-def open_scorer(config: TrainSettings, image_size: tuple[int, ...], device: torch.device) -> Scorer | None:
+def open_scorer(config: TrainSettings, image_shape: tuple[int, ...], device: torch.device) -> Scorer | None:
     """The scorer that a run's settings ask for; None without one. A collective operation.
 
     Args:
         config: Settings of the run.
-        image_size: (H, W) of the samples.
+        image_shape: (C, H, W) of the samples, or (F, C, H, W).
         device: Device of the feature network.
 
     Raises:
@@ -46,17 +50,50 @@ def open_scorer(config: TrainSettings, image_size: tuple[int, ...], device: torc
     settings = config.validation
     if config.data.dataset == "digits":
         return Scorer(lambda images: images, digits_scores)
-    return None if settings.eval_reference is None else open_inception(settings.eval_reference, image_size, device)
+    if config.data.dataset == "moving-digits":
+        return Scorer(lambda clips: clips, moving_digits_scores) if has_scores(image_shape) else None
+    return (
+        None if settings.eval_reference is None else open_inception(settings.eval_reference, image_shape[-2:], device)
+    )
 
 
-def digits_scores(images: Tensor, labels: Tensor) -> dict[str, float]:
+def has_scores(image_shape: tuple[int, ...]) -> bool:
+    """True if the committed network takes moving digits of this shape (F, 1, H, W)."""
+    frames, channels, *size = image_shape
+    return (frames, *size, channels) == MOVING_DIGITS.shape
+
+
+def moving_digits_scores(clips: Tensor, labels: Tensor | None) -> dict[str, float]:
+    """Frechet distance of clips, and shares with the requested digit and direction, from the committed network."""
+    from data.moving_digits import DIRECTIONS
+
+    samples = clips.cpu().numpy()
+    features, _ = compute_features(samples, MOVING_DIGITS)
+    scores = {"frechet_distance": frechet_distance_from_features(_features_of_training(), features, biased=True)}
+    if labels is None:
+        return scores
+    digit, direction, *_ = predict_targets(samples, MOVING_DIGITS).T
+    requested = labels.numpy()
+    right = {"accuracy": digit == requested // len(DIRECTIONS), "direction": direction == requested % len(DIRECTIONS)}
+    return scores | {name: float(each.mean()) for name, each in right.items()}
+
+
+@cache
+def _features_of_training() -> npt.NDArray[np.float32]:
+    from data.small import load_moving_digits
+
+    return compute_features(load_moving_digits("train")[0], MOVING_DIGITS)[0]
+
+
+def digits_scores(images: Tensor, labels: Tensor | None) -> dict[str, float]:
     """Frechet distance and recognised share of digits, from the committed feature network."""
     from data import load_digits
     from evaluator.small import SmallScorer
 
-    scores = SmallScorer(load_digits("train"), load_digits("test")).score(images.cpu().numpy(), labels.numpy())
-    assert scores.accuracy is not None  # they have labels
-    return {"frechet_distance": scores.frechet_distance, "accuracy": scores.accuracy}
+    classes = None if labels is None else labels.numpy()
+    scores = SmallScorer(load_digits("train"), load_digits("test")).score(images.cpu().numpy(), classes)
+    accuracy = {} if scores.accuracy is None else {"accuracy": scores.accuracy}
+    return {"frechet_distance": scores.frechet_distance, **accuracy}
 
 
 def open_inception(reference: Path, image_size: tuple[int, ...], device: torch.device) -> Scorer:
@@ -78,7 +115,7 @@ def open_inception(reference: Path, image_size: tuple[int, ...], device: torch.d
     def features(images: Tensor) -> Tensor:
         return network.features(images.cpu().numpy()).pool
 
-    def scores(rows: Tensor, labels: Tensor) -> dict[str, float]:
+    def scores(rows: Tensor, labels: Tensor | None) -> dict[str, float]:
         statistics = feature_statistics(rows.cpu())
         score = inception_score(network.probabilities(rows))
         return {"fid": frechet_distance(reference_statistics, statistics), "inception_score": score}

@@ -267,7 +267,9 @@ def open_validation(setup: Setup, every: int, held_out: Dataset | None, device: 
     with error_prefix(f"--eval-steps {settings.eval_steps}"):
         pixels, steps = setup.encoder.name == "none", str(settings.eval_steps)
         sampler = make_sampler(PREVIEW_SAMPLER[process.name], process, steps, pixels=pixels)
-    scorer = open_scorer(setup.config, setup.dataset.image_shape[-2:], device)
+    scorer = open_scorer(setup.config, setup.encoder.image_shape(setup.network.sample_shape), device)
+    if scorer is None and setup.config.data.dataset == "moving-digits":
+        setup.setup_warnings.append("moving digits of another size than 8 frames of 16 x 16 pixels have no scores")
     return ValidationData(every, held_out, sampler, scorer)
 
 

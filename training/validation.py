@@ -115,7 +115,7 @@ class Validation:
         features = distributed.rows_on_main(torch.cat(rows)) if rows else None
         scores: dict[str, float] = {}
         if scorer is not None and features is not None:
-            scores = scorer.scores(features[:count], cond.get("y", torch.zeros(count)))
+            scores = scorer.scores(features[:count], cond.get("y"))
         return None if pictures is None else pictures[: min(SHOWN, count)].cpu().numpy(), scores
 
     def preview_conditioning(self) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ The numbers compare runs of this project with one another; they are not FID and 
 """
 
 from evaluator.small.classifier import IndependentClassifier
-from evaluator.small.network import FeatureNetwork, compute_features, load_feature_network
+from evaluator.small.network import FeatureNetwork, compute_features, load_feature_network, predict_targets
 from evaluator.small.score import SmallScorer, SmallScores
 from evaluator.small.sets import DIGITS, FASHION, MOVING_DIGITS, SETS, SmallSet
 
@@ -20,4 +20,5 @@ __all__ = [
     "SmallSet",
     "compute_features",
     "load_feature_network",
+    "predict_targets",
 ]

@@ -106,6 +106,25 @@ def compute_features(
     return features.numpy(), logits.double().softmax(dim=1).numpy()
 
 
+def predict_targets(images: npt.NDArray[np.uint8], of: SmallSet) -> npt.NDArray[np.int64]:
+    """Predict the labels that the committed network was trained on: the class, and of clips the motion.
+
+    Args:
+        images: (N, H, W, 1) uint8, or clips (N, F, H, W, 1), N >= 1.
+        of: The set that they belong to.
+
+    Returns:
+        (N, targets) int64.
+
+    Raises:
+        ValueError: For another shape or dtype.
+    """
+    of.check_images(images, "images")
+    network = _committed_network(of)
+    logits = torch.cat([network(batch)[1] for batch in torch.tensor(images).split(IMAGES_PER_BATCH)])
+    return torch.stack([each.argmax(dim=1) for each in logits.split(of.targets, dim=1)], dim=1).numpy()
+
+
 @cache
 def _committed_network(images: SmallSet) -> FeatureNetwork:
     return load_feature_network(images)

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from data.pixels import to_uint8
+from data.small import load_moving_digits
 from evaluator.inception.network import load_network
 from evaluator.metrics import feature_statistics, frechet_distance, inception_score
 from tests import runs
@@ -14,6 +15,7 @@ from tests.networks import randomise
 from tests.processes import run_ranks
 from tests.runs import CPU, metrics, open_setup, start
 from training.optimization import EMA
+from training.scores import moving_digits_scores
 from training.validation import Validation
 
 
@@ -76,6 +78,40 @@ def test_a_run_logs_them_and_two_processes_say_the_same(flags, place, tmp_path):
     assert done.stderr.count("these scores are not comparable with published ones") == 1
     one, two = (metrics(tmp_path, number)[-1] for number in range(2))
     assert {"step", "fid", "inception_score"} == one.keys() and two == pytest.approx(one, rel=1e-3)
+
+
+def test_scores_of_moving_digits_see_digit_direction_and_the_order_of_frames():
+    clips, found = load_moving_digits("test")
+    rows = np.random.default_rng(0).permutation(len(clips))[:400]
+    clips, labels = torch.from_numpy(clips[rows]), torch.from_numpy(found[rows, 0] * 4 + found[rows, 1])
+    real = moving_digits_scores(clips, labels)
+    assert min(real["accuracy"], real["direction"]) > 0.9
+    backwards = moving_digits_scores(clips.flip(1), labels)
+    assert backwards["direction"] < 0.1 and backwards["accuracy"] > 0.8
+    assert moving_digits_scores(clips, (labels + 4) % 40)["accuracy"] < 0.1
+    disordered = moving_digits_scores(clips[:, [3, 6, 1, 4, 0, 7, 2, 5]], None)
+    assert disordered.keys() == {"frechet_distance"}
+    assert disordered["frechet_distance"] > 5 * real["frechet_distance"]
+
+
+@pytest.mark.parametrize("classes", [40, 0])
+def test_moving_digits_are_scored_while_training(classes, tmp_path):
+    argv = "--dataset moving-digits --model Latte-digits/4 --depth 2 --hidden-size 16 --process flow --device cpu"
+    argv += (
+        f" --num-workers 0 --global-batch-size 2 --max-steps 1 --eval-every 1 --eval-images 8 --num-classes {classes}"
+    )
+    assert start(tmp_path, *argv.split(), *"--eval-samples 5 --eval-steps 2 --joint-images 1".split()) == 0
+    last = metrics(tmp_path)[-1]
+    assert last["frechet_distance"] > 0
+    assert {name for name in ("accuracy", "direction") if 0 <= last.get(name, -1) <= 1} == (
+        {"accuracy", "direction"} if classes else set()
+    )
+
+
+def test_moving_digits_of_another_size_have_no_scores():
+    argv = [*runs.MOVING_DIGITS, *"--model Latte-debug/2 --num-classes 40 --eval-every 1".split()]
+    setup = open_setup(*argv)
+    assert setup.validation.scorer is None and "have no scores" in " ".join(setup.warnings())
 
 
 def test_nothing_is_scored_without_a_reference(flags):
