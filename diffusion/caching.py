@@ -41,6 +41,8 @@ class CacheSchedule(NamedTuple):
 
 # The released class-to-image network's: no time is so noisy that it refreshes for that.
 CLASS_TO_IMAGE = CacheSchedule(t_high=1000.0, t_low=20.0, low_inclusive=True)
+# Those of the text-to-image and text-to-video networks.
+TEXT = CacheSchedule(t_high=700.0, t_low=50.0, low_inclusive=True)
 
 
 def skip_cache(
@@ -55,6 +57,36 @@ def skip_cache(
     # Flow times are rounded numbers, and evaluations fall on the bounds: rounded to a millionth they do so exactly.
     timesteps = [round(convert_time(t, sampler.time_convention, "index"), 6) for t in sampler.times]
     return skip_cache_flags(timesteps, interval, schedule)
+
+
+class SkipCacheRule:
+    """Skip-Cache's refresh rule, one evaluation after the other; `skip_cache_flags` applies it to a whole run.
+
+    Args:
+        interval: N; 1 refreshes always.
+        schedule: Bounds of the interval.
+
+    Attributes:
+        kept: State of the last evaluation is kept for the next one.
+
+    Raises:
+        ValueError: If the interval is below 1.
+    """
+
+    def __init__(self, interval: int, schedule: CacheSchedule = CLASS_TO_IMAGE) -> None:
+        _check_interval(interval)
+        self._interval, self._schedule = interval, schedule
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a run: count from 0, with nothing kept."""
+        self._count, self.kept = 0, False
+
+    def refresh(self, t: float) -> bool:
+        """True if the next evaluation, at timestep t, is a refresh; counts it."""
+        fresh = self._count % self._interval == 0 or not self.kept or t >= self._schedule.t_high
+        self._count, self.kept = (0, False) if self._schedule.is_low(t) else (self._count + 1, True)
+        return fresh
 
 
 def skip_cache_flags(
@@ -76,19 +108,14 @@ def skip_cache_flags(
 
     Source: arXiv 2411.17616, section 3; the phase is that of the released code.
     """
-    _check_interval(interval)
+    rule = SkipCacheRule(interval, schedule)
     for before, after in pairwise(times):
         if not after < before:
             raise ValueError(
                 "this refresh interval needs a sampler that evaluates the network once a step, from noise to image; "
                 f"here the timestep changes from {before:g} to {after:g}"
             )
-    flags = []
-    count, kept = 0, False
-    for t in times:
-        flags.append(count % interval == 0 or not kept or t >= schedule.t_high)
-        count, kept = (0, False) if schedule.is_low(t) else (count + 1, True)
-    return tuple(flags)
+    return tuple(rule.refresh(t) for t in times)
 
 
 def _check_interval(interval: int) -> None:
