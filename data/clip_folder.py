@@ -189,15 +189,22 @@ class ClipFolder:
             OSError: Naming the file, if it cannot be opened.
         """
         size, crop = self._size, self._settings.clip_crop
-        return torch.stack([crop_frame(frame, size, crop) for frame in self._decode(self._videos[index], numbers)])
+        return torch.stack([crop_frame(frame, size, crop) for frame in self.decode(index, numbers)])
 
-    def _decode(self, video: Video, numbers: Sequence[int]) -> Iterator[Image.Image]:
+    def files(self, index: int, numbers: Sequence[int]) -> list[Path]:
+        """Files that hold some frames of a video: its own, or one a frame."""
+        video = self._videos[index]
+        path = self._root / video.path
+        return [path] if video.frames is None else [path / video.frames.name(number) for number in numbers]
+
+    def decode(self, index: int, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        """Decode some frames of a video as they are, one by one; raises the errors of `read`."""
+        video = self._videos[index]
         path = self._root / video.path
         if video.frames is None:
             yield from read_frames(path, video.info, numbers, self._channels)
             return
-        for number in numbers:
-            file = path / video.frames.name(number)
+        for file in self.files(index, numbers):
             data = file.read_bytes()
             try:
                 yield decode_image(data, self._channels)

@@ -18,9 +18,10 @@ from data.image_folder import UnreadableImageError, check_size
 
 EXTENSIONS = (
     ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv",
+    ".gif",
 )  # fmt: skip
 # Containers; FFmpeg would also open playlists, which name other files
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,asf,flv,ogg"
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,asf,flv,ogg,gif"
 REMEDY = "replace or remove the file"
 
 

@@ -9,21 +9,41 @@ Standard output is ADM's lines. samples.scores.json holds everything that is nee
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import runtime  # noqa: F401  # first: it reports other packages named models
+from data.clip_folder import ClipFolder
+from data.clip_settings import ClipSettings
+from data.video_files import EXTENSIONS
 from evaluator.evaluation import evaluate
 from evaluator.settings import EvaluatorConfig
+from evaluator.video.folder import VideoOpener, Videos
+from evaluator.video.i3d import CLIP_FRAMES
 from runtime import distributed
 from runtime.command_line import parse_config
 from runtime.errors import run
+
+
+def open_videos(path: Path, size: tuple[int, int], interval: int) -> tuple[Videos, list[str]]:
+    """Open a folder of videos, those that are long enough; returns it, and warnings about the others.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        settings = ClipSettings(frame_interval=interval)
+        folder = ClipFolder(path, size, frames=CLIP_FRAMES, settings=settings, flip=False)
+    return folder, [str(warning.message) for warning in caught]
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the flags and evaluate."""
     config = parse_config(EvaluatorConfig, argv, program="evaluator", doc=__doc__)
     with distributed.world(config.device) as world:
-        evaluate(config, world)
+        evaluate(config, world, VideoOpener(EXTENSIONS, open_videos))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from evaluator.report import is_result, library_versions, path_next_to, protocol
 from evaluator.scores import METRICS, ImageSet, compute_scores
 from evaluator.settings import EvaluatorConfig
 from evaluator.stages import CLIPS, IMAGES, Stage, clip_warnings, clips_summary, open_clips_stage, open_images_stage
+from evaluator.video.folder import VideoOpener
 from runtime import distributed
 from runtime.distributed import World
 from runtime.errors import UserError, error_prefix
@@ -33,15 +34,20 @@ FEATURES = 2048  # from as many images their covariance is singular
 FLOAT16_LIMIT = 0.01
 
 
-def evaluate(config: EvaluatorConfig, world: World) -> None:
+def evaluate(config: EvaluatorConfig, world: World, videos: VideoOpener) -> None:
     """Evaluate; all ranks call it, rank 0 prints and writes.
+
+    Args:
+        config: The settings.
+        world: This rank and the number of ranks.
+        videos: How folders of videos are opened.
 
     Raises:
         UserError: For anything wrong with the files, on all ranks.
     """
     watch = Stopwatch()
     with watch.measure("total"):
-        real, generated = files = open_files(config.ref_batch, config.sample_batch)
+        real, generated = files = open_both(config, videos)
         metrics = config.metric_names(clips=generated.frames is not None)
         images = plan_inputs(*files, metrics, config.num_samples)
         clips = None
@@ -85,6 +91,12 @@ def evaluate(config: EvaluatorConfig, world: World) -> None:
                 print(clips_summary(clips))
             write_document(document, output)
             print(f"written: {output}", file=sys.stderr)
+
+
+def open_both(config: EvaluatorConfig, videos: VideoOpener) -> tuple[ImageFile, ImageFile]:
+    """Open the reference and the samples."""
+    clips, interval = config.asks_for_clips, config.frame_interval or 1
+    return open_files(config.ref_batch, config.sample_batch, videos, of_clips=clips, interval=interval)
 
 
 def score_files(

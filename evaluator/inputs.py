@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluator.npz import BadImageFile, ImageFile, StoredStatistics
-from evaluator.png_folder import open_images
+from evaluator.png_folder import PngFolder
 from evaluator.report import is_sampled
 from evaluator.scores import METRICS
+from evaluator.video.folder import VideoFolder, VideoOpener
 from evaluator.video.windows import ClipWindows
 from runtime.errors import UserError
 
@@ -40,17 +41,30 @@ class EvaluationInput:
 Pair = tuple[EvaluationInput, EvaluationInput]  # the reference and the samples
 
 
-def open_files(reference: Path, samples: Path) -> tuple[ImageFile, ImageFile]:
+def open_files(
+    reference: Path, samples: Path, videos: VideoOpener, *, of_clips: bool = False, interval: int = 1
+) -> tuple[ImageFile, ImageFile]:
     """Open both files.
 
     Args:
-        reference: .npz of real images, their statistics, or both; a folder of PNG files; or an .npz of clips.
+        reference: .npz of real images, their statistics, or both; a folder of PNG files; or an .npz of clips, or a
+            folder of videos or of folders of frames.
         samples: The same of generated images or clips.
+        videos: How folders of videos are opened.
+        of_clips: True if a metric of clips is asked for, so that folders hold videos; they do, too, if they hold video
+            files, or if the other file holds clips.
+        interval: Frames from one to the next in windows of the reference.
 
     Raises:
         UserError: If a file cannot be used, or the two differ in resolution, or in being clips.
     """
-    real, generated = open_images(reference), open_images(samples)
+    files = [None if path.is_dir() else ImageFile(path) for path in (reference, samples)]
+    of_clips = of_clips or any(file is not None and file.frames is not None for file in files)
+    of_clips = of_clips or videos.recognises(reference) or videos.recognises(samples)
+    if not of_clips:
+        files = [file or PngFolder(path) for file, path in zip(files, (reference, samples), strict=True)]
+    generated = files[1] or VideoFolder(samples, videos, None, 1)
+    real = files[0] or VideoFolder(reference, videos, generated.size, interval)
     if (real.frames is None) != (generated.frames is None):
         clips, images = (reference, samples) if generated.frames is None else (samples, reference)
         raise UserError(
@@ -150,18 +164,18 @@ def _holds(stored: StoredStatistics | None, spatial: bool) -> bool:
 
 
 def order_warnings(reference: ImageFile, samples: ImageFile) -> list[str]:
-    """Signs that the two files are one, or in the wrong order."""
+    """Signs that the two files are one, or in the wrong order; and what opening them found."""
     first, second = reference.path, samples.path
     if first.resolve() == second.resolve():
-        return [f"{second}: reference and samples are the same file"]
-    signs = []
+        return [f"{second}: reference and samples are the same file", *reference.warnings]
+    signs, found = [], [*reference.warnings, *samples.warnings]
     if is_sampled(first) and not is_sampled(second):
         signs.append(f"{first} has the settings of a sampling job")
     if "VIRTUAL_imagenet" in second.name and "VIRTUAL_imagenet" not in first.name:
         signs.append(f"{second} has the name of a reference")
     if samples.has_statistics and not reference.has_statistics:
         signs.append(f"{second} holds statistics, as references do")
-    return [f"{'; '.join(signs)}: the reference comes first, then the samples"] if signs else []
+    return found + ([f"{'; '.join(signs)}: the reference comes first, then the samples"] if signs else [])
 
 
 def _shown(size: tuple[int, int]) -> str:

@@ -13,7 +13,7 @@ import math
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -73,6 +73,8 @@ class ImageFile:
     Raises:
         BadImageFile: If it is missing, cut short, not an .npz, or holds something else.
     """
+
+    warnings: Sequence[str] = ()  # lines about what cannot be used
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -178,6 +180,27 @@ class ImageFile:
                 "it was written; make or fetch the file again"
             )
         return digest.hexdigest()
+
+    def count_starts(self, index: int, span: int) -> int:
+        """Number of first frames that a window of so many frames may have in a clip."""
+        return (self.frames or 0) - span + 1
+
+    def windows(self, chosen: Mapping[int, range]) -> Iterator[Images]:
+        """Yield the chosen frames of clips, (n, H, W, 3); clips are in rising order."""
+        # in one pass, since compressed clips are decompressed from the first one on
+        first, stop = min(chosen, default=0), max(chosen, default=-1) + 1
+        for i, clip in enumerate(self.batches(first, stop, 1), first):
+            if i in chosen:
+                numbers = chosen[i]
+                yield clip[0, numbers.start : numbers.stop : numbers.step]
+
+    def windows_sha256(self, chosen: Mapping[int, range]) -> str:
+        """Return the sha256 of what holds these frames, after a check; `windows` is read to the end anyway."""
+        return self.verified_sha256(read_to_end=self.count - 1 in chosen)
+
+    def describe_windows(self) -> dict[str, object]:
+        """Describe how frames are read, for the result, where it is not from an array."""
+        return {}
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Images]:
         """Yield images or clips start .. stop - 1 in batches.

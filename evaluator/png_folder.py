@@ -109,12 +109,3 @@ class PngFolder(ImageFile):
         if pixels.shape != (*self._size, 3):
             raise BadImageFile(f"{path}: has changed since the evaluation started")
         return pixels
-
-
-def open_images(path: Path) -> ImageFile:
-    """Open an .npz or a folder of PNG files.
-
-    Raises:
-        BadImageFile: If it cannot be used.
-    """
-    return PngFolder(path) if path.is_dir() else ImageFile(path)

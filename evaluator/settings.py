@@ -28,10 +28,10 @@ class EvaluatorConfig:
 
     ref_batch: Path = positional(
         "reference .npz: arr_0 images (N, H, W, 3) uint8, or mu, sigma, mu_s, sigma_s, or all; or a folder of PNG; or "
-        "an .npz of clips, arr_0 (N, F, H, W, 3)"
+        "an .npz of clips, arr_0 (N, F, H, W, 3), or a folder of videos"
     )
     sample_batch: Path = positional(
-        "samples .npz: arr_0 images (N, H, W, 3) uint8, or clips (N, F, H, W, 3); or a folder of PNG"
+        "samples .npz: arr_0 images (N, H, W, 3) uint8, or clips (N, F, H, W, 3); or a folder of PNG or videos"
     )
     metrics: str | None = setting(
         None,
@@ -82,6 +82,11 @@ class EvaluatorConfig:
     @property
     def _names(self) -> set[str] | None:
         return None if self.metrics is None else {name.strip() for name in self.metrics.split(",")} - {""}
+
+    @property
+    def asks_for_clips(self) -> bool:
+        """True if --metrics names one of clips."""
+        return any(METRICS[name].clips for name in self._names or ())
 
     def metric_names(self, clips: bool) -> list[str]:
         """Choose the metrics of files of images, or of clips, and check that every given flag has an effect on them.

@@ -6,6 +6,7 @@ real videos, Skip-DiT's consecutive ones. Generated clips give their first 16 fr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -47,8 +48,9 @@ class ClipWindows(ImageFile):
         else:
             order = sorted(range(file.count), key=lambda i: derive_seed("choice of clips", seed, i))
             self.starts = {
-                i: derive_seed("start of a window", seed, i) % (length - span + 1) for i in sorted(order[:count])
+                i: derive_seed("start of a window", seed, i) % file.count_starts(i, span) for i in sorted(order[:count])
             }
+        self._windows = {i: range(start, start + span, interval) for i, start in self.starts.items()}
 
     @property
     def count(self) -> int:
@@ -71,24 +73,14 @@ class ClipWindows(ImageFile):
         return f"i3d-{self.count}-{self.interval}-{'first' if self.seed is None else self.seed}"
 
     def verified_sha256(self, *, read_to_end: bool = True) -> str:
-        """Check the clips against their checksum, and return the sha256 of the file, as `ImageFile` does."""
-        return self.file.verified_sha256(read_to_end=read_to_end and self.file.count - 1 in self.starts)
+        """Check the clips against their checksum, and return the sha256 of what holds them."""
+        return self.file.windows_sha256(self._windows)
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Images]:
         """Yield windows start .. stop - 1 in batches (n, 16, H, W, 3), as `ImageFile` does."""
-        chosen = list(self.starts.items())[start:stop]
-        windows: list[Images] = []
-        if not chosen:
-            return
-        # in one pass, since compressed clips are decompressed from the first one on
-        first, last = chosen[0][0], chosen[-1][0]
-        for i, clip in enumerate(self.file.batches(first, last + 1, 1), first):
-            if i in self.starts:
-                begin = self.starts[i]
-                windows.append(clip[0, begin : begin + (CLIP_FRAMES - 1) * self.interval + 1 : self.interval])
-            if len(windows) == size or (windows and i == last):
-                yield np.stack(windows)
-                windows = []
+        windows = self.file.windows(dict(list(self._windows.items())[start:stop]))
+        while batch := list(itertools.islice(windows, size)):
+            yield np.stack(batch)
 
     def describe(self) -> dict[str, object]:
         """Describe the windows, for the result."""
@@ -100,6 +92,7 @@ class ClipWindows(ImageFile):
             "window": "the first 16 frames" if self.seed is None else "from a random frame",
             "frame_interval": self.interval,
             "seed": self.seed,
+            **self.file.describe_windows(),
         }
 
     def __str__(self) -> str:
