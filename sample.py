@@ -32,7 +32,9 @@ from runtime.settings import flag_name, setting
 from sampling.clips import ClipSettings
 from sampling.config import GuidanceSettings, SamplingSettings, check_labels, check_unlabelled, parse_settings
 from sampling.editing import Edit
+from sampling.job import Plan
 from sampling.pipeline import Pipeline
+from sampling.prompts import Prompts, open_prompts
 from sampling.run import PreparedRun
 
 PROGRAM = "sample.py"
@@ -57,7 +59,9 @@ class PictureSettings:
     class_labels: tuple[str, ...] | None = setting(
         None, "classes of the images, by number or by name", shown="eight official classes, or one of each"
     )
-    num_samples: int | None = setting(None, "number of samples of a network without labels", shown="8")
+    num_samples: int | None = setting(
+        None, "number of samples of a network without labels; prompts are taken in turn", shown="8; one of each prompt"
+    )
     seed: int = setting(0, "seed of the noise")
     batch_size: int | None = setting(None, "images sampled at a time", shown="all of them")
     columns: int | None = setting(None, "images in a row of the picture", shown="4, or as many as fit best")
@@ -154,8 +158,7 @@ def sample(
     pipeline: Pipeline,
     prepared: PreparedRun,
     settings: PictureSettings,
-    labels: Sequence[int] | None,
-    count: int,
+    plan: Plan,
     edit: Edit | None = None,
 ) -> list[Tensor]:
     """Sample latents (N, ..., C, h, w) with a progress bar.
@@ -164,8 +167,7 @@ def sample(
         pipeline: Samples.
         prepared: From the pipeline.
         settings: Seed, batches and trajectory.
-        labels: N numbers; None for a network without labels.
-        count: N.
+        plan: Labels or prompts of the N samples.
         edit: Images to start from.
 
     Returns:
@@ -176,6 +178,7 @@ def sample(
     frames = min(settings.trajectory_frames, steps) if settings.trajectory else 1
     shown = {steps - 1 - round(k * (steps - 1) / max(1, frames - 1)) for k in range(frames)}
     kept: dict[int, list[Tensor]] = {i: [] for i in sorted(shown)}
+    count = len(plan.noise)
     batches = torch.arange(count).split(settings.batch_size or count)
     with tqdm(total=steps * len(batches), disable=None, unit="step") as bar:
 
@@ -185,8 +188,9 @@ def sample(
                 kept[i].append(x)
 
         for rows in batches:
-            conditioning = {} if labels is None else {"y": torch.tensor(labels)[rows]}
-            pipeline.denoise(prepared, settings.seed, rows.tolist(), conditioning, on_step=on_step, edit=edit)
+            indices = rows.tolist()
+            conditioning, null = plan.conditioning(indices)
+            pipeline.denoise(prepared, settings.seed, indices, conditioning, null=null, on_step=on_step, edit=edit)
     return [torch.cat(parts) for parts in kept.values()]
 
 
@@ -241,6 +245,19 @@ def choose_labels(
     return labels
 
 
+def plan_samples(settings: PictureSettings, pipeline: Pipeline, prompts: Prompts | None) -> Plan:
+    """Labels or prompts of all samples.
+
+    Raises:
+        UserError: As `choose_labels`.
+    """
+    labels = choose_labels(settings, pipeline.num_classes, pipeline.info.classes)
+    if labels is not None:
+        return Plan(torch.tensor(labels), range(len(labels)))
+    count = settings.num_samples or (len(OFFICIAL_LABELS) if prompts is None else prompts.size)
+    return Plan(None, range(count), prompts)
+
+
 def find_label(text: str, num_classes: int, names: Sequence[str]) -> int:
     """Find the label of a class that is given by its number or its name.
 
@@ -269,7 +286,7 @@ def save_trajectory(moments: Sequence[Images], columns: int, path: Path, writer:
 def main(argv: Sequence[str]) -> None:
     """Parse flags, sample, write the picture."""
     given = parse_settings(SampleSettings, argv, PROGRAM, __doc__)
-    settings = given.general.picture
+    settings, texts = given.general.picture, given.general.text.read()
     check_replaceable(settings.output, "--output", settings.overwrite)
     if settings.trajectory is not None:
         check_replaceable(settings.trajectory, "--trajectory", settings.overwrite)
@@ -279,18 +296,22 @@ def main(argv: Sequence[str]) -> None:
         paths = overviews(writer, settings, given.general.clips)
         edit = read_edit(pipeline, given.general.image)
         prepared = pipeline.prepare(given.general.image.chosen_strength)
-        labels = choose_labels(settings, pipeline.num_classes, pipeline.info.classes)
-        count = len(labels) if labels else settings.num_samples or len(OFFICIAL_LABELS)
+        prompts = open_prompts(
+            given.general.text, pipeline.network, pipeline.info, world.device, texts, guided=prepared.takes_null
+        )
+        plan = plan_samples(settings, pipeline, prompts)
+        count, labels = len(plan.noise), [] if plan.labels is None else plan.labels.tolist()
+        captions = [] if prompts is None or not prompts.texts else [prompts.text_of(i) for i in range(count)]
         columns = settings.columns or (4 if count == len(OFFICIAL_LABELS) else min(count, 10))
         factor = max(1, SMALLEST // pipeline.image_shape[-2])
         moments = [
             enlarge(to_picture(pipeline.decode(latents, prepared)).cpu().numpy(), factor)
-            for latents in sample(pipeline, prepared, settings, labels, count, edit)
+            for latents in sample(pipeline, prepared, settings, plan, edit)
         ]
         for path in paths:
-            writer.save(moments[-1], path, columns, gap=GAP, software=PROGRAM)
+            writer.save(moments[-1], path, columns, gap=GAP, software=PROGRAM, texts=captions)
         names = pipeline.info.classes or ()
-        named = dict.fromkeys(f"{i} {names[i]}" for i in labels or () if names and names[i] != str(i))
+        named = dict.fromkeys(f"{i} {names[i]}" for i in labels if names and names[i] != str(i))
         shown = f"; classes: {', '.join(named)}" if named else ""
         print(f"Saved {count} {writer.unit}s to {', '.join(map(str, paths))}{shown}")
         if settings.trajectory is not None:

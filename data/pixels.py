@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from runtime.files import atomic_path
 
 Images = npt.NDArray[np.uint8]  # (N, H, W, C), or clips (N, F, H, W, C)
 GAP = 2  # white pixels between tiles
+TEXT_SIZE, TEXT_LINE = 10, 12  # pixels of the letters under a tile, and of a line
 SOFTWARE_TAG = 0x0131  # of EXIF
 
 
@@ -52,6 +54,31 @@ def grid(images: Images, columns: int, *, gap: int = GAP, background: int = 255)
         top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
         sheet[top : top + height, left : left + width] = image
     return sheet[None]
+
+
+def strips(texts: Sequence[str], width: int, channels: int) -> Images:
+    """Write texts in black on white strips of one size (N, H', W, C), in as many lines as the longest needs."""
+    font = ImageFont.load_default(TEXT_SIZE)
+    wrapped = [_wrapped(text, font, width - 2) for text in texts]
+    height = TEXT_LINE * max(map(len, wrapped)) + TEXT_LINE // 3
+    pictures = [Image.new("L", (width, height), 255) for _ in texts]
+    for picture, lines in zip(pictures, wrapped, strict=True):
+        for number, line in enumerate(lines):
+            ImageDraw.Draw(picture).text((1, number * TEXT_LINE), line, fill=0, font=font)
+    return np.repeat(np.stack([np.asarray(picture) for picture in pictures])[..., None], channels, axis=-1)
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """Lines of a text that are no wider than `width` pixels; words that are wider are broken."""
+    lines = [""]
+    for word in text.split():
+        while font.getlength(f"{lines[-1]} {word}".strip()) > width and len(word) > 1:
+            if not lines[-1]:
+                fitting = max((n for n in range(1, len(word)) if font.getlength(word[:n]) <= width), default=1)
+                lines[-1], word = word[:fitting], word[fitting:]
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
 
 
 def enlarge(images: Images, factor: int) -> Images:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 from torch import Tensor
 
-from data.pixels import GAP, Images, grid, save_gif, save_mp4, save_png, to_picture, to_uint8
+from data.pixels import GAP, Images, grid, save_gif, save_mp4, save_png, strips, to_picture, to_uint8
 
 FPS = 8  # frames a second, as published
 
@@ -39,11 +40,20 @@ class Writer:
         """Files that show all samples, where `path` is that of the picture."""
         return (path,)
 
-    def sheet(self, samples: Images, columns: int, gap: int = GAP) -> Images:
-        """Lay all samples out in one picture (H', W', C)."""
-        return grid(samples, columns, gap=gap)[0]
+    def sheet(self, samples: Images, columns: int, gap: int = GAP, texts: Sequence[str] = ()) -> Images:
+        """Lay all samples out in one picture (H', W', C), with a text under each if there are any."""
+        return grid(with_texts(samples, texts), columns, gap=gap)[0]
 
-    def save(self, samples: Images, path: Path, columns: int = 1, *, gap: int = 0, software: str = "") -> None:
+    def save(
+        self,
+        samples: Images,
+        path: Path,
+        columns: int = 1,
+        *,
+        gap: int = 0,
+        software: str = "",
+        texts: Sequence[str] = (),
+    ) -> None:
         """Write samples into one file, whole or not at all.
 
         Args:
@@ -52,8 +62,9 @@ class Writer:
             columns: Samples in a row.
             gap: White pixels around each.
             software: Noted in the file.
+            texts: Texts under the samples; none if it is empty.
         """
-        save_png(self.sheet(samples, columns, gap), path, software)
+        save_png(self.sheet(samples, columns, gap, texts), path, software)
 
 
 class ClipWriter(Writer):
@@ -78,17 +89,36 @@ class ClipWriter(Writer):
         """The picture, and the animation that is always written."""
         return path, path.with_suffix(".gif")
 
-    def sheet(self, samples: Images, columns: int, gap: int = GAP) -> Images:
+    def sheet(self, samples: Images, columns: int, gap: int = GAP, texts: Sequence[str] = ()) -> Images:
         """Lay the clips out in one picture (H', W', C), one row a clip, its frames side by side."""
-        return super().sheet(samples, samples.shape[1], gap)
+        if not texts:
+            return super().sheet(samples, samples.shape[1], gap)
+        rows = np.concatenate([grid(clip, len(clip), gap=gap) for clip in samples])
+        return super().sheet(rows, 1, 0, texts)
 
-    def save(self, samples: Images, path: Path, columns: int = 1, *, gap: int = 0, software: str = "") -> None:
+    def save(
+        self,
+        samples: Images,
+        path: Path,
+        columns: int = 1,
+        *,
+        gap: int = 0,
+        software: str = "",
+        texts: Sequence[str] = (),
+    ) -> None:
         """Write clips (N, F, H, W, C) into one file: .gif and .mp4 are animations, others pictures."""
         animation = self.animations.get(path.suffix.lower())
         if animation is None:
-            return super().save(samples, path, columns, gap=gap, software=software)
-        frames = [grid(moment, columns, gap=gap)[0] for moment in samples.swapaxes(0, 1)]
+            return super().save(samples, path, columns, gap=gap, software=software, texts=texts)
+        frames = [grid(with_texts(moment, texts), columns, gap=gap)[0] for moment in samples.swapaxes(0, 1)]
         animation(frames, path, self.fps, software)
+
+
+def with_texts(images: Images, texts: Sequence[str]) -> Images:
+    """Images (N, H, W, C) with a text under each, if there are any."""
+    if not texts:
+        return images
+    return np.concatenate([images, strips(texts, images.shape[2], images.shape[3])], axis=1)
 
 
 def _save_gif(frames: Sequence[Images], path: Path, fps: int, software: str) -> None:

@@ -168,7 +168,8 @@ def _add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
         options["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
-        options |= {"type": items[0], "nargs": "+" if Ellipsis in items else len(items), "action": _TupleAction}
+        options |= {"type": items[0], "nargs": "+" if Ellipsis in items else len(items)}
+        options["action"] = _AddingAction if flag.field.metadata["repeats"] else _TupleAction
         options["metavar"] = items[0].__name__.upper()
     elif choices := choices_of(flag):
         options["choices"] = choices
@@ -210,7 +211,17 @@ def _or_auto(kind: type[int]) -> Callable[[str], int | None]:
 class _TupleAction(argparse.Action):
     def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
         assert isinstance(values, Sequence)  # by nargs
-        setattr(namespace, self.dest, tuple(values))
+        setattr(namespace, self.dest, (*self.before(namespace), *values))
+
+    def before(self, namespace: object) -> tuple[object, ...]:
+        """Values that stay from the same flag before."""
+        return ()
+
+
+class _AddingAction(_TupleAction):
+    def before(self, namespace: object) -> tuple[object, ...]:
+        """All of them."""
+        return getattr(namespace, self.dest, ())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class Preset(NamedTuple):
         channels: Number of leading channels that are guided; None is all.
         interval: Timesteps between which guidance acts (0 clean, 1000 noise); None is everywhere.
         vae: Autoencoder of the images.
+        text_encoder: Text encoder of the prompts, as `--text-encoder` takes it; None for networks without text.
         options: Further settings of the sampler by name.
     """
 
@@ -45,6 +46,7 @@ class Preset(NamedTuple):
     channels: int | None
     interval: tuple[float, float] | None = None
     vae: str = "ema"
+    text_encoder: str | None = None
     options: Mapping[str, float] = MappingProxyType({})
 
 
@@ -105,7 +107,7 @@ class Release(NamedTuple):
 
 _OFFICIAL = Preset("ddpm", "250", 1.5, channels=3)
 _VIDEO = Preset("ddpm", "250", 1.0, channels=4)
-_TEXT = Preset("ddim", "ddim50", 7.5, channels=None)
+_TEXT = Preset("ddim", "ddim50", 7.5, channels=None, text_encoder="maxin-cn/Latte-1")
 _FLOW = {"last_step": 0.04, "shift": 1.0}
 _META = "https://dl.fbaipublicfiles.com/DiT/models"
 _DAMO, _NANJING, _SPARSE = "hub:heisejiasuo/DyDiT", "hub:MCG-NJU", "hub:GuanjieChen/Skip-DiT"

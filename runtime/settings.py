@@ -32,6 +32,7 @@ def setting(
     was: Mapping[str, object] | None = None,
     free: bool = False,
     sampling: bool = False,
+    repeats: bool = False,
 ) -> Any:
     """Make a dataclass field that is a setting.
 
@@ -44,9 +45,10 @@ def setting(
         was: Former flags, accepted with a warning: flag -> value that it means, or None if it takes a value.
         free: True if results do not depend on it: it may change when a run is resumed or a job continued.
         sampling: True for an owner's setting that does not change its weights, and that sampling offers, too.
+        repeats: True for a flag of several values that adds to those of the same flag before it.
     """
     metadata = {"help": help, "choices": choices, "flag": flag, "shown": shown, "was": was or {}, "free": free}
-    return dataclasses.field(default=default, metadata={**metadata, "sampling": sampling})
+    return dataclasses.field(default=default, metadata={**metadata, "sampling": sampling, "repeats": repeats})
 
 
 def positional(help: str) -> Any:

@@ -23,6 +23,7 @@ from runtime.distributed import PRECISIONS
 from runtime.errors import UserError
 from runtime.releases import ALIASES
 from runtime.settings import Given, Kind, flag_name, setting, typed_flag
+from sampling.prompts import TextSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +247,7 @@ class SamplingSettings:
     )
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    text: TextSettings = field(default_factory=TextSettings)
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     caching: CachingSettings = field(default_factory=CachingSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)

@@ -24,18 +24,20 @@ from runtime.background import Background
 from runtime.distributed import World
 from runtime.download import read_record
 from runtime.errors import UserError, error_prefix
-from runtime.files import check_writable
+from runtime.files import atomic_path, check_writable
 from runtime.seeds import derive_seed
 from runtime.settings import Values, document, flag_name, flag_of, flatten, free_settings, setting, to_dict
 from runtime.weight_files import weights_sha256
 from sampling.clips import ClipSettings
 from sampling.config import KINDS, SamplingSettings, check_labels, check_unlabelled
 from sampling.pipeline import Pipeline, batch_indices
+from sampling.prompts import Prompts, deciding
 from sampling.run import PreparedRun
 
 PROGRAM = "sample_ddp.py"
 AUTO_MACS = 64 * 118.6e9  # of a batch: 64 images of XL/2 at 256 pixels, which takes 118.62 G each
 LARGEST_AUTO = 256
+LISTING = ".txt"  # suffix of the file of prompts next to the .npz
 COUNTS = {"image": 50_000, "clip": 2_048}  # samples as FID-50K takes them, and Fréchet video distances
 
 
@@ -47,7 +49,9 @@ class JobSettings:
     output: Path | None = setting(None, "exact path of the .npz", shown="a name in --sample-dir", free=True)
     overwrite: bool = setting(False, "replace existing files and unfinished jobs with other settings", free=True)
     num_fid_samples: int | None = setting(
-        None, "number of images or clips", shown="50,000 or 2,048, or the number that --class-seeds makes"
+        None,
+        "number of images or clips; prompts are taken in turn",
+        shown="50,000 or 2,048; one of each prompt, or the number that --class-seeds makes",
     )
     per_proc_batch_size: int | None = setting(
         32, "images a process computes at a time, which decides their last bits; auto: by the network's cost alone"
@@ -118,28 +122,35 @@ class Plan(NamedTuple):
     Attributes:
         labels: (N,) int64; None for a network that takes none.
         noise: N numbers; samples with the same one have the same noise.
+        prompts: Prompts that the samples take in turn; None for a network that takes no text.
     """
 
     labels: Tensor | None
     noise: Sequence[int]
+    prompts: Prompts | None = None
 
-    def conditioning(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Conditioning of these samples."""
-        return {} if self.labels is None else {"y": self.labels[rows]}
+    def conditioning(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """Conditional and unconditional rows of these samples; None for those of the network itself."""
+        if self.prompts is not None:
+            return self.prompts.conditioning(rows)
+        return {} if self.labels is None else {"y": self.labels[rows]}, None
 
 
-def plan_job(config: JobSettings, num_classes: int, count: int = COUNTS["image"]) -> Plan:
+def plan_job(
+    config: JobSettings, num_classes: int, count: int = COUNTS["image"], prompts: Prompts | None = None
+) -> Plan:
     """Choose labels and noise of all samples.
 
     Args:
         config: The settings.
         num_classes: Classes of the model; 0 for one without labels.
-        count: Number of samples where the settings name none.
+        count: Number of samples where the settings name none; with prompts it is theirs.
+        prompts: Prompts of a network that takes text.
 
     Raises:
         UserError: For a class that the model does not have, or a number of samples that is not the seeds'.
     """
-    every = range(config.num_fid_samples or count)
+    every = range(config.num_fid_samples or (count if prompts is None else prompts.size))
     if num_classes == 0:
         chosen = {
             "--class-labels": config.class_labels,
@@ -147,7 +158,7 @@ def plan_job(config: JobSettings, num_classes: int, count: int = COUNTS["image"]
             "--balanced-labels": config.balanced_labels or None,
         }
         check_unlabelled(chosen)
-        return Plan(None, every)
+        return Plan(None, every, prompts)
     check_labels(config.class_labels or (), num_classes)
     classes = torch.tensor(config.class_labels or range(num_classes))
     if config.class_seeds is not None:
@@ -198,31 +209,32 @@ class Job:
         pipeline: Samples.
         run: From the pipeline, with `SampleDDPSettings`.
         world: This process among all.
+        prompts: Prompts of a network that takes text.
 
     Raises:
         UserError: If the images cannot be made, or the file cannot be started or resumed.
     """
 
-    def __init__(self, pipeline: Pipeline, run: PreparedRun, world: World) -> None:
+    def __init__(self, pipeline: Pipeline, run: PreparedRun, world: World, prompts: Prompts | None = None) -> None:
         assert isinstance(run.config, SampleDDPSettings)
         self.pipeline, self.run, self.world = pipeline, run, world
         job = run.config.job
         self.writer = run.config.clips.writer(pipeline.image_shape, pipeline.info.path)
-        self.plan = plan_job(job, pipeline.num_classes, COUNTS[self.writer.unit])
+        self.plan = plan_job(job, pipeline.num_classes, COUNTS[self.writer.unit], prompts)
         self.total = len(self.plan.noise)
         self.size = job.per_proc_batch_size or auto_batch_size(sum(pipeline.network.cost().values()))
         job = replace(job, per_proc_batch_size=self.size, num_fid_samples=self.total)
         self.checksum = fingerprint(pipeline.info.path)
         self.encoder = distributed.on_rank0(pipeline.encoder.describe)
-        deciding = self._deciding_settings(replace(run.config, job=job))
-        path = job.output or job.sample_dir / self._name(deciding)
+        fixed = self._deciding_settings(replace(run.config, job=job))
+        path = job.output or job.sample_dir / self._name(fixed)
         self.config = replace(run.config, job=replace(job, output=path))
 
         flag = "--output" if job.output else "--sample-dir"
         check_writable(path, flag)
         *frames, channels, height, width = pipeline.image_shape
         self.file = SampleFile(path, (self.total, *frames, height, width, channels), self.size, world.rank)
-        self.missing = distributed.on_rank0(lambda: self._open_file(deciding, flag))
+        self.missing = distributed.on_rank0(lambda: self._open_file(fixed, flag))
 
     def sample(self) -> None:
         """Sample this process's share of the missing chunks; each is decoded and written during the next one."""
@@ -232,15 +244,25 @@ class Job:
         with bar, Background(self.world.device) as background:
             for chunk in self.missing[self.world.rank :: self.world.size]:
                 rows = batch_indices(chunk * self.size, self.size, self.total)
-                noise, conditioning = [self.plan.noise[i] for i in rows], self.plan.conditioning(rows)
-                latents = self.pipeline.denoise(self.run, self.config.job.global_seed, noise, conditioning)
+                noise, (conditioning, null) = [self.plan.noise[i] for i in rows], self.plan.conditioning(rows)
+                latents = self.pipeline.denoise(self.run, self.config.job.global_seed, noise, conditioning, null=null)
                 background.submit(partial(self._store, chunk, latents, bar))
 
     def finish(self, timings: Values) -> Path:
         """Complete the file and write the JSON next to it, on one process; returns the path."""
         labels = None if self.plan.labels is None else self.plan.labels.numpy()
+        if (listing := self._listing()) is not None:
+            with atomic_path(self.file.path.with_suffix(LISTING)) as temporary:
+                temporary.write_text(listing, encoding="utf-8")
         self.file.finish(labels, {**self._result(), "run": timings})
         return self.file.path
+
+    def _listing(self) -> str | None:
+        """Prompts of all samples, one a line; None if there are none, or their texts are not known."""
+        prompts = self.plan.prompts
+        if prompts is None or not prompts.texts:
+            return None
+        return "".join(f"{prompts.text_of(i)}\n" for i in range(self.total))
 
     def _store(self, chunk: int, latents: Tensor, bar: tqdm) -> None:
         pixels = self.pipeline.decode(latents, self.run)
@@ -271,25 +293,30 @@ class Job:
         if isinstance(self.run.settings, SolverTable):
             settings["--solver-table"] = to_dict(self.run.settings)  # not the name of a file that may change
         settings |= config.clips.given()  # only of networks of clips: names of other jobs stay as they were
+        if self.plan.prompts is not None:
+            settings |= deciding(self.plan.prompts)
         return {"format": 2, "--ckpt": self.checksum, "--device": self.world.device.type, **settings}
 
-    def _name(self, deciding: Values) -> str:
+    def _name(self, fixed: Values) -> str:
         """The official name, extended by sampler, steps, and a digest of everything else that decides the images."""
         config, info = self.run.config, self.pipeline.info
-        digest = hashlib.blake2b(json.dumps(deciding, sort_keys=True).encode(), digest_size=4).hexdigest()
+        digest = hashlib.blake2b(json.dumps(fixed, sort_keys=True).encode(), digest_size=4).hexdigest()
         parts = [
             info.model, info.path.stem, "size", self.pipeline.image_shape[-2], "vae", Path(info.encoder).name,
-            "cfg", config.guidance.cfg_scale, "seed", deciding["--global-seed"], config.sampler or "table",
+            "cfg", config.guidance.cfg_scale, "seed", fixed["--global-seed"], config.sampler or "table",
             config.num_sampling_steps, digest,
         ]  # fmt: skip
         return f"{'-'.join(map(str, parts)).replace('/', '-')}.npz"
 
-    def _open_file(self, deciding: Values, flag: str) -> list[int]:
+    def _open_file(self, fixed: Values, flag: str) -> list[int]:
         """Start or resume the file, on one process; returns the chunks that are still to be made."""
         job, file = self.config.job, self.file
+        listing, path = self._listing(), file.path.with_suffix(LISTING)
+        if listing is not None and path.exists() and not job.overwrite and path.read_bytes() != listing.encode():
+            raise UserError(f"{flag}: {path} exists already, with other text; --overwrite replaces it")
         try:
             # Not part of the name, under which version 0.1 started jobs without it
-            settings = {**deciding, "torch": torch.__version__, migrate.ENCODER: encoder_digest(self.encoder)}
+            settings = {**fixed, "torch": torch.__version__, migrate.ENCODER: encoder_digest(self.encoder)}
             missing = file.open(settings, overwrite=job.overwrite, files=self.config.files)
         except UserError as error:
             raise UserError(f"{flag}: {error}") from error
@@ -310,6 +337,7 @@ class Job:
                 "reported_fid": info.release.fid if info.release else None,
             },
             "autoencoder": self.encoder,
+            **({} if self.plan.prompts is None else {"text": self.plan.prompts.record}),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,

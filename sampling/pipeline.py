@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from sampling.config import (
 )
 from sampling.editing import Edit
 from sampling.opening import open_checkpoint, open_guide
+from sampling.prompts import TextSettings, open_prompts
 from sampling.resolution import resolve
 from sampling.run import PreparedRun, WeakerNetwork, prepare_run
 
@@ -51,7 +53,7 @@ class Pipeline:
         info: Description of its checkpoint.
         encoder: Between latents and pixels.
         process: Noise process that the network was trained under.
-        image_shape: (C, H, W) of the images, or (F, C, H, W) of the clips.
+        image_shape: (C, H, W) of the images, or (F, C, H, W) of the clips; clips of one frame are images.
         guide: Weaker network of autoguidance; None without.
     """
 
@@ -67,6 +69,8 @@ class Pipeline:
         learns_variance = network.out_channels != network.sample_shape[-3]
         self.process = PROCESSES[info.process](**info.process_settings).make(learns_variance)
         self.image_shape = encoder.image_shape(network.sample_shape)
+        if len(self.image_shape) == 4 and self.image_shape[0] == 1:
+            self.image_shape = self.image_shape[1:]
         self._given, self._runs = given, OrderedDict[str, PreparedRun]()
 
     @classmethod
@@ -155,6 +159,24 @@ class Pipeline:
             images.append(writer.to_uint8(self.decode(latents, run)).cpu().numpy())
         return np.concatenate(images)[:count]
 
+    def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> tuple[Conditioning, Conditioning]:
+        """Encode prompts for `sample`, with the encoder that the checkpoint or `text_encoder` names, which is freed.
+
+        Args:
+            prompts: N prompts.
+            negative_prompt: Prompt of the unconditional rows.
+
+        Returns:
+            Conditioning of N rows, "text" and "text_mask", and the same of unconditional rows.
+
+        Raises:
+            UserError: If the network takes no text, or the encoder cannot be had.
+        """
+        settings = replace(self._given.general.text, prompt=tuple(prompts), negative_prompt=negative_prompt)
+        encoded = open_prompts(settings, self.network, self.info, self.device, prompts)
+        assert encoded is not None and encoded.null is not None  # prompts are given, and encoded here
+        return encoded.rows, encoded.null
+
     def prepare(self, strength: float = 1.0, /, **settings: object) -> PreparedRun:
         """Prepare the run of some settings, or find it prepared with them before.
 
@@ -212,7 +234,7 @@ class Pipeline:
             UserError: If the run is guided and there are no unconditional rows.
         """
         noise = ImageNoise(seed, indices, self.network.sample_shape, self.device)
-        if null is None and run.guide is None and any(evaluation.guided for evaluation in run.table):
+        if null is None and run.takes_null:
             with error_prefix("null"):
                 null = self.network.null_conditioning(len(indices))
         cond, second = (
@@ -230,6 +252,8 @@ class Pipeline:
 
         Of a stochastic encoder they are a sample, the same for the same seed and row.
         """
+        if pixels.ndim == len(self.network.sample_shape):  # images, for a network of clips
+            pixels = pixels.unsqueeze(1)
         raw, noise = self.encoder.encode_pixels(pixels.to(self.device)), None
         if self.encoder.stochastic:
             shape = self.encoder.latent_shape(tuple(pixels.shape[1:]))
@@ -251,7 +275,9 @@ class Pipeline:
         with distributed.tf32_inside(config.compute.allows_tf32):
             frames = latents.flatten(0, -4)  # of clips; images stay as they are
             parts = [self.encoder.decode(part) for part in frames.split(config.encoder.vae_batch_size)]
-        pixels = torch.cat(parts).unflatten(0, latents.shape[:-3])
+        pixels = torch.cat(parts)
+        if len(self.image_shape) == 4:
+            pixels = pixels.unflatten(0, latents.shape[:-3])
         if not torch.isfinite(pixels).all():
             decoded = bool(torch.isfinite(latents).all())
             source = f"--vae {self.info.encoder}" if decoded else f"--ckpt {self.info.path}"
@@ -291,6 +317,7 @@ OF_PIPELINE = {
     "guide_ckpt",
     *CheckpointSettings.__dataclass_fields__,
     *EncoderSettings.__dataclass_fields__,
+    *TextSettings.__dataclass_fields__,
 }
 OF_PIPELINE |= {flag.field.name for row in FAMILIES.values() for flag in flags_of(row.config).values()}
 

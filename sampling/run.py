@@ -59,6 +59,11 @@ class PreparedRun(NamedTuple):
     evaluate: NetworkLike
     guide: NetworkLike | None = None
 
+    @property
+    def takes_null(self) -> bool:
+        """True if unconditional rows are evaluated."""
+        return self.guide is None and any(evaluation.guided for evaluation in self.table)
+
     def denoise(
         self,
         x: Tensor,

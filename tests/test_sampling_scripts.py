@@ -153,7 +153,9 @@ def test_a_killed_job_goes_on_by_the_same_command(ckpt, tmp_path, ranks, before_
     monkeypatch.setattr(
         pipeline.Pipeline,
         "denoise",
-        lambda self, run, seed, indices, cond: made.append(indices[0] // 5) or denoise(self, run, seed, indices, cond),
+        lambda self, run, seed, indices, cond, **more: (
+            made.append(indices[0] // 5) or denoise(self, run, seed, indices, cond, **more)
+        ),
     )
     assert run(sample_ddp.main, "sample_ddp.py", argv) == 0
     assert made == sorted(set(range(5)) - finished)

@@ -219,7 +219,9 @@ def test_an_interrupted_job_continues_and_misses_no_file(
     interrupted(clip_ckpt, tmp_path / "a.npz", monkeypatch, "--save-gif")
     (tmp_path / "a" / "000001.gif").unlink()  # of the first chunk
     made, denoise = [], Pipeline.denoise
-    monkeypatch.setattr(Pipeline, "denoise", lambda self, *args: made.append(args[2][0] // 2) or denoise(self, *args))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+        Pipeline, "denoise", lambda self, *args, **more: made.append(args[2][0] // 2) or denoise(self, *args)
+    )  # type: ignore[func-returns-value]
     draw(clip_ckpt, tmp_path / "a.npz", "--save-gif")
     assert f"{4 - len(made)} of 4 chunks are there" in capsys.readouterr().out and 0 in made and 1 not in made
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
