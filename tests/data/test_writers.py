@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.pixels import grid, save_png, to_uint8, written_by
+from data.pixels import grid, save_png, strips, to_uint8, written_by
 from data.writers import ClipWriter, Writer, writer_of
 from tests import golden_data
 
@@ -133,3 +133,39 @@ def test_a_video_without_its_library_is_of_unknown_origin(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "a.mp4").write_bytes(b"\0" * 64)
     assert not written_by(tmp_path / "a.mp4", "me")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Texts under samples
+
+
+def test_texts_are_under_their_samples_and_pixels_stay_as_they_are(tmp_path: Path) -> None:
+    images = np.full((3, 40, 60, 1), 90, np.uint8)
+    plain, sheet = (Writer().sheet(images, 2, 2, texts) for texts in ((), ["a seven", "", "a large two moving up"]))
+    assert plain.shape[1] == sheet.shape[1] and sheet.shape[0] > plain.shape[0]
+    tile = (sheet.shape[0] - 2) // 2
+    strips = [sheet[top + 42 : top + tile, left : left + 60] for top, left in ((0, 2), (0, 64), (tile, 2))]
+    dark = [int((strip < 128).sum()) for strip in strips]
+    assert dark[1] == 0 < dark[0] < dark[2], "nothing under the second"
+    assert (sheet[2:42, 2:62] == 90).all() and (sheet[2 + tile : 42 + tile, 2:62] == 90).all()
+    Writer().save(images, tmp_path / "a.png", 2, gap=2, texts=["a", "b", "c"])
+    assert Image.open(tmp_path / "a.png").size[0] == plain.shape[1]
+
+
+def test_clips_have_their_text_in_the_sheet_and_in_every_frame_of_an_animation(tmp_path: Path) -> None:
+    samples = clips(2, 1, 20, 30)
+    texts = ["a small seven moving right", "a two"]
+    sheet = ClipWriter().sheet(samples, 1, 2, texts)
+    assert sheet.shape[1] == 5 * 32 + 2 and np.array_equal(sheet[2:22, 2:32], samples[0, 0])
+    ClipWriter().save(samples, tmp_path / "a.gif", 2, gap=2, texts=texts)
+    frames, _ = animation(tmp_path / "a.gif")
+    assert len(frames) == 5 and frames.shape[1] > 44
+    under = frames[:, 23:, 2:32]
+    assert (under == under[0]).all() and (under < 128).any()
+
+
+def test_long_words_are_broken_and_lines_stay_inside() -> None:
+    strip = strips(["incomprehensibilities of a very long prompt"], 40, 3)
+    assert strip.shape[2:] == (40, 3) and strip.shape[1] >= 5 * 12
+    assert (strip[0, :, -1] == 255).all() and (strip < 128).any()
+    assert strips(["", ""], 40, 1).shape == (2, 16, 40, 1)
