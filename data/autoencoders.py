@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
-import json
 import pickle
 import re
 import warnings
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from data.encoders import Encoder, LatentScaling
 from runtime.download import quiet_hub
 from runtime.errors import UserError
-from runtime.json_file import Json
+from runtime.json_file import Json, parse_json
 from runtime.zip_checksums import compare_checksums
 
 OFFICIAL_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -219,7 +218,7 @@ def _check_files(folder: Path) -> None:
             if not is_floating:
                 raise ValueError(f"{folder / name}: {key} does not hold floating-point numbers; quantised weights?")
     for index in folder.glob("diffusion_pytorch_model.*.index.json"):
-        shards = json.loads(index.read_text())["weight_map"]
+        shards = parse_json(index.read_text())["weight_map"]
         for key, name in shards.items():
             if types.get(name) and key not in types[name]:
                 raise ValueError(f"{folder / name}: lacks {key}, which {index.name} places there")

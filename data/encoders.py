@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data.pixels import from_uint8
-from runtime.json_file import Json
+from runtime.json_file import Json, parse_json
 
 UNVERIFIED = "unverified: no digest of its weights is known"
 Shape = tuple[int, ...]
@@ -256,7 +256,7 @@ def _class_of_folder(folder: Path) -> type[Encoder]:
     if not folder.is_dir():
         raise ValueError(f"no such folder; give {', '.join(Encoder.names)}, or the folder of an autoencoder")
     try:
-        name = json.loads((folder / "config.json").read_text())["_class_name"]
+        name = parse_json((folder / "config.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         hint = "give its subfolder vae" if (folder / "vae").is_dir() else f"supported are {supported} of diffusers"
         raise ValueError(f"has no config.json that names a class (_class_name); {hint}") from error

@@ -6,7 +6,7 @@ import errno
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,8 @@ OTHER_IMAGES = (
 )  # fmt: skip
 READ = "JPEG, PNG, WebP, BMP, TIFF and PPM are read; convert other images to JPEG or PNG"
 NO_EXTENSION, BROKEN, LOOP = "without an extension", "links to missing files", "links to folders that hold them"
+FILE, FOLDER = "file", "folder"
+SPECIAL = "pipes or devices"  # reading them could wait for ever
 MAX_REPEATS = 10_000  # times that links of a class may lead to a folder again; links of links multiply
 OTHER_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "System Volume Information"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -48,14 +50,11 @@ def scan(root: Path) -> Scan:
         ValueError: If some classes have images and one has none, if they are the splits of a data set, or if links lead
             to the same folders too often.
     """
-    place = root.resolve()
-    around = tuple(map(_identity, (place, *place.parents)))
-    folders = [entry for entry in os.scandir(root) if not _is_hidden(entry.name) and _is_folder(entry)]
-    loops = sorted(entry.path for entry in folders if entry.is_symlink() and _identity(entry.path) in around)
+    around = holders(root)
+    folders = [entry for entry in os.scandir(root) if not is_hidden(entry.name) and what_is(entry) == FOLDER]
+    loops = sorted(entry.path for entry in folders if is_loop(entry, around))
     names = sorted(entry.name for entry in folders if entry.path not in loops)
-    if names and SPLITS.issuperset(name.lower() for name in names):
-        inside = next((name for name in names if name.lower().startswith("train")), names[0])
-        raise ValueError(f"{root}: holds the splits {', '.join(names)}, not classes; give {root / inside}")
+    check_splits(root, names)
     samples: list[tuple[str, int]] = []
     left_out, empty = Counter({LOOP: len(loops)}), dict[str, str]()  # of the whole folder; classes without an image
     for label, name in enumerate(names):
@@ -69,36 +68,68 @@ def scan(root: Path) -> Scan:
                 here[reason] += 1
         left_out += here
         if len(samples) == before:
-            empty[name] = f"; it has {_counted(here)}" if here else ""
+            empty[name] = f"; it has {counted(here)}" if here else ""
     for name, kinds in empty.items() if samples else ():
         raise ValueError(f"{root}: the class folder {name} has no image{kinds}; remove it, or add images")
     if not samples and any(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(root)):
-        above = root.parent if root.name else place.parent
+        above = root.parent if root.name else root.resolve().parent
         raise ValueError(
             f"{root}: holds images, and no class folders with images; give the folder above, {above}, or put the "
             "images into one folder in it"
         )
     if +left_out:
         first = f" (the first is {os.path.relpath(loops[0], root)})" if loops else ""
-        warnings.warn(f"{root}: left out {_counted(left_out)}{first}; {READ}", stacklevel=3)
-    if all(map(str.isdecimal, names)) and names != sorted(names, key=int):
-        shown = ", ".join(names[:4])
-        warnings.warn(f"{root}: class names are numbers, and are sorted as text: {shown}, ...", stacklevel=3)
+        warnings.warn(f"{root}: left out {counted(left_out)}{first}; {READ}", stacklevel=3)
+    warn_of_numbers(root, names)
     return Scan(names, samples)
 
 
-def _is_hidden(name: str) -> bool:
+def check_splits(root: Path, names: Sequence[str]) -> None:
+    """Raise a ValueError if all folders of a data set have names of splits."""
+    if names and SPLITS.issuperset(name.lower() for name in names):
+        inside = next((name for name in names if name.lower().startswith("train")), names[0])
+        raise ValueError(f"{root}: holds the splits {', '.join(names)}, not classes; give {root / inside}")
+
+
+def warn_of_numbers(root: Path, classes: Sequence[str]) -> None:
+    """Warn if names of classes are numbers, and sorted as text they are in another order."""
+    if all(map(str.isdecimal, classes)) and [*classes] != sorted(classes, key=int):
+        shown = ", ".join(classes[:4])
+        warnings.warn(f"{root}: class names are numbers, and are sorted as text: {shown}, ...", stacklevel=4)
+
+
+def is_hidden(name: str) -> bool:
+    """True for names that programs give to files and folders of their own."""
     return name.startswith(".") or name in OTHER_FOLDERS
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """True for a folder, or a link to one."""
+def what_is(entry: os.DirEntry[str]) -> str:
+    """FOLDER or FILE, also by a link; else why it is neither."""
     try:
-        return entry.is_dir()
+        if entry.is_dir():
+            return FOLDER
+        if entry.is_file():
+            return FILE
     except OSError as error:
         if error.errno != errno.ELOOP:  # a link to itself
             raise
-        return False
+    return BROKEN if entry.is_symlink() and not os.path.exists(entry.path) else SPECIAL
+
+
+def holders(root: Path) -> tuple[Identity, ...]:
+    """A folder, and those that hold it."""
+    place = root.resolve()
+    return tuple(map(_identity, (place, *place.parents)))
+
+
+def is_loop(folder: os.DirEntry[str], around: Collection[Identity]) -> bool:
+    """True for a link to a folder that holds it."""
+    return folder.is_symlink() and _identity(folder.path) in around
+
+
+def counted(left_out: Counter[str]) -> str:
+    """Numbers of what is left out, in words."""
+    return ", ".join(f"{count} {reason}" for reason, count in sorted((+left_out).items()))
 
 
 def _identity(folder: str | Path) -> Identity:
@@ -120,9 +151,9 @@ def _files(folder: str, around: tuple[Identity, ...]) -> Iterator[tuple[str, str
     seen, repeats = set[Identity](), 0
     folders = [(folder, around)]
     while folders:
-        place, holders = folders.pop()
+        place, above = folders.pop()
         own, files = _identity(place), list[tuple[str, str | None]]()
-        if own in holders:
+        if own in above:
             found.append((place, [(place, LOOP)]))
             continue
         repeats += own in seen
@@ -131,13 +162,13 @@ def _files(folder: str, around: tuple[Identity, ...]) -> Iterator[tuple[str, str
         seen.add(own)
         for entry in os.scandir(place):
             suffix = os.path.splitext(entry.name)[1].lower()
-            if _is_hidden(entry.name):
+            if is_hidden(entry.name):
                 continue
-            if _is_folder(entry):
-                folders.append((entry.path, (*holders, own)))
+            kind = what_is(entry)
+            if kind == FOLDER:
+                folders.append((entry.path, (*above, own)))
             elif suffix in EXTENSIONS:
-                is_broken = entry.is_symlink() and not os.path.exists(entry.path)
-                files.append((entry.path, BROKEN if is_broken else None))
+                files.append((entry.path, None if kind == FILE else kind))
             elif suffix in OTHER_IMAGES:
                 files.append((entry.path, suffix))
             elif suffix in ("", "."):
@@ -145,7 +176,3 @@ def _files(folder: str, around: tuple[Identity, ...]) -> Iterator[tuple[str, str
         found.append((place, sorted(files)))
     for _, files in sorted(found):
         yield from files
-
-
-def _counted(left_out: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted((+left_out).items()))

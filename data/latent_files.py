@@ -29,7 +29,7 @@ from data.layouts import describe_layout
 from data.npz_file import npy_header
 from runtime.download import sha256_of
 from runtime.files import atomic_path
-from runtime.json_file import is_intact, read_json, write_json
+from runtime.json_file import is_intact, parse_json, read_json, write_json
 from runtime.migrate import latent_index
 
 FORMAT = 2
@@ -128,7 +128,7 @@ def read_index(folder: Path) -> Json:
     if not folder.is_dir():
         raise ValueError(f"{folder}: {'not a' if folder.exists() else 'no such'} folder")
     try:
-        index = json.loads(path.read_text())
+        index = parse_json(path.read_text())
     except FileNotFoundError as error:
         if (folder / MANIFEST).exists() or shard_files(folder):
             raise ValueError(f"{path}: missing; the extraction is not finished, {REMEDY}") from error

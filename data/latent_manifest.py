@@ -13,7 +13,7 @@ from data.image_folder import ImageFolder
 from data.latent_files import FORMAT, INDEX, MANIFEST, Json, shard_files
 from runtime import distributed
 from runtime.errors import UserError
-from runtime.json_file import is_intact
+from runtime.json_file import is_intact, parse_json
 from runtime.migrate import latent_index
 
 # Settings in the manifest that fix the bytes, and their flags
@@ -112,7 +112,7 @@ def check_settings(folder: Path, manifest: Json, encoder: Encoder, *, overwrite:
             raise UserError(f"{where}: {present[0].name} is there, but no {MANIFEST}; {by_hand}")
         return
     try:
-        started = json.loads(path.read_text())
+        started = parse_json(path.read_text())
     except ValueError as error:
         raise UserError(f"{where}: {path} is not JSON; {by_hand}") from error
     document = started if isinstance(started, dict) else {}

@@ -30,6 +30,7 @@ from data.latent_files import (
     map_array,
     read_index,
 )
+from runtime.json_file import parse_json
 
 _ROWS_AT_A_TIME = 256
 
@@ -207,7 +208,7 @@ class LatentShards:
         for position, shard in enumerate(self._shards):
             path = self._description(position)
             try:
-                description = json.loads(path.read_text())
+                description = parse_json(path.read_text())
                 part = description["labels"]
                 digest.update("\n".join([*description["paths"], ""]).encode(errors="surrogateescape"))
             except (ValueError, KeyError, TypeError) as error:

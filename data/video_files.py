@@ -20,6 +20,9 @@ EXTENSIONS = (
     ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv",
     ".gif",
 )  # fmt: skip
+OTHER_VIDEOS = (
+    ".asf", ".divx", ".dv", ".f4v", ".h264", ".m2ts", ".m2v", ".mts", ".mxf", ".ogm", ".rm", ".rmvb", ".vob", ".y4m",
+)  # fmt: skip
 # Containers; FFmpeg would also open playlists, which name other files
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,asf,flv,ogg,gif"
 REMEDY = "replace or remove the file"

@@ -19,17 +19,34 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from data.folder_scan import EXTENSIONS, OTHER_FOLDERS, OTHER_IMAGES
+from data.folder_scan import (
+    EXTENSIONS,
+    FILE,
+    FOLDER,
+    LOOP,
+    OTHER_IMAGES,
+    Identity,
+    check_splits,
+    counted,
+    holders,
+    is_hidden,
+    is_loop,
+    warn_of_numbers,
+    what_is,
+)
 from data.image_folder import UnreadableImageError
 from data.video_files import EXTENSIONS as VIDEO_EXTENSIONS
-from data.video_files import VideoInfo, check_pyav, inspect_video
+from data.video_files import OTHER_VIDEOS, VideoInfo, check_pyav, inspect_video
 from runtime.json_file import read_json, write_json
 
 LISTING = ".clip_listing.json"
 FORMAT = 1
 NAME = re.compile(r"(?P<start>.*?)(?P<number>\d+)(?P<end>\D*\.\w+)", re.DOTALL)
 THREADS = 8
-FOLDER = -1  # in place of a size
+NO_FRAMES = "folders without frames"
+OTHERS = (*EXTENSIONS, *OTHER_IMAGES, *OTHER_VIDEOS)
+READ = f"{', '.join(VIDEO_EXTENSIONS)}, and folders of PNG, JPEG or WebP are read"
+NO_SIZE = -1  # of a folder of frames
 
 
 class Frames(NamedTuple):
@@ -57,7 +74,7 @@ class Video(NamedTuple):
 
     Attributes:
         path: Relative to the folder, with forward slashes.
-        size: Of the file in bytes; FOLDER for a folder of frames.
+        size: Of the file in bytes; NO_SIZE for a folder of frames.
         stamp: Time of its last change in nanoseconds.
         length: Number of frames; 0 if it cannot be read.
         times: Of a file, as in `VideoInfo`.
@@ -76,12 +93,26 @@ class Video(NamedTuple):
     @property
     def is_folder(self) -> bool:
         """True for a folder of frames."""
-        return self.size == FOLDER
+        return self.size == NO_SIZE
 
     @property
     def info(self) -> VideoInfo:
         """Frames of a file."""
         return VideoInfo(self.length, self.times)
+
+
+class Content(NamedTuple):
+    """Content of one folder, sorted by name.
+
+    Attributes:
+        rows: Folders of frames, and paths of video files.
+        folders: Paths of other folders.
+        left_out: Number of other files and folders by kind.
+    """
+
+    rows: list[Video | str]
+    folders: list[str]
+    left_out: Counter[str]
 
 
 class Listing(NamedTuple):
@@ -102,46 +133,33 @@ def list_videos(root: Path) -> Listing:
     """List the videos of a folder, and keep the listing there. Hidden files and folders are not seen.
 
     Raises:
-        ValueError: If the folder is missing, holds no videos, or some with a class and some without.
+        ValueError: If the folder is missing, holds no videos, or splits, or some videos with a class and some without,
+            or if some classes have videos and one has none.
         OSError: If the file system fails.
     """
     if not root.is_dir():
         raise ValueError(f"{root}: {'not a' if root.exists() else 'no such'} folder")
-    known = _read(root)
-    found, left_out = dict[str, list[Video | str]](), Counter[str]()  # class -> folders of frames, and paths of files
-    for name, is_folder in _entries(root):
-        if not is_folder:
-            if _suffix(name) in EXTENSIONS:
-                raise ValueError(f"{root}: holds images ({name}); put the frames of each video into its own folder")
-            _add(found, "", _file(name, left_out))
-        elif (video := _folder(root, name, known)) is not None:
-            _add(found, "", video)
-        else:
-            for inner, is_inner_folder in _entries(root / name):
-                path = f"{name}/{inner}"
-                if not is_inner_folder:
-                    _add(found, name, _file(path, left_out))
-                    continue
-                video = _folder(root, path, known)
-                left_out["folders without frames"] += video is None
-                _add(found, name, video)
-    if "" in found and len(found) > 1:
-        first, second = (_path(found[name][0]) for name in ("", next(filter(None, found))))
-        raise ValueError(f"{root}: {first} has no class, and {second} has one; put each into a class folder")
+    known, around = _read(root), holders(root)
+    here = _find(root, "", known, around)
+    check_splits(root, here.folders)
+    found = {name: _find(root, name, known, around) for name in here.folders}
+    full = [name for name in found if found[name].rows]
+    _check(root, here, found, full)
+    left_out = sum((each.left_out for each in found.values()), here.left_out)
+    left_out[NO_FRAMES] += len(here.folders) if here.rows else 0
     if +left_out:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted((+left_out).items()))
-        warnings.warn(f"{root}: left out {kinds}; videos, and folders of PNG, JPEG or WebP are read", stacklevel=3)
-    if not found:
+        warnings.warn(f"{root}: left out {counted(left_out)}; {READ}", stacklevel=3)
+    if not here.rows and not full:
         raise ValueError(f"{root}: holds no videos; expected [CLASS/]VIDEO.mp4 or [CLASS/]VIDEO/frame_0001.jpg")
-    classes = sorted(filter(None, found))
-    rows = [(label, row) for label, name in enumerate(classes or [""]) for row in sorted(found[name], key=_path)]
+    warn_of_numbers(root, full)
+    rows = [(0, row) for row in here.rows] or [(i, row) for i, name in enumerate(full) for row in found[name].rows]
     if any(isinstance(row, str) for _, row in rows):
         check_pyav()
     with ThreadPoolExecutor(THREADS) as pool:
         videos = [*pool.map(lambda row: _inspect(root, row[1], known), rows)]
     if videos != [*known.values()]:
         _write(root, videos)
-    return Listing(classes, videos, [label for label, _ in rows])
+    return Listing(full, videos, [label for label, _ in rows])
 
 
 def digest_of_videos(videos: Sequence[Video]) -> str:
@@ -198,6 +216,44 @@ def _even(names: list[str]) -> Frames | None:
     return frames if {*frames.names()} == {*names} else None
 
 
+def _find(root: Path, folder: str, known: dict[str, Video], around: tuple[Identity, ...]) -> Content:
+    """Look through a folder, given by its path relative to the root."""
+    rows, folders, left_out = list[Video | str](), list[str](), Counter[str]()
+    for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
+        if is_hidden(entry.name):
+            continue
+        path, suffix, kind = f"{folder}/{entry.name}".removeprefix("/"), _suffix(entry.name), what_is(entry)
+        if kind == FOLDER and is_loop(entry, around):
+            left_out[LOOP] += 1
+        elif kind == FOLDER:
+            if (video := _folder(root, path, known)) is None:
+                folders.append(path)
+            else:
+                rows.append(video)
+        elif kind != FILE:
+            left_out[kind] += 1
+        elif suffix in VIDEO_EXTENSIONS:
+            rows.append(path)
+        else:
+            left_out[suffix] += suffix in OTHERS
+    left_out[NO_FRAMES] += len(folders) if folder else 0
+    return Content(rows, folders, left_out)
+
+
+def _check(root: Path, here: Content, found: dict[str, Content], full: list[str]) -> None:
+    """Raise a ValueError for images among videos, videos without a class among classes, and empty classes."""
+    images = [name for name in os.listdir(root) if _suffix(name) in EXTENSIONS and here.left_out[_suffix(name)]]
+    if images:
+        raise ValueError(f"{root}: holds images ({min(images)}); put the frames of each video into its own folder")
+    if here.rows and full:
+        first, second = _path(here.rows[0]), _path(found[full[0]].rows[0])
+        raise ValueError(f"{root}: {first} has no class, and {second} has one; put each into a class folder")
+    if full and len(full) < len(found):
+        name = next(name for name in found if name not in full)
+        kinds = f"; it has {counted(found[name].left_out)}" if +found[name].left_out else ""
+        raise ValueError(f"{root}: the class folder {name} has no video{kinds}; remove it, or add videos")
+
+
 def _inspect(root: Path, row: Video | str, known: dict[str, Video]) -> Video:
     """A video file from the listing, or as it is now; a folder of frames is one already."""
     if isinstance(row, Video):
@@ -216,35 +272,16 @@ def _folder(root: Path, path: str, known: dict[str, Video]) -> Video | None:
     stamp, before = os.stat(root / path).st_mtime_ns, known.get(path)
     if before is not None and before.is_folder and before.stamp == stamp:
         return before
-    names = [name for name in os.listdir(root / path) if name[0] != "."]
-    images = [name for name in names if name.endswith(EXTENSIONS) or _suffix(name) in EXTENSIONS]
-    rest = [] if len(images) == len(names) else sorted({*names} - {*images})
+    entries = [entry for entry in os.scandir(root / path) if not is_hidden(entry.name)]
+    images = [entry.name for entry in entries if _suffix(entry.name) in EXTENSIONS and what_is(entry) == FILE]
+    rest = [] if len(images) == len(entries) else sorted({entry.name for entry in entries} - {*images})
     if not images or any(os.path.isdir(root / path / name) for name in rest):
         return None
     frames, problem = pattern_of(images)
     others = [_suffix(name) for name in rest if _suffix(name) in OTHER_IMAGES]
     if others and not problem:
         problem = "left out " + ", ".join(f"{count} {suffix}" for suffix, count in sorted(Counter(others).items()))
-    return Video(path, FOLDER, stamp, frames.length if frames else 0, frames=frames, problem=problem)
-
-
-def _file(path: str, left_out: Counter[str]) -> str | None:
-    """The path of a video file; None for another file, which is counted if it is an image."""
-    if _suffix(path) in VIDEO_EXTENSIONS:
-        return path
-    left_out[_suffix(path)] += _suffix(path) in (*OTHER_IMAGES, *EXTENSIONS)
-    return None
-
-
-def _add(found: dict[str, list[Video | str]], name: str, video: Video | str | None) -> None:
-    if video is not None:
-        found.setdefault(name, []).append(video)
-
-
-def _entries(folder: Path) -> list[tuple[str, bool]]:
-    """Names in a folder, sorted, and which are folders."""
-    entries = (entry for entry in os.scandir(folder) if entry.name[0] != "." and entry.name not in OTHER_FOLDERS)
-    return sorted((entry.name, entry.is_dir()) for entry in entries)
+    return Video(path, NO_SIZE, stamp, frames.length if frames else 0, frames=frames, problem=problem)
 
 
 def _suffix(name: str) -> str:

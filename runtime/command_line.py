@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import re
 import sys
 import types
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from runtime.errors import UserError, is_first
+from runtime.json_file import parse_json
 from runtime.settings import (
     Flag,
     Given,
@@ -299,7 +299,7 @@ def _read(
 ) -> tuple[Values, dict[str, Values]]:
     """Read a config file: the sections of general settings, and those of owners by kind."""
     try:
-        values = json.loads(Path(path).read_text())
+        values = parse_json(Path(path).read_text())
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
     except ValueError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -21,8 +20,8 @@ from typing import BinaryIO, TypedDict
 
 from tqdm import tqdm
 
-from runtime.errors import UserError
-from runtime.files import atomic_path
+from runtime.errors import UserError, error_prefix
+from runtime.json_file import read_json, write_json
 from runtime.releases import Release
 
 BLOCK = 1 << 20
@@ -90,8 +89,7 @@ def obtain(release: Release, folder: Path, say: Callable[[str], None] = print) -
             "it was deleted"
         )
     record: Record = {"source": release.address, "bytes": path.stat().st_size, "sha256": digest}
-    with atomic_path(record_path(path)) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(record_path(path), record)
     say(f"Downloaded {path.name}, SHA-256 {digest}")
     return path
 
@@ -102,11 +100,19 @@ def record_path(path: Path) -> Path:
 
 
 def read_record(path: Path) -> Record | None:
-    """Read the record of a download; None for files that were not downloaded here."""
-    if not record_path(path).is_file():
+    """Read the record of a download; None for files that were not downloaded here.
+
+    Raises:
+        UserError: If the record is damaged.
+    """
+    file = record_path(path)
+    if not file.is_file():
         return None
-    record: Record = json.loads(record_path(path).read_text())
-    return record
+    with error_prefix("--ckpt"):
+        document = read_json(file, f"delete it and {path.name} to download it again, or it alone to use {path.name}")
+    if document.keys() != Record.__annotations__.keys():
+        return None  # of another program
+    return Record(source=document["source"], bytes=document["bytes"], sha256=document["sha256"])
 
 
 def _check_size(path: Path) -> None:

@@ -38,9 +38,17 @@ def is_first() -> bool:
 
 @contextmanager
 def error_prefix(flag: str) -> Iterator[None]:
-    """Turn a ValueError of the library inside the block into a `UserError` that starts with the flag at fault."""
+    """Turn a ValueError of the library inside the block into a `UserError` that starts with the flag at fault.
+
+    An OSError that names a file becomes one, too: a folder that may not be read, a disk that fails.
+    """
     try:
         yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        path = os.fsdecode(error.filename)
+        raise UserError(f"{flag}: {path}: {error.strerror}" if flag else f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{flag}: {error}" if flag else str(error)) from error
 

@@ -5,7 +5,6 @@ One function decides, `read_foreign`; the layouts that it knows are the tables b
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from runtime.errors import UserError
+from runtime.json_file import parse_json
 from runtime.weight_files import file_in, read_content
 
 # Entries and prefixes with averaged weights, by their names in other projects; numbers may follow ("model_ema1")
@@ -96,7 +96,7 @@ def read_foreign(path: Path, weights: str = "ema", flag: str = "--ckpt") -> Fore
 def _config_next_to(path: Path) -> Mapping[str, Any] | None:
     """Content of the config.json in the folder of a file; None if there is none that can be read."""
     try:
-        content = json.loads((path.parent / "config.json").read_text())
+        content = parse_json((path.parent / "config.json").read_text())
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

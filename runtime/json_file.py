@@ -33,7 +33,7 @@ def read_json(path: Path, remedy: str = "") -> Json:
     """
     end = f"; {remedy}" if remedy else ""
     try:
-        document = json.loads(path.read_text())
+        document = parse_json(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}){end}") from error
     if not isinstance(document, dict):
@@ -41,6 +41,14 @@ def read_json(path: Path, remedy: str = "") -> Json:
     if not is_intact(document):
         raise ValueError(f"{path}: edited or damaged, it does not match its checksum{end}")
     return {name: value for name, value in document.items() if name != KEY}
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of other origin; a ValueError if it is none, or is nested so deeply that Python cannot follow."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def is_intact(document: Mapping[str, object]) -> bool:

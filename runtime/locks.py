@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from runtime.errors import UserError
+from runtime.json_file import parse_json
 
 NAME = ".lock"
 
@@ -50,7 +51,7 @@ def locked(folder: Path, what: str, name: str = NAME) -> Iterator[None]:
 
 def _owner(path: Path) -> str:
     try:
-        owner = json.loads(path.read_text())
+        owner = parse_json(path.read_text())
         return f"process {owner['pid']} on {owner['host']} (started {owner['started']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

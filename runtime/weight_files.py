@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import collections
 import hashlib
-import json
 import pathlib
 import pickle
 import re
@@ -22,6 +21,7 @@ from torch import Tensor
 from runtime.download import sha256_of
 from runtime.errors import UserError
 from runtime.files import check_utf8
+from runtime.json_file import parse_json
 from runtime.zip_checksums import PartChecksums
 
 # Harmless classes in files of weights; everything else is refused
@@ -65,7 +65,7 @@ def weights_sha256(path: Path, flag: str = "--ckpt") -> str:
     path = file_in(path, flag)
     digests = [sha256_of(path)]
     if path.name.endswith(".index.json"):
-        names = {str(name) for name in json.loads(path.read_text())["weight_map"].values()}
+        names = {str(name) for name in parse_json(path.read_text())["weight_map"].values()}
         digests += [sha256_of(path.parent / name) for name in sorted(names)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
@@ -101,7 +101,7 @@ def read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
 def read_shards(index: Path, where: str) -> dict[str, Tensor]:
     """All tensors of the files that an index names; a UserError if one is missing or damaged."""
     try:
-        files = json.loads(index.read_text())["weight_map"]
+        files = parse_json(index.read_text())["weight_map"]
         names = sorted({str(name) for name in files.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not an index of safetensors files ({type(error).__name__}: {error})") from error

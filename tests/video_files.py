@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 STEP, VIDEO_STEP = 4, 12  # grey levels from a frame to the next; compressed ones need more
 
@@ -41,6 +42,11 @@ def write_video(
             frame.pts, frame.time_base = times[number] if times else number, Fraction(1, 10)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def numbers_in(clip: Tensor) -> list[int]:
+    """Numbers of the frames of a clip (F, C, H, W) uint8 of a video file."""
+    return [round(float(frame[0, -1, -1]) / VIDEO_STEP) for frame in clip]
 
 
 def write_sound(path: Path) -> None:

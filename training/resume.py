@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from runtime.checkpoint import check_finite, is_whole, read_groups
 from runtime.errors import UserError, error_prefix
-from runtime.json_file import Json
+from runtime.json_file import Json, parse_json
 from runtime.settings import document, flag_name, flag_of, flatten, free_settings, places
 from training.config import KINDS, TrainSettings, upgrade
 from training.network import DIGESTS
@@ -155,7 +154,7 @@ def _is_unstarted(folder: Path, setup: Setup) -> bool:
     if saved or "config.json" not in names:
         return not saved and names <= {"checkpoints"}
     try:
-        return not changes_since(setup, {"train": json.loads((folder / "config.json").read_text())}).refused
+        return not changes_since(setup, {"train": parse_json((folder / "config.json").read_text())}).refused
     except (OSError, ValueError, TypeError, AttributeError):
         return False
 

@@ -23,6 +23,7 @@ from runtime import distributed
 from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.files import atomic_path, sweep
+from runtime.json_file import parse_json
 from runtime.locks import locked
 from training.resume import ResumeState, run_number, set_aside, unstarted_run
 from training.setup import Setup
@@ -224,7 +225,7 @@ def cut_metrics(folder: Path, step: int) -> None:
     lines = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if parse_json(line)["step"] <= step:
                 lines.append(line + "\n")
         except (ValueError, TypeError, KeyError):
             continue  # the kill cut this line short

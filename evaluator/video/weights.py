@@ -120,6 +120,8 @@ def convert(arrays: Mapping[str, Array], network: I3D) -> dict[str, Tensor]:
                 take(f"batch_stats/{theirs}/BatchNorm_0/{each}", (1, 1, 1, 1, outputs)).reshape(-1)
                 for each in ("mean", "var")
             )
+            if (variance < 0).any():
+                raise ValueError(f"batch_stats/{theirs}/BatchNorm_0/var is negative; {REMEDY}")
             scale = 1 / np.sqrt(variance + EPSILON)
             kernel, bias = kernel * scale, take(f"params/{theirs}/BatchNorm_0/bias", (outputs,)) - mean * scale
         tensors[f"{ours}.weight"] = torch.from_numpy(kernel).permute(4, 3, 0, 1, 2).float().contiguous()

@@ -164,7 +164,7 @@ def test_gaps_other_files_and_short_videos_are_said(frames: Path) -> None:
     for text in (
         "cat/a: frames are missing after number 5; only its longest part without a gap is used, 6 of 11 frames",
         "dog/a: left out 1 .heic",
-        "frames: left out 1 .png; videos, and folders of PNG",
+        "frames: left out 1 .png; .mp4, .m4v, .mov",
         "1 of 3 videos are too short: 5 frames at --frame-interval 2 need 9 (cat/a has 6); these are left out",
     ):
         assert any(text in line for line in lines), (text, lines)

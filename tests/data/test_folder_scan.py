@@ -1,7 +1,9 @@
 """Folders and files as people have them: what is seen, what is left out with a word, what is refused."""
 
+import errno
 import io
 import itertools
+import os
 import random
 import shutil
 import warnings
@@ -16,7 +18,7 @@ from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from data.folder_scan import scan
 from data.image_folder import ImageFolder, UnreadableImageError, center_crop, check_size, decode_image
-from runtime.errors import RankError
+from runtime.errors import RankError, UserError, error_prefix
 from tests import runs
 from training.trainer import batches
 
@@ -146,6 +148,32 @@ def test_links_to_themselves_are_left_out(root: Path, place: str, reason: str) -
     with warnings.catch_warnings(record=True) as found:
         assert scan(root) == before
     assert [reason in str(each.message) for each in found] == [True] * bool(reason)
+
+
+def test_pipes_and_devices_are_left_out(root: Path) -> None:
+    """Reading one would wait for ever."""
+    before = scan(root)
+    os.mkfifo(root / "a" / "pipe.png")
+    os.mkfifo(root / "a" / "pipe")
+    (root / "b" / "zero.jpg").symlink_to("/dev/zero")
+    with pytest.warns(UserWarning, match="left out 2 pipes or devices, 1 without an extension; JPEG, PNG"):
+        assert scan(root) == before
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with (
+        pytest.raises(UserError, match=f"^--data-path: {root}/a/deep: Permission denied$"),
+        error_prefix("--data-path"),
+    ):
+        ImageFolder(root, 8)
 
 
 def test_jfif_is_jpeg(root: Path) -> None:

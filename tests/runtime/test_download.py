@@ -135,6 +135,20 @@ def test_a_file_that_was_not_downloaded_here_is_used_as_it_is(tmp_path: Path) ->
     assert read_record(tmp_path / "a.pt") is None
 
 
+@pytest.mark.parametrize("damage", ["flip", "cut", "deep"])
+def test_a_damaged_record_is_one_line_and_a_document_of_others_is_none(
+    server: Server, tmp_path: Path, damage: str
+) -> None:
+    path = obtain(release(server.url), tmp_path, str)
+    record = path.with_name("a.pt.json")
+    text = record.read_text()
+    record.write_text({"flip": text.replace("10240", "10241"), "cut": text[:30], "deep": "[" * 100_000}[damage])
+    with pytest.raises(UserError, match=r"^--ckpt: .*a.pt.json: (edited or damaged|not JSON).*; delete it and a.pt to"):
+        obtain(release(server.url), tmp_path, str)
+    record.write_text('{"_class_name": "of another program"}')
+    assert obtain(release(server.url), tmp_path, str) == path and read_record(path) is None
+
+
 def test_a_wrong_hash_is_refused_and_the_file_deleted(server: Server, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has SHA-256 .*, not 00ff; it was deleted"):
         obtain(release(server.url, sha256="00ff"), tmp_path, str)
