@@ -92,9 +92,5 @@ def _on_meta(network: Network) -> tuple[Network, Callable[[Network, State], Stat
     with torch.device("meta"):
         empty = network if next(network.parameters()).is_meta else type(network)(network.config)
         x = torch.empty(1, *network.sample_shape)
-        labels = {"y": torch.zeros(1, dtype=torch.int64)}
-    if {*network.conditioning} <= {"y"}:
-        conditioning = {name: labels[name] for name in network.conditioning}
-    else:
-        conditioning = empty.null_conditioning(1)
+    conditioning = empty.blank_conditioning(1)
     return empty, lambda empty, state: empty(x, 0.0, state=state, **conditioning).state

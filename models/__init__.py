@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from models import ddt, dit, dydit, latte, skip_dit
+from models import ddt, dit, dydit, latte, latte_t2v, skip_dit
 from models.contract import Conditioning, ModelOutput, Network, NetworkLike, TimeConvention
 from models.ddt import DDT
 from models.dit import DiT
 from models.dydit import DyDiT
 from models.latte import Latte, SkipLatte
+from models.latte_t2v import LatteT2V, SkipLatteT2V
 from models.skip_dit import SkipDiT
 
 __all__ = [
@@ -32,11 +33,13 @@ __all__ = [
     "DyDiT",
     "Family",
     "Latte",
+    "LatteT2V",
     "ModelOutput",
     "Network",
     "NetworkLike",
     "SkipDiT",
     "SkipLatte",
+    "SkipLatteT2V",
     "TimeConvention",
     "create_model",
     "family_name",
@@ -110,6 +113,21 @@ FAMILIES: dict[str, Family] = {
         cache_bounds=latte.CACHE_BOUNDS,
         added_parts=("skip_norms", "skip_linears"),
         data_settings=latte.data_settings,
+    ),
+    "LatteT2V": Family(
+        LatteT2V,
+        latte_t2v.LatteT2VConfig,
+        latte_t2v.CONFIGS,
+        cache_bounds=latte_t2v.CACHE_BOUNDS,
+        data_settings=latte_t2v.data_settings,
+    ),
+    "Skip-LatteT2V": Family(
+        SkipLatteT2V,
+        latte_t2v.SkipLatteT2VConfig,
+        latte_t2v.SKIP_CONFIGS,
+        cache_bounds=latte_t2v.CACHE_BOUNDS,
+        added_parts=("skip_norms", "skip_linears"),
+        data_settings=latte_t2v.data_settings,
     ),
 }
 

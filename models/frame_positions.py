@@ -11,9 +11,15 @@ from torch import Tensor
 FramePositions = Literal["interpolate", "extend"]
 
 
+def frame_positions(width: int, places: np.ndarray) -> np.ndarray:
+    """Compute fixed positions of frames at places (F,) in a clip, (F, D) float64."""
+    angles = places[:, None] * _frequencies(width)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
 def frame_position_table(width: int, frames: int) -> Tensor:
     """Compute fixed positions of frames (F, D) float64: sines, then cosines, of f * 10,000^(-k / (D / 2))."""
-    return _sinusoids(np.arange(frames, dtype=np.float64), width)
+    return torch.from_numpy(frame_positions(width, np.arange(frames)))
 
 
 def resample_frame_positions(table: Tensor, frames: int, how: FramePositions | None) -> Tensor:
@@ -50,13 +56,8 @@ def resample_frame_positions(table: Tensor, frames: int, how: FramePositions | N
     spacing = 1.0 if own < 2 else (places[-1] - places[0]) / (own - 1)
     if how == "interpolate":
         spacing *= (own - 1) / max(1, frames - 1)
-    made = _sinusoids(places[0] + spacing * np.arange(frames), table.shape[2])
-    return made[None].to(table)
-
-
-def _sinusoids(places: np.ndarray, width: int) -> Tensor:
-    angles = places[:, None] * _frequencies(width)
-    return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
+    made = frame_positions(table.shape[2], places[0] + spacing * np.arange(frames))
+    return torch.from_numpy(made)[None].to(table)
 
 
 def _frequencies(width: int) -> np.ndarray:
@@ -67,6 +68,6 @@ def _places(table: np.ndarray) -> np.ndarray:
     """Read the places of frames off their slowest sine; a ValueError if the table (F, D) has other values."""
     half = table.shape[1] // 2
     places = np.arctan2(table[:, half - 1], table[:, -1]) / _frequencies(2 * half)[-1]
-    if not np.allclose(_sinusoids(places, 2 * half), table, atol=1e-3):
+    if not np.allclose(frame_positions(2 * half, places), table, atol=1e-3):
         raise ValueError("--frame-positions: the weights have positions of frames that are no sines and cosines")
     return np.asarray(places)

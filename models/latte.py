@@ -20,6 +20,7 @@ from models.contract import ModelOutput
 from models.dit import DiT, DiTConfig
 from models.frame_positions import frame_position_table
 from models.skip_dit import SkipUnits
+from models.transformer import Transformer
 
 CACHE_BOUNDS = (900.0, 50.0, False)
 LABEL_TABLE = "y_embedder.embedding_table.weight"
@@ -54,7 +55,54 @@ class SkipLatteConfig(SkipClipConfig, LatteConfig):
     """
 
 
-class Latte(DiT):
+def over_frames(block: nn.Module, x: Tensor, c: Tensor, frames: int, positions: Tensor | None = None) -> Tensor:
+    """Run a temporal block, in which the tokens of one place attend to each other.
+
+    Args:
+        block: The block, called with tokens (N, T F, D), c and T.
+        x: Tokens (N, F + I, T, D); those of the I images pass unchanged.
+        c: Conditioning of the clips.
+        frames: F.
+        positions: (F, D) or (1, F, D) positions of frames, to be added before; None adds nothing.
+    """
+    clip = x[:, :frames].transpose(1, 2)  # (N, T, F, D)
+    if positions is not None:
+        clip = clip + positions
+    n, tokens, _, width = clip.shape
+    out = block(clip.reshape(n, tokens * frames, width), c, tokens)
+    clip = out.view(n, tokens, frames, width).transpose(1, 2)
+    return clip.contiguous() if x.shape[1] == frames else torch.cat([clip, x[:, frames:]], dim=1)
+
+
+class PairedTransformer(Transformer):
+    """Base class of transformers of spatial and temporal blocks in turn."""
+
+    config: ClipConfig
+
+    def join(self, pair: int, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """Join the tokens that enter a pair with those kept from the first half: here, none are kept."""
+        return x
+
+    def attended_tokens(self, block: int) -> int:
+        """Number of tokens that each token attends to: those of a frame or, in temporal blocks, of a place."""
+        return self.config.frames if block % 2 else self.config.frame_tokens
+
+
+class SkipPairs(SkipUnits, PairedTransformer):
+    """A transformer with a skip unit before every pair of blocks of the second half.
+
+    The state (N, F, T, D) is the tokens that enter the `cache_depth`-th pair from the end, before its skip unit. An
+    evaluation that is given it runs the first and last `cache_depth` pairs only.
+
+    Source: arXiv 2411.17616, section 4, with the released code's formula for 28 blocks continued to other depths.
+    """
+
+    def join(self, pair: int, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """Apply the skip unit of a pair of the second half, to the latest tokens that were kept."""
+        return x if pair < self.num_units else self.fuse(pair - self.num_units, x, skips.pop())
+
+
+class Latte(PairedTransformer, DiT):
     """Diffusion transformer of spatial and temporal blocks in turn, for clips with a label or without.
 
     With `cache_depth` B, the tokens (N, F, T, D) that enter the B-th pair from the end are returned as state, and an
@@ -123,18 +171,15 @@ class Latte(DiT):
             temporal, pair = i % 2 == 1, i // 2
             if i == self.cache_at:
                 x = state = x if state is None else state
-            if not temporal:
-                x = self.join(pair, x, skips)
-            x = self.over_frames(i, x, c) if temporal else self.over_places(i, x, c, frame_c)
+            if temporal:
+                x = over_frames(self.blocks[i], x, c, self.config.frames, self.temp_embed if pair == 0 else None)
+            else:
+                x = self.over_places(i, self.join(pair, x, skips), c, frame_c)
             if temporal and pair < self.config.skip_units:
                 skips.append(x)
             if i + 1 in features_at:
                 features[i + 1] = x.flatten(1, 2)
         return ModelOutput(self.decode(x, c, frame_c), state, features)
-
-    def join(self, pair: int, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """Join the tokens that enter a pair with those kept from the first half: here, none are kept."""
-        return x
 
     def embed(self, x: Tensor) -> Tensor:
         """Embed frames and images (N, F + I, C, H, W) -> (N, F + I, T, D)."""
@@ -172,17 +217,6 @@ class Latte(DiT):
             out = self.blocks[i](x.flatten(1, 2), c, x.shape[1])
         return out.view_as(x)
 
-    def over_frames(self, i: int, x: Tensor, c: Tensor) -> Tensor:
-        """Run a temporal block, in which the tokens of one place attend to each other: (N, F + I, T, D) -> the same."""
-        frames = self.config.frames
-        clip = x[:, :frames].transpose(1, 2)  # (N, T, F, D)
-        if i == 1:
-            clip = clip + self.temp_embed
-        n, tokens, _, width = clip.shape
-        out = self.blocks[i](clip.reshape(n, tokens * frames, width), c, tokens)
-        clip = out.view(n, tokens, frames, width).transpose(1, 2)
-        return clip.contiguous() if x.shape[1] == frames else torch.cat([clip, x[:, frames:]], dim=1)
-
     def decode(self, x: Tensor, c: Tensor, frame_c: Tensor | None) -> Tensor:
         """Map tokens (N, F + I, T, D) to predictions (N, F + I, C_out, H, W)."""
         if frame_c is None:
@@ -201,25 +235,11 @@ class Latte(DiT):
             raise ValueError(f"x has {x.shape[1]} frames; this network was made for clips of {frames}")
         super().check_inputs(x[:, :frames], state, features_at, blocks)
 
-    def attended_tokens(self, block: int) -> int:
-        """Number of tokens that each token attends to: those of a frame or, in temporal blocks, of a place."""
-        return self.config.frames if block % 2 else self.config.frame_tokens
 
-
-class SkipLatte(SkipUnits, Latte):
-    """Latte with a skip unit before every pair of blocks of the second half.
-
-    The state (N, F, T, D) is the tokens that enter the `cache_depth`-th pair from the end, before its skip unit. An
-    evaluation that is given it runs the first and last `cache_depth` pairs only.
-
-    Source: arXiv 2411.17616, section 4, with the released code's formula for 28 blocks continued to other depths.
-    """
+class SkipLatte(SkipPairs, Latte):
+    """Latte with a skip unit before every pair of blocks of the second half."""
 
     config: SkipLatteConfig
-
-    def join(self, pair: int, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """Apply the skip unit of a pair of the second half, to the latest tokens that were kept."""
-        return x if pair < self.num_units else self.fuse(pair - self.num_units, x, skips.pop())
 
 
 def data_settings(weights: Mapping[str, Tensor], config: LatteConfig) -> dict[str, object] | None:

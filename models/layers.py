@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -87,11 +88,12 @@ def attention_heads(qkv: Tensor, num_heads: int) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
-    """Compute fixed 2-D positions (rows * columns, D) float64; token index = row * columns + column.
+def sincos_positions(width: int, rows: int, columns: int, span: float | None = None) -> NDArray[np.float64]:
+    """Compute fixed 2-D positions (rows * columns, D); token index = row * columns + column.
 
     The first half of the width D encodes the column index, the second half the row index. The official comments call
-    the first half "h"; the values are the column's, and checkpoints hold values.
+    the first half "h"; the values are the column's, and checkpoints hold values. With a span, the indices of either
+    side are scaled so that it is as long as that many tokens.
 
     Raises:
         ValueError: If D is not a multiple of 4.
@@ -100,8 +102,14 @@ def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
         raise ValueError(f"hidden_size must be a multiple of 4 for 2-D positions, not {width}")
     frequencies = 10_000.0 ** -(np.arange(width // 4, dtype=np.float64) / (width // 4))
     down, across = np.divmod(np.arange(rows * columns, dtype=np.float64), columns)
-    parts = [f(axis[:, None] * frequencies) for axis in (across, down) for f in (np.sin, np.cos)]
-    return torch.from_numpy(np.concatenate(parts, axis=1))
+    if span is not None:
+        down, across = down * (span / rows), across * (span / columns)
+    return np.concatenate([f(axis[:, None] * frequencies) for axis in (across, down) for f in (np.sin, np.cos)], axis=1)
+
+
+def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
+    """Return the same, without a span, as a tensor (rows * columns, D) float64."""
+    return torch.from_numpy(sincos_positions(width, rows, columns))
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int, channels: int) -> Tensor:
@@ -250,6 +258,11 @@ class ClassConditional(TimeConditional):
     def null_conditioning(self, rows: int) -> dict[str, Tensor]:
         """Return labels of the null class; a ValueError if the network was built without label dropout."""
         return {"y": self.y_embedder.null_labels(rows)}
+
+    def blank_conditioning(self, rows: int) -> dict[str, Tensor]:
+        """Return labels of the first class."""
+        device = next(self.parameters()).device
+        return {name: torch.zeros(rows, dtype=torch.int64, device=device) for name in self.conditioning}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

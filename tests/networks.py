@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,29 @@ def inputs(network: Network, rows: int = 2) -> tuple[Tensor, float, dict[str, Te
     """x, a time in the network's units, and conditioning, for `network(x, t, **conditioning)`."""
     x = torch.randn(rows, *network.sample_shape)
     t = {"index": 500.0, "unit": 0.5}[network.time_convention]
-    if network.conditioning == ("y",):
-        return x, t, {"y": torch.arange(rows) % network.config.num_classes}
-    return x, t, network.null_conditioning(rows) if network.conditioning else {}
+    return x, t, conditioning(network, range(rows))
+
+
+def conditioning(network: Network, numbers: Sequence[int]) -> dict[str, Tensor]:
+    """Conditioning of numbered rows: a label or a text for each number, some with masked words."""
+    if "text" in network.conditioning:
+        words, width = network.config.text_length, network.config.text_width
+        texts = [torch.randn(words, width, generator=torch.Generator().manual_seed(number)) for number in numbers]
+        kept = [torch.arange(words) < words - number % 3 for number in numbers]
+        return {"text": torch.stack(texts), "text_mask": torch.stack(kept).float()}
+    return {name: torch.tensor(numbers) % network.config.num_classes for name in network.conditioning}
+
+
+def unconditional(network: Network, rows: int) -> dict[str, Tensor]:
+    """Unconditional rows: the network's, or those that data have of texts."""
+    if "text" in network.conditioning:
+        return conditioning(network, [1000] * rows)
+    return network.null_conditioning(rows)
+
+
+def labelled(family: str) -> bool:
+    """True for a family whose networks take labels."""
+    return "num_classes" in models.FAMILIES[family].config.__dataclass_fields__
 
 
 def small_autoencoder(folder: Path) -> Any:

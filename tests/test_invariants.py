@@ -16,11 +16,11 @@ from diffusion import PROCESSES, SAMPLERS, ImageNoise, evaluations, guided, make
 from diffusion.caching import every_nth
 from diffusion.sampling import Reuse
 from models import Network
-from models.layers import TimestepEmbedder
+from models.layers import timestep_features
 from sampling.run import network_times
 from tests.dispatch_trace import DispatchTrace
 from tests.golden_data import assert_close
-from tests.networks import debug_network, inputs, variants
+from tests.networks import conditioning, debug_network, inputs, unconditional, variants
 from tests.source_words import families_named, identifiers, strings
 from training.losses import LOSSES
 
@@ -63,8 +63,7 @@ RUNS = [(name, sampler) for name in variants() for sampler in samplers_for(varia
 
 def rows(network: Network, numbers: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Conditioning of numbered rows, and the unconditional one."""
-    _, _, cond = inputs(network, 5)
-    return {name: value[numbers] for name, value in cond.items()}, network.null_conditioning(len(numbers))
+    return conditioning(network, numbers), unconditional(network, len(numbers))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,8 +169,14 @@ def test_preparing_for_times_changes_no_output(network: Network) -> None:
 @torch.no_grad()
 def test_preparing_embeds_all_times_in_one_call(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     """In networks that prepare anything; afterwards there is none."""
-    calls, forward = [], TimestepEmbedder.forward
-    monkeypatch.setattr(TimestepEmbedder, "forward", lambda self, t: calls.append(t) or forward(self, t))  # type: ignore[func-returns-value]
+    calls = []
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        calls.append(args)
+        return timestep_features(*args, **options)
+
+    for module in (models.layers, models.pixart_layers):
+        monkeypatch.setattr(module, "timestep_features", counted)
     x, t, cond = inputs(network)
     prepared = network.for_sampling([t, t / 2, t])
     assert len(calls) == (prepared is not network)

@@ -37,9 +37,9 @@ def network_of(family: str, device: torch.device) -> Network:
         return models.create_model(debug_name(family)).requires_grad_(False).eval()
 
 
-def inputs(network: Network, device: torch.device, rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(network: Network, device: torch.device, rows: int = 2) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     x, t = torch.empty(rows, *network.sample_shape, device=device), torch.empty(rows, device=device)
-    return x, t, torch.zeros(rows, dtype=torch.int64, device=device)
+    return x, t, network.blank_conditioning(rows)
 
 
 def casts_of(work: Any) -> int:
@@ -74,8 +74,8 @@ def test_attention_is_one_kernel(device: torch.device) -> None:
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_macs_are_those_that_the_network_states(device: torch.device, family: str) -> None:
     network = network_of(family, device)
-    x, t, y = inputs(network, device, rows=1)
-    assert sum(kernel.macs for kernel in trace(lambda: network(x, t, y=y)).kernels) == sum(network.cost().values())
+    x, t, cond = inputs(network, device, rows=1)
+    assert sum(kernel.macs for kernel in trace(lambda: network(x, t, **cond)).kernels) == sum(network.cost().values())
 
 
 def upload(x: Tensor) -> Tensor:
@@ -106,11 +106,11 @@ def test_planted_faults_are_found(device: torch.device, fault: Any, said: str) -
 def test_a_planted_cast_is_found(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The form of a gated update that CUDA's autocast widens."""
     network = network_of("DiT", device)
-    x, t, y = inputs(network, device)
+    x, t, cond = inputs(network, device)
 
     def evaluate() -> None:
         with torch.autocast("cuda", BF16):
-            network(x, t, y=y)
+            network(x, t, **cond)
 
     before = extra_casts(trace_block(network, 0, evaluate))
     monkeypatch.setattr("models.dit.gated_add", lambda x, gate, update: torch.addcmul(x, gate.unsqueeze(1), update))
@@ -144,10 +144,10 @@ def test_an_objective_waits_for_nothing(device: torch.device, family: str, proce
     given = parse(
         TrainSettings, [*argv, "--max-steps", "1", "--device", "cpu"], program="train.py", doc=None, kinds=KINDS
     )
-    data = OneBlackItem(config.sample_shape, [str(k) for k in range(config.num_classes)])
+    data = OneBlackItem(config.sample_shape, [str(k) for k in range(getattr(config, "num_classes", 0))])
     loss = set_up(given, device, dataset=data, fake=nullcontext()).loss  # type: ignore[arg-type]  # one is active
-    labels = {"y": torch.zeros(4, dtype=torch.int64, device=device)}
-    batch = Batch(torch.empty(4, *config.sample_shape, device=device), labels, torch.arange(4, device=device))
+    cond = loss.network.blank_conditioning(4)
+    batch = Batch(torch.empty(4, *config.sample_shape, device=device), cond, torch.arange(4, device=device), null=cond)
     draws = loss.draw(0, 4, device=device)
 
     def step() -> None:
@@ -162,15 +162,15 @@ def test_an_objective_waits_for_nothing(device: torch.device, family: str, proce
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_blocks_cast_for_matrix_products_and_attention_and_hardly_more(device: torch.device, family: str) -> None:
     network = network_of(family, device)
-    x, t, y = inputs(network, device)
+    x, t, cond = inputs(network, device)
 
     def evaluate() -> None:
         with torch.autocast("cuda", BF16):
-            network(x, t, y=y)
+            network(x, t, **cond)
 
     for index in (0, len(network.blocks) - 1):
         # The modulation; three masks of a DyDiT, of (N, H) and (N, T), which a sampling run does not have
-        allowed = {"DDT": 0, "DyDiT": 4}.get(type(network).__name__, 1)
+        allowed = {"DDT": 0, "DyDiT": 4, "LatteT2V": 0, "SkipLatteT2V": 0}.get(type(network).__name__, 1)
         assert extra_casts(trace_block(network, index, evaluate)) == allowed
 
 
@@ -206,12 +206,12 @@ def traced_run(family: str, name: str, steps: int, device: torch.device, precisi
     times = network_times(network, sampler)
     # Routing a schedule reads its masks once, which needs values
     prepared = network if isinstance(network, DyDiT) else network.for_sampling(times)
-    x, _, y = inputs(network, device)
+    x, _, cond = inputs(network, device)
     evaluate: Any = prepared
     if precision is not None:
         evaluate = AutocastNetwork(prepared, device, precision)
-        cast_weights_once(prepared, precision, lambda: evaluate(x, times[0], y=y))
-    denoise = guided(evaluate, {"y": y}, network.null_conditioning(len(x)), times=sampler.time_convention)
+        cast_weights_once(prepared, precision, lambda: evaluate(x, times[0], **cond))
+    denoise = guided(evaluate, cond, cond, times=sampler.time_convention)
     table = evaluations(sampler.times, 2.0, refresh=every_nth(len(times), 2))
     return trace(lambda: sample_loop(denoise, sampler, x, table, noise_fn=torch.randn_like))
 

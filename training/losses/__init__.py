@@ -21,7 +21,8 @@ LOSSES: dict[str, LossRow] = {
     "dydit": LossRow(DyDiTLoss, DyDiTLossSettings),
     "joint": LossRow(JointLoss, JointLossSettings),
 }
-FAMILY_LOSS = {"DyDiT": "dydit", "Latte": "joint", "Skip-Latte": "joint"}  # "diffusion" for all others
+# "diffusion" for all others
+FAMILY_LOSS = {"DyDiT": "dydit", **dict.fromkeys(("Latte", "Skip-Latte", "LatteT2V", "Skip-LatteT2V"), "joint")}
 
 
 def loss_of(family: str) -> str:

@@ -11,9 +11,12 @@ from diffusion.loss import Batch, DiffusionLoss, Draws, LossSettings, row_genera
 from diffusion.schedules import append_dims
 from models import ModelOutput
 from models.latte import Latte
+from models.latte_t2v import LatteT2V
 from runtime.settings import setting
 
-IMAGE_LABELS, IMAGES_DROPPED = "image_labels", "images_dropped"
+IMAGES_DROPPED = "images_dropped"
+# Names of a clip's conditioning -> those of its images' own
+OF_IMAGES = {"y": "image_labels", "text": "image_text", "text_mask": "image_text_mask"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +49,13 @@ class JointLossSettings(LossSettings):
 class JointLoss(DiffusionLoss):
     """Mean loss of the F frames of a clip and of I images, which share its timestep.
 
-    A row's label is dropped by one draw, the labels of all its images by another. Without images it is the diffusion
+    A row's label or text is dropped by one draw, those of all its images by another. Without images it is the diffusion
     loss. An unconditional network does without the labels of the data.
 
     Source: the training code released with arXiv 2411.17616, after arXiv 2401.03048, section 3.4.
     """
 
-    network: Latte
+    network: Latte | LatteT2V
     settings: JointLossSettings
     Settings = JointLossSettings
 
@@ -63,7 +66,7 @@ class JointLoss(DiffusionLoss):
         return (frames + self.settings.joint_images, *image)
 
     def draw_extra(self, step: int, rows: range, device: torch.device | str) -> dict[str, Tensor]:
-        """Rows (N,) bool in which the images lose their labels."""
+        """Rows (N,) bool in which the images lose their labels or texts."""
         if not (self.settings.joint_images and self.dropout_prob):
             return {}
         draws = [
@@ -76,15 +79,14 @@ class JointLoss(DiffusionLoss):
         """Evaluate the network at noisy clips and images.
 
         Raises:
-            ValueError: If images of a class-conditional network come without labels.
+            ValueError: If images of a conditional network come without labels or texts.
         """
-        labels = dict(batch.conditioning) if self.network.conditioning else {}
-        images = labels.pop(IMAGE_LABELS, None)
-        if images is not None:
-            dropped = draws.extra.get(IMAGES_DROPPED)
-            if dropped is not None:
-                null = self.network.null_conditioning(len(images))["y"]
-                images = torch.where(append_dims(dropped, images), append_dims(null, images), images)
-            options[IMAGE_LABELS] = images
-        clips = Batch(batch.x_start, labels, batch.index, batch.image, batch.null)
-        return super().evaluate(x_t, clips, draws, number, **options)
+        own = dict(batch.conditioning) if self.network.conditioning else {}
+        images = {clip: own.pop(name) for clip, name in OF_IMAGES.items() if name in own}
+        dropped = draws.extra.get(IMAGES_DROPPED)
+        if images and dropped is not None:
+            null = batch.null or self.network.null_conditioning(len(dropped))
+            images = {k: torch.where(append_dims(dropped, v), null[k].unsqueeze(1), v) for k, v in images.items()}
+        clips = Batch(batch.x_start, own, batch.index, batch.image, batch.null)
+        of_images = {OF_IMAGES[clip]: value for clip, value in images.items()}
+        return super().evaluate(x_t, clips, draws, number, **of_images, **options)

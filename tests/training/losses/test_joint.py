@@ -15,9 +15,10 @@ from tests.golden_latte import recorded_network
 from tests.networks import debug_network, inputs
 from training.config import OptimizationSettings
 from training.losses import JointLoss
-from training.losses.joint import IMAGE_LABELS, IMAGES_DROPPED, JointLossSettings
+from training.losses.joint import IMAGES_DROPPED, OF_IMAGES, JointLossSettings
 from training.optimization import EMA, AdamW
 
+IMAGE_LABELS = OF_IMAGES["y"]
 EPSILON = torch.finfo(torch.float32).eps
 CASES = ("c2v_train_cond", "c2v_train_uncond")
 
