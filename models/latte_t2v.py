@@ -1,4 +1,4 @@
-"""Latte from text (Ma et al., 2024, arXiv 2401.03048): clips and pictures from encoded captions, plain and with skips.
+"""Latte from text (Ma et al., 2024, arXiv 2401.03048): clips and images from encoded captions, plain and with skips.
 
 Its blocks are PixArt's and come in pairs, as Latte's do: in the first, the tokens of a frame attend to each other and
 to the text, in the second those of one place in all frames attend to each other. A Skip-LatteT2V (Chen et al., 2024,
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -48,19 +48,16 @@ class LatteT2VConfig(ClipConfig):
         ValueError: Naming the field, its value, and the values that are possible.
     """
 
+    any_frames: ClassVar[bool] = True
+
     text_width: int = 4096  # K, of a word's features; no flag, because it follows from the encoder
     text_length: int = 120  # L, words of a text with its padding; likewise
-    base_size: int = setting(32, "positions span a side as if it had so many tokens, whatever its size")
-    class_dropout_prob: float = setting(
-        0.0, "share of texts that training replaces by the unconditional one", flag="--caption-dropout"
-    )
+    base_size: int = setting(32, "tokens of a side that positions span; those of other sizes are scaled to it")
 
     def __post_init__(self) -> None:
         """Validate the fields."""
         super().__post_init__()
         self.check_at_least(1, "text_width", "text_length", "base_size")
-        if not 0 <= self.class_dropout_prob < 1:
-            raise ValueError(f"caption_dropout must lie in [0, 1), not {self.class_dropout_prob}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +72,10 @@ class SkipLatteT2VConfig(SkipClipConfig, LatteT2VConfig):
 class LatteT2V(PairedTransformer, TimeConditional):
     """Diffusion transformer of spatial and temporal blocks in turn, for clips of any length with a text.
 
-    A clip of one frame is a picture: temporal blocks run, but it has no position in time. With `cache_depth` B, the
+    A clip of one frame is a image: temporal blocks run, but it has no position in time. With `cache_depth` B, the
     tokens (N, F, T, D) that enter the B-th pair from the end are returned as state.
 
-    In training, I pictures with texts of their own may follow the frames of every clip: spatial blocks see all,
+    In training, I images with texts of their own may follow the frames of every clip: spatial blocks see all,
     temporal ones the frames alone.
 
     Source: arXiv 2401.03048 and its released text-to-video network; blocks from arXiv 2310.00426, section 2.3.
@@ -150,13 +147,13 @@ class LatteT2V(PairedTransformer, TimeConditional):
         """Predict noise (and variance values) for noisy clips at timesteps 0..999; see `Network`.
 
         Args:
-            x: (N, F, C, H, W), or (N, F + I, C, H, W) with pictures behind the frames; any F, and any multiples of the
+            x: (N, F, C, H, W), or (N, F + I, C, H, W) with images behind the frames; any F, and any multiples of the
                 patch as H and W.
-            t: Timesteps; pictures have their clip's.
+            t: Timesteps; images have their clip's.
             text: (N, L, K) encoded texts of the clips; any L.
             text_mask: (N, L) of 1 for words that are attended to and 0 for others; None attends to all, as released
                 pipelines do.
-            image_text: (N, I, L, K) texts of the pictures; None if there are none.
+            image_text: (N, I, L, K) texts of the images; None if there are none.
             image_text_mask: (N, I, L), with `text_mask`.
             state: State of an earlier evaluation of the same rows.
             features_at: 1-based numbers of blocks; their tokens (N, (F + I) * T, D) are returned, frame by frame.
@@ -201,7 +198,7 @@ class LatteT2V(PairedTransformer, TimeConditional):
     def embed_texts(
         self, x: Tensor, text: Tensor, mask: Tensor | None, image_text: Tensor | None, image_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Embed the texts of clips and their pictures; arguments are those of `forward`.
+        """Embed the texts of clips and their images; arguments are those of `forward`.
 
         Returns:
             Texts (N, 1 + I, L, D), and what is added to scores in every frame (N (F + I), 1, 1, L); None for nothing.
@@ -324,12 +321,12 @@ def published(family: str) -> dict[str, dict[str, object]]:
 # Small enough for every script to run in seconds on a laptop; texts of five words, clips of four frames.
 DEBUG: dict[str, object] = {
     "depth": 4, "hidden_size": 64, "num_heads": 4, "sample_shape": (4, 4, 8, 8), "base_size": 4, "text_width": 12,
-    "text_length": 5, "class_dropout_prob": 0.1,
+    "text_length": 5,
 }  # fmt: skip
 # Moving digits: eight grey frames of 16 x 16, or one.
 DIGITS: dict[str, object] = {
     "depth": 8, "hidden_size": 96, "num_heads": 4, "patch_size": 4, "sample_shape": (8, 1, 16, 16), "base_size": 4,
-    "text_width": 48, "text_length": 12, "learn_sigma": False, "class_dropout_prob": 0.1,
+    "text_width": 32, "text_length": 8, "learn_sigma": False,
 }  # fmt: skip
 
 CONFIGS: dict[str, dict[str, object]] = {

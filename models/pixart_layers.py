@@ -1,6 +1,6 @@
 """Layers of text-conditioned transformers after PixArt-alpha (Chen et al., 2023, arXiv 2310.00426).
 
-One vector made from the time modulates all blocks, each of which adds a table of its own (adaLN-single), and tokens
+One vector made from the time modulates all blocks, each of which adds its own table (adaLN-single), and tokens
 attend to a text. Parameter names are those of diffusers, so that checkpoints load unchanged.
 
 Shapes: N batch, T tokens, G sequences a sample, L words of a text, K their width, D width, H heads.

@@ -30,6 +30,8 @@ PLAIN = (
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 # Parts that are not of the network: counters of averages, projectors of REPA
 LEFT_OUT = ("n_averaged", "projectors.", "initted", "step")
+# Buffers that other code saves and never reads: of text-to-video networks
+NEVER_READ = {"caption_projection.y_embedding"}
 AVERAGE_WORDS = {"ema", "emas", "average", "averaged", "avg", "swa", "shadow", "polyak"}
 OTHER_ENTRIES = re.compile(r"opt|sched|loops|callback|scaler|args|config|hparams", re.IGNORECASE)
 FACTS = ("epoch", "step", "global_step", "train_steps", "iteration", "iter")
@@ -83,6 +85,8 @@ def read_foreign(path: Path, weights: str = "ema", flag: str = "--ckpt") -> Fore
         short = unwrapped(name)
         if short.startswith(LEFT_OUT) and ("." in short or tensor.ndim == 0):
             left_out.append(short.partition(".")[0])
+        elif short in NEVER_READ:
+            left_out.append(short)
         else:
             plain[short] = tensor
     verified = compare(plain.values())

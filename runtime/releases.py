@@ -58,9 +58,9 @@ class Release(NamedTuple):
         family: Name of the family in the registry of models.
         model: Name of the model in the registry.
         image_size: Side of its images in pixels.
-        layout: Layout of the file: "weights" by name; groups with an "ema"; "training", groups with the optimizer's
-            state; "lightning", groups with a prefix each. For files that could not be opened, the layout that the
-            authors' code reads; loading does not depend on this field.
+        layout: Layout of the file: "weights" by name; groups with an "ema"; "averaged", groups with weights and "ema";
+            "training", with the optimizer's state too; "lightning", groups with a prefix each. For files that could not
+            be opened, the layout that the authors' code reads; loading does not depend on this field.
         folder: Address of its folder, or "hub:OWNER/NAME/FOLDER" on the Hugging Face hub.
         gigabytes: Size as published, or computed from the number of parameters; None if unknown.
         fid: Reported FID-50K on ImageNet with `preset`; None if there is none.
@@ -152,7 +152,7 @@ RELEASES = (
         "ucf101-skip.pt", "Skip-Latte", "Skip-Latte-XL/2", 256, "ema", _SPARSE, 2.77, None,
         _VIDEO._replace(cfg_scale=7.0), {"num_classes": 101},
     ),
-    Release("Latte-skip.pt", "Skip-LatteT2V", "Skip-LatteT2V-XL/2", 512, "ema", _SPARSE, 8.76, None, _TEXT),
+    Release("Latte-skip.pt", "Skip-LatteT2V", "Skip-LatteT2V-XL/2", 512, "averaged", _SPARSE, 8.76, None, _TEXT),
 )  # fmt: skip
 
 

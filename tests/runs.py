@@ -15,6 +15,7 @@ from models import FAMILIES
 from runtime.checkpoint import read_groups
 from runtime.distributed import World
 from runtime.errors import run
+from tests.networks import labelled
 from training.config import parse_settings
 from training.setup import Setup, set_up
 
@@ -22,10 +23,13 @@ CPU = World(0, 1, torch.device("cpu"))
 DIGITS = "--dataset digits --device cpu --num-workers 0 --log-every 1".split()
 
 MOVING_DIGITS = ["--dataset", "moving-digits", *DIGITS[2:], *"--num-frames 4 --image-size 12".split()]
+CAPTIONED_DIGITS = ["--dataset", "captioned-digits", *DIGITS[2:], *"--num-frames 4 --image-size 14".split()]
 
 
 def data_for(family: str) -> list[str]:
     """Flags of the digits, moving for families whose samples are clips, and of a short run on the CPU."""
+    if not labelled(family):
+        return CAPTIONED_DIGITS
     return MOVING_DIGITS if "frames" in getattr(FAMILIES[family].config, "axes", ()) else DIGITS
 
 

@@ -16,7 +16,7 @@ from models.dydit_plan import RoutingPlan
 from runtime.errors import UserError
 from sampling.pipeline import Pipeline
 from tests.checkpoints import write_network
-from tests.networks import debug_name, randomise
+from tests.networks import conditioning, debug_name, randomise, unconditional
 
 INTERVAL = (200.0, 800.0)  # timesteps, 0 clean and 1000 noise
 # What is combined with a sampler.
@@ -68,7 +68,9 @@ PLAIN: dict[tuple[str, str], torch.Tensor] = {}  # network and sampler -> latent
 
 
 def sampled(pipeline: Pipeline, **settings: Any) -> torch.Tensor:
-    return pipeline.denoise(pipeline.prepare(**settings), 0, range(2), {"y": torch.tensor([1, 2])})
+    rows = conditioning(pipeline.network, [1, 2])
+    null = None if "y" in rows else unconditional(pipeline.network, 2)  # the pipeline asks the network for its own
+    return pipeline.denoise(pipeline.prepare(**settings), 0, range(2), rows, null=null)
 
 
 def plain(pipeline: Pipeline, network: str, sampler: str) -> torch.Tensor:
@@ -123,6 +125,8 @@ def test_a_cell_runs_or_is_refused_in_one_line(
         refusal = "keeps nothing to reuse"
     if refusal is None and sampler == "edm" and "cache_interval" in settings:
         refusal = "evaluates the network once a step"
+    if refusal is None and combined == "calibrated sharing" and "y" not in pipeline.network.conditioning:
+        refusal = "calibration needs the conditioning text, text_mask"
     if refusal is not None:
         with pytest.raises(UserError, match=refusal) as error:
             sampled(pipeline, sampler=sampler, **settings)

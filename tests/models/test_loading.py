@@ -194,7 +194,8 @@ def test_a_source_that_cannot_be_had_is_one_line(
         load_network(source, model=model, download_dir=tmp_path)
 
 
-def test_a_family_that_is_not_here_yet_is_named() -> None:
+def test_a_family_that_is_not_here_yet_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(models.FAMILIES, "Skip-LatteT2V")
     with pytest.raises(
         UserError, match="^--ckpt Latte-skip: is of the family Skip-LatteT2V, which is not here yet; here: "
     ):

@@ -13,7 +13,7 @@ from diffusion.loss import Batch, row_noise
 from evaluator.settings import EvaluatorConfig
 from runtime.devices import slow_bf16
 from tests import runs
-from tests.networks import debug_name
+from tests.networks import conditioning, debug_name, labelled, unconditional
 from training.optimization import FiniteGuard
 
 
@@ -33,20 +33,19 @@ class Float64Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_after_the_draws_nothing_is_computed_in_float64(family):
-    flags = "--global-batch-size 4 --num-classes 10 --max-steps 2".split()
+    flags = ["--global-batch-size", 4, "--max-steps", 2, *(["--num-classes", 10] if labelled(family) else [])]
     setup = runs.open_setup(*runs.data_for(family), "--model", debug_name(family), *flags)
     network, loss = setup.network, setup.loss
     draws, noise = loss.draw(0, 4), ImageNoise(0, range(4), network.sample_shape)
-    batch = Batch(torch.randn(4, *network.sample_shape), {"y": torch.arange(4)}, torch.arange(4))
+    cond, null = conditioning(network, range(4)), unconditional(network, 4)
+    batch = Batch(torch.randn(4, *network.sample_shape), cond, torch.arange(4), null=null)
     with Float64Operations() as operations:
         loss(batch, draws, 0, loss.shared([(batch, draws)], 0))["loss"].mean().backward()
     for name, row in SAMPLERS.items():
         if row.process == setup.owners["process"][0]:
             sampler = make_sampler(name, loss.process, row.steps if name == "dpm++" else "3", row.settings())
             with torch.no_grad(), operations:
-                denoise = guided(
-                    network, batch.conditioning, network.null_conditioning(4), times=sampler.time_convention
-                )
+                denoise = guided(network, cond, null, times=sampler.time_convention)
                 sample_loop(denoise, sampler, noise.initial(), evaluations(sampler.times, 1.5), noise_fn=noise)
     assert operations.seen == set()
 

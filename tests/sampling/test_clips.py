@@ -23,7 +23,7 @@ from tests import clips
 from tests.checkpoints import write_network
 from tests.clips import CHANNELS, FRAMES, HEIGHT, WIDTH, ClipConfig, write_clips
 from tests.golden_data import relative_error
-from tests.networks import debug_name, debug_network, randomise, small_autoencoder
+from tests.networks import debug_name, debug_network, labelled, randomise, small_autoencoder
 from tests.processes import run_ranks
 
 FACTOR = sample.SMALLEST // HEIGHT
@@ -166,7 +166,9 @@ def test_networks_of_images_have_no_frames(ckpt: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Jobs
 
-FAMILIES = [name for name in models.FAMILIES if len(models.model_config(debug_name(name)).sample_shape) == 4]
+FAMILIES = [
+    name for name in filter(labelled, models.FAMILIES) if len(models.model_config(debug_name(name)).sample_shape) == 4
+]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

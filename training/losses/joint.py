@@ -15,6 +15,7 @@ from models.latte_t2v import LatteT2V
 from runtime.settings import setting
 
 IMAGES_DROPPED = "images_dropped"
+TEXTS = {"text", "text_mask"}  # (N, 1 + I, ...) in joint data: those of the clip, then those of its images
 # Names of a clip's conditioning -> those of its images' own
 OF_IMAGES = {"y": "image_labels", "text": "image_text", "text_mask": "image_text_mask"}
 
@@ -83,6 +84,9 @@ class JointLoss(DiffusionLoss):
         """
         own = dict(batch.conditioning) if self.network.conditioning else {}
         images = {clip: own.pop(name) for clip, name in OF_IMAGES.items() if name in own}
+        if self.settings.joint_images:
+            for name in TEXTS & own.keys():
+                own[name], images[name] = own[name][:, 0], own[name][:, 1:]
         dropped = draws.extra.get(IMAGES_DROPPED)
         if images and dropped is not None:
             null = batch.null or self.network.null_conditioning(len(dropped))
