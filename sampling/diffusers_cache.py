@@ -84,10 +84,7 @@ def enable_skip_cache(
         )
     high = layout.schedule.t_high if t_high is None else t_high
     low = layout.schedule.t_low if t_low is None else t_low
-    if not 0 <= low <= high <= 1000:
-        raise ValueError(f"the bounds {high:g} and {low:g} must be timesteps, 1000 >= t_high >= t_low >= 0")
-    rule = SkipCacheRule(interval, layout.schedule._replace(t_high=high, t_low=low))
-    return SkipCache(transformer, layout, rule, depth)
+    return SkipCache(transformer, layout, _rule(interval, high, low), depth)
 
 
 def parse_skip_cache(text: str) -> dict[str, Any]:
@@ -99,7 +96,16 @@ def parse_skip_cache(text: str) -> dict[str, Any]:
     match = re.fullmatch(r"N?(\d+)-(\d+)-(\d+)", text)
     if match is None:
         raise ValueError(f"{text!r} must be N-HIGH-LOW: an interval and two timesteps, such as N2-700-50")
-    return dict(zip(("interval", "t_high", "t_low"), map(int, match.groups()), strict=True))
+    interval, high, low = map(int, match.groups())
+    _rule(interval, high, low)
+    return {"interval": interval, "t_high": high, "t_low": low}
+
+
+def _rule(interval: int, high: float, low: float) -> SkipCacheRule:
+    """The refresh rule of an interval and bounds; a ValueError for those that are none."""
+    if not 0 <= low <= high <= 1000:
+        raise ValueError(f"the bounds {high:g} and {low:g} must be timesteps, 1000 >= t_high >= t_low >= 0")
+    return SkipCacheRule(interval, CacheSchedule(high, low, low_inclusive=True))
 
 
 class _Evaluation(NamedTuple):

@@ -2,25 +2,27 @@
 
     python scripts/benchmark_reuse.py --model DDT-XL/2 --num-sampling-steps 100 --intervals 4 10
     python scripts/benchmark_reuse.py --model Skip-Latte-XL/2 --input-size 8 --num-sampling-steps 50
+    python scripts/benchmark_reuse.py --model HunyuanDiT2DModel --num-sampling-steps 100
     python scripts/benchmark_reuse.py --hidden-size 1152 --num-heads 16 --input-size 32 --precision bf16 --device cuda
 
-Without flags: Skip-Cache in 28 blocks of width 192. Runs go through the real sampling loop and take turns (A B C,
-A B C, ...); a speed-up is the median over rounds of two neighbours' ratio. The clock is wall time, or CUDA events on a
-GPU. The bound is the ratio of the MACs that the schedules execute; time can fall short of it by all that is not a
-block.
+Without flags: Skip-Cache in 28 blocks of width 192. HunyuanDiT2DModel is diffusers' network of 40 layers, with
+Skip-Cache by hooks. Runs go through the real sampling loop and take turns (A B C, A B C, ...); a speed-up is the
+median over rounds of two neighbours' ratio. The clock is wall time, or CUDA events on a GPU. The bound is the ratio of
+the MACs that the schedules execute; time can fall short of it by all that is not a block.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from benchmarks import hunyuan
 from benchmarks.report import document, headline, machine_info, write_json
-from benchmarks.reuse import results, reuse_case, reuse_runs, table
+from benchmarks.reuse import ReuseRun, results, reuse_case, reuse_runs, table
 from benchmarks.sampling import random_pipeline
 from benchmarks.timing import TimingSettings, check_at_least, cuda_seconds, measure, wall_seconds
 from models import model_config
@@ -34,7 +36,7 @@ from runtime.settings import Values, setting
 class ReuseSettings(TimingSettings):
     """Settings of benchmark_reuse.py."""
 
-    model: str = setting("Skip-DiT-XL/2", "name in the registry, of a model that keeps state")
+    model: str = setting("Skip-DiT-XL/2", f"name in the registry, of a model that keeps state, or {hunyuan.MODEL}")
     hidden_size: int = setting(192, "width; the other settings of the model stay")
     num_heads: int = setting(3, "number of attention heads")
     input_size: int = setting(16, "side of the latent image")
@@ -56,15 +58,31 @@ class ReuseSettings(TimingSettings):
                 )
 
 
+def prepare_runs(config: ReuseSettings, device: torch.device) -> Mapping[str, ReuseRun]:
+    """Build the network, and prepare its runs: one that computes state at every step, and one for every interval.
+
+    Raises:
+        ValueError: For settings that do not fit the network.
+        UserError: For numbers of steps that its sampler cannot take.
+    """
+    intervals, steps = list(dict.fromkeys((1, *config.intervals))), config.num_sampling_steps
+    if config.model == hunyuan.MODEL:
+        if config.precision != "fp32":
+            raise ValueError(f"--precision {config.precision}: is timed in fp32 alone")
+        transformer = hunyuan.hunyuan_transformer(device, config.hidden_size, config.num_heads, config.input_size)
+        return hunyuan.hunyuan_runs(transformer, steps, intervals, config.batch_size, config.cache_depth or 1)
+    side = config.input_size
+    fields: Values = {"sample_shape": (*model_config(config.model).sample_shape[:-2], side, side)}
+    names = ("hidden_size", "num_heads", "cache_depth")
+    fields |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    pipeline = random_pipeline(config.model, device, **fields)
+    return reuse_runs(pipeline, steps, intervals, config.batch_size, config.precision)
+
+
 def measure_runs(config: ReuseSettings, device: torch.device) -> list[Values]:
-    """Build the network, and time its runs."""
+    """Prepare the runs, and time them."""
     with error_prefix(f"--model {config.model}"):
-        side = config.input_size
-        fields: Values = {"sample_shape": (*model_config(config.model).sample_shape[:-2], side, side)}
-        names = ("hidden_size", "num_heads", "cache_depth")
-        fields |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-        pipeline, intervals = random_pipeline(config.model, device, **fields), dict.fromkeys((1, *config.intervals))
-        runs = reuse_runs(pipeline, config.num_sampling_steps, list(intervals), config.batch_size, config.precision)
+        runs = prepare_runs(config, device)
     clock = cuda_seconds if device.type == "cuda" else wall_seconds
     rows = measure("reuse", [reuse_case(name, run) for name, run in runs.items()], config.rounds, clock)
     return results(rows, list(runs.values()))

@@ -316,3 +316,7 @@ def test_settings_in_the_released_notation() -> None:
     for text in ("2", "N2-700", "N2-700-50-1", "N-2-700-50", "N2-700-x"):
         with pytest.raises(ValueError, match="must be N-HIGH-LOW"):
             parse_skip_cache(text)
+    with pytest.raises(ValueError, match="interval must be at least 1, not 0"):
+        parse_skip_cache("N0-700-50")
+    with pytest.raises(ValueError, match="the bounds 50 and 700 must be timesteps"):
+        parse_skip_cache("N2-50-700")

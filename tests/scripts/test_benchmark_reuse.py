@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks.costs import run_cost
-from benchmarks.reuse import count_blocks, refresh_of, results, reuse_case, reuse_runs, table
-from benchmarks.sampling import SamplingRun, random_pipeline
+from benchmarks.reuse import PipelineRun, count_blocks, results, reuse_case, reuse_runs, table
+from benchmarks.sampling import random_pipeline
 from benchmarks.timing import measure
 from models import create_model
 from runtime.errors import run
@@ -22,14 +22,14 @@ def main(*argv: str) -> int:
     return run(benchmark_reuse.main, "benchmark_reuse.py", argv)
 
 
-def made(intervals: tuple[int, ...], family: str = "Skip-DiT") -> dict[str, SamplingRun]:
+def made(intervals: tuple[int, ...], family: str = "Skip-DiT") -> dict[str, PipelineRun]:
     pipeline = random_pipeline(debug_name(family), torch.device("cpu"))
     return reuse_runs(pipeline, 12, (1, *intervals), images=2, precision="fp32")
 
 
 def test_blocks_are_counted_while_they_run_and_not_after() -> None:
     network = debug_network("Skip-DiT")
-    assert count_blocks(network, lambda: network(torch.randn(1, 4, 8, 8), 5.0, y=torch.tensor([1]))) == 8
+    assert count_blocks(network.blocks, lambda: network(torch.randn(1, 4, 8, 8), 5.0, y=torch.tensor([1]))) == 8
     assert not any(block._forward_hooks for block in network.blocks)
 
 
@@ -37,19 +37,19 @@ def test_a_cached_step_runs_twice_the_cache_depth() -> None:
     runs = made((2, 3))
     assert list(runs) == ["N = 1", "N = 2", "N = 3"]
     for name, one in runs.items():
-        network, refresh = one.pipeline.network, refresh_of(one)
+        network, refresh = one.pipeline.network, one.refresh
         cached = 2 * network.config.cache_depth * (12 - sum(refresh))
-        assert count_blocks(network, one.latents) == 8 * sum(refresh) + cached
+        assert count_blocks(network.blocks, one.latents) == 8 * sum(refresh) + cached
         assert reuse_case(name, one).flop == 2 * 2 * run_cost(network, refresh)
-    assert [sum(refresh_of(one)) for one in runs.values()] == [12, 6, 4]
+    assert [sum(one.refresh) for one in runs.values()] == [12, 6, 4]
 
 
 def test_of_a_divided_network_the_encoder_runs_every_so_often() -> None:
     runs = made((4, 6), "DDT")
     config = runs["R = 1"].pipeline.network.config
     decoder = 12 * (config.depth - config.encoder_depth)
-    assert [sum(refresh_of(one)) for one in runs.values()] == [12, 3, 2]
-    blocks = [count_blocks(one.pipeline.network, one.latents) for one in runs.values()]
+    assert [sum(one.refresh) for one in runs.values()] == [12, 3, 2]
+    blocks = [count_blocks(one.blocks, one.latents) for one in runs.values()]
     assert blocks == [n * config.encoder_depth + decoder for n in (12, 3, 2)]
 
 
@@ -72,7 +72,7 @@ def test_runs_take_turns_and_ratios_are_those_of_neighbours() -> None:
         return next(readings)
 
     cases = [reuse_case(*item) for item in runs.items()]
-    noted = [dataclasses.replace(case, run=lambda run: order.append(sum(refresh_of(run)))) for case in cases]
+    noted = [dataclasses.replace(case, run=lambda run: order.append(sum(run.refresh))) for case in cases]
     every, second = results(measure("reuse", noted, 3, clock), list(runs.values()))
     assert order == [12, 6] * 5
     assert (every["rounds"], second["rounds"]) == ([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])
