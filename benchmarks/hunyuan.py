@@ -25,7 +25,7 @@ TOKENS = {"clip": 77, "t5": 256}
 
 
 def hunyuan_transformer(device: torch.device, hidden_size: int, num_heads: int, input_size: int, **config: Any) -> Any:
-    """Build the network with random weights and positions of its own, for latents of 4 x `input_size` x `input_size`.
+    """Build the network with random weights and the right positions, for latents of 4 x `input_size` x `input_size`.
 
     Args:
         device: Device of the weights.
