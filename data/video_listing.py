@@ -140,9 +140,10 @@ def list_videos(root: Path) -> Listing:
     if not root.is_dir():
         raise ValueError(f"{root}: {'not a' if root.exists() else 'no such'} folder")
     known, around = _read(root), holders(root)
-    here = _find(root, "", known, around)
-    check_splits(root, here.folders)
-    found = {name: _find(root, name, known, around) for name in here.folders}
+    with ThreadPoolExecutor(THREADS) as pool:  # file systems answer several questions at once
+        here = _find(root, "", known, around, pool)
+        check_splits(root, here.folders)
+        found = {name: _find(root, name, known, around, pool) for name in here.folders}
     full = [name for name in found if found[name].rows]
     _check(root, here, found, full)
     left_out = sum((each.left_out for each in found.values()), here.left_out)
@@ -205,8 +206,9 @@ def _even(names: list[str]) -> Frames | None:
     """Pattern of names with numbers at equal steps; None for any others."""
     lengths = [*map(len, names)]
     shortest, longest = min(lengths, default=0), max(lengths, default=0)
-    first = NAME.fullmatch(min((name for name in names if len(name) == shortest), default=""))
-    last = NAME.fullmatch(max((name for name in names if len(name) == longest), default=""))
+    same = shortest == longest
+    first = NAME.fullmatch(min(names if same else (name for name in names if len(name) == shortest), default=""))
+    last = NAME.fullmatch(max(names if same else (name for name in names if len(name) == longest), default=""))
     if first is None or last is None:
         return None
     begin, stop, length = int(first["number"]), int(last["number"]), len(names)
@@ -216,17 +218,20 @@ def _even(names: list[str]) -> Frames | None:
     return frames if {*frames.names()} == {*names} else None
 
 
-def _find(root: Path, folder: str, known: dict[str, Video], around: tuple[Identity, ...]) -> Content:
+def _find(
+    root: Path, folder: str, known: dict[str, Video], around: tuple[Identity, ...], pool: ThreadPoolExecutor
+) -> Content:
     """Look through a folder, given by its path relative to the root."""
     rows, folders, left_out = list[Video | str](), list[str](), Counter[str]()
-    for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
-        if is_hidden(entry.name):
-            continue
-        path, suffix, kind = f"{folder}/{entry.name}".removeprefix("/"), _suffix(entry.name), what_is(entry)
-        if kind == FOLDER and is_loop(entry, around):
-            left_out[LOOP] += 1
-        elif kind == FOLDER:
-            if (video := _folder(root, path, known)) is None:
+    entries = [entry for entry in os.scandir(root / folder) if not is_hidden(entry.name)]
+    kinds = {entry.name: what_is(entry) for entry in entries}
+    kinds |= {each.name: LOOP for each in entries if kinds[each.name] == FOLDER and is_loop(each, around)}
+    paths = {name: f"{folder}/{name}".removeprefix("/") for name in sorted(kinds)}
+    opened = {name: pool.submit(_folder, root, path, known) for name, path in paths.items() if kinds[name] == FOLDER}
+    for name, path in paths.items():
+        suffix, kind = _suffix(name), kinds[name]
+        if kind == FOLDER:
+            if (video := opened[name].result()) is None:
                 folders.append(path)
             else:
                 rows.append(video)
@@ -272,7 +277,11 @@ def _folder(root: Path, path: str, known: dict[str, Video]) -> Video | None:
     stamp, before = os.stat(root / path).st_mtime_ns, known.get(path)
     if before is not None and before.is_folder and before.stamp == stamp:
         return before
-    entries = [entry for entry in os.scandir(root / path) if not is_hidden(entry.name)]
+    listed = [*os.scandir(root / path)]
+    frames = _even([entry.name for entry in listed]) if _are_files(listed) else None
+    if frames is not None and frames.start[:1] != "." and _suffix(frames.name(0)) in EXTENSIONS:  # most folders
+        return Video(path, NO_SIZE, stamp, frames.length, frames=frames)
+    entries = [entry for entry in listed if not is_hidden(entry.name)]
     images = [entry.name for entry in entries if _suffix(entry.name) in EXTENSIONS and what_is(entry) == FILE]
     rest = [] if len(images) == len(entries) else sorted({entry.name for entry in entries} - {*images})
     if not images or any(os.path.isdir(root / path / name) for name in rest):
@@ -282,6 +291,14 @@ def _folder(root: Path, path: str, known: dict[str, Video]) -> Video | None:
     if others and not problem:
         problem = "left out " + ", ".join(f"{count} {suffix}" for suffix, count in sorted(Counter(others).items()))
     return Video(path, NO_SIZE, stamp, frames.length if frames else 0, frames=frames, problem=problem)
+
+
+def _are_files(entries: Sequence[os.DirEntry[str]]) -> bool:
+    """True if all entries are files; False if one cannot be looked at."""
+    try:
+        return all(map(os.DirEntry.is_file, entries))
+    except OSError:
+        return False
 
 
 def _suffix(name: str) -> str:
