@@ -241,13 +241,41 @@ def _host_group() -> dist.ProcessGroup | None:
     return group
 
 
-def any_rank(flag: bool) -> bool:
-    """True on all ranks if the flag is set on any of them; a collective operation."""
-    if not dist.is_initialized():
-        return flag
-    votes = torch.tensor([float(flag)])
-    dist.all_reduce(votes, group=_host_group())
-    return bool(votes > 0)
+class Votes:
+    """A question to all ranks at every step, answered at the next one, so that no rank waits for another.
+
+    As a context manager it ends with no operation in flight.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def ask(self, flag: bool) -> bool:
+        """True on all ranks if the flag was set on any at the call before; in a world of one, if it is set now."""
+        if not dist.is_initialized():
+            return flag
+        answer, votes = self._answer(), torch.tensor([float(flag)])
+        work = dist.all_reduce(votes, group=_host_group(), async_op=True)
+        assert work is not None  # every rank is a member
+        self._pending = work, votes
+        return answer
+
+    def _answer(self) -> bool:
+        if self._pending is None:
+            return False
+        (work, votes), self._pending = self._pending, None
+        work.wait()
+        return bool(votes > 0)
+
+    def __enter__(self) -> Votes:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, SystemExit):
+            self._answer()
+        elif self._pending is not None:  # the others may be gone, too
+            with suppress(RuntimeError):
+                self._pending[0].wait(TIMEOUT)
 
 
 def from_all_ranks(x: Tensor) -> Tensor:

@@ -104,6 +104,40 @@ def test_one_process_and_two_train_alike(trained, tmp_path):
         assert torch.allclose(one[key], two[key], atol=2e-4), key  # Adam turns rounding of tiny gradients into lr
 
 
+COUNT_COLLECTIVES = """
+import os
+import torch.distributed as dist
+
+calls = []
+def recorded(name, call):
+    def record(*args, **options):
+        calls.append(f"{name} {options.get('async_op', False)}")
+        return call(*args, **options)
+    return record
+for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier"):
+    setattr(dist, name, recorded(name, getattr(dist, name)))
+import training.trainer
+step = training.trainer.Trainer.train_step
+def train_step(self, number, pieces):
+    if number == 5 and os.environ["RANK"] == "0":
+        open("calls", "w").write("; ".join(calls))
+    calls.append(f"step {number}")
+    return step(self, number, pieces)
+training.trainer.Trainer.train_step = train_step
+"""
+
+
+def test_no_step_waits_for_another_rank_but_in_the_gradients(tmp_path):
+    argv = "--log-every 100 --ckpt-every 100".split()
+    done = run_ranks(
+        "train.py", *SHORT, *argv, "--results-dir", str(tmp_path), folder=tmp_path, fault=COUNT_COLLECTIVES
+    )
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text()
+    steps = calls[calls.index("step 0") :].split("; ")  # DDP's own are not called from Python
+    assert steps == [call for number in range(5) for call in (f"step {number}", "all_reduce True")]
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """A folder with images of two classes."""

@@ -121,6 +121,7 @@ class Trainer:
         with (
             self.last_save_finished(),
             stop_on_signal() as stop,
+            distributed.Votes() as votes,
             warnings_logged(self.log),
             tqdm(total=total, initial=state.step, disable=None if self.world.is_main else True, unit="step") as bar,
             trace_steps(traces) as end_of_step,
@@ -135,7 +136,7 @@ class Trainer:
                 if self.validation is not None and self.validation.is_due(state.step):
                     self.validate(self.validation)
                 failed = self.saver is not None and self.saver.failed  # then `save` raises the error on all ranks
-                stopping = distributed.any_rank(stop.received or failed)
+                stopping = votes.ask(stop.received or failed)
                 if state.step % run.ckpt_every == 0 or state.step == total or stopping:
                     self.save()
                 if state.step == total or stopping:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from runtime import distributed
 from runtime.errors import RankError, UserError, run
-from tests.processes import run_script
+from tests.processes import run_ranks, run_script
 
 TWO = """
 import os
@@ -43,6 +43,34 @@ def test_every_rank_has_the_result_and_the_error_of_rank_0(tmp_path: Path) -> No
     done = run_script(tmp_path / "two.py", ranks=2, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["rank 0: ['0'] no", "rank 1: ['0'] no"]
+
+
+VOTES = """
+import os, time
+from pathlib import Path
+from runtime import distributed
+
+with distributed.world("cpu") as world, distributed.Votes() as votes:
+    while world.rank == 1 and not Path("asked").exists():  # for ever, if rank 0 waited for this one
+        time.sleep(0.01)
+    answers = [votes.ask(world.rank == 0)]
+    Path("asked").touch()
+    answers += [votes.ask(False), votes.ask(False)]
+    votes.ask(True)  # in flight at the end
+    os.write(1, f"{answers}\\n".encode())
+"""
+
+
+def test_votes_are_answered_one_step_later_on_all_ranks_without_waiting(tmp_path: Path) -> None:
+    (tmp_path / "votes.py").write_text(VOTES)
+    done = run_ranks(tmp_path / "votes.py", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[False, True, False]"] * 2
+
+
+def test_a_single_process_has_its_own_vote_at_once() -> None:
+    with distributed.Votes() as votes:
+        assert votes.ask(True) and not votes.ask(False)
 
 
 LATE = """
