@@ -36,7 +36,7 @@ class Videos(Protocol):
 
 
 class VideoOpener(NamedTuple):
-    """How folders of videos are opened.
+    """Opens folders of videos.
 
     Attributes:
         suffixes: Suffixes of video files, in lower case.
@@ -54,7 +54,7 @@ class VideoOpener(NamedTuple):
 
 
 class VideoFolder(ImageFile):
-    """The videos of a folder, whose windows are decoded when they are needed.
+    """The videos of a folder; windows are decoded when they are needed.
 
     Args:
         path: The folder.
