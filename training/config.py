@@ -87,6 +87,12 @@ class OptimizationSettings:
     grad_clip: float | None = setting(None, "largest norm of the gradient")
     grad_clip_start: int = setting(0, "step from which on --grad-clip holds")
     grad_norm_mode: Literal["clip", "skip"] = setting("clip", "for a larger norm: clip it, or skip the update")
+    skip_updates_above: float | None = setting(
+        None, "drop updates with a larger norm, or one that is not a number; average and learning rate stay, too"
+    )
+    train_only: Literal["added"] | None = setting(
+        None, "train only the parts that the family adds to the one of --init-from, such as skip units", shown="all"
+    )
     non_finite: Literal["fatal", "skip"] = setting(
         "fatal", "after a step with a gradient that is not finite (it is never applied)", free=True
     )
@@ -98,7 +104,7 @@ class OptimizationSettings:
         """Validate the fields."""
         _at_least(self, 1, "epochs", "max_steps", "global_batch_size", "grad_accum")
         _at_least(self, 0, "lr_warmup_steps", "grad_clip_start")
-        _positive(self, "lr", "grad_clip")
+        _positive(self, "lr", "grad_clip", "skip_updates_above")
         for name in ("ema_decay", "lr_final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must lie in [0, 1]")
@@ -108,6 +114,8 @@ class OptimizationSettings:
             raise ValueError(f"--grad-clip-start {self.grad_clip_start}: has no effect without --grad-clip")
         if self.grad_norm_mode == "skip" and self.grad_clip is None:
             raise ValueError("--grad-norm-mode skip: needs --grad-clip, the norm from which updates are skipped")
+        if self.grad_norm_mode == "skip" and self.skip_updates_above is not None:
+            raise ValueError("--grad-norm-mode skip: skips updates, too; give it or --skip-updates-above")
         shares = world_size() * self.grad_accum
         if self.global_batch_size % shares:
             raise ValueError(
@@ -121,7 +129,7 @@ class OptimizationSettings:
         return min(steps, self.max_steps or steps)
 
     def learning_rate(self, step: int, total: int) -> float:
-        """Learning rate of step `step` (from 0) of `total`: linear warm-up, then constant or cosine."""
+        """Learning rate of step `step` (from 0) of `total`: linear warm-up, then constant, cosine or linear."""
         linear = self.lr_schedule == "linear"
         if step < self.lr_warmup_steps:
             return self.lr * (step + (not linear)) / self.lr_warmup_steps

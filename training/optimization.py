@@ -102,13 +102,28 @@ class FiniteGuard:
     Args:
         optimizer: A fused optimizer.
         device: Device of the losses.
+        drop_above: Norm of the gradient above which `drops` is true; None drops none.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, drop_above: float | None = None) -> None:
         self._optimizer, self._reads_decision = optimizer, device.type == "mps"
+        self._drop_above, self._dropped = drop_above, 0
         self._skipped = torch.zeros((), device=device)
         self._too_large = torch.zeros((), device=device)
         self._last_bad_loss = torch.full((), -1.0, device=device)
+
+    def drops(self, grad_norm: Tensor) -> bool:
+        """True for a step that is to leave everything as it is; waits for the device where there is a limit."""
+        if self._drop_above is None:
+            return False
+        dropped = not float(grad_norm) <= self._drop_above  # as of NaN
+        self._dropped += dropped
+        return dropped
+
+    def count_dropped(self) -> int:
+        """Steps that were dropped since the last call."""
+        count, self._dropped = self._dropped, 0
+        return count
 
     def watch(self, step: int, loss: Tensor, grad_norm: Tensor, limit: float | None = None) -> None:
         """Decide about a step; to be called between the backward pass and the optimizer's step.

@@ -15,14 +15,21 @@ from training.setup import Setup
 PROJECTOR = "projector"  # the alignment's group in checkpoints
 
 
-def checkpoint_meta(setup: Setup, step: int) -> Values:
-    """The JSON document of a checkpoint: all settings, and what sampling has to know."""
+def checkpoint_meta(setup: Setup, step: int, updates: int | None = None) -> Values:
+    """The JSON document of a checkpoint: all settings, and what sampling has to know.
+
+    Args:
+        setup: Setup of the run.
+        step: Number of steps taken.
+        updates: Number of those that were not dropped; None for all.
+    """
     sections = setup.document()
     owners = {name: sections.pop(name) for name in ("model", "process", "loss", "optimizer")}
     decay = setup.config.optimization.ema_decay
     return {
         "format": 2,
         "step": step,
+        **({} if updates in (None, step) else {"updates": updates}),
         **owners,
         "encoder": {"name": setup.config.data.vae},
         **({} if (text := text_of(setup.dataset)) is None else {"text": text}),
@@ -48,10 +55,16 @@ def sample_image_shape(setup: Setup) -> list[int]:
 
 
 class TrainingState:
-    """All that a step changes: weights, their average, the optimizer, the count of steps."""
+    """All that a step changes: weights, their average, the optimizer, the count of steps.
+
+    Attributes:
+        step: Number of steps taken.
+        updates: Number of those that were not dropped, which the learning rate follows.
+    """
 
     def __init__(self, setup: Setup) -> None:
-        optimization, self.network, self.step = setup.config.optimization, setup.network, 0
+        optimization, self.network = setup.config.optimization, setup.network
+        self.step = self.updates = 0
         self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         self.alignment = setup.loss.alignment
         if self.alignment is not None:
@@ -85,4 +98,5 @@ class TrainingState:
             moments.setdefault(parameter, {})[key] = tensor
         for name, trained in self.trained.items():
             self.optimizer.state[trained] = {k: v.to(trained.device) for k, v in moments.get(name, {}).items()}
-        self.step = self.ema.updates = saved.meta["step"]
+        self.step = saved.meta["step"]
+        self.updates = self.ema.updates = saved.meta.get("updates", self.step)

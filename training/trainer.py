@@ -102,7 +102,8 @@ class Trainer:
         if world.size > 1:
             devices = [world.device.index] if world.device.type == "cuda" else None
             self.loss = DistributedDataParallel(setup.loss, device_ids=devices, gradient_as_bucket_view=True)
-        self.guard = FiniteGuard(self.state.optimizer, world.device)
+        limit = self.config.optimization.skip_updates_above
+        self.guard = FiniteGuard(self.state.optimizer, world.device, limit)
         self.meter = LossMeter()
         data = setup.validation
         self.validation = None if data is None else Validation(setup, data, self.state.ema.network, world)
@@ -164,7 +165,7 @@ class Trainer:
         """One step over this process's micro-batches; returns the norm of the gradient, on the device."""
         state, optimization = self.state, self.config.optimization
         for group in state.optimizer.param_groups:
-            group["lr"] = optimization.learning_rate(step, self.setup.total_steps)
+            group["lr"] = optimization.learning_rate(state.updates, self.setup.total_steps)
         state.optimizer.zero_grad(set_to_none=True)
         shared = self.setup.loss.shared(pieces, step)
         seen: list[dict[str, Tensor]] = []
@@ -176,6 +177,9 @@ class Trainer:
         losses = {name: torch.cat([piece[name].detach() for piece in seen]) for name in seen[0]}
         gradients = [p.grad for p in state.trained.values() if p.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self.meter.add(losses)
+        if self.guard.drops(grad_norm):
+            return grad_norm
         limit = optimization.grad_clip if step >= optimization.grad_clip_start else None
         if limit is not None and optimization.grad_norm_mode == "clip":
             torch.nn.utils.clip_grads_with_norm_(state.trained.values(), limit, grad_norm)
@@ -183,17 +187,21 @@ class Trainer:
         self.guard.watch(step, losses["loss"].mean(), grad_norm, limit)
         self.guard.step()
         state.ema.update()
-        self.meter.add(losses)
+        state.updates += 1
         return grad_norm
 
     def report(self, grad_norm: Tensor) -> None:
         """Write a log line and a line of metrics, and report non-finite steps."""
         step, values = self.state.step, self.meter.read()
-        rate = self.config.optimization.learning_rate(step - 1, self.setup.total_steps)
+        rate = self.state.optimizer.param_groups[0]["lr"]
         line = f"(step={step:07d}) Train Loss: {values['loss']:.4f}, Train Steps/Sec: {values['steps_per_sec']:.2f}"
         for name in self.setup.loss.logged:
             line += f", {name.replace('_', ' ')}: {values[name]:.3f}"
+        if dropped := self.guard.count_dropped():
+            line += f", updates dropped: {dropped}"
         self.log.line(line)
+        if self.config.optimization.skip_updates_above is not None:
+            values |= {"updates_dropped": dropped, "updates": self.state.updates}
         if self.config.optimization.grad_norm_mode == "skip":
             values["updates_skipped"] = self.guard.count_too_large()
         self.log.metrics(step=step, lr=rate, grad_norm=float(grad_norm), **values)
@@ -229,7 +237,7 @@ class Trainer:
         with distributed.raise_on_all_ranks():
             if self.saver is not None:
                 step = self.state.step
-                self.saver.save(State(step, self.state.groups(), checkpoint_meta(self.setup, step)))
+                self.saver.save(State(step, self.state.groups(), checkpoint_meta(self.setup, step, self.state.updates)))
 
     def wait_for_save(self) -> None:
         """Wait until the last checkpoint is whole.
