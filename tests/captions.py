@@ -15,9 +15,10 @@ import training.config
 from models import FAMILIES, Family, ModelOutput, Network
 from models.layers import TimestepEmbedder
 from runtime.settings import setting
-from tests.runs import CAPTIONED_DIGITS as CAPTIONED
+from tests.runs import DIGITS
 
 NAME = "caption toy"
+CAPTIONED = ["--dataset", "captioned-digits", *DIGITS[2:], *"--num-frames 4 --image-size 14".split()]
 RUN = [*CAPTIONED, "--model", NAME, *"--global-batch-size 8 --max-steps 3 --lr 2e-3 --process flow".split()]
 
 

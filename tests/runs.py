@@ -23,7 +23,7 @@ CPU = World(0, 1, torch.device("cpu"))
 DIGITS = "--dataset digits --device cpu --num-workers 0 --log-every 1".split()
 
 MOVING_DIGITS = ["--dataset", "moving-digits", *DIGITS[2:], *"--num-frames 4 --image-size 12".split()]
-CAPTIONED_DIGITS = ["--dataset", "captioned-digits", *DIGITS[2:], *"--num-frames 4 --image-size 14".split()]
+CAPTIONED_DIGITS = ["--dataset", "captioned-digits", *DIGITS[2:], *"--num-frames 4 --image-size 16".split()]
 
 
 def data_for(family: str) -> list[str]:

@@ -28,7 +28,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain_weights() -> dict[str, Tensor]:
-    fields: dict[str, Any] = {"depth": 8, "text_width": 32, "text_length": 8, "sample_shape": (4, 1, 14, 14)}
+    fields: dict[str, Any] = {"depth": 8, "text_width": 32, "text_length": 8, "sample_shape": (4, 1, 16, 16)}
     return randomise(create_model("LatteT2V-debug/2", **fields)).state_dict()
 
 

@@ -88,7 +88,7 @@ def test_captioned_digits_are_trained_on_with_images_behind_them(images: int) ->
     argv = ["--model", "LatteT2V-debug/2", "--joint-images", images, "--global-batch-size", 4]
     setup = open_setup(*CAPTIONED_DIGITS, *argv, "--max-steps", 1, "--caption-dropout-prob", 0.5)
     ((_, ((batch, draws),)),) = batches(setup, CPU, 0)
-    assert batch.x_start.shape == (4, 4 + images, 1, 14, 14) and setup.network.sample_shape == (4, 1, 14, 14)
+    assert batch.x_start.shape == (4, 4 + images, 1, 16, 16) and setup.network.sample_shape == (4, 1, 16, 16)
     assert batch.conditioning["text"].shape == (4, *([1 + images] if images else []), 8, 32)
     seen: dict[str, Tensor] = {}
     setup.network.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
