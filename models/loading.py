@@ -244,7 +244,7 @@ def _foreign_info(
             weights, layout = from_diffusers(weights, _grid(found and found.config)), ", in diffusers' layout"
     name, fields = _recognised(weights, model if release is None else release.model, source)
     reason = "given" if model is not None else "a release" if release is not None else "by names and shapes"
-    own, sit = family_of(name).process, release is None and SIT_NAME.search(path.stem) is not None
+    own, sit = family_of(name).process, SIT_NAME.search(path.stem) is not None
     guess = "flow" if sit and own == "gaussian" else own
     why = "given" if process is not None else "by the name of the file" if guess != own else "that of its family"
     process = process or guess

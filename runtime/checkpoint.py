@@ -21,7 +21,7 @@ from runtime import migrate
 from runtime.errors import UserError
 from runtime.foreign import ForeignWeights, read_foreign
 from runtime.tensor_file import read_tensors, write_tensors
-from runtime.weight_files import file_in, read_safetensors
+from runtime.weight_files import file_in, read_head, read_safetensors
 
 FORMAT = 2  # of our files; runtime/migrate.py converts earlier ones
 METADATA_KEY = "dit_family"
@@ -146,6 +146,7 @@ def read_groups(
         return [name for group in chosen for name in members[group].values()]
 
     try:
+        read_head(path, f"{flag} {path}")
         tensors, _ = read_tensors(path, METADATA_KEY, wanted)
     except KeyError:
         return {"weights": read_safetensors(path, f"{flag} {path}")}, None

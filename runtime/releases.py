@@ -1,4 +1,4 @@
-"""Table of all checkpoints that the authors of the four families released, with the settings of their figures.
+"""Table of the checkpoints that the authors of the families and of SiT released, with the settings of their figures.
 
 Files have the names that their authors gave them. Some links in the official READMEs are wrong and corrected here:
 those to `DiT-XL-2-skip.pt` and `Latte-skip.pt` are exchanged, and `skytimelapse-skip.pt` is linked as
@@ -68,6 +68,7 @@ class Release(NamedTuple):
         config: Fields of the model's config that differ from those of its name.
         remote_name: Name of the file in the folder, if it is another; may be a pattern of one file.
         sha256: Checksum of the file; None if none is published.
+        process: Process that it was trained under, if it is not that of its family.
     """
 
     file: str
@@ -82,6 +83,7 @@ class Release(NamedTuple):
     config: Mapping[str, object] = MappingProxyType({})
     remote_name: str | None = None
     sha256: str | None = None
+    process: str | None = None
 
     @property
     def name(self) -> str:
@@ -110,11 +112,17 @@ _VIDEO = Preset("ddpm", "250", 1.0, channels=4)
 _TEXT = Preset("ddim", "ddim50", 7.5, channels=None, text_encoder="maxin-cn/Latte-1")
 _FLOW = {"last_step": 0.04, "shift": 1.0}
 _META = "https://dl.fbaipublicfiles.com/DiT/models"
+_SIT = "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0"
 _DAMO, _NANJING, _SPARSE = "hub:heisejiasuo/DyDiT", "hub:MCG-NJU", "hub:GuanjieChen/Skip-DiT"
 
 RELEASES = (
     Release("DiT-XL-2-256x256.pt", "DiT", "DiT-XL/2", 256, "weights", _META, 2.70, 2.27, _OFFICIAL),
     Release("DiT-XL-2-512x512.pt", "DiT", "DiT-XL/2", 512, "weights", _META, 2.70, 3.04, _OFFICIAL),
+    # DiT's network under another process; its authors report FID 2.15 with an adaptive solver of the same equation
+    Release(
+        "SiT-XL-2-256x256.pt", "DiT", "DiT-XL/2", 256, "weights", _SIT, 2.70, None, _OFFICIAL._replace(sampler="euler"),
+        remote_name="SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0", process="flow",
+    ),
     Release(
         "dydit_0.7.pth", "DyDiT", "DyDiT-XL/2", 256, "ema", _DAMO, None, 2.12, _OFFICIAL,
         {"router_layout": "all_heads"},
@@ -182,9 +190,10 @@ def release_of_model(model: str, image_size: int | None, families: Collection[st
     """
     size = image_size or 256
     usable = [release for release in RELEASES if release.family in families]
-    matching = [release for release in usable if (release.model, release.image_size) == (model, size)]
+    own = [release for release in usable if release.process is None]
+    matching = [release for release in own if (release.model, release.image_size) == (model, size)]
     if not matching:
-        known = dict.fromkeys(f"{release.model} ({release.image_size} pixels)" for release in usable)
+        known = dict.fromkeys(f"{release.model} ({release.image_size} pixels)" for release in own)
         raise UserError(
             f"--model {model}: no checkpoint of it for {size} pixels was released; give one with --ckpt "
             f"(released: {', '.join(known)})"

@@ -76,17 +76,23 @@ def read_content(path: Path, where: str) -> tuple[Mapping[str, Any], Compare]:
     Raises:
         UserError: If it is damaged, or something else.
     """
+    head = read_head(path, where)
+    if path.name.endswith(".index.json"):
+        return read_shards(path, where), _nothing_to_compare
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        return read_safetensors(path, where), _nothing_to_compare
+    return read_pickle(path, where)
+
+
+def read_head(path: Path, where: str) -> bytes:
+    """First bytes of a file; a UserError for what a failed download leaves, and an OSError if it cannot be opened."""
     with path.open("rb") as file:
         head = file.read(512)
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{where}: a Git LFS pointer, not the file itself; run git lfs pull, or download it again")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise UserError(f"{where}: a web page, not a checkpoint; the address needs a login, or is not that of the file")
-    if path.name.endswith(".index.json"):
-        return read_shards(path, where), _nothing_to_compare
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
-        return read_safetensors(path, where), _nothing_to_compare
-    return read_pickle(path, where)
+    return head
 
 
 def read_safetensors(path: Path, where: str) -> dict[str, Tensor]:

@@ -114,8 +114,10 @@ class GuidanceSettings:
     def __post_init__(self) -> None:
         """Validate the fields."""
         _at_least_1(self, "guidance_channels")
-        if self.cfg_scale is not None and not 1 <= self.cfg_scale < math.inf:
-            raise ValueError(f"--cfg-scale {self.cfg_scale}: must be at least 1 (1 is no guidance), and finite")
+        if self.cfg_scale is not None and not 1 <= self.cfg_scale <= torch.finfo(torch.float32).max:
+            raise ValueError(
+                f"--cfg-scale {self.cfg_scale}: must be at least 1 (1 is no guidance), and finite in float32"
+            )
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             if not -math.inf < low < high < math.inf:

@@ -217,9 +217,9 @@ class ValidationSettings:
         """Validate the fields."""
         _at_least(self, 1, "eval_every", "eval_images", "eval_steps")
         _at_least(self, 0, "eval_samples")
-        if not 1 <= self.eval_cfg_scale < math.inf:
+        if not 1 <= self.eval_cfg_scale <= FLOAT32_MAX:
             raise ValueError(
-                f"--eval-cfg-scale {self.eval_cfg_scale}: must be at least 1 (1 is no guidance), and finite"
+                f"--eval-cfg-scale {self.eval_cfg_scale}: must be at least 1 (1 is no guidance), and finite in float32"
             )
         if self.eval_every is None:
             for name in ("eval_reference", "eval_data_path"):

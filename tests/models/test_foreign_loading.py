@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import sample
@@ -13,6 +14,7 @@ from models import create_model
 from models.diffusers_format import diffusers_network, from_diffusers, to_diffusers
 from models.loading import build_network, load_network, resolve_checkpoint
 from runtime.errors import UserError, run
+from runtime.releases import find_release
 from sampling.pipeline import Pipeline
 from tests.networks import randomise
 
@@ -68,6 +70,23 @@ def test_weights_of_sit_are_a_flow_at_their_own_times(tmp_path: Path, learn_sigm
     run.network.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     pipeline.denoise(run, 0, range(2), {"y": y})
     assert seen == [0.0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("name", ["SiT-XL-2-256x256.pt", "sit_b2.pth", "my-SiT.safetensors"])
+def test_names_of_sit_are_a_flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """With and without a row in the table of releases, which is of DiT's model."""
+    row = find_release(name)
+    if row is not None:
+        monkeypatch.setattr("runtime.releases.RELEASES", (row._replace(model="DiT-debug/2", image_size=64),))
+    weights = network().state_dict()
+    path = tmp_path / name
+    if path.suffix != ".safetensors":
+        official(tmp_path, weights, name)
+    else:
+        save_file(weights, path)
+    info, taken = resolve_checkpoint(path)
+    assert (info.process, info.time_convention, info.release is not None) == ("flow", "unit", row is not None)
+    assert build_network(info, taken).out_channels == 4, "without a variance"
 
 
 @pytest.mark.parametrize("name", ["DiT-transit.pt", "visit.pt", "positions.pt"])

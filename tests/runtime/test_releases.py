@@ -75,6 +75,14 @@ def test_a_release_of_a_registered_family_fits_its_model_and_its_file_s_size(rel
         assert release.gigabytes * 1e9 == pytest.approx(4 * numbers * COPIES[release.layout], rel=0.005)
 
 
+def test_weights_of_another_process_stand_for_no_model() -> None:
+    """SiT's have DiT's names and shapes, and are no DiT."""
+    sit = find_release("SiT-XL-2-256x256")
+    assert sit is not None and (sit.model, sit.process) == ("DiT-XL/2", "flow")
+    assert sit.address.startswith("https://www.dl.dropboxusercontent.com/") and sit.address.endswith("&dl=0")
+    assert close_names("SiT-XL-2-256x255.pt", models.FAMILIES)[0] == sit.name
+
+
 def test_a_model_s_release_is_found_by_model_and_size() -> None:
     assert release_of_model("DiT-XL/2", None, models.FAMILIES).file == "DiT-XL-2-256x256.pt"
     assert release_of_model("DiT-XL/2", 512, models.FAMILIES).file == "DiT-XL-2-512x512.pt"

@@ -305,7 +305,9 @@ def test_another_number_of_images_is_said(tmp_path: Path) -> None:
 # Numbers
 
 
-@pytest.mark.parametrize("argv", ["--lr 1e39", "--weight-decay inf", "--weight-decay 1e39", "--grad-clip 1e300"])
+@pytest.mark.parametrize(
+    "argv", ["--lr 1e39", "--weight-decay inf", "--weight-decay 1e39", "--grad-clip 1e300", "--eval-cfg-scale 1e39"]
+)
 def test_numbers_beyond_float32_are_refused(tmp_path: Path, capsys: Any, argv: str) -> None:
     assert digits(tmp_path, "--max-steps", 1, *argv.split()) == 2
     assert "finite in float32" in runs.the_error(capsys) and not list(tmp_path.iterdir())
@@ -330,6 +332,28 @@ def test_a_state_that_is_not_finite_is_not_resumed(trained: Path, capsys: Any, g
     assert re.search(rf"0000004.safetensors: {group}[^ ]* has NaN or infinity", runs.the_error(capsys))
     assert digits(trained, "--max-steps", 5, "--resume", "auto") == 0
     assert "skipped: " in capsys.readouterr().err and "at step 3" in log(trained)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a Git LFS pointer, not the file"),
+        (b"<!doctype html><html>", "a web page, not a checkpoint"),
+        (b"", "damaged or truncated safetensors file"),
+        (b"\0" * 4000, "damaged or truncated safetensors file"),
+        (None, "is a folder; give a file in it"),
+    ],
+)
+def test_any_damage_of_the_newest_falls_back_to_the_one_before(
+    trained: Path, capsys: Any, content: bytes | None, message: str
+) -> None:
+    newest = checkpoint(trained, 4)
+    newest.unlink()
+    newest.mkdir() if content is None else newest.write_bytes(content)
+    assert digits(trained, "--max-steps", 4, "--resume", newest) == 2 and message in runs.the_error(capsys)
+    newest.rename(newest.with_name("0000009.safetensors"))
+    assert digits(trained, "--max-steps", 3, "--resume", "auto") == 0
+    assert message in capsys.readouterr().err and "at step 3" in log(trained)
 
 
 def _metadata_without_checksums(path: Path) -> dict[str, str]:
