@@ -30,7 +30,9 @@ def data_for(family: str) -> list[str]:
     """Flags of the digits, moving for families whose samples are clips, and of a short run on the CPU."""
     if not labelled(family):
         return CAPTIONED_DIGITS
-    return MOVING_DIGITS if "frames" in getattr(FAMILIES[family].config, "axes", ()) else DIGITS
+    if "frames" not in getattr(FAMILIES[family].config, "axes", ()):
+        return DIGITS
+    return [*MOVING_DIGITS, "--num-classes", "40"]  # digits and directions
 
 
 def start(results: Path, *argv: object) -> int:

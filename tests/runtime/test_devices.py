@@ -13,7 +13,7 @@ from diffusion.loss import Batch, row_noise
 from evaluator.settings import EvaluatorConfig
 from runtime.devices import slow_bf16
 from tests import runs
-from tests.networks import conditioning, debug_name, labelled, unconditional
+from tests.networks import conditioning, debug_name, unconditional
 from training.optimization import FiniteGuard
 
 
@@ -33,7 +33,7 @@ class Float64Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_after_the_draws_nothing_is_computed_in_float64(family):
-    flags = ["--global-batch-size", 4, "--max-steps", 2, *(["--num-classes", 10] if labelled(family) else [])]
+    flags = ["--global-batch-size", 4, "--max-steps", 2]
     setup = runs.open_setup(*runs.data_for(family), "--model", debug_name(family), *flags)
     network, loss = setup.network, setup.loss
     draws, noise = loss.draw(0, 4), ImageNoise(0, range(4), network.sample_shape)
