@@ -13,6 +13,8 @@ from models.frame_positions import FramePositions, resample_frame_positions
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 POSITIONS, FRAME_POSITIONS = "pos_embed", "temp_embed"
+# Layers from and to patches, in DiTs and in networks of texts
+FIRST_AND_LAST = (("x_embedder.proj", "final_layer.linear"), ("pos_embed.proj", "proj_out"))
 QKV = re.compile(r"(blocks\.\d+\.)attn\.qkv\.weight")
 
 
@@ -89,13 +91,14 @@ def fit_frames(network: Network, weights: Mapping[str, Tensor], how: FramePositi
 
 
 def without_variance(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out the outputs of a DiT's last layer that predict a variance: the second half of its channels."""
-    channels = weights["x_embedder.proj.weight"].shape[1]
+    """Leave out the outputs of the last layer that predict a variance: the second half of its channels."""
+    first, last = next(names for names in FIRST_AND_LAST if f"{names[0]}.weight" in weights)
+    channels = weights[f"{first}.weight"].shape[1]
     cut = dict(weights)
     for kind in ("weight", "bias"):
-        values = weights[f"final_layer.linear.{kind}"]  # rows: (p, p, 2 C)
+        values = weights[f"{last}.{kind}"]  # rows: (p, p, 2 C)
         rows = values.reshape(-1, 2 * channels, *values.shape[1:])[:, :channels]
-        cut[f"final_layer.linear.{kind}"] = rows.reshape(-1, *values.shape[1:]).clone()
+        cut[f"{last}.{kind}"] = rows.reshape(-1, *values.shape[1:]).clone()
     return cut
 
 

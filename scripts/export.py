@@ -23,6 +23,7 @@ import torch
 from models import DDT, DiT, Network
 from models.diffusers_format import diffusers_network
 from models.latte import Latte
+from models.latte_t2v import LatteT2V
 from models.loading import CheckpointInfo, load_network
 from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
@@ -81,7 +82,9 @@ def notes_on(network: Network, format: str) -> list[str]:
         "the autoencoder, the names of the classes and the preset of guidance: pass them on with the file",
         "optimizer state and the other set of weights (average or network): this is for sampling, not for training",
     ]
-    classes, null_class = network.config.num_classes, []
+    classes, null_class = getattr(network.config, "num_classes", 0), []
+    if isinstance(network, LatteT2V):
+        notes[0] = "the autoencoder, the text encoder and the preset of guidance: pass them on with the file"
     expected = OFFICIAL_CLIP_CLASSES if isinstance(network, Latte) else OFFICIAL_CLASSES
     if isinstance(network, DDT):
         notes.append(
@@ -108,8 +111,8 @@ def notes_on(network: Network, format: str) -> list[str]:
 def official_content(network: Network, info: CheckpointInfo) -> Mapping[str, object]:
     """Content of an official file: a state dict, flat or as an average, or a Lightning checkpoint with two of them."""
     weights = network.state_dict()
-    if isinstance(network, Latte):
-        return {"ema": weights}  # its loader takes no flat file
+    if isinstance(network, Latte | LatteT2V):
+        return {"ema": weights}  # their loaders take no flat file
     if not isinstance(network, DDT):
         return weights
     return {

@@ -98,6 +98,17 @@ def test_runs_of_clips_have_the_bounds_and_speed_ups_of_their_family(
         assert cached["speedup"] == pytest.approx(official["theoretical_speedup_vs_skip"], rel=1e-3)
 
 
+def test_runs_from_text_have_the_published_speed_ups(capsys: pytest.CaptureFixture[str]) -> None:
+    """Published are 17,808 and 1,274 G MACs; keys and values of texts are made once a clip here, not once a frame."""
+    argv = ["--model", "Skip-LatteT2V-XL/2", "--cache-interval", *"23456", "--num-sampling-steps", "ddim50", "--json"]
+    assert count(*argv) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    once = 15 * 2 * 120 * 1152**2 / 1e9
+    assert round(row["macs"] / 1e9 + 28 * once) == 17_808 and round(row["macs_with_state"] / 1e9 + 2 * once) == 1_274
+    runs = [(each["full"], each["cached"], round(each["speedup"], 2)) for each in row["runs"]]
+    assert runs == [(33, 17, 1.46), (28, 22, 1.69), (25, 25, 1.87), (24, 26, 1.93), (22, 28, 2.08)]
+
+
 def test_a_plain_network_can_be_cached_at_the_same_place(capsys: pytest.CaptureFixture[str]) -> None:
     assert count("--json", "--model", "DiT-XL/2", "--cache-depth", "4", "--cache-interval", "2") == 0
     (row,) = json.loads(capsys.readouterr().out)

@@ -148,6 +148,21 @@ def test_an_official_file_of_clips_holds_an_average(
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["LatteT2V-debug/2", "Skip-LatteT2V-debug/2"])
+def test_an_official_file_of_texts_holds_an_average(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = randomise(create_model(name))
+    write_network(tmp_path / "a.safetensors", name, network)
+    assert exported(tmp_path / "a.safetensors", tmp_path / "a.pt", "official") == 0
+    said = capsys.readouterr().out
+    assert "text encoder" in said and "class" not in said
+    again, info = load_network(tmp_path / "a.pt")
+    assert info.model == name and again.config == network.config
+    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in network.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["DiT-debug/2", "DyDiT-debug/2", "Skip-DiT-debug/2"])
 def test_the_loaders_of_the_other_official_scripts_fill_their_networks(name: str, tmp_path: Path) -> None:
     network = checkpoint(tmp_path / "a.safetensors", name=name)

@@ -24,6 +24,7 @@ PATHS = {
     "train_ddt_xl2_256": 1,
     "train_ddt_xl2_512": 2,
 }
+TEXT = ("train_latte_t2v", "sample_latte_t2v")
 RECORD = '#!/bin/bash\nprintf "%s\\n" "$@" ---- >> "$RECORDED"\n'
 
 
@@ -111,6 +112,34 @@ def test_released_clips_are_sampled_and_scored(name: str, tmp_path: Path) -> Non
     assert (scored.ref_batch, scored.sample_batch) == (tmp_path / "real.npz", tmp_path / "s.npz")
 
 
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_networks_of_texts_are_trained_in_two_stages(stage: str, tmp_path: Path) -> None:
+    for place in ("latents", "transformer"):
+        (tmp_path / place).mkdir()
+    done = recipe("train_latte_t2v", tmp_path, stage, "latents", "transformer", "--one-more-flag")
+    assert done.returncode == 0, done.stderr
+    ((*argv, last),) = recorded(tmp_path, "train.py")
+    assert last == "--one-more-flag"
+    given = parse(TrainSettings, argv, program="train.py", doc=None, kinds=KINDS)
+    check_owners(given)
+    config, steps = given.general, given.general.optimization
+    assert (config.data.data_path, config.run.init_from) == (tmp_path / "latents", tmp_path / "transformer")
+    assert config.model == "Skip-LatteT2V-XL/2" and steps.train_only == {"1": "added", "2": None}[stage]
+    assert (steps.global_batch_size, steps.grad_accum, steps.skip_updates_above) == (32, 2, 0.02)
+    assert steps.ema_decay == pytest.approx(1 - 1e-4 * (2 + 1) / 2) and steps.learning_rate(9, 10) == 1e-4
+    done = recipe("train_latte_t2v", tmp_path, "3", "latents", "transformer")
+    assert done.returncode == 2 and "stage 3: must be 1 (the skip units) or 2 (everything)" in done.stderr
+
+
+def test_prompts_are_sampled_with_the_released_weights(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    assert recipe("sample_latte_t2v", tmp_path, "prompts.txt", "--cache-interval", "3").returncode == 0
+    (argv,) = recorded(tmp_path, "sample_ddp.py")
+    given = parse(SampleDDPSettings, argv, program="sample_ddp.py", doc=None, kinds=SAMPLING_KINDS)
+    assert given.general.checkpoint.ckpt == Path("Latte-skip") and given.general.caching.cache_interval == 3
+    assert tmp_path / "prompts.txt" == Path(argv[argv.index("--prompt-file") + 1])
+
+
 @pytest.mark.parametrize(("name", "runs"), [("digits_dydit", 2), ("digits_ddt", 2), ("digits_skip_dit", 6)])
 def test_scripts_for_the_digits_give_flags_that_have_an_effect(name: str, runs: int, tmp_path: Path) -> None:
     python = tmp_path / "python"
@@ -171,7 +200,9 @@ def test_released_dydits_are_drawn_from_and_scored(name: str, model: str, tmp_pa
     assert (scored.ref_batch, scored.sample_batch) == (tmp_path / "ref.npz", tmp_path / "s.npz")
 
 
-@pytest.mark.parametrize("name", [*PATHS, "sample_0.5", "sample_0.7", "sample_dydit", "train_latte", "sample_latte"])
+@pytest.mark.parametrize(
+    "name", [*PATHS, "sample_0.5", "sample_0.7", "sample_dydit", "train_latte", "sample_latte", *TEXT]
+)
 def test_too_few_paths_are_one_line_and_help_is_the_header(name: str, tmp_path: Path) -> None:
     done = recipe(name, tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "usage: bash scripts/" in done.stderr
