@@ -18,7 +18,7 @@ from models.latte_t2v import CACHE_BOUNDS, LatteT2V
 
 
 class _Kept(NamedTuple):
-    """What an evaluation leaves to the next one of its run."""
+    """State of an evaluation, and what the next one must have in common with it to reuse that."""
 
     t: float
     shape: torch.Size
