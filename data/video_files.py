@@ -66,6 +66,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             tracks = [track for track in container.streams.video if not track.disposition & pictures]
             if not tracks:
                 raise ValueError("it has sound, and no video" if container.streams.audio else "it has no video")
+            if tracks[0].codec_context is None:
+                raise ValueError("its codec is unknown to this FFmpeg")
             tracks[0].codec_context.thread_count = 1
             yield container, tracks[0]
     except (FFmpegError, ValueError, ArithmeticError) as error:

@@ -18,17 +18,21 @@ from data.idx import read_idx
 from data.image_folder import decode_image
 from data.latent_files import Encoded, write_index, write_shard
 from data.latents import LatentShards
+from data.video_files import inspect_video, read_frames
 from diffusion.solver_table import read_table, write_table
 from evaluator.features import FileFeatures, load_features, save_features
 from evaluator.npz import ImageFile
 from evaluator.small import DIGITS, load_feature_network
+from evaluator.video.weights import load_i3d
 from models import create_model
 from models.loading import load_network
 from runtime.errors import UserError
 from runtime.json_file import read_json, write_json
 from sampling.published_solvers import published_table
 from tests.checkpoints import write_network
+from tests.i3d_files import NARROW, write_i3d
 from tests.networks import randomise
+from tests.video_files import write_video
 
 
 class Format(NamedTuple):
@@ -114,6 +118,18 @@ def sharded(path: Path) -> None:
     path.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "shard.safetensors")}))
 
 
+def video(path: Path) -> None:
+    pytest.importorskip("av", reason="PyAV is not installed (pip install av)")
+    write_video(path, 12, codec="mpeg4" if path.suffix == ".avi" else "libx264")
+
+
+def frames(path: Path) -> Any:
+    """The first frames; damage may announce any number of them."""
+    info = inspect_video(path)
+    numbers = range(min(info.length, 24))
+    return {i: np.asarray(frame) for i, frame in enumerate(read_frames(path, info, numbers, 3))}
+
+
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 8, 3), np.uint8)
 FORMATS = {
     "our checkpoint": Format(
@@ -178,6 +194,8 @@ FORMATS = {
     "GIF": Format(".gif", lambda path: Image.fromarray(PIXELS).save(path), picture, False),
     "TIFF": Format(".tif", lambda path: Image.fromarray(PIXELS).save(path, compression="tiff_lzw"), picture, False),
     "BMP": Format(".bmp", lambda path: Image.fromarray(PIXELS).save(path), picture, False),
+    "I3D": Format(".ckpt", write_i3d, lambda path: numbers(load_i3d(path, divisor=NARROW)), False),
+    **{name: Format(f".{name}", video, frames, False) for name in ("mp4", "avi", "mkv", "ts", "flv")},
     "PPM": Format(".ppm", lambda path: Image.fromarray(PIXELS).save(path), picture, False),
 }
 

@@ -126,6 +126,8 @@ def convert(arrays: Mapping[str, Array], network: I3D) -> dict[str, Tensor]:
             kernel, bias = kernel * scale, take(f"params/{theirs}/BatchNorm_0/bias", (outputs,)) - mean * scale
         tensors[f"{ours}.weight"] = torch.from_numpy(kernel).permute(4, 3, 0, 1, 2).float().contiguous()
         tensors[f"{ours}.bias"] = torch.from_numpy(bias).float()
+        if not all(tensors[f"{ours}.{name}"].isfinite().all() for name in ("weight", "bias")):
+            raise ValueError(f"params/{theirs} is beyond float32; {REMEDY}")
     if rest:
         raise ValueError(f"{min(rest)} is in no layer of I3D; {REMEDY}")
     return tensors

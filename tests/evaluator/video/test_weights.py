@@ -61,6 +61,11 @@ def spoil_nan(tree):
     tree["batch_stats"]["Conv3d_1a_7x7"]["BatchNorm_0"]["var"][..., 0] = np.nan
 
 
+def spoil_scale(tree):
+    tree["params"]["Conv3d_1a_7x7"]["Conv_0"]["kernel"][..., 0] = 3e38
+    tree["batch_stats"]["Conv3d_1a_7x7"]["BatchNorm_0"]["var"][..., 0] = 0
+
+
 def spoil_variance(tree):
     tree["batch_stats"]["Conv3d_1a_7x7"]["BatchNorm_0"]["var"][..., 0] = -0.5
 
@@ -71,6 +76,7 @@ def spoil_variance(tree):
         (spoil_missing, "params/Mixed_5b/Branch_0/Conv3d_0a_1x1/BatchNorm_0/bias is missing"),
         (spoil_left_over, "params/Mixed_6a/kernel is in no layer of I3D"),
         (spoil_shape, r"Conv_0/kernel is of shape \(7, 7, 7, 3, 5\), expected \(7, 7, 7, 3, 4\)"),
+        (spoil_scale, "params/Conv3d_1a_7x7 is beyond float32"),
         (spoil_variance, "batch_stats/Conv3d_1a_7x7/BatchNorm_0/var is negative"),
         (spoil_nan, "BatchNorm_0/var is NaN or infinite"),
     ],
