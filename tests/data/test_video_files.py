@@ -54,16 +54,13 @@ def test_no_other_file_and_no_network_is_opened(videos: Path) -> None:
 
 def test_pictures_and_very_long_frames_are_no_videos(videos: Path) -> None:
     video_files.write_video(videos / "long.mp4", 6, size=(16, 4096))
-    Image.new("RGB", (16, 16)).save(
-        videos / "b.gif.mp4", "GIF", save_all=True, append_images=[Image.new("RGB", (16, 16), 9)]
-    )
     Image.new("RGB", (16, 16)).save(videos / "p.mp4", "PNG")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert len(ClipFolder(videos, 8, frames=4)) == 3
     text = " ".join(str(w.message) for w in caught)
     assert "long.mp4: cannot be read, and is left out: 4096 x 16 pixels; a side may be at most 100 times" in text
-    assert all(f"{name}: cannot be read, and is left out" in text for name in ("b.gif.mp4", "p.mp4"))
+    assert "p.mp4: cannot be read, and is left out" in text
 
 
 def test_a_name_that_is_not_utf_8(videos: Path) -> None:

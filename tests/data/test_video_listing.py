@@ -25,9 +25,9 @@ def test_a_class_without_videos_and_splits_are_refused(frames: Path) -> None:
     (frames / "bird").mkdir()
     with pytest.raises(ValueError, match="frames: the class folder bird has no video; remove it, or add videos"):
         ClipFolder(frames, 8, frames=4)
-    (frames / "bird/a.gif").write_bytes(b"GIF89a")
+    (frames / "bird/a.avif").write_bytes(b"x")
     (frames / "bird/b.MTS").write_bytes(b"x")
-    with pytest.raises(ValueError, match="class folder bird has no video; it has 1 .gif, 1 .mts; remove it"):
+    with pytest.raises(ValueError, match="class folder bird has no video; it has 1 .avif, 1 .mts; remove it"):
         ClipFolder(frames, 8, frames=4)
     shutil.rmtree(frames / "bird")
     for split in ("train", "val"):
