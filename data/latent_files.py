@@ -4,7 +4,8 @@ A folder holds `manifest.json` (the settings), shards, and `index.json`, which i
 
 - `00007.npy`, float16 (images, flips, *raw shape): raw latents as an `Encoder` makes them, not scaled; one or two
   flips, the plain image first;
-- `00007.json`: labels, relative paths, images that could not be read, size and sha256 of the array.
+- `00007.json`: labels, relative paths, images that could not be read, size and sha256 of the array;
+- with captions `00007.text.npy` and `00007.text.json`, of `data/caption_files.py`.
 
 Posterior parameters are means and standard deviations. Standard deviations and not log-variances: a sample is then one
 fused operation, and float16 keeps them to 2^-11 relative or, below 6e-5, to 3e-8 absolute, far below the rounding of a
@@ -35,6 +36,7 @@ from runtime.migrate import latent_index
 FORMAT = 2
 INDEX, MANIFEST = "index.json", "manifest.json"
 REMEDY = "run scripts/extract_latents.py again with the same settings: it makes what is missing"
+_PART = r"\d{5}(\.text)?|null\.text"  # names of the parts of a store, without suffix
 _NOT_FINITE = 0x7C00  # float16 bits without the sign: infinity; NaNs are above it
 
 Raw = npt.NDArray[np.float16]
@@ -99,8 +101,20 @@ def finished_shard(folder: Path, number: int) -> Json | None:
         return None
 
 
-def write_index(folder: Path, shard_count: int) -> Json:
-    """Write index.json from the manifest and the descriptions of all shards; a ValueError if one is not finished."""
+def write_index(
+    folder: Path, shard_count: int, more_files: Callable[[str], Json] = lambda name: {}, **more: object
+) -> Json:
+    """Write index.json from the manifest and the descriptions of all shards.
+
+    Args:
+        folder: Folder of the shards.
+        shard_count: Number of shards.
+        more_files: Function of a shard's name, "00007", that returns the records of further files of it.
+        **more: Further members.
+
+    Raises:
+        ValueError: If a shard is not finished.
+    """
     shards = []
     for number in range(shard_count):
         array, path = shard_paths(folder, number)
@@ -110,10 +124,11 @@ def write_index(folder: Path, shard_count: int) -> Json:
         files = {
             array.name: {"bytes": description["bytes"], "sha256": description["sha256"]},
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)},
+            **more_files(array.stem),
         }
         shards.append({"count": description["count"], "skipped": len(description["skipped"]), "files": files})
     totals = {name: sum(shard[name] for shard in shards) for name in ("count", "skipped")}
-    index = {**latent_index(read_json(folder / MANIFEST)), **totals, "shards": shards}
+    index = {**latent_index(read_json(folder / MANIFEST)), **totals, **more, "shards": shards}
     write_json(folder / INDEX, index)
     return index
 
@@ -158,13 +173,13 @@ def check_index(folder: Path) -> None:
 def remove_partial(folder: Path) -> None:
     """Remove temporary files of a killed extraction."""
     for path in folder.glob(".*"):
-        if re.fullmatch(r"\.(\d{5}|index|manifest)\.(\d+\.tmp\.(npy|json)|json\.\d+\.probe)", path.name):
+        if re.fullmatch(rf"\.({_PART}|index|manifest)\.(\d+\.tmp\.(npy|json)|json\.\d+\.probe)", path.name):
             path.unlink(missing_ok=True)
 
 
 def shard_files(folder: Path) -> list[Path]:
     """Files that are named like a part of a shard; none if there is no such folder."""
-    return sorted(path for path in folder.glob("[0-9]*") if re.fullmatch(r"\d{5}\.(npy|json)", path.name))
+    return sorted(path for path in folder.glob("*") if re.fullmatch(rf"({_PART})\.(npy|json)", path.name))
 
 
 def remove_shards(folder: Path) -> None:

@@ -29,11 +29,17 @@ FLAGS = {
     "shard_size": "--shard-size",
 }
 OF_CLIPS = {"clips": "--clip-window"}  # in manifests of clips alone
-LONG = ("classes", "paths_sha256", "sizes_sha256", "encoder")  # values that messages leave out
+OF_CAPTIONS = {"text": "--captions"}  # in those of images with captions
+LONG = ("text", "classes", "paths_sha256", "sizes_sha256", "encoder")  # values that messages leave out
 
 
 def make_manifest(
-    images: ImageFolder | ClipWindows, encoder: Encoder, row_shape: Sequence[int], batch_size: int, shard_size: int
+    images: ImageFolder | ClipWindows,
+    encoder: Encoder,
+    row_shape: Sequence[int],
+    batch_size: int,
+    shard_size: int,
+    text: Json | None = None,
 ) -> Json:
     """Make the manifest of an extraction, as it is read back from JSON.
 
@@ -43,6 +49,7 @@ def make_manifest(
         row_shape: Shape of an image's latents: flips, then the shape of raw latents.
         batch_size: Images encoded at a time.
         shard_size: Images of a shard.
+        text: Description of the captions and their encoder; None without any.
     """
     paths = "\n".join(map(images.path, range(len(images))))
     manifest = {
@@ -57,6 +64,7 @@ def make_manifest(
         "row_shape": row_shape,
         "batch_size": batch_size,
         "shard_size": shard_size,
+        **({} if text is None else {"text": text}),
     }
     document: Json = json.loads(json.dumps(manifest))
     return document
@@ -64,8 +72,10 @@ def make_manifest(
 
 def difference_between(manifest: Json, encoder: Encoder, other: Json) -> tuple[str, str] | None:
     """First difference from another manifest: its flag, and words for it; None if both make the same bytes."""
-    for name, flag in {**FLAGS, **OF_CLIPS}.items():
+    for name, flag in {**FLAGS, **OF_CLIPS, **OF_CAPTIONS}.items():
         ours, theirs = manifest.get(name), other.get(name)
+        if name == "text" and theirs is None:
+            continue  # captions may be added to latents that are there
         if name == "encoder" and isinstance(theirs, dict):  # its folder may have moved
             try:
                 encoder.check_same(theirs)
@@ -84,7 +94,7 @@ def check_ranks(manifest: Json) -> None:
     """
     first, *others = distributed.objects_from_all_ranks(manifest)
     for rank, other in enumerate(others, start=1):
-        for name, flag in {**FLAGS, **OF_CLIPS}.items():
+        for name, flag in {**FLAGS, **OF_CLIPS, **OF_CAPTIONS}.items():
             theirs, ours = other.get(name), first.get(name)
             if theirs != ours:
                 shown = "" if name in LONG else f" ({theirs} instead of {ours})"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.autoencoders import OFFICIAL_VAES
+from data.caption_files import NULL, StoredText
 from data.dataset import DatasetSettings, Example, Key
 from data.encoders import Encoder, LatentScaling, Shape, open_encoder
 from data.image_folder import is_flipped
@@ -49,7 +50,7 @@ def open_latents(settings: DatasetSettings) -> LatentShards:
 
 
 class LatentShards:
-    """A latent store as a data set; its items are raw latents.
+    """A latent store as a data set; its items are raw latents, with labels or, if the store has any, captions.
 
     The index and the descriptions of shards are compared with their checksums here; an array at its first use, in the
     process that reads it.
@@ -97,6 +98,9 @@ class LatentShards:
         self._checked = torch.zeros(len(self._shards), dtype=torch.bool).share_memory_()
         self._open_arrays()
         self._labels = self._read_labels()
+        self._texts: list[StoredText] = []
+        if "text" in index:
+            self._open_text(index["text"])
 
     def __len__(self) -> int:
         """Number of images; flips of one image count once."""
@@ -110,6 +114,10 @@ class LatentShards:
         """The items of a batch, which a DataLoader asks for at once."""
         raw, labels, indices = self.gather(keys)
         given: list[int | dict[str, Tensor]] = labels.tolist() if self.classes else [{}] * len(keys)
+        if self._texts:
+            places = zip(*self._locate(indices.numpy()), strict=True)
+            rows = [self._texts[shard].rows([row]) for shard, row in places]
+            given = [{name: leaf[0] for name, leaf in row.items()} for row in rows]
         return list(zip(raw.unbind(), given, indices.tolist(), strict=True))
 
     def gather(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,15 +161,18 @@ class LatentShards:
                 if not is_finite(array[start : start + _ROWS_AT_A_TIME]):
                     path = array_path(self._folder, shard)
                     raise ValueError(f"{path}: holds NaN or infinity; delete it and {REMEDY}")
+        for text in self._texts:
+            text.verify()
 
     def _check_array(self, position: int) -> None:
-        """Compare an array with its checksum, once for this process and its workers."""
+        """Compare the arrays of a shard with their checksums, once for this process and its workers."""
         if self._checked[position]:
             return
-        shard = self._shards[position]
-        path = array_path(self._folder, shard)
-        if not (self._trust_stamps and path.stat().st_mtime_ns <= (self._folder / INDEX).stat().st_mtime_ns):
-            check_sha256(path, shard)
+        shard, stamp = self._shards[position], (self._folder / INDEX).stat().st_mtime_ns
+        for name in shard["files"]:
+            path = self._folder / name
+            if path.suffix == ".npy" and not (self._trust_stamps and path.stat().st_mtime_ns <= stamp):
+                check_sha256(path, shard)
         self._checked[position] = True
 
     def encoder(self, vae: str | None = None, device: torch.device | str = "cpu") -> StoredEncoder:
@@ -202,6 +213,20 @@ class LatentShards:
         """Digest of the paths of all images, in their order, and of the encoder."""
         return self._digest
 
+    def _open_text(self, record: Json) -> None:
+        """Open the encoded captions, which take the place of labels."""
+        self.text: Json = record["encoder"]
+        null = StoredText(self._folder, NULL, record["null"], 1, self.text)
+        null.verify()
+        self.null_conditioning = {name: leaf[0] for name, leaf in null.rows([0]).items()}
+        self._texts = [
+            StoredText(self._folder, array_path(self._folder, shard).stem, shard["files"], shard["count"], self.text)
+            for shard in self._shards
+        ]
+        self.classes = []
+        digests = [text.sha256 for text in self._texts]
+        self._digest = hashlib.sha256("\n".join([self._digest, self.text["sha256"], *digests]).encode()).hexdigest()
+
     def _read_labels(self) -> npt.NDArray[np.int64]:
         labels: list[int] = []
         digest = hashlib.sha256(self._encoder["sha256"].encode())
@@ -217,7 +242,7 @@ class LatentShards:
                 raise ValueError(f"{path}: {len(part)} labels instead of {shard['count']}; delete it and {REMEDY}")
             check_sha256(path, shard)
             labels += part
-        self._digest = digest.hexdigest()
+        self._digest: str = digest.hexdigest()
         return np.array(labels, dtype=np.int64)
 
     def _description(self, position: int) -> Path:

@@ -11,12 +11,14 @@ the number of processes. The same command again makes only what is missing. Enco
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -26,6 +28,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data.caption_files import NULL, finished_text, text_record, write_text
+from data.captions import read_captions
 from data.clip_settings import FRAMES, ClipSettings
 from data.clip_windows import ClipWindows
 from data.encoders import Encoder, open_encoder
@@ -43,11 +47,12 @@ from data.latent_files import (
     write_shard,
 )
 from data.latent_manifest import check_ranks, check_settings, make_manifest
+from data.text_encoders import TextEncoder, open_text_encoder
 from runtime import distributed
 from runtime.command_line import parse_config
 from runtime.devices import DeviceName
 from runtime.distributed import World
-from runtime.errors import UserError, error_prefix, run
+from runtime.errors import UserError, error_prefix, is_first, run
 from runtime.files import check_writable
 from runtime.json_file import write_json
 from runtime.locks import NAME as LOCK
@@ -68,6 +73,13 @@ class ExtractConfig:
     clips: ClipSettings = field(default_factory=ClipSettings)
     output: Path = setting(Path("latents"), "folder for the shards")
     vae: str = setting("ema", "autoencoder: ema, mse, or a local folder of diffusers")
+    captions: str | None = setting(
+        None, "captions to store encoded: a .json or .csv of paths and captions, or txt for a .txt next to each file"
+    )
+    text_encoder: str | None = setting(
+        None, "encoder of the captions: a folder of diffusers or repository on the hub with a T5, or words"
+    )
+    text_length: int = setting(120, "tokens of a caption: it is cut or filled up (words: 8)")
     image_size: tuple[int, ...] = setting((256,), "side of square images in pixels, or height and width")
     both_flips: bool = setting(True, "store every image plain and mirrored (twice the bytes)")
     batch_size: int = setting(32, "images or frames per batch, on each process; at least one clip")
@@ -96,6 +108,11 @@ class ExtractConfig:
         for name in ("batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 1")
+        if (self.captions is None) != (self.text_encoder is None):
+            given, needed = ("captions", "text_encoder") if self.captions else ("text_encoder", "captions")
+            raise ValueError(f"{flag_name(given)} {getattr(self, given)}: needs {flag_name(needed)}")
+        if self.text_length < 1:
+            raise ValueError(f"--text-length {self.text_length}: must be at least 1")
         if self.num_workers < 0:
             raise ValueError(f"--num-workers {self.num_workers}: must not be negative")
 
@@ -109,6 +126,8 @@ class Job:
     encoder: Encoder
     row_shape: tuple[int, ...]  # flips, then the shape of raw latents
     manifest: Json  # all settings that fix the bytes
+    text_encoder: TextEncoder | None = None
+    captions: dict[str, str] = field(default_factory=dict)  # by path
 
     @property
     def shard_count(self) -> int:
@@ -136,8 +155,33 @@ def set_up(config: ExtractConfig, device: torch.device) -> Job:
         images = open_images(config, size, channels)
     raw_shape = encoder.raw_shape(images.image_shape)
     row_shape = (2 if config.both_flips else 1, *raw_shape)
-    manifest = make_manifest(images, encoder, row_shape, config.batch_size, config.shard_size)
-    return Job(config, images, encoder, row_shape, manifest)
+    text_encoder, captions, text = open_captions(config, images, device)
+    manifest = make_manifest(images, encoder, row_shape, config.batch_size, config.shard_size, text)
+    return Job(config, images, encoder, row_shape, manifest, text_encoder, captions)
+
+
+def open_captions(
+    config: ExtractConfig, images: ImageFolder | ClipWindows, device: torch.device
+) -> tuple[TextEncoder | None, dict[str, str], Json | None]:
+    """Read all captions and load their encoder; none without captions.
+
+    Returns:
+        The encoder, the captions by path, and the description of both for the manifest.
+    """
+    if config.captions is None or config.text_encoder is None:
+        return None, {}, None
+    assert config.data_path is not None
+    paths = [images.path(i) for i in range(len(images))]
+    with error_prefix(f"--captions {config.captions}"):
+        captions = dict(zip(paths, read_captions(config.captions, config.data_path, paths), strict=True))
+    with error_prefix(f"--text-encoder {config.text_encoder}"):
+        encoder = open_text_encoder(config.text_encoder, config.text_length, device)
+    with error_prefix(f"--captions {config.captions}"):
+        cut = sum(encoder.read_part(caption) is not None for caption in captions.values())
+    if cut and is_first():
+        print(f"warning: {cut} captions are longer than {encoder.length} tokens, and are cut", file=sys.stderr)
+    digest = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
+    return encoder, captions, {"encoder": encoder.describe(), "captions_sha256": digest}
 
 
 def open_images(config: ExtractConfig, size: tuple[int, int], channels: int) -> ImageFolder | ClipWindows:
@@ -257,20 +301,44 @@ def encode_shard(job: Job, number: int, batches: Iterator[Decoded], world: World
         yield encode(job, next(batches), world)
 
 
+def encode_captions(job: Job, world: World) -> None:
+    """Encode the captions of every world.size-th shard, and the empty one, unless that is done."""
+    if job.text_encoder is None:
+        return
+    folder, names = job.config.output, [f"{number:05d}" for number in range(job.shard_count)]
+    for name in tqdm([*names, NULL][world.rank :: world.size], disable=None if world.is_main else True, unit="shard"):
+        captions = [""]
+        if name != NULL:
+            description = finished_shard(folder, int(name))
+            assert description is not None  # made before
+            captions = [job.captions[path] for path in description["paths"]]
+        if finished_text(folder, name, captions) is None:
+            with error_prefix(f"--captions {job.config.captions}"):
+                write_text(folder, name, job.text_encoder, captions)
+
+
 def start(job: Job) -> None:
     """Prepare the output folder; on one process, before the others write."""
     path = job.config.output / MANIFEST
     if job.config.overwrite:
         remove_shards(job.config.output)
     remove_partial(job.config.output)
-    if not path.exists() or json.loads(path.read_text()).get("encoder") != job.manifest["encoder"]:
-        write_json(path, job.manifest)  # anew for one of an earlier format, or an encoder that has moved
+    # Anew for one of an earlier format, an encoder that has moved, or captions that come later
+    if not path.exists() or any(
+        json.loads(path.read_text()).get(name) != job.manifest.get(name) for name in ("encoder", "text")
+    ):
+        write_json(path, job.manifest)
 
 
 def finish(job: Job) -> None:
     """Write the index and print the result; on one process, after all others."""
     with error_prefix(f"--output {job.config.output}"):
-        index = write_index(job.config.output, job.shard_count)
+        folder, text = job.config.output, job.manifest.get("text")
+        if text is None:
+            index = write_index(folder, job.shard_count)
+        else:
+            text = {**text, "null": text_record(folder, NULL)}
+            index = write_index(folder, job.shard_count, partial(text_record, folder), text=text)
     for number in range(job.shard_count if index["skipped"] else 0):
         description = finished_shard(job.config.output, number)
         for path, reason in description["skipped"] if description else ():
@@ -299,6 +367,8 @@ def main(argv: Sequence[str]) -> None:
         pending = check_finished(job)
         distributed.barrier()  # all have the same list, and none has started
         extract(job, pending, world)
+        distributed.barrier()
+        encode_captions(job, world)
         distributed.barrier()
         if world.is_main:
             finish(job)

@@ -35,7 +35,7 @@ class CaptionConfig:
 
 
 class CaptionNetwork(Network):
-    """Adds the mean of a text's tokens to every place; takes any number of frames."""
+    """Adds the mean of a text's tokens to every place; takes pictures, and clips of any number of frames."""
 
     conditioning = ("text", "text_mask")
 
@@ -62,9 +62,9 @@ class CaptionNetwork(Network):
         if state is None:
             weights = text.new_ones(text.shape[:2]) if text_mask is None else text_mask
             state = (self.text_embedder(text) * (weights / weights.sum(1, keepdim=True))[..., None]).sum(1)
-        frames = self.x_embedder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        frames = frames + (self.t_embedder(t) + state)[:, None, :, None, None]
-        hidden = frames.flatten(0, 1)
+        frames = self.x_embedder(x.flatten(0, -4)).unflatten(0, x.shape[:-3])
+        frames = frames + (self.t_embedder(t) + state).view(-1, *(1,) * (x.ndim - 4), frames.shape[-3], 1, 1)
+        hidden = frames.flatten(0, -4)
         for block in self.blocks:
             hidden = hidden + block(hidden)
         return ModelOutput(self.final_layer(hidden).view_as(x), state)
@@ -73,11 +73,20 @@ class CaptionNetwork(Network):
         return {"blocks": 9 * self.config.hidden_size**2 * self.sample_shape[0] * 14 * 14}
 
 
+@dataclass(frozen=True, kw_only=True)
+class PictureConfig(CaptionConfig):
+    """Config of the same for pictures, without an axis of frames."""
+
+    axes: ClassVar[tuple[str, ...]] = ("channels", "height", "width")
+    sample_shape: tuple[int, ...] = (4, 8, 8)
+
+
 @contextmanager
-def registered() -> Iterator[None]:
-    """Register the network for the duration of a block."""
-    row = Family(CaptionNetwork, CaptionConfig, {NAME: {}})
+def registered(frames: bool = True) -> Iterator[None]:
+    """Register the network, for clips or for pictures, for the duration of a block."""
+    config = CaptionConfig if frames else PictureConfig
+    row = Family(CaptionNetwork, config, {NAME: {}})
     owners = [module.KINDS[0].owners for module in (training.config, sampling.config)]
-    with patch.dict(FAMILIES, {NAME: row}), patch.dict(owners[0], {NAME: CaptionConfig}):
-        with patch.dict(owners[1], {NAME: CaptionConfig}):
+    with patch.dict(FAMILIES, {NAME: row}), patch.dict(owners[0], {NAME: config}):
+        with patch.dict(owners[1], {NAME: config}):
             yield

@@ -276,7 +276,8 @@ class TrainSettings:
             raise ValueError(f"--eval-reference {validation.eval_reference}: is for RGB images")
         if validation.eval_data_path is not None and digits:
             raise ValueError(f"--eval-data-path {validation.eval_data_path}: the digits have a test split of their own")
-        if validation.eval_every is not None and digits and 0 < validation.eval_samples < 4:
+        scored = data.dataset in ("digits", "moving-digits")
+        if validation.eval_every is not None and scored and 0 < validation.eval_samples < 4:
             raise ValueError(f"--eval-samples {validation.eval_samples}: the scores need at least 4 (0: no image)")
 
 
