@@ -53,6 +53,9 @@ class LatteT2VConfig(ClipConfig):
     text_width: int = 4096  # K, of a word's features; no flag, because it follows from the encoder
     text_length: int = 120  # L, words of a text with its padding; likewise
     base_size: int = setting(32, "tokens of a side that positions span; those of other sizes are scaled to it")
+    temporal_blocks: bool = setting(
+        True, "run temporal blocks; without them frames are pictures, as joint training has them", sampling=True
+    )
 
     def __post_init__(self) -> None:
         """Validate the fields."""
@@ -177,9 +180,9 @@ class LatteT2V(PairedTransformer, TimeConditional):
             temporal, pair = i % 2 == 1, i // 2
             if i == self.cache_at:
                 x = state = x if state is None else state
-            if temporal:
+            if temporal and self.config.temporal_blocks:
                 x = over_frames(self.temporal_transformer_blocks[pair], x, c, frames, of_frames if pair == 0 else None)
-            else:
+            elif not temporal:
                 tokens = self.join(pair, x, skips).flatten(1, 2)
                 x = self.transformer_blocks[pair](tokens, c, count, texts, mask).view_as(x)
             if temporal and pair < self.config.skip_units:
@@ -275,6 +278,8 @@ class LatteT2V(PairedTransformer, TimeConditional):
         """Count the MACs by part of these blocks with the embedders and the final layer."""
         config, d, words = self.config, self.config.hidden_size, self.config.text_length
         spatial = sum(i % 2 == 0 for i in blocks)
+        if not config.temporal_blocks:
+            blocks = [i for i in blocks if i % 2 == 0]
         return {
             **super().cost_of(blocks),
             "text_projection": words * (config.text_width + d) * d,

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from diffusion import create_diffusion
 from diffusion.loss import Batch, Draws
+from models import create_model
 from models.latte import SkipLatte
 from tests.golden_data import arrays, assert_close, assert_close_elementwise, table
 from tests.golden_latte import recorded_network
-from tests.networks import debug_network, inputs
+from tests.networks import debug_network, inputs, randomise
 from training.config import OptimizationSettings
 from training.losses import JointLoss
 from training.losses.joint import IMAGES_DROPPED, OF_IMAGES, JointLossSettings
@@ -169,3 +170,19 @@ def test_images_without_labels_are_refused_where_labels_are_needed() -> None:
         JointLossSettings(joint_images=-1)
     with pytest.raises(ValueError, match="the data has 2 frames and images, and 2 of them are images"):
         JointLossSettings(joint_images=2).network_shape((2, 1, 8, 8))
+
+
+def test_pictures_of_joint_training_are_clips_of_one_frame_without_temporal_blocks() -> None:
+    """What joint training does with its pictures is what sampling does with one frame."""
+    torch.manual_seed(0)
+    network = randomise(create_model("Skip-LatteT2V-debug/2"))
+    alone = create_model("Skip-LatteT2V-debug/2", sample_shape=(1, 4, 8, 8), temporal_blocks=False)
+    alone.load_state_dict(network.state_dict())
+    x, text = torch.randn(2, 6, 4, 8, 8), torch.randn(2, 3, 5, 12)
+    joint = network(x, 300.0, text=text[:, 0], image_text=text[:, 1:]).sample
+    for image in range(2):
+        picture = alone(x[:, 4 + image, None], 300.0, text=text[:, 1 + image]).sample
+        torch.testing.assert_close(picture[:, 0], joint[:, 4 + image], rtol=1e-4, atol=1e-5)
+        temporal = network(x[:, 4 + image, None], 300.0, text=text[:, 1 + image]).sample
+        assert not torch.allclose(temporal[:, 0], joint[:, 4 + image], atol=1e-2)
+    assert sum(alone.cost().values()) < 0.2 * sum(network.cost().values())
