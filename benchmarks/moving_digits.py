@@ -172,14 +172,14 @@ def direction_of(path: Numbers, frames: int) -> str | None:
     return None
 
 
-def pictures(clips: Clips) -> Numbers:
-    """Mean of all frames around their centres, (N, 2 REACH, 2 REACH) in [0, 255]."""
-    padded = np.pad(clips[..., 0].astype(np.float64), ((0, 0), (0, 0), (REACH, REACH), (REACH, REACH)))
+def pictures(clips: Clips, reach: int = REACH) -> Numbers:
+    """Mean of all frames around their centres, (N, 2 R, 2 R) in [0, 255], with `reach` R pixels on each side."""
+    padded = np.pad(clips[..., 0].astype(np.float64), ((0, 0), (0, 0), (reach, reach), (reach, reach)))
     corners = np.rint(centres(clips) + 0.5).astype(np.int64)  # of a window centred there, in the padded frame
-    result = np.zeros((len(clips), 2 * REACH, 2 * REACH))
+    result = np.zeros((len(clips), 2 * reach, 2 * reach))
     for clip, places, picture in zip(padded, corners, result, strict=True):
         for frame, (row, column) in zip(clip, places, strict=True):
-            picture += frame[row : row + 2 * REACH, column : column + 2 * REACH] / len(clip)
+            picture += frame[row : row + 2 * reach, column : column + 2 * reach] / len(clip)
     return result
 
 

@@ -69,6 +69,7 @@ class LatentShards:
     """
 
     worth_workers = True
+    _digest: str
 
     def __init__(self, folder: Path, *, flip: bool | None = None, seed: int = 0, trust_stamps: bool = False) -> None:
         index = read_index(folder)
@@ -242,7 +243,7 @@ class LatentShards:
                 raise ValueError(f"{path}: {len(part)} labels instead of {shard['count']}; delete it and {REMEDY}")
             check_sha256(path, shard)
             labels += part
-        self._digest: str = digest.hexdigest()
+        self._digest = digest.hexdigest()
         return np.array(labels, dtype=np.int64)
 
     def _description(self, position: int) -> Path:

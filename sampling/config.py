@@ -284,8 +284,8 @@ def parse_settings(cls: type[C], argv: Sequence[str], program: str, doc: str | N
     given = parse(cls, argv, program=program, doc=doc, kinds=KINDS, aliases=ALIASES, migrate=upgrade)
     caching = given.general.caching
     if caching.cache_interval is None and caching.sharing_interval is None:
-        for flags in {given.prefix("model", family) for family in FAMILIES} - {""}:
-            raise UserError(f"{flags}: has no effect without --cache-interval or --sharing-interval")
+        for depth in {given.fields("model", family).get("cache_depth") for family in FAMILIES} - {None}:
+            raise UserError(f"--cache-depth {depth}: has no effect without --cache-interval or --sharing-interval")
     return given
 
 

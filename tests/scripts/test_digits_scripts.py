@@ -11,7 +11,15 @@ import pytest
 from tests.digits_checkpoints import save_digits_checkpoint
 from tests.processes import ROOT
 
-SCRIPTS = ("digits_dydit", "digits_ddt", "digits_skip_dit", "digits_families", "digits_samplers", "digits_video")
+SCRIPTS = (
+    "digits_dydit",
+    "digits_ddt",
+    "digits_skip_dit",
+    "digits_families",
+    "digits_samplers",
+    "digits_video",
+    "digits_text",
+)
 
 
 def script(name: str, folder: Path, *argv: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -48,6 +56,15 @@ def test_skip_dit_in_a_moment(tmp_path: Path) -> None:
     assert networks(done) == (["DiT-digits-deep/2"] * 6 + ["Skip-DiT-digits/2"] * 6) * 2
     assert " to " in done.stdout  # two seeds have a spread
     assert {"ddim", "ddpm"} <= {path.name for path in (tmp_path / "out with space").iterdir()}
+
+
+@pytest.mark.slow
+def test_text_in_a_moment(tmp_path: Path) -> None:
+    done = script("digits_text", tmp_path, DIGITS_STEPS="2", DIGITS_SAMPLES="10")
+    assert done.returncode == 0, done.stderr
+    assert "| clips " in done.stdout and "| pictures " in done.stdout
+    made = {path.name for path in (tmp_path / "out with space").iterdir()}
+    assert {"clips.png", "clips.gif", "pictures.png", "text.md"} <= made
 
 
 @pytest.mark.slow
