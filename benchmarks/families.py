@@ -15,17 +15,18 @@ from models import model_config
 
 
 def family_groups(
-    models: tuple[str, str, str], images: int, steps: int, device: torch.device, compiler: str | None
+    models: tuple[str, str, str, str], images: int, steps: int, device: torch.device, compiler: str | None
 ) -> dict[str, Callable[[], list[Case]]]:
-    """Makers of cases of a DyDiT, a Skip-DiT and a DDT, by group; all in bf16, in the whole sampling loop."""
-    routed, skipping, divided = models
+    """Makers of cases of a DyDiT, Skip-DiT, DDT and Skip-Latte by group; all in bf16, in the whole sampling loop."""
+    routed, skipping, divided, moving = models
+    clips = max(1, images // model_config(moving).sample_shape[0])  # of as many frames as there are images
 
     def routing() -> list[Case]:
         part = round(model_config(routed).num_heads * 5 / 8)  # with 3/4 of the tokens about half the work
         workload = Workload(routed, None, images, part, part, 0.75)
         return routing_cases(workload, device, steps=steps, autocast=torch.bfloat16, compiler=compiler)
 
-    def reuse(model: str, intervals: Sequence[int]) -> list[Case]:
+    def reuse(model: str, intervals: Sequence[int], images: int = images) -> list[Case]:
         pipeline = random_pipeline(model, device, compiler)
         runs = reuse_runs(pipeline, steps, intervals, images, "bf16")
         return [reuse_case(f"{model}, {name}", run) for name, run in runs.items()]
@@ -34,4 +35,5 @@ def family_groups(
         "caching": partial(reuse, skipping, (1, 2, 3, 4)),
         "sharing": partial(reuse, divided, (1, 4, 10)),
         "routing": routing,
+        "clips": partial(reuse, moving, (1, 2, 3, 4), clips),
     }

@@ -61,7 +61,10 @@ def open_model(path: Path, cache_depth: int | None = None, device: torch.device 
     info, weights = resolve_checkpoint(path)
     scorer = find_scorer(info)
     if info.meta is None or scorer is None:
-        raise UserError(f"--ckpt {path}: not a checkpoint of train.py that was trained on the digits or Fashion-MNIST")
+        raise UserError(
+            f"--ckpt {path}: not a checkpoint of train.py that was trained on the digits or Fashion-MNIST; "
+            "clips_report.py takes those of moving digits"
+        )
     config, fields = model_config(info.model, **info.config), Values()
     if takes_cache_depth(config):
         fields["cache_depth"] = cache_depth or default_cache_depth(config.depth)

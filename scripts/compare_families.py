@@ -6,6 +6,7 @@
 Every network is sampled with ever fewer steps and, where it can reuse state between evaluations, at several intervals:
 plain DiTs and Skip-DiTs by Skip-Cache, DDTs by sharing their encoder. Routed networks leave out what they leave out.
 All sample the same labels from the same noise. Runs that differ by their seed alone become one row, with their spread.
+Networks of moving digits have a table of their own, with scores of motion: clips_report.py.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from runtime.tensor_file import read_tensors
 
 NUM_FEATURES = 64
 
-IMAGES_PER_BATCH = 2048  # bounds memory only
+IMAGES_PER_BATCH = 256  # bounds memory, and stays in the caches: clips take a third less time than in thousands
 
 
 class FeatureNetwork(nn.Module):

@@ -175,25 +175,32 @@ FAMILIES = [
 def test_clips_of_every_family_do_not_depend_on_processes_and_interruptions(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guided, with reused state and an autoencoder; chunks of two clips are decoded five frames at a time."""
+    """Guided, with reused state and an autoencoder; chunks of two clips are decoded five frames at a time.
+
+    Files of clips, and jobs that are continued, are those of the first family alone: they know no network.
+    """
     small_autoencoder(tmp_path / "vae")
     network = debug_network(name)
     shape = network.sample_shape
     image = [*shape[:-3], 3, 2 * shape[-2], 2 * shape[-1]]
     meta = {"encoder": {"name": str(tmp_path / "vae")}, "data": {"image_shape": image, "classes": None}}
     ckpt = write_network(tmp_path / "1.safetensors", debug_name(name), network, **meta)
-    argv = [*"--vae-batch-size 5 --cache-interval 2 --cfg-scale 2 --save-gif --save-png --fps 10".split()]
-    argv += ["--save-mp4"] if find_spec("av") else []
+    argv, first = [*"--vae-batch-size 5 --cache-interval 2 --cfg-scale 2".split()], name == FAMILIES[0]
+    argv += ["--save-gif", "--save-png", "--fps", "10"] if first else []
+    argv += ["--save-mp4"] if first and find_spec("av") else []
     argv += [] if network.keeps_state else ["--cache-depth", "1"]
     drawn = draw(ckpt, tmp_path / "one.npz", *argv)["arr_0"]
     assert drawn.shape == (7, shape[0], image[-2], image[-1], 3) and len({clip.tobytes() for clip in drawn}) == 7
     options = ["--ckpt", str(ckpt), "--output", str(tmp_path / "many.npz"), *JOB, *argv]
     done = run_ranks("sample_ddp.py", *options, ranks=3, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    interrupted(ckpt, tmp_path / "resumed.npz", monkeypatch, *argv)
-    draw(ckpt, tmp_path / "resumed.npz", *argv)
-    for other in ("many", "resumed"):
+    if first:
+        interrupted(ckpt, tmp_path / "resumed.npz", monkeypatch, *argv)
+        draw(ckpt, tmp_path / "resumed.npz", *argv)
+    for other in ("many", "resumed") if first else ("many",):
         assert (tmp_path / "one.npz").read_bytes() == (tmp_path / f"{other}.npz").read_bytes(), other
+        if not first:
+            continue
         assert len(names(tmp_path / "one")) % 7 == 0 and names(tmp_path / "one") == names(tmp_path / other)
         for path in (tmp_path / "one").iterdir():
             assert path.read_bytes() == (tmp_path / other / path.name).read_bytes(), (other, path.name)

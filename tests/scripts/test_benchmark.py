@@ -271,13 +271,13 @@ def test_gpu_report_smoke(gpu_report: ModuleType, tmp_path: Path, capsys: pytest
     document = json.loads((tmp_path / "smoke.json").read_text())
     rows = document["rows"]
     groups = {"peak": 2, "training": 5, "forward": 3, "sampling": 8}
-    groups |= {"optimizer": 4, "evaluator": 5, "caching": 4, "sharing": 3, "routing": 4}
+    groups |= {"optimizer": 4, "evaluator": 5, "caching": 4, "sharing": 3, "routing": 4, "clips": 4}
     assert [r["group"] for r in rows] == [group for group, count in groups.items() for _ in range(count)]
     training = rows[2:7]
     assert [r["images"] for r in training] == [4, 2, 4, 2, 3] and all(r["predicted_memory"] > 0 for r in training)
     routed = {r["name"]: r["flop"] for r in rows if r["group"] == "routing"}
     assert routed["DyDiT, routed"] < 0.7 * routed["plain DiT"]
-    for group in ("caching", "sharing"):
+    for group in ("caching", "sharing", "clips"):
         work = [r["flop"] for r in rows if r["group"] == group]
         assert all(less <= more for more, less in pairwise(work)) and work[-1] < work[0], group
     assert [r["reference"] for r in training] == [None, None, "bf16, batch 4", "bf16, batch 2", None]
