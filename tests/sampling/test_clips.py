@@ -15,6 +15,7 @@ import models
 import sample
 import sample_ddp
 from data.pixels import enlarge, grid, to_picture
+from data.words import Words
 from models import create_model
 from runtime.errors import UserError, run
 from sampling.job import COUNTS, JobSettings, plan_job
@@ -166,9 +167,8 @@ def test_networks_of_images_have_no_frames(ckpt: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Jobs
 
-FAMILIES = [
-    name for name in filter(labelled, models.FAMILIES) if len(models.model_config(debug_name(name)).sample_shape) == 4
-]
+FAMILIES = [name for name in models.FAMILIES if len(models.model_config(debug_name(name)).sample_shape) == 4]
+PROMPTS = ["--prompt", "a small seven moving right", "a two", "--negative-prompt", "a large one"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -180,12 +180,16 @@ def test_clips_of_every_family_do_not_depend_on_processes_and_interruptions(
     Files of clips, and jobs that are continued, are those of the first family alone: they know no network.
     """
     small_autoencoder(tmp_path / "vae")
-    network = debug_network(name)
+    text = {} if labelled(name) else Words().describe()
+    fields = {f"text_{field}": text[field] for field in ("width", "length") if text}
+    network = debug_network(name, **fields)
     shape = network.sample_shape
     image = [*shape[:-3], 3, 2 * shape[-2], 2 * shape[-1]]
     meta = {"encoder": {"name": str(tmp_path / "vae")}, "data": {"image_shape": image, "classes": None}}
+    meta |= {"text": text} if text else {}
     ckpt = write_network(tmp_path / "1.safetensors", debug_name(name), network, **meta)
     argv, first = [*"--vae-batch-size 5 --cache-interval 2 --cfg-scale 2".split()], name == FAMILIES[0]
+    argv += PROMPTS if text else []
     argv += ["--save-gif", "--save-png", "--fps", "10"] if first else []
     argv += ["--save-mp4"] if first and find_spec("av") else []
     argv += [] if network.keeps_state else ["--cache-depth", "1"]
