@@ -129,7 +129,7 @@ def open_prompts(
     device: torch.device,
     texts: Sequence[str],
     *,
-    guided: bool = False,
+    guided: bool = True,
 ) -> Prompts | None:
     """Encode the prompts of a job on one process, for all; None for a network that takes no text.
 
@@ -139,7 +139,7 @@ def open_prompts(
         info: Description of its checkpoint, which knows the encoder.
         device: Where to encode.
         texts: The prompts that the settings name.
-        guided: Unconditional rows are needed.
+        guided: Unconditional rows are evaluated.
 
     Raises:
         UserError: For prompts without such a network or the reverse, and for whatever cannot be read or encoded.
@@ -149,6 +149,11 @@ def open_prompts(
             takes = "labels; give --class-labels" if network.conditioning else "no text"
             raise UserError(f"{flag} {value}: has no effect, because the network of --ckpt takes {takes}")
         return None
+    if settings.negative_prompt is not None and not guided:
+        raise UserError(
+            f"--negative-prompt {settings.negative_prompt}: has no effect without unconditional rows; give --cfg-scale "
+            "above 1"
+        )
     if settings.prompt_embeds is not None:
         prompts = read_embeds(settings.prompt_embeds, network)
         if guided and prompts.null is None:

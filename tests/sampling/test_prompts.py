@@ -281,6 +281,10 @@ def test_long_prompts_are_cut_with_a_warning(pipeline: Pipeline, capsys: pytest.
         (["--prompt", "a one", "--class-labels", "3"], "--class-labels"),
         (["--prompt-embeds", "{tmp}/empty.txt"], "empty.txt: cannot be read as safetensors"),
         (["--prompt-embeds", "{tmp}/e", "--negative-prompt", "a"], "has no effect with --prompt-embeds"),
+        (
+            ["--prompt", "a one", "--negative-prompt", "a two", "--cfg-scale", "1"],
+            "has no effect without unconditional rows",
+        ),
         (["--prompt", "a one", "--text-encoder", "{tmp}/none"], "none: cannot load text_encoder and tokenizer"),
     ],
 )
