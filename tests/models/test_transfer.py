@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from models import FAMILIES, Network, create_model
-from models.transfer import LABEL_TABLE, adapt_weights, rank_by_magnitude
+from models.transfer import LABEL_TABLE, adapt_weights, rank_by_magnitude, without_variance
 from runtime.checkpoint import load_weights
 from runtime.errors import UserError
 from tests.golden_data import assert_close
-from tests.networks import debug_network, randomise
+from tests.networks import debug_name, debug_network, randomise
 
 SKIP_UNITS = FAMILIES["Skip-DiT"].added_parts
 
@@ -189,3 +189,14 @@ def test_another_number_of_frames_needs_to_be_told_how() -> None:
     for same in (network.state_dict(), create_model("DiT-debug/2", depth=4).state_dict()):
         with pytest.raises(ValueError, match="--frame-positions extend: has no effect"):
             adapt_weights(network, same, frame_positions="extend")
+
+
+@pytest.mark.parametrize("family", ["DiT", "Skip-Latte", "LatteT2V"])
+def test_outputs_without_a_variance_are_those_of_the_other_channels(family: str) -> None:
+    whole = debug_network(family, learn_sigma=True)
+    name, shape = debug_name(family), whole.sample_shape
+    cut = create_model(name, **{**vars(whole.config), "learn_sigma": False})
+    cut.load_state_dict(without_variance(whole.state_dict()))
+    x, conditioning = torch.randn(2, *shape), whole.blank_conditioning(2)
+    expected = whole(x, 5.0, **conditioning).sample[..., : shape[-3], :, :]
+    assert torch.allclose(cut(x, 5.0, **conditioning).sample, expected, atol=1e-6) and bool(expected.std() > 0)
