@@ -75,7 +75,7 @@ class SkipLatteT2VConfig(SkipClipConfig, LatteT2VConfig):
 class LatteT2V(PairedTransformer, TimeConditional):
     """Diffusion transformer of spatial and temporal blocks in turn, for clips of any length with a text.
 
-    A clip of one frame is a image: temporal blocks run, but it has no position in time. With `cache_depth` B, the
+    A clip of one frame is an image: temporal blocks run, but it has no position in time. With `cache_depth` B, the
     tokens (N, F, T, D) that enter the B-th pair from the end are returned as state.
 
     In training, I images with texts of their own may follow the frames of every clip: spatial blocks see all,

@@ -563,7 +563,7 @@ def mistaken(tmp_path_factory):
         (
             "--ckpt {flow} --model IDiT-digits/2 --vae none --cache-depth 1 --cache-interval 2",
             "error: --cache-depth 1: is a setting of the model DiT or DyDiT or Skip-DiT or Latte or "
-            "Skip-Latte; this run uses DDT",
+            "Skip-Latte or LatteT2V or Skip-LatteT2V; this run uses DDT",
         ),
         ("--ckpt {ckpt} --sharing cheapest", "--sharing cheapest: has no effect without --sharing-interval"),
         ("--ckpt {ckpt} --guidance-interval 700 300", "--guidance-interval 700.0 300.0: must be two timesteps"),

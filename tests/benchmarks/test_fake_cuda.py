@@ -19,7 +19,7 @@ from models.acceleration import AutocastNetwork, cast_weights_once
 from models.dydit_plan import Modulation, PairWeights, attend, masked_mlp, packed_update
 from runtime.command_line import parse
 from sampling.run import network_times
-from tests.networks import debug_name
+from tests.networks import debug_name, labelled
 from training.config import KINDS, TrainSettings
 from training.setup import set_up
 
@@ -128,6 +128,7 @@ class OneBlackItem:
 
     def __init__(self, shape: tuple[int, ...], classes: list[str]) -> None:
         self.image_shape, self.classes = shape, classes
+        self.null_conditioning: dict[str, Tensor]
 
     def __len__(self) -> int:
         return 1
@@ -145,6 +146,8 @@ def test_an_objective_waits_for_nothing(device: torch.device, family: str, proce
         TrainSettings, [*argv, "--max-steps", "1", "--device", "cpu"], program="train.py", doc=None, kinds=KINDS
     )
     data = OneBlackItem(config.sample_shape, [str(k) for k in range(getattr(config, "num_classes", 0))])
+    if not labelled(family):
+        data.null_conditioning = {}  # as data with captions have; the batch below brings its own
     loss = set_up(given, device, dataset=data, fake=nullcontext()).loss  # type: ignore[arg-type]  # one is active
     cond = loss.network.blank_conditioning(4)
     batch = Batch(torch.empty(4, *config.sample_shape, device=device), cond, torch.arange(4, device=device), null=cond)
