@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import BF16, SAME, SAME_GRADIENT, Case
-from models import Network, create_model
+from models import Conditioning, Network, create_model
 from models.acceleration import can_compile
 from training.optimization import EMA
 
@@ -26,11 +26,11 @@ EMA_DECAY, LEARNING_RATE = 0.9999, 1e-4
 
 
 class Inputs(NamedTuple):
-    """Noisy images, times, labels, and the target of the prediction."""
+    """Noisy samples, times, labels or blank texts, and the target of the prediction."""
 
     x: Tensor
     t: Tensor
-    y: Tensor
+    conditioning: Conditioning
     target: Tensor
 
 
@@ -56,16 +56,20 @@ def make_inputs(network: Network, rows: int, device: torch.device) -> Inputs:
     randn = partial(torch.randn, generator=generator, device=device)
     *frames, channels, height, width = network.sample_shape
     t = torch.randint(1000, (rows,), generator=generator, device=device)
-    y = torch.randint(network.config.num_classes, (rows,), generator=generator, device=device)
+    conditioning = network.blank_conditioning(rows)
+    if "y" in conditioning:
+        conditioning["y"] = torch.randint(network.config.num_classes, (rows,), generator=generator, device=device)
+    if "text" in conditioning:  # blank words are all the same, and nothing then depends on what attends to them
+        conditioning["text"] = randn(*conditioning["text"].shape)
     t = t if network.time_convention == "index" else t / 1000
     x = randn(rows, *frames, channels, height, width)
-    return Inputs(x, t, y, randn(rows, *frames, network.out_channels, height, width))
+    return Inputs(x, t, conditioning, randn(rows, *frames, network.out_channels, height, width))
 
 
 def forward(network: nn.Module, inputs: Inputs, autocast: torch.dtype | None = None) -> Tensor:
     """Evaluate our network or an official one."""
     with torch.autocast(inputs.x.device.type, autocast, enabled=autocast is not None):
-        out = network(inputs.x, inputs.t, y=inputs.y)
+        out = network(inputs.x, inputs.t, **inputs.conditioning)
     return out if isinstance(out, Tensor) else out.sample
 
 
@@ -191,8 +195,12 @@ class TrainLoop:
         return loss.detach()
 
     def gradients(self) -> list[Tensor]:
-        """Gradients of the last step."""
-        return [p.grad for p in self.trained if p.grad is not None]
+        """Gradients of the last step, without those that are rounding alone.
+
+        The bias of keys adds the same to all scores of a query, which changes no attention weight.
+        """
+        named = self.network.named_parameters()
+        return [p.grad for name, p in named if p.grad is not None and not name.endswith("to_k.bias")]
 
 
 def make_optimizer(parameters: Iterable[Tensor], *, plain: bool) -> torch.optim.Optimizer:

@@ -19,6 +19,7 @@ from diffusion import SAMPLERS
 from diffusion.time_grids import TimeGrid
 from evaluator.small import SmallScores
 from models.loading import resolve_checkpoint
+from runtime.errors import UserError
 from runtime.settings import Values
 from sampling.pipeline import Pipeline
 from sampling.resolution import chosen_table
@@ -96,6 +97,14 @@ class SamplerResult:
     scores: SmallScores | None
 
 
+def check_takes_no_text(pipeline: Pipeline, path: Path) -> None:
+    """Raise a UserError for a network that takes text."""
+    if "text" in pipeline.network.conditioning:
+        raise UserError(
+            f"--ckpt {path}: takes text, and samples of labels are needed here, or of a network without any"
+        )
+
+
 def open_network(path: Path, device: torch.device) -> Opened:
     """Open a checkpoint of any origin; scores come with the digits and Fashion-MNIST.
 
@@ -104,7 +113,9 @@ def open_network(path: Path, device: torch.device) -> Opened:
     """
     info, _ = resolve_checkpoint(path)
     if small.find_scorer(info) is None:
-        return Opened(info.model, 0, Pipeline.from_pretrained(path, device=device), None)
+        pipeline = Pipeline.from_pretrained(path, device=device)
+        check_takes_no_text(pipeline, path)
+        return Opened(info.model, 0, pipeline, None)
     model = small.open_model(path, device=device)
     return Opened(model.name, model.seed, model.pipeline, model.scorer.score)
 

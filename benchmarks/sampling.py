@@ -25,7 +25,7 @@ from data.pixels import to_uint8
 from data.sample_file import SampleFile
 from diffusion import Evaluation, ImageNoise, create_diffusion, evaluations, make_sampler, sample_loop
 from diffusion.sampling import NoiseFn, Sampler
-from models import DiT, ModelOutput, Network, family_of
+from models import Conditioning, DiT, ModelOutput, Network, family_of
 from models.acceleration import Capture, CudaCapture, GraphedNetwork
 from models.loading import CheckpointInfo
 from runtime.background import Background
@@ -170,9 +170,17 @@ class SamplingRun(NamedTuple):
     images: int
 
     def latents(self) -> Tensor:
-        """Sample latents (N, C, h, w) of all classes in turn."""
-        labels = torch.arange(self.images) % self.pipeline.num_classes
-        return self.pipeline.denoise(self.prepared, 0, range(self.images), {"y": labels})
+        """Sample latents (N, ..., C, h, w), of all classes in turn or of blank texts."""
+        rows, null = conditioning_in_turn(self.pipeline, self.images)
+        return self.pipeline.denoise(self.prepared, 0, range(self.images), rows, null=null)
+
+
+def conditioning_in_turn(pipeline: Pipeline, images: int) -> tuple[Conditioning, Conditioning | None]:
+    """Conditional rows of all classes in turn, or blank texts; and unconditional ones, None for the network's own."""
+    if pipeline.num_classes:
+        return {"y": torch.arange(images) % pipeline.num_classes}, None
+    blank = pipeline.network.blank_conditioning(images)
+    return blank, blank
 
 
 def prepare(pipeline: Pipeline, images: int, steps: int | None = None, **settings: object) -> SamplingRun:

@@ -78,17 +78,14 @@ def traced(model: str, rows: int, training: bool) -> CudaTrace:
     with fake_cuda() as device:
         with device:
             network = create_model(model).requires_grad_(training).train(training)
-        x, y = (
-            torch.empty(rows, *network.sample_shape, device=device),
-            torch.zeros(rows, dtype=torch.int64, device=device),
-        )
-        t = torch.empty(rows, device=device)
+        x, t = torch.empty(rows, *network.sample_shape, device=device), torch.empty(rows, device=device)
+        conditioning = network.blank_conditioning(rows)
         evaluate = AutocastNetwork(network, device, torch.bfloat16)
         if training:
-            return trace(lambda: evaluate(x, t, y=y))
+            return trace(lambda: evaluate(x, t, **conditioning))
         with torch.no_grad():
-            cast_weights_once(network, torch.bfloat16, lambda: evaluate(x, t, y=y))
-            return trace(lambda: evaluate(x, t, y=y))
+            cast_weights_once(network, torch.bfloat16, lambda: evaluate(x, t, **conditioning))
+            return trace(lambda: evaluate(x, t, **conditioning))
 
 
 def document(model: str, rows: int, recorded: CudaTrace) -> dict[str, object]:

@@ -13,10 +13,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from benchmarks.counting import SamplingCost
 from benchmarks.report import aligned
+from benchmarks.sampling import conditioning_in_turn
 from benchmarks.timing import check_at_least
 from runtime import distributed
 from runtime.errors import run
@@ -61,7 +60,8 @@ def count_sampling(given: Given[CountSamplingSettings]) -> Values:
         pipeline = Pipeline.open(given, world.device)
         prepared = pipeline.prepare()
         with SamplingCost().listening() as cost:
-            pipeline.denoise(prepared, 0, range(images), {"y": torch.arange(images) % pipeline.num_classes})
+            rows, null = conditioning_in_turn(pipeline, images)
+            pipeline.denoise(prepared, 0, range(images), rows, null=null)
     return {"model": pipeline.info.model, "images": images, **summary(cost, images)}
 
 

@@ -101,7 +101,7 @@ class Training:
         if compiler is not None:
             network.compile_blocks(compiler)
         inputs = cases.make_inputs(network, rows, device)
-        self.batch = Batch(inputs.x, {"y": inputs.y}, torch.arange(rows, device=device))
+        self.batch = Batch(inputs.x, dict(inputs.conditioning), torch.arange(rows, device=device))
         self.trainer = Trainer(setup, World(0, 1, device), None, None)
 
     def run(self, steps: int) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from benchmarks.samplers import check_takes_no_text
 from benchmarks.timing import check_at_least
 from diffusion import Evaluation, ImageNoise, convert_time, guided, make_sampler
 from diffusion.sampling import Denoiser
@@ -233,6 +234,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--output {path}: exists; --overwrite searches again")
     device = choose_device(settings.device)
     pipeline = Pipeline.from_pretrained(settings.ckpt, device=device)
+    check_takes_no_text(pipeline, settings.ckpt)
     pipeline.network.requires_grad_(False)
     checksum, deciding = sha256_of(pipeline.info.path), to_dict(settings)
     for name in ("ckpt", "output", "overwrite", "device", "grad_checkpointing"):

@@ -175,6 +175,17 @@ def checkout(folder: Path, source: str = OFFICIAL) -> Path:
     return folder
 
 
+def test_a_network_for_text_is_timed_and_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark_cases, "find_compiler", lambda device: None)
+    argv = "--model LatteT2V-debug/2 --batch-size 2 --rounds 1 --device cpu --only train_step".split()
+    assert run(main, "benchmark.py", [*argv, "--output", str(tmp_path / "result.json")]) == 0
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    compared = [row["error"] for row in rows if row["reference"]]
+    assert len(compared) == 2 and max(compared) <= 0.1
+
+
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_cases, "find_compiler", lambda device: "eager")
     monkeypatch.setitem(benchmark_cases.GEMM_SIDE, "cpu", 16)

@@ -11,8 +11,9 @@ from diffusion import SAMPLERS, make_sampler
 from diffusion.gaussian import GaussianSettings
 from evaluator.small import SmallScorer, SmallScores
 from runtime.errors import run
-from scripts import compare_samplers
+from scripts import compare_samplers, search_solver
 from tests.digits_checkpoints import save_digits_checkpoint
+from tests.runs import CAPTIONED_DIGITS, start
 
 FEW = "--evaluations 3 4 --forecasts 2,1 --num-images 4 --reference-evaluations 100 --device cpu --output-dir".split()
 
@@ -70,3 +71,12 @@ def test_mistakes_are_one_line(checkpoints, tmp_path, capsys, argv, message):
     assert main("--ckpt", checkpoints["gaussian"], "--device", "cpu", "--output-dir", tmp_path / "out", *argv) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_networks_for_text_are_refused_in_one_line(tmp_path, capsys):
+    argv = [*CAPTIONED_DIGITS, *"--model LatteT2V-debug/2 --process flow --max-steps 1 --global-batch-size 2".split()]
+    assert start(tmp_path, *argv) == 0
+    (path,) = tmp_path.glob("*/checkpoints/*")
+    for script, more in ((compare_samplers, []), (search_solver, ["--output", str(tmp_path / "table.json")])):
+        assert run(script.main, "script", ["--ckpt", str(path), *more]) == 2
+        assert f"script: error: --ckpt {path}: takes text, and samples of labels" in capsys.readouterr().err

@@ -26,6 +26,11 @@ def test_launches_do_not_depend_on_rows_and_work_does(capsys: pytest.CaptureFixt
         assert entry["device_ms"]["H200"] <= entry["device_ms"]["H100"]
 
 
+def test_networks_for_text_and_for_clips_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    clips, texts = counted(capsys, "--model", "Latte-debug/2", "Skip-LatteT2V-debug/2", "--rows", "2")
+    assert clips["macs"] > 0 < texts["macs"] and clips["waits"] == texts["waits"] == []
+
+
 def test_training_casts_weights_at_every_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--model", "DiT-debug/2", "--rows", "2")
     casts = [counted(capsys, *flags, *more)[0]["kinds"]["cast"] for more in ((), ("--training",))]
