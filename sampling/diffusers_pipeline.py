@@ -80,17 +80,18 @@ class LatteTransformer(nn.Module):
             timestep: The timesteps, all the same where state is reused.
             encoder_hidden_states: The texts.
             encoder_attention_mask: (N, L) of 1 for words that are attended to, 0 for others; the pipeline gives none.
-            enable_temporal_attentions: Must be True.
+            enable_temporal_attentions: Must be the network's `temporal_blocks`.
             return_dict: Return an object with `sample` instead of a tuple.
 
         Returns:
             (N, 2 C, F, H, W): noise and variance values.
 
         Raises:
-            ValueError: If temporal blocks are to be left out.
+            ValueError: If the network was loaded with temporal blocks and they are to be left out, or the reverse.
         """
-        if not enable_temporal_attentions:
-            raise ValueError("enable_temporal_attentions=False: this network always runs its temporal blocks")
+        if enable_temporal_attentions != self.network.config.temporal_blocks:
+            wanted = enable_temporal_attentions
+            raise ValueError(f"enable_temporal_attentions={wanted}: load the network with temporal_blocks={wanted}")
         state = self._state(hidden_states, timestep, encoder_hidden_states)
         mask = None if encoder_attention_mask is None else encoder_attention_mask.to(hidden_states.dtype)
         clips = hidden_states.transpose(1, 2)
