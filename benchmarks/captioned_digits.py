@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.moving_digits import Clips, Numbers, centres, pictures
+from benchmarks.moving_digits import Clips, Numbers, centres, fit_classifier, vectors, without_noise
 from data.captioned_digits import KINDS, SIZES, CaptionedDigits, Content
 from data.moving_digits import DIRECTIONS
 
@@ -55,7 +55,7 @@ class TextScorer:
 
     def digits(self, samples: Clips) -> npt.NDArray[np.int64]:
         """Digits that the classifier finds, (N,)."""
-        found: npt.NDArray[np.int64] = self._classifier.predict(_vectors(samples))
+        found: npt.NDArray[np.int64] = self._classifier.predict(vectors(samples, REACH))
         return found
 
     def sizes(self, samples: Clips) -> list[str]:
@@ -80,12 +80,10 @@ class TextScorer:
 
     @cached_property
     def _classifier(self) -> SVC:
-        from sklearn.svm import SVC  # takes most of a second to import
-
         kinds = [(digit, size) for digit in range(len(self.train) // KINDS) for size in range(len(SIZES))]
         indices = [digit * KINDS + size * len(DIRECTIONS) + digit % len(DIRECTIONS) for digit, size in kinds]
         samples = np.stack([self.train.clip(i) for i in indices])[..., None]
-        return SVC(gamma=0.02, C=10.0).fit(_vectors(samples), [self.train.content(i).digit for i in indices])
+        return fit_classifier(samples, np.array([self.train.content(i).digit for i in indices]), REACH)
 
     @cached_property
     def _middle(self) -> float:
@@ -96,10 +94,5 @@ class TextScorer:
 
 def _masses(samples: Clips) -> Numbers:
     """Mean sum of the pixels of a frame, (N,); faint noise does not count."""
-    weights = samples.astype(np.float64)
-    masses: Numbers = np.where(weights < 64, 0.0, weights).sum((2, 3, 4)).mean(1)
+    masses: Numbers = without_noise(samples).sum((2, 3, 4)).mean(1)
     return masses
-
-
-def _vectors(samples: Clips) -> Numbers:
-    return pictures(samples, REACH).reshape(len(samples), -1) / 255.0 - 0.5

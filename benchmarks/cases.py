@@ -26,7 +26,7 @@ EMA_DECAY, LEARNING_RATE = 0.9999, 1e-4
 
 
 class Inputs(NamedTuple):
-    """Noisy samples, times, labels or blank texts, and the target of the prediction."""
+    """Noisy samples, times, labels or texts, and the target of the prediction."""
 
     x: Tensor
     t: Tensor

@@ -94,7 +94,7 @@ class ClipScorer:
 
     def accuracy(self, clips: Clips, labels: npt.NDArray[np.int64]) -> float:
         """Share of clips in which the classifier finds the digits of these classes."""
-        return float(np.mean(self.classifier.predict(_vectors(clips)) == labels // len(DIRECTIONS)))
+        return float(np.mean(self.classifier.predict(vectors(clips)) == labels // len(DIRECTIONS)))
 
     def real(self, data: MovingDigits, count: int | None = None) -> tuple[Clips, npt.NDArray[np.int64]]:
         """Clips and labels of a split, one of each digit, in every direction and at every speed in turn."""
@@ -106,10 +106,8 @@ class ClipScorer:
     @cached_property
     def classifier(self) -> SVC:
         """Support vector machine on pictures of the digits in real training clips, fitted at first use."""
-        from sklearn.svm import SVC  # takes most of a second to import
-
         clips, labels = self.real(self.train)
-        return SVC(gamma=0.02, C=10.0).fit(_vectors(clips), labels // len(DIRECTIONS))
+        return fit_classifier(clips, labels // len(DIRECTIONS))
 
     @cached_property
     def nearest_of_test(self) -> float:
@@ -149,10 +147,14 @@ class ClipScorer:
         return float(torch.cdist(points, self._references).amin(1).median())
 
 
+def without_noise(clips: Clips) -> Numbers:
+    """Clips with faint pixels set to 0: far from the digit they would pull its centre, and add to its size."""
+    return np.where(clips < 64, 0.0, clips.astype(np.float64))
+
+
 def centres(clips: Clips) -> Numbers:
     """Centre of mass of every frame, (N, F, 2): row, column; the middle of an empty one."""
-    weights = clips[..., 0].astype(np.float64)
-    weights = np.where(weights < 64, 0.0, weights)  # faint noise far from the digit would pull the centre
+    weights = without_noise(clips[..., 0])
     total = weights.sum((2, 3))
     rows, columns = np.arange(weights.shape[2]), np.arange(weights.shape[3])
     row, column = (weights.sum(3) * rows).sum(2), (weights.sum(2) * columns).sum(2)
@@ -183,5 +185,13 @@ def pictures(clips: Clips, reach: int = REACH) -> Numbers:
     return result
 
 
-def _vectors(clips: Clips) -> Numbers:
-    return pictures(clips).reshape(len(clips), -1) / 255.0 - 0.5
+def vectors(clips: Clips, reach: int = REACH) -> Numbers:
+    """Inputs of the classifier, (N, 4 R R)."""
+    return pictures(clips, reach).reshape(len(clips), -1) / 255.0 - 0.5
+
+
+def fit_classifier(clips: Clips, digits: npt.NDArray[np.int64], reach: int = REACH) -> SVC:
+    """Fit a support vector machine to pictures of the digits (N,) int64 of real clips."""
+    from sklearn.svm import SVC  # takes most of a second to import
+
+    return SVC(gamma=0.02, C=10.0).fit(vectors(clips, reach), digits)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from data.encoders import Encoder, LatentScaling
-from runtime.download import quiet_hub
+from runtime.download import quiet_hub, why_not_loaded
 from runtime.errors import UserError
 from runtime.json_file import Json, parse_json
 from runtime.zip_checksums import compare_checksums
@@ -192,9 +192,7 @@ def _load(class_name: str, source: str) -> Any:
                 ignore_mismatched_sizes=True,  # they are in the report
             )
     except Exception as error:  # a config of other code fails in many ways
-        hint = "" if Path(source).is_dir() else " from cache or hub; without network download it and give its folder"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot load the autoencoder {source!r}{hint} ({reason})") from error
+        raise ValueError(f"cannot load the autoencoder {source!r}{why_not_loaded(source, error)}") from error
     finally:
         logging.set_verbosity(level)
     _check_report(module, report)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.dataset import DatasetSettings, Example, Key
 from data.digits import Split, load_digits
-from data.moving_digits import DIRECTIONS, FRAMES, SIDE
+from data.moving_digits import DIRECTIONS, FRAMES, SIDE, clip_options
 from data.words import DIGITS, Words
 from runtime.seeds import derive_seed
 
@@ -165,10 +165,4 @@ def _put(frame: npt.NDArray[np.uint8], digit: npt.NDArray[np.uint8], corner: npt
 
 def open_captioned_digits(settings: DatasetSettings) -> CaptionedDigits:
     """Open the training split; a ValueError for sizes that do not fit."""
-    height, width = settings.size or (SIDE, SIDE)
-    if height != width:
-        raise ValueError(f"the captioned digits are square, not {height} x {width}")
-    if settings.flip:
-        raise ValueError("--flip: the captioned digits are not mirrored")
-    frames = settings.frames or FRAMES
-    return CaptionedDigits("train", frames=frames, side=height, joint_images=settings.joint_images, seed=settings.seed)
+    return CaptionedDigits("train", **clip_options(settings, "captioned digits"))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+
+from runtime.files import read_utf8
+from runtime.json_file import parse_json
 
 BESIDE = "txt"  # value of --captions for files next to the images
 PATHS, TEXTS = ("path", "file", "file_name", "video", "image"), ("caption", "text", "prompt")  # names of columns
@@ -56,7 +58,7 @@ def _read_table(path: Path) -> Mapping[str, str]:
     if path.suffix.lower() != ".json":
         raise ValueError("must end in .json or .csv, or be txt for a .txt next to each file")
     try:
-        document = json.loads(text)
+        document = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if isinstance(document, dict) and all(isinstance(value, str) for value in document.values()):
@@ -79,8 +81,6 @@ def _by_path(path: Path, rows: Iterable[Mapping[str, object]]) -> dict[str, str]
 
 def _decoded(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        return read_utf8(path)
     except ValueError as error:
-        raise ValueError(f"{path}: not text in UTF-8 ({error})") from error
+        raise ValueError(f"{path}: {error}") from error

@@ -7,7 +7,7 @@ function of its split and its index alone.
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,15 @@ FRAMES, SIDE = 8, 16
 PLACES_SEED = 0
 
 Array = npt.NDArray[np.int64]
+
+
+class ClipOptions(TypedDict):
+    """Arguments of an embedded set of clips."""
+
+    frames: int
+    side: int
+    joint_images: int
+    seed: int
 
 
 class Motion(NamedTuple):
@@ -135,12 +144,17 @@ def _travel(speed: float, frames: int) -> int:
     return int(speed * (frames - 1))
 
 
-def open_moving_digits(settings: DatasetSettings) -> MovingDigits:
-    """Open the training split; a ValueError for sizes that do not fit."""
+def clip_options(settings: DatasetSettings, what: str) -> ClipOptions:
+    """Options of an embedded set of square clips; a ValueError, naming it, for settings that it does not have."""
     height, width = settings.size or (SIDE, SIDE)
     if height != width:
-        raise ValueError(f"the moving digits are square, not {height} x {width}")
+        raise ValueError(f"the {what} are square, not {height} x {width}")
     if settings.flip:
-        raise ValueError("--flip: the moving digits are not mirrored")
+        raise ValueError(f"--flip: the {what} are not mirrored")
     frames = settings.frames or FRAMES
-    return MovingDigits("train", frames=frames, side=height, joint_images=settings.joint_images, seed=settings.seed)
+    return {"frames": frames, "side": height, "joint_images": settings.joint_images, "seed": settings.seed}
+
+
+def open_moving_digits(settings: DatasetSettings) -> MovingDigits:
+    """Open the training split; a ValueError for sizes that do not fit."""
+    return MovingDigits("train", **clip_options(settings, "moving digits"))

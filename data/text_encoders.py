@@ -12,14 +12,13 @@ import hashlib
 import html
 import importlib.util
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from data.words import Words
-from runtime.download import quiet_hub
+from runtime.download import quiet_hub, why_not_loaded
 
 ROWS = 8  # prompts that T5 encodes at a time
 NEEDED = ("transformers", "sentencepiece")
@@ -40,6 +39,11 @@ class TextEncoder(Protocol):
 
     def describe(self) -> dict[str, object]:
         """JSON values that fix the encoded text: "name", "width", "length", "sha256"."""
+
+
+def missing_package() -> str | None:
+    """Name the first package of the extra `text` that is not installed; None if all are."""
+    return next((package for package in NEEDED if importlib.util.find_spec(package) is None), None)
 
 
 def clean(prompt: str) -> str:
@@ -69,9 +73,8 @@ class T5:
     def __init__(
         self, name: str, length: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        for package in NEEDED:
-            if importlib.util.find_spec(package) is None:
-                raise ValueError(f"T5 needs the package {package}; pip install '.[text]', or give --prompt-embeds")
+        if (package := missing_package()) is not None:
+            raise ValueError(f"T5 needs the package {package}; pip install '.[text]', or give --prompt-embeds")
         self.name, self.length, self._device = name, length, device
         self._tokenizer, self._model = _load(name, dtype)
         self._model.eval().requires_grad_(False).to(device)
@@ -123,9 +126,8 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
                 name, subfolder="text_encoder", dtype=dtype, output_loading_info=True
             )
     except Exception as error:  # a config of other code fails in many ways
-        hint = "" if Path(name).is_dir() else " from cache or hub; without network download it and give its folder"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot load text_encoder and tokenizer of {name!r}{hint} ({reason})") from error
+        problem = why_not_loaded(name, error)
+        raise ValueError(f"cannot load text_encoder and tokenizer of {name!r}{problem}") from error
     finally:
         logging.set_verbosity(level)
     model, report = loaded

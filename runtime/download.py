@@ -262,6 +262,17 @@ def download_from_hub(repository: str, pattern: str, path: Path) -> None:
     shutil.rmtree(staging)
 
 
+def why_not_loaded(source: str, error: Exception) -> str:
+    """Say in one line why a library could not load a folder or a repository, as the end of a message.
+
+    Args:
+        source: Folder, or name of a repository on the hub.
+        error: What the library raised; a config of other code fails in many ways.
+    """
+    hint = "" if Path(source).is_dir() else " from cache or hub; without network download it and give its folder"
+    return f"{hint} ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+
+
 @contextmanager
 def quiet_hub() -> Iterator[None]:
     """Silence the hub's client about retries and deprecations; errors are reported here, in one line."""

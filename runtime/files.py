@@ -47,6 +47,16 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def read_utf8(path: Path) -> str:
+    """Read a text file that a person wrote; a ValueError that says what is wrong, without the path."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors begin files with a mark
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"not text in UTF-8 ({error})") from error
+
+
 def check_utf8(path: Path, flag: str) -> None:
     """Check that the library of checkpoints, which needs UTF-8, can open a path.
 

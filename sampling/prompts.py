@@ -27,6 +27,7 @@ from models import Network
 from models.loading import CheckpointInfo
 from runtime import distributed
 from runtime.errors import UserError, error_prefix
+from runtime.files import read_utf8
 from runtime.settings import flag_name, setting
 
 NULL = "null_"  # prefix of the unconditional rows in files of encoded prompts
@@ -75,12 +76,8 @@ class TextSettings:
         if self.prompt_file is None:
             return self.prompt
         where = f"--prompt-file {self.prompt_file}"
-        try:
-            lines = self.prompt_file.read_text(encoding="utf-8-sig").splitlines()
-        except OSError as error:
-            raise UserError(f"{where}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise UserError(f"{where}: not text in UTF-8 ({error})") from error
+        with error_prefix(where):
+            lines = read_utf8(self.prompt_file).splitlines()
         prompts = tuple(line.strip() for line in lines if line.strip())
         if not prompts:
             raise UserError(f"{where}: no prompts in it; it needs one a line")

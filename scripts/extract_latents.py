@@ -323,10 +323,9 @@ def start(job: Job) -> None:
     if job.config.overwrite:
         remove_shards(job.config.output)
     remove_partial(job.config.output)
+    there = json.loads(path.read_text()) if path.exists() else {}
     # Anew for one of an earlier format, an encoder that has moved, or captions that come later
-    if not path.exists() or any(
-        json.loads(path.read_text()).get(name) != job.manifest.get(name) for name in ("encoder", "text")
-    ):
+    if not there or any(there.get(name) != job.manifest.get(name) for name in ("encoder", "text")):
         write_json(path, job.manifest)
 
 

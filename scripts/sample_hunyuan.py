@@ -9,7 +9,6 @@ downloaded once; defaults are the released ones. See docs/text.md.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from collections.abc import Sequence
@@ -21,10 +20,10 @@ from typing import Any, Literal
 import torch
 
 from data.pixels import Images, grid, save_png, to_picture, written_by
-from data.text_encoders import NEEDED
+from data.text_encoders import missing_package
 from runtime.command_line import parse_config
 from runtime.devices import choose_device
-from runtime.download import quiet_hub
+from runtime.download import quiet_hub, why_not_loaded
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import check_writable
 from runtime.seeds import image_seed
@@ -86,33 +85,21 @@ class HunyuanSettings:
             raise ValueError(f"--output {self.output}: must end in .png")
 
 
-def check_packages(name: str) -> None:
-    """Check that the packages of the extra `text` are there.
-
-    Raises:
-        UserError: Naming the first that is not.
-    """
-    for package in NEEDED:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"--pipeline {name}: needs the package {package}; pip install '.[text]'")
-
-
 def load_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Load a HunyuanDiTPipeline.
 
     Raises:
-        UserError: If it cannot be loaded, or the folder holds another pipeline.
+        UserError: If a package is missing, it cannot be loaded, or the folder holds another pipeline.
     """
-    check_packages(name)
+    if (package := missing_package()) is not None:
+        raise UserError(f"--pipeline {name}: needs the package {package}; pip install '.[text]'")
     from diffusers import DiffusionPipeline  # heavy, as transformers is, which it imports
 
     try:
         with quiet_hub():
             pipeline: Any = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
     except Exception as error:  # a config of other code fails in many ways
-        hint = "" if Path(name).is_dir() else " from cache or hub; without network download it and give its folder"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--pipeline {name}: cannot be loaded{hint} ({reason})") from error
+        raise UserError(f"--pipeline {name}: cannot be loaded{why_not_loaded(name, error)}") from error
     if type(pipeline).__name__ != PIPELINE:
         raise UserError(f"--pipeline {name}: is a {type(pipeline).__name__}, not a {PIPELINE}")
     return pipeline.to(device)

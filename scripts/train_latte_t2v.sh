@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Skip-LatteT2V-XL/2 from the weights of a plain Latte, in the two published stages: first the skip units alone, then
 # everything. Clips of 16 frames at 512 x 512 with captions, 32 a step in two micro-batches, AdamW with a constant learning
-# rate of 1e-4, EMA 0.99985, updates dropped whose gradient has a norm above 0.02 (arXiv 2411.17616).
+# rate of 1e-4, EMA 0.99985, updates with a gradient norm above 0.02 dropped (arXiv 2411.17616).
 #
 #   bash scripts/train_latte_t2v.sh 1 /path/to/latents /path/to/latte/transformer [more flags of train.py]
 #   bash scripts/train_latte_t2v.sh 2 /path/to/latents results/000-Skip-LatteT2V-XL-2/checkpoints/0165000.safetensors

@@ -35,7 +35,7 @@ def checkpoint_meta(setup: Setup, step: int, updates: int | None = None) -> Valu
         **({} if (text := text_of(setup.dataset)) is None else {"text": text}),
         "autoencoder": setup.encoder.describe(),
         "data": {
-            "image_shape": sample_image_shape(setup),
+            "image_shape": list(setup.loss.settings.network_shape(tuple(setup.dataset.image_shape))),
             "classes": list(setup.dataset.classes),
             "images": len(setup.dataset),
             "digest": digest_of(setup.dataset),
@@ -45,13 +45,6 @@ def checkpoint_meta(setup: Setup, step: int, updates: int | None = None) -> Valu
         "draws": DRAWS,
         **setup.digests,
     }
-
-
-def sample_image_shape(setup: Setup) -> list[int]:
-    """Shape of an image, or of a clip without the images behind it."""
-    *frames, channels, height, width = setup.dataset.image_shape
-    behind = setup.loss.settings.images_behind
-    return [*(number - behind for number in frames), channels, height, width]
 
 
 class TrainingState:
