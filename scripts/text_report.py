@@ -83,17 +83,14 @@ def sample_prompts(
     return samples[:, None] if samples.ndim == 4 else samples
 
 
-def shares_of_digits(
-    pipeline: Pipeline, scorer: TextScorer, config: TextReportSettings, scale: float
-) -> tuple[float, float]:
-    """Mean share of a digit under the empty prompt, and where a negative prompt names it."""
+def share_of_named_digits(pipeline: Pipeline, scorer: TextScorer, config: TextReportSettings, scale: float) -> float:
+    """Mean share of a digit under the empty prompt where a negative prompt names it."""
     count = max(1, config.num_samples // 10)
-    free = scorer.digits(sample_prompts(pipeline, config, [""] * 10 * count, scale))
     named = [
         scorer.digits(sample_prompts(pipeline, config, [""] * count, scale, f"a {word}")) == digit
         for digit, word in enumerate(DIGITS)
     ]
-    return float(np.mean([np.mean(free == digit) for digit in range(10)])), float(np.mean(named))
+    return float(np.mean(named))
 
 
 def examine(pipeline: Pipeline, kind: str, config: TextReportSettings) -> tuple[list[list[str]], Clips]:
@@ -107,8 +104,9 @@ def examine(pipeline: Pipeline, kind: str, config: TextReportSettings) -> tuple[
         samples = sample_prompts(pipeline, config, prompts, scale)
         scores = scorer.score(samples, contents)
         rows.append([kind, f"{scale:g}", *(f"{x:.3f}" for x in (scores.digit, scores.size, scores.direction))])
-    free, named = shares_of_digits(pipeline, scorer, config, config.cfg_scales[-1])
-    rows.append([f"{kind}, empty prompt: share of a digit", f"{config.cfg_scales[-1]:g}", f"{free:.3f}", "", ""])
+    named = share_of_named_digits(pipeline, scorer, config, config.cfg_scales[-1])
+    # In the mean over all digits it is a tenth, whatever is sampled
+    rows.append([f"{kind}, empty prompt: share of a digit", f"{config.cfg_scales[-1]:g}", f"{0.1:.3f}", "", ""])
     rows.append([f"{kind}, the digit named as negative prompt", f"{config.cfg_scales[-1]:g}", f"{named:.3f}", "", ""])
     real = scorer.score(*scorer.real(test))
     rows.append([f"{kind}, real, held out", "", *(f"{x:.3f}" for x in (real.digit, real.size, real.direction))])
