@@ -84,6 +84,21 @@ def scan(root: Path) -> Scan:
     return Scan(names, samples)
 
 
+def find_images(root: Path) -> tuple[list[str], Counter[str]]:
+    """Find all images under a folder, whatever folders they are in, and count what else there is by its kind.
+
+    Raises:
+        ValueError: If links lead to the same folders too often.
+    """
+    images, left_out = list[str](), Counter[str]()
+    for path, reason in _files(str(root), holders(root)[1:]):
+        if reason is None:
+            images.append(path)
+        else:
+            left_out[reason] += 1
+    return images, left_out
+
+
 def check_splits(root: Path, names: Sequence[str]) -> None:
     """Raise a ValueError if all folders of a data set have names of splits."""
     if names and SPLITS.issuperset(name.lower() for name in names):

@@ -8,20 +8,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from evaluator.features import CACHE_FORMAT, FileFeatures, extract_features, load_features, save_features
 from evaluator.inception.backend import FeatureBackend
 from evaluator.inception.weights import Weights
-from evaluator.inputs import EvaluationInput, open_files, order_warnings, plan_clips, plan_inputs
+from evaluator.inputs import TITLES, EvaluationInput, Openers, open_files, order_warnings, plan_clips, plan_inputs
 from evaluator.metrics import float16_noise
 from evaluator.npz import ImageFile
-from evaluator.report import is_result, library_versions, path_next_to, protocol_path, read_protocol, write_document
+from evaluator.report import (
+    describe_in_line,
+    is_result,
+    library_versions,
+    path_next_to,
+    protocol_path,
+    read_protocol,
+    write_document,
+)
 from evaluator.scores import METRICS, ImageSet, compute_scores
 from evaluator.settings import EvaluatorConfig
 from evaluator.stages import CLIPS, IMAGES, Stage, clip_warnings, clips_summary, open_clips_stage, open_images_stage
-from evaluator.video.folder import VideoOpener
 from runtime import distributed
 from runtime.distributed import World
 from runtime.errors import UserError, error_prefix
@@ -34,20 +42,20 @@ FEATURES = 2048  # from as many images their covariance is singular
 FLOAT16_LIMIT = 0.01
 
 
-def evaluate(config: EvaluatorConfig, world: World, videos: VideoOpener) -> None:
+def evaluate(config: EvaluatorConfig, world: World, openers: Openers) -> None:
     """Evaluate; all ranks call it, rank 0 prints and writes.
 
     Args:
         config: The settings.
         world: This rank and the number of ranks.
-        videos: How folders of videos are opened.
+        openers: How folders are opened.
 
     Raises:
         UserError: For anything wrong with the files, on all ranks.
     """
     watch = Stopwatch()
     with watch.measure("total"):
-        real, generated = files = open_both(config, videos)
+        real, generated = files = open_both(config, openers)
         metrics = config.metric_names(clips=generated.frames is not None)
         images = plan_inputs(*files, metrics, config.num_samples)
         clips = None
@@ -63,17 +71,18 @@ def evaluate(config: EvaluatorConfig, world: World, videos: VideoOpener) -> None
         with watch.measure("weights"):
             stages = [open_images_stage(config, world, images)] if images else []
             stages += [open_clips_stage(config, world, clips)] if clips else []
-        order = order_warnings(real, generated)
+        sources = [file.describe_source() for file in files]  # before the work: statistics may be damaged
+        order = order_warnings(real, generated, config.num_samples)
         print_warnings(order, world)  # before the work, which may be for nothing
         digests, scores, rounding = score_files(config, world, metrics, stages, watch)
     warnings = [each for stage in stages for each in list_warnings(stage, protocol)]
     warnings = [*dict.fromkeys(warnings), *rounding]
-    document = {
+    document: dict[str, Any] = {
         "format": FORMAT,
         "scores": {name.lower().replace(" ", "_"): value for name, value in scores.items()},
         **{
-            each.title: describe(each, file, digest)
-            for each, file, digest in zip(stages[0].inputs, files, digests, strict=True)
+            each.title: describe(each, file, digest) | source
+            for each, file, digest, source in zip(stages[0].inputs, files, digests, sources, strict=True)
         },
         "protocol": protocol,
         "config": {**to_dict(config), "metrics": ",".join(metrics)},
@@ -89,14 +98,16 @@ def evaluate(config: EvaluatorConfig, world: World, videos: VideoOpener) -> None
                 print(f"{name}: {value:.6f}")
             if clips:
                 print(clips_summary(clips))
+            for title in TITLES:
+                print(describe_in_line(title, document[title]), file=sys.stderr)
             write_document(document, output)
             print(f"written: {output}", file=sys.stderr)
 
 
-def open_both(config: EvaluatorConfig, videos: VideoOpener) -> tuple[ImageFile, ImageFile]:
+def open_both(config: EvaluatorConfig, openers: Openers) -> tuple[ImageFile, ImageFile]:
     """Open the reference and the samples."""
     clips, interval = config.asks_for_clips, config.frame_interval or 1
-    return open_files(config.ref_batch, config.sample_batch, videos, of_clips=clips, interval=interval)
+    return open_files(config.ref_batch, config.sample_batch, openers, of_clips=clips, interval=interval)
 
 
 def score_files(
@@ -241,8 +252,8 @@ def list_warnings(stage: Stage, protocol: object) -> list[str]:
     for each in stage.inputs:
         if each.stored is not None and each.stored.spatial is None:
             warnings.append(
-                f"{each.file.path}: has mu and sigma only, so it is not ADM's; statistics of another Inception network "
-                "(pytorch-fid) are not comparable with ours"
+                f"{each.file.path}: has mu and sigma only, as JiT's reference, so it is not ADM's; distances to the "
+                "two do not compare, nor do statistics of another Inception network (pytorch-fid) with ours"
             )
     if stage.weights.warning is not None:
         warnings.append(f"{stage.weights.warning}: these scores are not comparable with published ones")

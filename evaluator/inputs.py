@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from evaluator.metrics import ADM_SPLIT_SIZE
 from evaluator.npz import BadImageFile, ImageFile, StoredStatistics
-from evaluator.png_folder import PngFolder
+from evaluator.picture_folder import PictureFolder, PictureOpener
 from evaluator.report import is_sampled
 from evaluator.scores import METRICS
 from evaluator.video.folder import VideoFolder, VideoOpener
@@ -15,6 +17,13 @@ from evaluator.video.windows import ClipWindows
 from runtime.errors import UserError
 
 TITLES = ("reference", "samples")
+
+
+class Openers(NamedTuple):
+    """Openers of folders, which other packages read: of videos and of images."""
+
+    videos: VideoOpener
+    pictures: PictureOpener
 
 
 @dataclass(frozen=True)
@@ -42,15 +51,15 @@ Pair = tuple[EvaluationInput, EvaluationInput]  # the reference and the samples
 
 
 def open_files(
-    reference: Path, samples: Path, videos: VideoOpener, *, of_clips: bool = False, interval: int = 1
+    reference: Path, samples: Path, openers: Openers, *, of_clips: bool = False, interval: int = 1
 ) -> tuple[ImageFile, ImageFile]:
     """Open both files.
 
     Args:
-        reference: .npz of real images, their statistics, or both; a folder of PNG files; or an .npz of clips, or a
-            folder of videos or of folders of frames.
-        samples: The same of generated images or clips.
-        videos: How folders of videos are opened.
+        reference: .npz of real images, their statistics, or both; a folder of images, which are cropped to the size of
+            the samples; or an .npz of clips, or a folder of videos or of folders of frames.
+        samples: The same of generated images or clips, none of them resized.
+        openers: How folders are opened.
         of_clips: True if a metric of clips is asked for, so that folders hold videos; they do, too, if they hold video
             files, or if the other file holds clips.
         interval: Frames from one to the next in windows of the reference.
@@ -60,11 +69,15 @@ def open_files(
     """
     files = [None if path.is_dir() else ImageFile(path) for path in (reference, samples)]
     of_clips = of_clips or any(file is not None and file.frames is not None for file in files)
-    of_clips = of_clips or videos.recognises(reference) or videos.recognises(samples)
-    if not of_clips:
-        files = [file or PngFolder(path) for file, path in zip(files, (reference, samples), strict=True)]
-    generated = files[1] or VideoFolder(samples, videos, None, 1)
-    real = files[0] or VideoFolder(reference, videos, generated.size, interval)
+    of_clips = of_clips or any(map(openers.videos.recognises, (reference, samples)))
+
+    def open_folder(path: Path, size: tuple[int, int] | None, interval: int) -> ImageFile:
+        if of_clips:
+            return VideoFolder(path, openers.videos, size, interval)
+        return PictureFolder(path, openers.pictures, size)
+
+    generated = files[1] or open_folder(samples, None, 1)
+    real = files[0] or open_folder(reference, generated.size, interval)
     if (real.frames is None) != (generated.frames is None):
         clips, images = (reference, samples) if generated.frames is None else (samples, reference)
         raise UserError(
@@ -163,12 +176,17 @@ def _holds(stored: StoredStatistics | None, spatial: bool) -> bool:
     return stored is not None and (stored.spatial if spatial else stored.pool) is not None
 
 
-def order_warnings(reference: ImageFile, samples: ImageFile) -> list[str]:
-    """Signs that the two files are one, or in the wrong order; and what opening them found."""
+def order_warnings(reference: ImageFile, samples: ImageFile, num_samples: int | None = None) -> list[str]:
+    """Signs that files or images are in the wrong order, or the files are one; and what opening them found."""
     first, second = reference.path, samples.path
     if first.resolve() == second.resolve():
         return [f"{second}: reference and samples are the same file", *reference.warnings]
     signs, found = [], [*reference.warnings, *samples.warnings]
+    if samples.is_sorted_by_folder and (num_samples is not None or samples.count > ADM_SPLIT_SIZE):
+        found.append(
+            f"{second}: its images come folder by folder; if these are classes, --num-samples takes few of them, and "
+            "so does each split of the Inception Score, which comes out too low; number images through all folders"
+        )
     if is_sampled(first) and not is_sampled(second):
         signs.append(f"{first} has the settings of a sampling job")
     if "VIRTUAL_imagenet" in second.name and "VIRTUAL_imagenet" not in first.name:

@@ -75,6 +75,7 @@ class ImageFile:
     """
 
     warnings: Sequence[str] = ()  # lines about what cannot be used
+    is_sorted_by_folder = False  # images of one folder after those of another
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,6 +91,7 @@ class ImageFile:
             raise BadImageFile(f"{path}: cannot be read ({error.strerror or error})") from error
         except DAMAGED as error:
             raise BadImageFile(f"{path}: not an .npz file, or cut short ({error})") from error
+        self.keys = names
         self._pairs = [pair for pair in (POOL, SPATIAL) if {*pair} & {*names}]
         for pair in self._pairs:
             missing = [name for name in pair if name not in names]
@@ -180,6 +182,12 @@ class ImageFile:
                 "it was written; make or fetch the file again"
             )
         return digest.hexdigest()
+
+    def describe_source(self) -> dict[str, object]:
+        """Describe the file's keys and the digests of its statistics, for the result."""
+        stored = self.statistics
+        digests = {} if stored is None else {name: each.sha256() for name, each in stored._asdict().items() if each}
+        return {"keys": self.keys} | ({"statistics_sha256": digests} if digests else {})
 
     def count_starts(self, index: int, span: int) -> int:
         """Number of first frames that a window of so many frames may have in a clip."""

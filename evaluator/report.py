@@ -6,8 +6,9 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from evaluator.npz import BadImageFile
 from runtime.errors import UserError
@@ -65,6 +66,31 @@ def is_result(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(document, dict) and document.keys() >= {"format", "scores"}
+
+
+def name_layout(keys: Collection[str]) -> str:
+    """Name the references in circulation that have such statistics among their keys; empty without any."""
+    if {"mu", "sigma", "mu_s", "sigma_s"} <= {*keys}:
+        return "those of ADM's references"
+    return "those of JiT's references and of pytorch-fid" if {"mu", "sigma"} <= {*keys} else ""
+
+
+def describe_in_line(title: str, described: Mapping[str, Any]) -> str:
+    """Say in one line which file a result is about.
+
+    Args:
+        title: "reference" or "samples".
+        described: The file's part of the document.
+    """
+    facts = [f"{described['images']:,} images" if "images" in described else f"{described['clips_in_file']:,} clips"]
+    if "keys" in described:
+        layout = name_layout(described["keys"])
+        facts.append(f"keys {', '.join(described['keys'])}{f' ({layout})' if layout else ''}")
+    if "source" in described:
+        facts.append(described["source"])
+    if "formats" in described:
+        facts += [", ".join(described["formats"]), f"crop {described['crop']}"]
+    return f"{title}: {described['path']}: {'; '.join(facts)}; sha256 {described['sha256'][:16]}"
 
 
 def library_versions(backend: str) -> dict[str, str]:

@@ -27,11 +27,11 @@ class EvaluatorConfig:
     """
 
     ref_batch: Path = positional(
-        "reference .npz: arr_0 images (N, H, W, 3) uint8, or mu, sigma, mu_s, sigma_s, or all; or a folder of PNG; or "
-        "an .npz of clips, arr_0 (N, F, H, W, 3), or a folder of videos"
+        "reference .npz: arr_0 images (N, H, W, 3) uint8, or mu, sigma, mu_s, sigma_s, or all; or a folder of images; "
+        "or an .npz of clips, arr_0 (N, F, H, W, 3), or a folder of videos"
     )
     sample_batch: Path = positional(
-        "samples .npz: arr_0 images (N, H, W, 3) uint8, or clips (N, F, H, W, 3); or a folder of PNG or videos"
+        "samples .npz: arr_0 images (N, H, W, 3) uint8, or clips (N, F, H, W, 3); or a folder of images or videos"
     )
     metrics: str | None = setting(
         None,

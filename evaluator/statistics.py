@@ -5,6 +5,7 @@ Shapes: N rows (one per image), D features. Arrays are NumPy's or PyTorch's; CUD
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,13 @@ class Statistics:
                 f"covariance is not symmetric: entries differ from their mirror images by up to {difference:.3g}; "
                 "is it a triangle, or a factor?"
             )
+
+    def sha256(self) -> str:
+        """Digest of the numbers, which a copy of them in another file has, too."""
+        digest = hashlib.sha256()
+        for values in (self.mean, self.covariance):
+            digest.update(values.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
 
 class StatisticsAccumulator:

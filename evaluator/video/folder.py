@@ -127,6 +127,10 @@ class VideoFolder(ImageFile):
             raise self._refusal(error) from error
         return digest.hexdigest()
 
+    def describe_source(self) -> dict[str, object]:
+        """Describe where the clips are from, for the result."""
+        return {"source": "folder of videos"}
+
     def describe_windows(self) -> dict[str, object]:
         """Describe how frames are read, for the result."""
         height, width = self._size
