@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from data.array_images import ArrayImages
 from data.dataset import DatasetSettings
-from data.image_folder import ArrayImages
 
 NUM_CLASSES = 10
 IMAGE_SIZE = 8

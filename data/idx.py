@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from data.array_images import ArrayImages, array_digest
 from data.dataset import DatasetSettings
-from data.image_folder import ArrayImages, array_digest
 
 DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 IMAGES = re.compile(r"(?P<start>.*)images(?P<dot>[-.])idx[34]-ubyte(?P<gz>\.gz)?", re.IGNORECASE)

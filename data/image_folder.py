@@ -11,13 +11,12 @@ import io
 import itertools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
@@ -25,7 +24,6 @@ from torch import Tensor
 from data.dataset import DatasetSettings, Example, Key, sides, with_sizes
 from data.folder_scan import scan
 from data.layouts import describe_layout
-from data.pixels import Images
 from runtime.seeds import derive_seed
 
 UPRIGHT = {  # EXIF orientation -> its inverse
@@ -145,52 +143,58 @@ def open_image_folder(settings: DatasetSettings) -> ImageFolder:
     return ImageFolder(root, size, channels=settings.channels, flip=flip, seed=settings.seed, strict=settings.strict)
 
 
-class ImageFolder:
-    """A folder of class folders (the layout of ImageNet's train set); classes are the sorted folder names.
+class EncodedImages:
+    """Encoded images by number, with labels; base class of image folders and of other sources of such files.
 
     An image that cannot be decoded is replaced by the next one that can be, in the order of indices (the first follows
-    the last), with its own label, index and flip. That depends on the files alone, so all ranks, workers and restarts
-    agree. A warning names each damaged file once per process.
+    the last), with its own label, index and flip. That depends on the data alone, so all ranks, workers and restarts
+    agree. A warning names each damaged image once per process.
 
     Args:
-        root: The folder.
-        image_size: Side of square crops, or (H, W).
-        channels: 3 for RGB, 1 for grey.
-        flip: Mirror at random.
-        seed: Seed of the flips.
-        strict: An image that cannot be decoded is an error.
+        root: Path of the data, which starts messages.
+        classes: Names of the classes; none for data without labels.
+        count: Number of images.
+        settings: Settings that the data set was opened with.
+        size: (H, W) of the crops.
 
-    Raises:
-        ValueError: If the folder is missing, or has no class folder with an image.
+    Attributes:
+        remedy: Advice for a damaged image.
     """
 
     vae = "ema"
     worth_workers = True
+    remedy = "replace or remove the file"
 
     def __init__(
-        self,
-        root: Path,
-        image_size: int | tuple[int, int],
-        *,
-        channels: int = 3,
-        flip: bool = True,
-        seed: int = 0,
-        strict: bool = False,
+        self, root: Path, classes: list[str], count: int, settings: DatasetSettings, size: tuple[int, int]
     ) -> None:
-        if not root.is_dir():
-            raise ValueError(f"{root}: {'not a' if root.exists() else 'no such'} folder")
-        self.classes, self._samples = scan(root)
-        if not self._samples:
-            raise ValueError(describe_layout(root) or f"{root}: expected class folders with images in them")
-        self.image_shape: tuple[int, ...] = (channels, *sides(image_size))
-        self._root, self._flip, self._seed, self._strict = root, flip, seed, strict
+        self.classes, self._count = classes, count
+        self.image_shape: tuple[int, ...] = (settings.channels, *size)
+        self._root, self._seed, self._strict = root, settings.seed, settings.strict
+        self._flip = settings.flip is not False
         self._digest: str | None = None
         # Shared with the loader's workers: one warning per file, no second try, and `unreadable` includes their files
-        self._damaged = torch.zeros(len(self._samples), dtype=torch.bool).share_memory_()
+        self._damaged = torch.zeros(count, dtype=torch.bool).share_memory_()
+
+    def content(self, index: int) -> bytes:
+        """Bytes of an encoded image; none for a missing one. An OSError if they cannot be read."""
+        raise NotImplementedError
+
+    def path(self, index: int) -> str:
+        """Name of an image in the data, the same on every machine."""
+        raise NotImplementedError
+
+    def label(self, index: int) -> int:
+        """Label of an image, without opening it; 0 without classes."""
+        raise NotImplementedError
+
+    def sizes(self) -> Iterator[int]:
+        """Sizes of all images in bytes, in their order."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         """Number of images, readable or not."""
-        return len(self._samples)
+        return self._count
 
     def __getitem__(self, key: Key) -> Example:
         """The image at `index` as it is in `epoch`, or its replacement.
@@ -205,54 +209,48 @@ class ImageFolder:
             pixels = self._read_or_skip(index)
             if pixels is not None:
                 pixels = random_flip(pixels, (epoch, index), self._seed) if self._flip else pixels
-                return pixels, self._samples[index][1], index
+                return pixels, self.label(index) if self.classes else {}, index
         raise ValueError(f"{self._root}: none of its {len(self)} images can be read")
 
     @property
     def unreadable(self) -> list[str]:
-        """Paths of damaged images met so far by this process and its workers, relative to the root."""
+        """Names of damaged images met so far by this process and its workers."""
         return [self.path(index) for index in self._damaged.nonzero().flatten().tolist()]
 
     def digest(self) -> str:
-        """Digest of the paths of all images, in their order, and of their sizes in bytes."""
+        """Digest of the names of all images, in their order, and of their sizes in bytes."""
         if self._digest is None:  # computed once: every checkpoint has it
             total = hashlib.sha256()
             for index in range(len(self)):
-                total.update(f"{self.path(index)}\n".encode(errors="surrogateescape"))
+                total.update(f"{self._entry(index)}\n".encode(errors="surrogateescape"))
             self._digest = with_sizes(total.hexdigest(), self.sizes_sha256())
         return self._digest
 
+    def _entry(self, index: int) -> str:
+        """Text of an image in the digest; where its name does not show the class, the label is in it, too."""
+        return f"{self.path(index)} {self.label(index)}"
+
     def sizes_sha256(self) -> str:
         """Digest of the sizes of all images in bytes, in their order."""
-        parts = (self._samples[start : start + 1000] for start in range(0, len(self), 1000))
         total = hashlib.sha256()
-        with ThreadPoolExecutor(8) as pool:  # a file system on the network answers many at a time
-            for sizes in pool.map(_sizes, parts):
-                total.update("".join(f"{size}\n" for size in sizes).encode())
+        for size in self.sizes():
+            total.update(f"{size}\n".encode())
         return total.hexdigest()
-
-    def path(self, index: int) -> str:
-        """Path of an image relative to the root, with forward slashes."""
-        return Path(self._samples[index][0]).relative_to(self._root).as_posix()
-
-    def label(self, index: int) -> int:
-        """Label of an image, without opening it."""
-        return self._samples[index][1]
 
     def read(self, index: int) -> Tensor:
         """Decode and crop one image, not mirrored: (C, H, W) uint8.
 
         Raises:
-            UnreadableImageError: Naming the file, if it cannot be decoded.
+            UnreadableImageError: Naming the image, if it cannot be decoded.
             OSError: Naming the file, if it cannot be opened.
         """
-        path = Path(self._samples[index][0])
         channels, height, width = self.image_shape
-        data = path.read_bytes()
+        data = self.content(index)
         try:
             image = center_crop(decode_image(data, channels), (height, width))
         except UnreadableImageError as error:
-            raise UnreadableImageError(f"{path}: {error}; replace or remove the file", error.reason) from error
+            place = self._root / self.path(index)
+            raise UnreadableImageError(f"{place}: {error}; {self.remedy}", error.reason) from error
         return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
 
     def _read_or_skip(self, index: int) -> Tensor | None:
@@ -268,50 +266,66 @@ class ImageFolder:
             return None
 
 
+class ImageFolder(EncodedImages):
+    """A folder of class folders (the layout of ImageNet's train set); classes are the sorted folder names.
+
+    Args:
+        root: The folder.
+        image_size: Side of square crops, or (H, W).
+        channels: 3 for RGB, 1 for grey.
+        flip: Mirror at random.
+        seed: Seed of the flips.
+        strict: An image that cannot be decoded is an error.
+
+    Raises:
+        ValueError: If the folder is missing, or has no class folder with an image.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        image_size: int | tuple[int, int],
+        *,
+        channels: int = 3,
+        flip: bool = True,
+        seed: int = 0,
+        strict: bool = False,
+    ) -> None:
+        if not root.is_dir():
+            raise ValueError(f"{root}: {'not a' if root.exists() else 'no such'} folder")
+        classes, self._samples = scan(root)
+        if not self._samples:
+            raise ValueError(describe_layout(root) or f"{root}: expected class folders with images in them")
+        settings = DatasetSettings(root, sides(image_size), channels, flip, seed, strict)
+        super().__init__(root, classes, len(self._samples), settings, sides(image_size))
+
+    def content(self, index: int) -> bytes:
+        """Bytes of an image file."""
+        return Path(self._samples[index][0]).read_bytes()
+
+    def path(self, index: int) -> str:
+        """Path of an image relative to the root, with forward slashes."""
+        return Path(self._samples[index][0]).relative_to(self._root).as_posix()
+
+    def label(self, index: int) -> int:
+        """Label of an image, without opening it."""
+        return self._samples[index][1]
+
+    def _entry(self, index: int) -> str:
+        return self.path(index)
+
+    def sizes(self) -> Iterator[int]:
+        """Sizes of all files in bytes, in their order; -1 for one that is gone, which the reading of it will name."""
+        parts = (self._samples[start : start + 1000] for start in range(0, len(self), 1000))
+        with ThreadPoolExecutor(8) as pool:  # a file system on the network answers many at a time
+            for sizes in pool.map(_sizes, parts):
+                yield from sizes
+
+
 def _sizes(samples: Sequence[tuple[str, int]]) -> list[int]:
-    """Sizes of files in bytes; -1 for one that is gone, which the reading of it will name."""
+    """Sizes of files in bytes; -1 for one that is gone."""
     sizes = [-1] * len(samples)
     for i, (path, _) in enumerate(samples):
         with suppress(FileNotFoundError):
             sizes[i] = os.stat(path).st_size
     return sizes
-
-
-def array_digest(images: Images, labels: npt.NDArray[np.int64]) -> str:
-    """Digest of images (N, H, W, C) and labels (N,)."""
-    total = hashlib.sha256(np.ascontiguousarray(images).data)
-    total.update(np.ascontiguousarray(labels).data)
-    return total.hexdigest()
-
-
-class ArrayImages:
-    """A data set of images (N, H, W, C) uint8 that fit in memory, with labels (N,) int64; `flip` mirrors at random."""
-
-    vae = "none"
-    worth_workers = False
-
-    def __init__(
-        self, images: Images, labels: npt.NDArray[np.int64], classes: list[str], *, flip: bool = False, seed: int = 0
-    ) -> None:
-        self._images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        self._labels = labels.tolist()
-        self.classes = classes
-        self.image_shape: tuple[int, ...] = tuple(self._images.shape[1:])
-        self._flip, self._seed = flip, seed
-        self._digest: str | None = None
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self._images)
-
-    def digest(self) -> str:
-        """Digest of all images and labels, in their order."""
-        if self._digest is None:  # computed once: every checkpoint has it
-            pixels = self._images.permute(0, 2, 3, 1).contiguous().numpy()
-            self._digest = array_digest(pixels, np.array(self._labels, np.int64))
-        return self._digest
-
-    def __getitem__(self, key: Key) -> Example:
-        """The image at `index` as it is in `epoch`."""
-        image = self._images[key[1]]
-        return random_flip(image, key, self._seed) if self._flip else image, self._labels[key[1]], key[1]

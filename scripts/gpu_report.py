@@ -37,7 +37,7 @@ from benchmarks.families import family_groups
 from benchmarks.report import headline, machine_info, markdown, report, write_json
 from benchmarks.sampling import sampling_groups, sampling_shares
 from benchmarks.timing import BF16, Case, Clock, Row, choose_clock, failure, measure
-from data.image_folder import ArrayImages
+from data.array_images import ArrayImages
 from diffusion import Batch
 from models import create_model, model_config
 from runtime.command_line import parse, parse_config

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from data.image_folder import array_digest
+from data.array_images import array_digest
 from data.small import load_small
 from evaluator.small.network import FeatureNetwork
 from evaluator.small.sets import DIGITS, SETS, SPLITS, LabelledImages, SmallSet

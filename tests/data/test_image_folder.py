@@ -11,8 +11,9 @@ from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader
 
 from data import open_dataset
+from data.array_images import ArrayImages
 from data.digits import load_digits
-from data.image_folder import ArrayImages, ImageFolder, UnreadableImageError, center_crop, decode_image
+from data.image_folder import ImageFolder, UnreadableImageError, center_crop, decode_image
 from tests import golden_data
 from tests.processes import ROOT
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.image_folder import array_digest
+from data.array_images import array_digest
 from data.small import load_moving_digits, load_small
 from evaluator.metrics import frechet_distance_from_features
 from evaluator.small import MOVING_DIGITS, compute_features, load_feature_network
