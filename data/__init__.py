@@ -11,16 +11,20 @@ import data.autoencoders  # noqa: F401  (registers the encoders of diffusers)
 from data.captioned_digits import CaptionedDigits, open_captioned_digits
 from data.clip_folder import open_clip_folder
 from data.clip_settings import ClipSettings
+from data.columns import ColumnSettings
 from data.dataset import Dataset, DatasetSettings, Example, GlobalBatches, Key, conditioning, sides
 from data.digits import load_digits, open_digits, open_training_digits
 from data.encoders import Encoder, open_encoder
+from data.huggingface import open_huggingface
 from data.idx import open_idx
 from data.image_folder import open_image_folder
 from data.latents import LatentShards, open_latents
 from data.moving_digits import MovingDigits, open_moving_digits
+from data.webdataset import open_webdataset
 
 __all__ = [
     "CLIPS",
+    "COLUMNS",
     "DATASETS",
     "EMBEDDED",
     "CaptionedDigits",
@@ -46,7 +50,10 @@ DATASETS: dict[str, Callable[[DatasetSettings], Dataset]] = {  # by the value of
     "moving-digits": open_moving_digits,
     "captioned-digits": open_captioned_digits,
     "videofolder": open_clip_folder,
+    "huggingface": open_huggingface,
+    "webdataset": open_webdataset,
 }
+COLUMNS = ("huggingface", "webdataset")  # those with columns of images and labels
 CLIPS = ("moving-digits", "captioned-digits", "videofolder", "latents")  # those that may have clips
 EMBEDDED = ("digits", "moving-digits", "captioned-digits")  # those that need no files; their images are grey
 
@@ -64,6 +71,8 @@ def open_dataset(
     frames: int | None = None,
     joint_images: int = 0,
     clips: ClipSettings = ClipSettings(),  # noqa: B008  # it is frozen
+    columns: ColumnSettings = ColumnSettings(),  # noqa: B008
+    held_out: bool = False,
 ) -> Dataset:
     """Open a training set by the value of `--dataset`, one of `DATASETS`; the rest becomes its `DatasetSettings`.
 
@@ -81,7 +90,9 @@ def open_dataset(
                 raise ValueError(
                     f"{given} {what}: the data set {name} has images, not clips (those: {', '.join(CLIPS)})"
                 )
-    settings = DatasetSettings(path, size, channels, flip, seed, strict, trust_stamps, frames, joint_images, clips)
+    settings = DatasetSettings(
+        path, size, channels, flip, seed, strict, trust_stamps, frames, joint_images, clips, columns, held_out
+    )
     return DATASETS[name](settings)
 
 

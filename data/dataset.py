@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.clip_settings import ClipSettings
+from data.columns import ColumnSettings
 from runtime import distributed
 from runtime.errors import RankError, UserError
 from runtime.seeds import derive_seed
@@ -125,6 +126,8 @@ class DatasetSettings(NamedTuple):
     frames: int | None = None  # of a clip; None is what the data have, or the data set's own number
     joint_images: int = 0  # single frames of other clips behind every clip
     clips: ClipSettings = ClipSettings()  # cutting of clips from videos
+    columns: ColumnSettings = ColumnSettings()  # of tables and shards
+    held_out: bool = False  # data of a validation
 
     def require_path(self, content: str) -> Path:
         """The folder; a ValueError if none is given."""

@@ -222,12 +222,12 @@ class EncodedImages:
         if self._digest is None:  # computed once: every checkpoint has it
             total = hashlib.sha256()
             for index in range(len(self)):
-                total.update(f"{self._entry(index)}\n".encode(errors="surrogateescape"))
+                total.update(f"{self.entry(index)}\n".encode(errors="surrogateescape"))
             self._digest = with_sizes(total.hexdigest(), self.sizes_sha256())
         return self._digest
 
-    def _entry(self, index: int) -> str:
-        """Text of an image in the digest; where its name does not show the class, the label is in it, too."""
+    def entry(self, index: int) -> str:
+        """Line of an image in digests; where its name does not show its class, the label is in it, too."""
         return f"{self.path(index)} {self.label(index)}"
 
     def sizes_sha256(self) -> str:
@@ -311,7 +311,8 @@ class ImageFolder(EncodedImages):
         """Label of an image, without opening it."""
         return self._samples[index][1]
 
-    def _entry(self, index: int) -> str:
+    def entry(self, index: int) -> str:
+        """Line of an image in digests: its path, which shows its class."""
         return self.path(index)
 
     def sizes(self) -> Iterator[int]:

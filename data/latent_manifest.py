@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data.clip_windows import ClipWindows
 from data.encoders import Encoder
-from data.image_folder import ImageFolder
+from data.image_folder import EncodedImages
 from data.latent_files import FORMAT, INDEX, MANIFEST, Json, shard_files
 from runtime import distributed
 from runtime.errors import UserError
@@ -34,7 +34,7 @@ LONG = ("text", "classes", "paths_sha256", "sizes_sha256", "encoder")  # values 
 
 
 def make_manifest(
-    images: ImageFolder | ClipWindows,
+    images: EncodedImages | ClipWindows,
     encoder: Encoder,
     row_shape: Sequence[int],
     batch_size: int,
@@ -51,7 +51,8 @@ def make_manifest(
         shard_size: Images of a shard.
         text: Description of the captions and their encoder; None without any.
     """
-    paths = "\n".join(map(images.path, range(len(images))))
+    entry = images.entry if isinstance(images, EncodedImages) else images.path
+    paths = "\n".join(map(entry, range(len(images))))
     manifest = {
         "format": FORMAT,
         "images": len(images),

@@ -20,6 +20,10 @@ OTHER_LATENTS = (
 OURS = re.compile(r"(index|manifest)\.json")
 SHARD = re.compile(r"\d{5}\.npy")
 IMAGE = re.compile(r"(.*/)?[^/]+\.(jpe?g|png|webp|bmp|ppm|pgm|tiff?)", re.IGNORECASE)
+TABLES = (
+    (re.compile(r"(.*/)?[^/]+\.(parquet|arrow)"), "tables", "huggingface"),
+    (re.compile(r"(.*/)?[^/]+\.tar"), "tar files", "webdataset"),
+)
 VIDEO = re.compile(r"(.*/)?[^/]+\.(mp4|m4v|mov|avi|mkv|webm)", re.IGNORECASE)
 
 
@@ -42,6 +46,9 @@ def describe_layout(folder: Path) -> str | None:
             f"{folder}: holds images, not latents; give --dataset imagefolder, or encode them by "
             "scripts/extract_latents.py and give its --output"
         )
+    for form, what, dataset in TABLES:
+        if any(map(form.fullmatch, names)):
+            return f"{folder}: holds {what}; give --dataset {dataset}"
     if any(map(VIDEO.fullmatch, names)):
         return f"{folder}: holds videos; give --dataset videofolder"
     return None

@@ -28,12 +28,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data import COLUMNS, open_dataset
 from data.caption_files import NULL, finished_text, text_record, write_text
 from data.captions import read_captions
 from data.clip_settings import FRAMES, ClipSettings
 from data.clip_windows import ClipWindows
+from data.columns import ColumnSettings
 from data.encoders import Encoder, open_encoder
-from data.image_folder import ImageFolder, UnreadableImageError
+from data.image_folder import EncodedImages, UnreadableImageError
 from data.latent_files import (
     INDEX,
     MANIFEST,
@@ -67,8 +69,11 @@ WEEK = 7 * 24 * 3600.0  # a rank may wait for a whole shard of another, hours on
 class ExtractConfig:
     """Settings of extract_latents.py."""
 
-    data_path: Path | None = setting(None, "root of an image folder, one folder per class, or of videos")
-    dataset: Literal["imagefolder", "videofolder"] = setting("imagefolder", "images, or clips of videos")
+    data_path: Path | None = setting(None, "root of images or videos, one folder per class; tables or shards")
+    dataset: Literal["imagefolder", "videofolder", "huggingface", "webdataset"] = setting(
+        "imagefolder", "images of a folder, of tables or shards, or clips of videos"
+    )
+    columns: ColumnSettings = field(default_factory=ColumnSettings)
     num_frames: int | None = setting(None, "frames of a clip", shown=str(FRAMES))
     clips: ClipSettings = field(default_factory=ClipSettings)
     output: Path = setting(Path("latents"), "folder for the shards")
@@ -92,11 +97,12 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         """Validate the fields."""
         if self.data_path is None:
-            raise ValueError("--data-path: needed, the root of an image folder")
+            raise ValueError("--data-path: needed, the root of an image folder, or tables or shards")
         if self.dataset != "videofolder" and (self.num_frames is not None or self.clips != ClipSettings()):
             raise ValueError(
                 "--num-frames, --frame-interval, --clip-window, --clip-crop: are for --dataset videofolder"
             )
+        self.columns.check_used(self.dataset in COLUMNS, f"--dataset {' or '.join(COLUMNS)}")
         if self.num_frames is not None and self.num_frames < 1:
             raise ValueError(f"--num-frames {self.num_frames}: must be at least 1")
         if not 1 <= len(self.image_size) <= 2:
@@ -122,7 +128,7 @@ class Job:
     """Everything that is fixed before the first image."""
 
     config: ExtractConfig
-    images: ImageFolder | ClipWindows
+    images: EncodedImages | ClipWindows
     encoder: Encoder
     row_shape: tuple[int, ...]  # flips, then the shape of raw latents
     manifest: Json  # all settings that fix the bytes
@@ -161,7 +167,7 @@ def set_up(config: ExtractConfig, device: torch.device) -> Job:
 
 
 def open_captions(
-    config: ExtractConfig, images: ImageFolder | ClipWindows, device: torch.device
+    config: ExtractConfig, images: EncodedImages | ClipWindows, device: torch.device
 ) -> tuple[TextEncoder | None, dict[str, str], Json | None]:
     """Read all captions and load their encoder; none without captions.
 
@@ -184,11 +190,13 @@ def open_captions(
     return encoder, captions, {"encoder": encoder.describe(), "captions_sha256": digest}
 
 
-def open_images(config: ExtractConfig, size: tuple[int, int], channels: int) -> ImageFolder | ClipWindows:
+def open_images(config: ExtractConfig, size: tuple[int, int], channels: int) -> EncodedImages | ClipWindows:
     """The images or clips of the folder; a ValueError if there are none."""
     assert config.data_path is not None
-    if config.dataset == "imagefolder":
-        return ImageFolder(config.data_path, size, channels=channels, flip=False)
+    if config.dataset != "videofolder":
+        images = open_dataset(config.dataset, config.data_path, size, channels, flip=False, columns=config.columns)
+        assert isinstance(images, EncodedImages)
+        return images
     frames, settings = config.num_frames or FRAMES, config.clips
     return ClipWindows(
         config.data_path, size, frames=frames, settings=settings, channels=channels, strict=config.strict
@@ -240,7 +248,7 @@ class Decoded(NamedTuple):
 class DecodedBatches(Dataset[Decoded]):
     """Batches of images or clips, by ranges of indices. Errors are returned as values, so that workers survive them."""
 
-    def __init__(self, images: ImageFolder | ClipWindows, batches: list[range], strict: bool) -> None:
+    def __init__(self, images: EncodedImages | ClipWindows, batches: list[range], strict: bool) -> None:
         self._images, self._batches, self._strict = images, batches, strict
 
     def __len__(self) -> int:
@@ -259,7 +267,7 @@ class DecodedBatches(Dataset[Decoded]):
                 result.skipped.append((self._images.path(index), error.reason))
                 if self._strict:
                     return result._replace(fatal=f"--strict: {error}")
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 return result._replace(fatal=f"--data-path: {error}")
         return result._replace(images=torch.stack(images)) if images else result
 

@@ -86,7 +86,10 @@ def test_lock_files_are_made_by_a_command(tmp_path):
     assert "--constraint requirements.lock" in layer and "--no-emit-package torch " in layer
 
 
-@pytest.mark.parametrize("requirement", PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"])
+LOCKED = [each for extra in ("dev", "stores", "text", "video") for each in PROJECT["optional-dependencies"][extra]]
+
+
+@pytest.mark.parametrize("requirement", PROJECT["dependencies"] + LOCKED)
 def test_lock_file_meets_every_requirement(requirement):
     name, minimum = re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement).groups()
     pins = [line for line in lock() if line.startswith(f"{name.replace('_', '-')}==")]

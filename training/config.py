@@ -11,7 +11,8 @@ from typing import Literal
 
 import torch
 
-from data import DATASETS, EMBEDDED, ClipSettings
+from data import COLUMNS, DATASETS, EMBEDDED, ClipSettings
+from data.columns import ColumnSettings
 from diffusion import PROCESSES
 from models import FAMILIES, family_name, family_of
 from models.acceleration import can_compile
@@ -35,7 +36,7 @@ class DataSettings:
     """Training data."""
 
     data_path: Path | None = setting(
-        None, "root of images or videos, one folder a class; a latent store; or idx files", free=True
+        None, "root of images or videos, one folder a class; a latent store; tables, shards or idx files", free=True
     )
     dataset: str = setting(
         "imagefolder",
@@ -205,6 +206,7 @@ class ValidationSettings:
 
     eval_every: int | None = setting(None, "steps between validations, and one at the end", shown="never", free=True)
     eval_data_path: Path | None = setting(None, "held-out data, as --data-path; the digits have their own", free=True)
+    eval_split: str | None = setting(None, "its split, of a table", shown="validation, or the only one", free=True)
     eval_images: int = setting(1024, "held-out images of a validation's loss, the first ones", free=True)
     eval_samples: int = setting(16, "images sampled at a validation from the averaged weights; 0: no image", free=True)
     eval_steps: int = setting(50, "steps of that sampling", free=True)
@@ -222,7 +224,7 @@ class ValidationSettings:
                 f"--eval-cfg-scale {self.eval_cfg_scale}: must be at least 1 (1 is no guidance), and finite in float32"
             )
         if self.eval_every is None:
-            for name in ("eval_reference", "eval_data_path"):
+            for name in ("eval_reference", "eval_data_path", "eval_split"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{flag_name(name)} {getattr(self, name)}: has no effect without --eval-every")
         elif self.eval_reference is not None and self.eval_samples < 2:
@@ -256,6 +258,7 @@ class TrainSettings:
     optimizer: str = setting("adamw", "optimizer")
     data: DataSettings = field(default_factory=DataSettings)
     clips: ClipSettings = field(default_factory=ClipSettings)
+    columns: ColumnSettings = field(default_factory=ColumnSettings)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
     run: RunSettings = field(default_factory=RunSettings)
@@ -270,6 +273,7 @@ class TrainSettings:
             value = getattr(self.clips, own.name)
             if value != own.default and data.dataset != "videofolder":
                 raise ValueError(f"{flag_name(own.name)} {value}: has no effect without --dataset videofolder")
+        self.columns.check_used(data.dataset in COLUMNS, f"--dataset {' or '.join(COLUMNS)}")
         if self.run.trust_stamps and data.dataset != "latents":
             raise ValueError("--trust-stamps: has no effect without --dataset latents")
         if validation.eval_reference is not None and (digits or data.channels == 1):

@@ -220,6 +220,7 @@ def open_training_data(config: TrainSettings, joint_images: int = 0) -> Dataset:
             frames=data.num_frames,
             joint_images=joint_images,
             clips=config.clips,
+            columns=config.columns,
         )
 
 
@@ -307,6 +308,8 @@ def open_held_out(config: TrainSettings, dataset: Dataset, latents: tuple[int, .
             trust_stamps=config.run.trust_stamps,
             frames=data.num_frames,
             clips=config.clips,
+            columns=replace(config.columns, split=config.validation.eval_split),
+            held_out=True,
         )
     if list(held_out.classes) != list(dataset.classes):
         raise UserError(

@@ -41,6 +41,16 @@ def test_images_are_no_latents(names, tmp_path):
 
 
 @pytest.mark.parametrize("dataset", ["latents", "imagefolder"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("0.tar", "tar files; give --dataset webdataset"), ("data/0.parquet", "tables; give --dataset huggingface")],
+)
+def test_shards_and_tables_are_neither(name, words, dataset, tmp_path):
+    with pytest.raises(ValueError, match=f"holds {words}$"):
+        open_dataset(dataset, make(tmp_path, name), None, 3)
+
+
+@pytest.mark.parametrize("dataset", ["latents", "imagefolder"])
 def test_videos_are_neither(dataset, tmp_path):
     with pytest.raises(ValueError, match="holds videos; give --dataset videofolder"):
         open_dataset(dataset, make(tmp_path, "a/0.mp4", "b/1.AVI"), None, 3)
