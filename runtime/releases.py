@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from runtime.errors import UserError
 
@@ -49,6 +49,16 @@ class Preset(NamedTuple):
     text_encoder: str | None = None
     options: Mapping[str, float] = MappingProxyType({})
 
+    def as_json(self) -> dict[str, Any]:
+        """JSON values of the fields."""
+        return {**self._asdict(), "options": dict(self.options)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Preset:
+        """The preset of these values."""
+        interval = values.get("interval")
+        return cls(**{**values, "interval": None if interval is None else tuple(interval)})
+
 
 class Release(NamedTuple):
     """One released checkpoint.
@@ -69,6 +79,7 @@ class Release(NamedTuple):
         remote_name: Name of the file in the folder, if it is another; may be a pattern of one file.
         sha256: Checksum of the file; None if none is published.
         process: Process that it was trained under, if it is not that of its family.
+        licence: Licence of the weights as the authors state it, an identifier of the hub; None if they state none.
     """
 
     file: str
@@ -84,6 +95,7 @@ class Release(NamedTuple):
     remote_name: str | None = None
     sha256: str | None = None
     process: str | None = None
+    licence: str | None = None
 
     @property
     def name(self) -> str:
@@ -111,17 +123,19 @@ _OFFICIAL = Preset("ddpm", "250", 1.5, channels=3)
 _VIDEO = Preset("ddpm", "250", 1.0, channels=4)
 _TEXT = Preset("ddim", "ddim50", 7.5, channels=None, text_encoder="maxin-cn/Latte-1")
 _FLOW = {"last_step": 0.04, "shift": 1.0}
+_NC, _SKIP = "cc-by-nc-4.0", "apache-2.0"  # DyDiT's and DDT's authors state none for their weights
 _META = "https://dl.fbaipublicfiles.com/DiT/models"
 _SIT = "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0"
 _DAMO, _NANJING, _SPARSE = "hub:heisejiasuo/DyDiT", "hub:MCG-NJU", "hub:GuanjieChen/Skip-DiT"
 
 RELEASES = (
-    Release("DiT-XL-2-256x256.pt", "DiT", "DiT-XL/2", 256, "weights", _META, 2.70, 2.27, _OFFICIAL),
-    Release("DiT-XL-2-512x512.pt", "DiT", "DiT-XL/2", 512, "weights", _META, 2.70, 3.04, _OFFICIAL),
+    Release("DiT-XL-2-256x256.pt", "DiT", "DiT-XL/2", 256, "weights", _META, 2.70, 2.27, _OFFICIAL, licence=_NC),
+    Release("DiT-XL-2-512x512.pt", "DiT", "DiT-XL/2", 512, "weights", _META, 2.70, 3.04, _OFFICIAL, licence=_NC),
     # DiT's network under another process; its authors report FID 2.15 with an adaptive solver of the same equation
     Release(
         "SiT-XL-2-256x256.pt", "DiT", "DiT-XL/2", 256, "weights", _SIT, 2.70, None, _OFFICIAL._replace(sampler="euler"),
         remote_name="SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0", process="flow",
+        licence="mit",  # of the authors' project, which states no other for the weights
     ),
     Release(
         "dydit_0.7.pth", "DyDiT", "DyDiT-XL/2", 256, "ema", _DAMO, None, 2.12, _OFFICIAL,
@@ -146,21 +160,24 @@ RELEASES = (
     ),
     Release(
         "DiT-XL-2-skip.pt", "Skip-DiT", "Skip-DiT-XL/2", 256, "training", _SPARSE, 11.40, None,
-        _OFFICIAL._replace(vae="mse"),
+        _OFFICIAL._replace(vae="mse"), licence=_SKIP,
     ),
     # Video: from classes, and the last one from text
     *(
         Release(
             f"{name}-skip.pt", "Skip-Latte", "Skip-Latte-XL/2", 256, "ema", _SPARSE, 2.77, None, _VIDEO,
-            {"num_classes": 0},
+            {"num_classes": 0}, licence=_SKIP,
         )
         for name in ("ffs", "taichi", "skytimelapse")
     ),
     Release(
         "ucf101-skip.pt", "Skip-Latte", "Skip-Latte-XL/2", 256, "ema", _SPARSE, 2.77, None,
-        _VIDEO._replace(cfg_scale=7.0), {"num_classes": 101},
+        _VIDEO._replace(cfg_scale=7.0), {"num_classes": 101}, licence=_SKIP,
     ),
-    Release("Latte-skip.pt", "Skip-LatteT2V", "Skip-LatteT2V-XL/2", 512, "averaged", _SPARSE, 8.76, None, _TEXT),
+    Release(
+        "Latte-skip.pt", "Skip-LatteT2V", "Skip-LatteT2V-XL/2", 512, "averaged", _SPARSE, 8.76, None, _TEXT,
+        licence=_SKIP,
+    ),
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from diffusion.sampling import Sampler
 from models import Network
 from runtime.devices import slow_bf16
 from runtime.errors import UserError, error_prefix
+from runtime.licences import Origin, origin_of
 from runtime.settings import Given, Values, choose_owners, document, to_dict
 from training.config import KINDS, PROGRAM, TrainSettings
 from training.loss import build_loss, check_loss, open_vision_encoder
@@ -73,6 +74,7 @@ class Setup:
         start_notes: Lines about the weights to start from, and changes that made them fit.
         setup_warnings: Lines about data and weights that were noticed while they were opened.
         digests: SHA-256 of these files, by the names in `training.network.DIGESTS`; none in a dry run.
+        origin: Published weights that the run starts from, directly or not; None for none.
         validation: Data and tools of validations; None without any.
     """
 
@@ -87,6 +89,7 @@ class Setup:
     start_notes: list[str]
     setup_warnings: list[str]
     digests: dict[str, str]
+    origin: Origin | None = None
     validation: ValidationData | None = None
 
     @property
@@ -188,7 +191,8 @@ def set_up(
     data = replace(config.data, vae=vae, image_size=width, channels=channels)
     resolved = replace(config, process=names["process"], data=data)
     steps = config.optimization.total_steps(len(dataset))
-    setup = Setup(resolved, owners, dataset, source, encoder, loss, steps, notes, start_notes, lines, digests)
+    origin = None if config.run.init_from is None else origin_of(config.run.init_from, meta)
+    setup = Setup(resolved, owners, dataset, source, encoder, loss, steps, notes, start_notes, lines, digests, origin)
     if config.validation.eval_every is not None:
         setup.validation = open_validation(setup, config.validation.eval_every, held_out, device)
     return setup

@@ -43,6 +43,7 @@ def checkpoint_meta(setup: Setup, step: int, updates: int | None = None) -> Valu
         "averages": {f"ema-{decay:g}": {"decay": decay}},
         "train": sections,
         "draws": DRAWS,
+        "origin": None if setup.origin is None else setup.origin.as_json(),
         **setup.digests,
     }
 

@@ -25,6 +25,7 @@ from models import Network, family_name
 from runtime import distributed
 from runtime.distributed import World
 from runtime.errors import FAILED_STATUS, UserError, error_prefix
+from runtime.licences import origin_of
 from runtime.saver import BackgroundSaver, Saver, State
 from training.network import START
 from training.optimization import FiniteGuard
@@ -93,6 +94,7 @@ class Trainer:
                 setup.encoder.check_same(saved.meta.get("autoencoder", {}))
             setup.digests.pop(START, None)
             setup.digests |= {name: saved.meta[name] for name in (START,) if name in saved.meta}  # the first file's
+            setup.origin = origin_of(saved.path, saved.meta)
             self.state.restore(saved)
         if self.config.compute.grad_checkpointing:
             recompute_activations(setup.network)
