@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.download import obtain
 from runtime.errors import UserError, error_prefix
+from runtime.hub import fetch_repository, is_repository
+from runtime.licences import Origin, origin_of
 from runtime.releases import Preset, Release, close_names, find_release, release_of_model
 
 # Files of SiT have DiT's names and shapes, and another process
@@ -69,6 +71,16 @@ class CheckpointInfo:
     time_convention: TimeConvention | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def is_foreign(self) -> bool:
+        """True for weights that other code trained, in its own file or in a folder of ours."""
+        return self.meta is None or bool(self.meta.get("foreign"))
+
+    @property
+    def origin(self) -> Origin | None:
+        """Published weights that these are, or were trained from; None for the user's own."""
+        return origin_of(self.path if self.release is None else Path(self.release.file), self.meta)
+
 
 def load_network(
     source: str | Path,
@@ -84,7 +96,8 @@ def load_network(
     """Load the network of a checkpoint.
 
     Args:
-        source: A file (ours or an official one), the name of a release, or of a model with one release.
+        source: A file (ours or an official one), a folder of `Pipeline.save_pretrained`, the name of a release, or of a
+            model with one release, or "owner/name" on the Hugging Face hub.
         weights: "model", "ema" for the file's average, or the name of one of several averages ("ema-0.9999").
         model: Name in the registry, for foreign files that are not recognised by names and shapes.
         device: Device of the network.
@@ -193,6 +206,8 @@ def _locate(source: str | Path, folder: Path, flag: str) -> tuple[Path, Release 
     release = find_release(name)
     if release is None and name in list_models():
         release = release_of_model(name, None, FAMILIES)
+    if release is None and is_repository(path, list_models()):
+        return once_per_node(lambda: fetch_repository(name, flag)), None
     if release is None:
         close = close_names(name, FAMILIES)
         if close:
@@ -201,11 +216,16 @@ def _locate(source: str | Path, folder: Path, flag: str) -> tuple[Path, Release 
     if release.family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UserError(f"{flag} {name}: is of the family {release.family}, which is not here yet; here: {known}")
-    path = distributed.on_rank0(lambda: obtain(release, folder))
+    return once_per_node(lambda: obtain(release, folder)), release
+
+
+def once_per_node(download: Callable[[], Path]) -> Path:
+    """Download on one process, then on one of each node that does not share its disk; returns the path."""
+    path = distributed.on_rank0(download)
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        obtain(release, folder)  # on a node that does not share the first one's disk
+        download()
     distributed.barrier()
-    return path, release
+    return path
 
 
 def _own_info(path: Path, group: str, meta: Mapping[str, Any]) -> CheckpointInfo:
@@ -213,6 +233,7 @@ def _own_info(path: Path, group: str, meta: Mapping[str, Any]) -> CheckpointInfo
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["model"].items()}
     process, data = dict(meta["process"]), meta.get("data", {})
     classes, shape = data.get("classes"), data.get("image_shape")
+    preset, foreign = meta.get("preset"), meta.get("foreign", False)  # of published folders
     return CheckpointInfo(
         path=path,
         weights=group,
@@ -224,7 +245,10 @@ def _own_info(path: Path, group: str, meta: Mapping[str, Any]) -> CheckpointInfo
         image_shape=None if shape is None else tuple(shape),
         classes=None if classes is None else tuple(classes),
         step=meta.get("step"),
+        release=find_release(meta["origin"]["name"]) if foreign and meta.get("origin") else None,
+        preset=None if preset is None else Preset.from_json(preset),
         meta=meta,
+        time_convention=meta.get("time_convention"),
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from runtime import migrate
 from runtime.errors import UserError
 from runtime.foreign import ForeignWeights, read_foreign
+from runtime.pretrained import pretrained_folder, read_weights
 from runtime.tensor_file import read_tensors, write_tensors
 from runtime.weight_files import file_in, read_head, read_safetensors
 
@@ -66,7 +67,8 @@ def read_checkpoint(path: Path, weights: str = "ema", flag: str = "--ckpt") -> C
     """Read one set of weights from any supported file.
 
     Args:
-        path: Path of ours (safetensors), or of another project's file or folder, as for `read_foreign`.
+        path: Path of ours (safetensors, or a folder of `runtime.pretrained`), or of another project's file or folder,
+            as for `read_foreign`.
         weights: "model", "ema" for the file's average, or the name of one of several averages ("ema-0.9999").
             For files of others without that group, the one that they have.
         flag: Flag in messages.
@@ -78,6 +80,8 @@ def read_checkpoint(path: Path, weights: str = "ema", flag: str = "--ckpt") -> C
         groups, meta = read_groups(path, lambda present: [_choose(present, weights, f"{flag} {path}")], flag)
         ((name, tensors),) = groups.items()
         return Checkpoint(tensors, meta, name)
+    if (folder := pretrained_folder(path)) is not None:
+        return _read_pretrained(folder, weights, f"{flag} {path}")
     foreign = read_foreign(path, weights, flag)
     return Checkpoint(foreign.weights, None, foreign.group, foreign)
 
@@ -91,6 +95,17 @@ def is_ours(path: Path) -> bool:
         with contextlib.suppress(OSError), path.open("rb") as file:
             return METADATA_KEY.encode() in file.read(1 << 16)
         return False
+
+
+def _read_pretrained(folder: Path, weights: str, where: str) -> Checkpoint:
+    """Read a folder of `runtime.pretrained`, which has one set of weights."""
+    tensors, meta = read_weights(folder, where)
+    if meta.get("format", FORMAT) > FORMAT:
+        raise UserError(f"{where}: of format {meta['format']}, this version reads up to {FORMAT}; update it")
+    group = str(meta["weights"])
+    if weights not in (group, "ema"):
+        raise UserError(f"{where}: holds no weights under {weights!r}; it has: {group}")
+    return Checkpoint(tensors, meta, group)
 
 
 def _choose(present: Sequence[str], weights: str, where: str) -> str:

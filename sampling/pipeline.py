@@ -6,7 +6,6 @@ images = pipeline.sample(labels=[207, 360], seed=0, sampler="ddim", num_sampling
 
 from __future__ import annotations
 
-import operator
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,12 +33,13 @@ from sampling.config import (
     CheckpointSettings,
     EncoderSettings,
     SamplingSettings,
-    check_labels,
 )
 from sampling.editing import Edit
 from sampling.opening import open_checkpoint, open_guide
 from sampling.prompts import TextSettings, open_prompts
+from sampling.publishing import push, save_folder
 from sampling.resolution import resolve
+from sampling.rows import batch_indices, check_rows, take
 from sampling.run import PreparedRun, WeakerNetwork, prepare_run
 
 KEPT_RUNS = 4  # prepared runs that a pipeline keeps
@@ -80,7 +80,8 @@ class Pipeline:
         """Open a checkpoint.
 
         Args:
-            source: A file (ours or an official one), the name of a release, or of a model with one release.
+            source: A file (ours or an official one), a folder of `save_pretrained`, the name of a release, or of a
+                model with one release, or "owner/name" on the Hugging Face hub.
             device: Where to compute; None for CUDA if there is one.
             **settings: Flags of sample.py by name: those of the network and its encoder, such as `weights="model"`,
                 `vae="mse"` or `cache_depth=2`; others are those that `sample` starts from.
@@ -147,17 +148,35 @@ class Pipeline:
             UserError: For settings or conditioning that do not fit the network or each other.
         """
         tensors = {name: settings.pop(name) for name, value in [*settings.items()] if isinstance(value, Tensor)}
-        rows, count = self._check_rows(tensors if labels is None else {"y": labels, **tensors}, count)
+        given = tensors if labels is None else {"y": labels, **tensors}
+        rows, count = check_rows(self.network.conditioning, self.num_classes, given, count)
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size {batch_size}: must be at least 1")
         run, images, size = self.prepare(**settings), [], batch_size or count
         writer = writer_of(self.image_shape)
         for start in range(0, count, size):
             indices = batch_indices(start, size, count)
-            second = None if null is None else _take(null, indices)
-            latents = self.denoise(run, seed, indices, _take(rows, indices), null=second, on_step=on_step)
+            second = None if null is None else take(null, indices)
+            latents = self.denoise(run, seed, indices, take(rows, indices), null=second, on_step=on_step)
             images.append(writer.to_uint8(self.decode(latents, run)).cpu().numpy())
         return np.concatenate(images)[:count]
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Save the network as a folder for `from_pretrained`, with a card; see `sampling.publishing.save_folder`.
+
+        Raises:
+            UserError: If it cannot be written, or the licence is against that of the weights that these came from.
+        """
+        return save_folder(Path(folder), self.network, self.info, self.encoder, **options)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Save the network and upload it to the Hugging Face hub; see `sampling.publishing.push`; returns the address.
+
+        Raises:
+            UserError: Without a licence, against that of the weights that these came from, without a token or network,
+                and for a repository with other content.
+        """
+        return push(repository, self.network, self.info, self.encoder, **options)
 
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> tuple[Conditioning, Conditioning]:
         """Encode prompts for `sample`, with the encoder that the checkpoint or `text_encoder` names, which is freed.
@@ -286,29 +305,6 @@ class Pipeline:
             )
         return pixels
 
-    def _check_rows(self, rows: Mapping[str, Any], count: int | None) -> tuple[dict[str, Tensor], int]:
-        """Check the conditioning of all images, and their number; labels may be any whole numbers."""
-        takes = self.network.conditioning
-        for name in sorted(rows.keys() ^ set(takes)):
-            known, problem = ", ".join(takes).replace("y", "labels"), "missing" if name in takes else "unknown"
-            known = known or "none; give count"
-            raise UserError(f"{'labels' if name == 'y' else name}: {problem}; conditioning of this network: {known}")
-        if bool(takes) == (count is not None) or (count is not None and count < 1):
-            needs = "has no effect: there is one image per row" if takes else "must be at least 1"
-            raise UserError(f"count {count}: {needs}")
-        if "y" in rows:
-            try:
-                numbers = [operator.index(label) for label in rows["y"]]
-            except TypeError as error:
-                raise UserError(f"labels {rows['y']}: must be whole numbers, one per image") from error
-            check_labels(numbers, self.num_classes, "labels")
-            rows = {**rows, "y": torch.tensor(numbers)}
-        if count is not None:
-            return {}, count
-        if len({len(leaf) for leaf in rows.values()} | {0}) != 2:
-            raise UserError("labels and conditioning: must have one row per image, and at least one")
-        return dict(rows), len(next(iter(rows.values())))
-
 
 # Settings that a run cannot change
 OF_PIPELINE = {
@@ -320,15 +316,6 @@ OF_PIPELINE = {
     *TextSettings.__dataclass_fields__,
 }
 OF_PIPELINE |= {flag.field.name for row in FAMILIES.values() for flag in flags_of(row.config).values()}
-
-
-def batch_indices(start: int, size: int, count: int) -> list[int]:
-    """Numbers of the images in a batch; the last batch is filled up from the first images, so all have one size."""
-    return [i % count for i in range(start, start + size)]
-
-
-def _take(rows: Conditioning, indices: Sequence[int]) -> dict[str, Tensor]:
-    return {name: leaf[indices] for name, leaf in rows.items()}
 
 
 def _replaced(given: Given[SamplingSettings], settings: Mapping[str, object]) -> Given[SamplingSettings]:

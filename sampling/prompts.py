@@ -192,7 +192,7 @@ def encode_prompts(
     with error_prefix(f"--text-encoder {name}"):
         check_encoded(encoded, network.config.text_width, network.config.text_length)
     rows = {name: leaf[[unique.index(text) for text in texts]] for name, leaf in encoded.items()}
-    mask = rows["text_mask"] if info.meta is None else null["text_mask"].expand(len(texts), -1)
+    mask = rows["text_mask"] if info.is_foreign else null["text_mask"].expand(len(texts), -1)
     record = {"prompts": list(texts), "negative_prompt": negative, "encoder": description}
     return Prompts(tuple(texts), rows, {"text": null["text"].expand_as(rows["text"]), "text_mask": mask}, record)
 

@@ -1,0 +1,186 @@
+"""A network as a folder for the hub: weights, what is known of them, and a card; see docs/publishing.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from data.encoders import Encoder
+from models import Network
+from models.loading import CheckpointInfo
+from runtime.checkpoint import FORMAT
+from runtime.errors import UserError, error_prefix
+from runtime.files import check_folder
+from runtime.hub import check_repository, push_folder
+from runtime.licences import licence_to_publish
+from runtime.pretrained import ENCODER, SHARD_SIZE, write_weights
+from sampling.cards import CARD, CardContent, model_card, without_places
+from sampling.resolution import preset_of
+
+# Members of a checkpoint's document that describe how the weights came about
+HISTORY = ("step", "loss", "optimizer", "averages", "train", "text", "draws")
+
+
+def document_of(
+    network: Network, info: CheckpointInfo, encoder: Encoder, licence: str | None, name: str
+) -> dict[str, Any]:
+    """Describe a network and its history as JSON values, without places on this machine.
+
+    Args:
+        network: The network.
+        info: Description of its checkpoint.
+        encoder: Its encoder.
+        licence: Licence of the weights; None if it is not known.
+        name: Name of the repository or folder.
+    """
+    meta, origin = info.meta or {}, info.origin
+    vae = ENCODER if Path(encoder.name).is_dir() else encoder.name
+    image_shape = info.image_shape or encoder.image_shape(network.sample_shape)
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "name": name,
+        "weights": info.weights,
+        "model": {"name": info.model, **dataclasses.asdict(network.config)},
+        "process": {"name": info.process, **info.process_settings},
+        "encoder": {"name": vae},
+        "autoencoder": {**encoder.describe(), "name": vae},
+        "data": {**meta.get("data", {}), "image_shape": image_shape, "classes": info.classes},
+        "preset": preset_of(info).as_json(),
+        "time_convention": network.time_convention if info.time_convention else None,
+        "foreign": info.is_foreign,
+        "licence": licence,
+        **{member: without_places(meta[member]) for member in HISTORY if member in meta},
+    }
+    known = {name: value for name, value in document.items() if value is not None}
+    return {**known, "origin": None if origin is None else origin.as_json()}
+
+
+def save_folder(
+    folder: Path,
+    network: Network,
+    info: CheckpointInfo,
+    encoder: Encoder,
+    *,
+    licence: str | None = None,
+    name: str | None = None,
+    shard_size: int | str = SHARD_SIZE,
+    flag: str = "folder",
+    **known: Any,
+) -> Path:
+    """Save a network as a folder with weights, config.json, the autoencoder where it is a folder, and a card.
+
+    Args:
+        folder: The folder, which must not exist, or be empty.
+        network: The network.
+        info: Description of its checkpoint.
+        encoder: Its encoder.
+        licence: Licence of the weights; None for that of the weights that they came from, or none.
+        name: Name in the card; None for the folder's.
+        shard_size: Largest size of a file of weights, in bytes or as "5GB".
+        flag: Name of the folder in messages.
+        **known: What the card shows: fields of `sampling.cards.CardContent`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If it cannot be written, or the licence is against that of the weights that these came from.
+    """
+    origin = info.origin
+    if licence is not None:
+        licence = licence_to_publish(licence, origin)
+    elif origin is not None:
+        licence = origin.licence
+    name = name or folder.name
+    document = document_of(network, info, encoder, licence, name)
+    card = CardContent(name, sum(p.numel() for p in network.parameters()), **known)
+    for picture in (*card.pictures, *card.curves):
+        if not picture.is_file():
+            raise UserError(f"pictures {picture}: no such file")
+
+    def write(inside: Path) -> None:
+        write_weights(inside, network.state_dict(), document, shard_size)
+        if document["encoder"]["name"] == ENCODER:
+            shutil.copytree(encoder.name, inside / ENCODER)
+        write_card(inside, document, card)
+
+    write_folder(folder, write, flag)
+    return folder
+
+
+def push(
+    repository: str,
+    network: Network,
+    info: CheckpointInfo,
+    encoder: Encoder,
+    *,
+    licence: str | None = None,
+    private: bool = False,
+    update: bool = False,
+    flag: str = "repository",
+    **options: Any,
+) -> str:
+    """Save a network and upload it to the Hugging Face hub, as one commit.
+
+    Args:
+        repository: "owner/name".
+        network: The network.
+        info: Description of its checkpoint.
+        encoder: Its encoder.
+        licence: Licence of the weights; None for that of the weights that they came from.
+        private: Make a new repository private.
+        update: Replace weights of this code that are there already.
+        flag: Name of the repository in messages.
+        **options: As for `save_folder`.
+
+    Returns:
+        Address of the repository.
+
+    Raises:
+        UserError: Without a licence, against that of the weights that these came from, without a token or network, and
+            for a repository with other content.
+    """
+    licence = licence_to_publish(licence, info.origin)
+    check_repository(repository, update=update, flag=flag)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "weights"
+        save_folder(folder, network, info, encoder, licence=licence, name=repository, **options)
+        return push_folder(folder, repository, private=private, flag=flag)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None], flag: str = "folder") -> None:
+    """Make a folder, whole or not at all.
+
+    Args:
+        folder: The folder, which must not exist, or be empty.
+        write: Function that writes into the folder that it is given.
+        flag: Name of the setting in messages.
+
+    Raises:
+        UserError: If there is something already, or the files cannot be written.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{flag} {folder}: exists already; delete it, or give another name")
+    check_folder(folder, flag)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.mkdir(parents=True)
+        with error_prefix(f"{flag} {folder}"):
+            write(unfinished)
+        os.replace(unfinished, folder)
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: could not be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_card(folder: Path, document: Mapping[str, Any], card: CardContent) -> None:
+    """Write the card, and copies of its pictures."""
+    for picture in (*card.pictures, *card.curves):
+        shutil.copyfile(picture, folder / picture.name)
+    (folder / CARD).write_text(model_card(document, card))

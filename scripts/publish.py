@@ -1,0 +1,113 @@
+"""Save a checkpoint as a folder with a model card, or upload it to the Hugging Face hub; see docs/publishing.md.
+
+    python scripts/publish.py --ckpt CKPT --output digits --license apache-2.0
+    python scripts/publish.py --ckpt CKPT --repo me/digits --license apache-2.0 --scores samples.scores.json
+
+The token is that of `hf auth login` or HF_TOKEN. The card has the recipe, the data, the losses in the folder of the
+run, and the scores and pictures that are given. `--ckpt me/digits` samples from the repository, on any machine.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plotting import pyplot, save_figure, style
+from diffusion import PROCESSES
+from runtime.command_line import parse_config
+from runtime.errors import run
+from runtime.hub import check_repository
+from runtime.pretrained import SHARD_SIZE
+from runtime.settings import setting
+from sampling.cards import read_losses, read_scores
+from sampling.pipeline import Pipeline
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishSettings:
+    """Settings of publish.py."""
+
+    ckpt: Path | None = setting(
+        None, "checkpoint: ours, an official file, a folder, or the name of a released one", shown="required"
+    )
+    weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
+    model: str | None = setting(None, "name of the model", shown="the checkpoint's")
+    process: str | None = setting(None, "noise process", tuple(PROCESSES), shown="the checkpoint's")
+    num_classes: int | None = setting(None, "number of classes", shown="the weights'")
+    vae: str | None = setting(None, "autoencoder: ema, mse, a local folder, or none", shown="the checkpoint's")
+    output: Path | None = setting(None, "new folder to save to")
+    repo: str | None = setting(None, "repository to upload to, owner/name")
+    licence: str | None = setting(
+        None, "licence of the weights, such as apache-2.0", flag="--license", shown="that of weights they came from"
+    )
+    private: bool = setting(False, "make a new repository private")
+    update: bool = setting(False, "replace weights of this code that are in the repository")
+    scores: tuple[Path, ...] = setting((), "files of scores that the evaluator wrote")
+    pictures: tuple[Path, ...] = setting((), "pictures of samples")
+    shard_size: str = setting(SHARD_SIZE, "largest size of a file of weights, such as 500MB")
+
+    def __post_init__(self) -> None:
+        if self.ckpt is None:
+            raise ValueError("--ckpt: required")
+        if (self.output is None) == (self.repo is None):
+            raise ValueError("--output, --repo: give one of them")
+        for name in ("private", "update"):
+            if getattr(self, name) and self.repo is None:
+                raise ValueError(f"--{name}: has no effect without --repo")
+        for picture in self.pictures:
+            if not picture.is_file():
+                raise ValueError(f"--pictures {picture}: no such file")
+        names = [path.name for path in (*self.pictures, *self.scores)]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"--pictures, --scores: two files are named {name}; rename one")
+
+
+def draw_losses(losses: Sequence[tuple[int, float]], path: Path) -> Path:
+    """Draw losses against steps; returns the path."""
+    figure, axis = pyplot().subplots(figsize=(6, 3.5), layout="constrained")
+    axis.plot(*zip(*losses, strict=True), linewidth=1)
+    style(axis, "step", "loss")
+    save_figure(figure, path)
+    return path
+
+
+def publish(config: PublishSettings, scratch: Path) -> str:
+    """Save or upload; returns the folder or address.
+
+    Raises:
+        UserError: For anything about the checkpoint, the files, the licence or the repository that does not fit.
+    """
+    assert config.ckpt is not None  # `__post_init__` checked it
+    scores = {path.name: read_scores(path) for path in config.scores}
+    if config.repo is not None:
+        check_repository(config.repo, update=config.update)
+    flags = {name: getattr(config, name) for name in ("model", "process", "num_classes", "vae")}
+    given = {name: value for name, value in flags.items() if value is not None}
+    pipeline = Pipeline.from_pretrained(config.ckpt, device="cpu", weights=config.weights, **given)
+    losses = read_losses(pipeline.info.path.parent.parent / METRICS)
+    known: dict[str, Any] = {"scores": scores, "losses": losses, "pictures": config.pictures, "licence": config.licence}
+    if losses:
+        known["curves"] = (draw_losses(losses, scratch / "loss.png"),)
+    known["shard_size"] = config.shard_size
+    if config.output is not None:
+        return str(pipeline.save_pretrained(config.output, flag="--output", **known))
+    assert config.repo is not None
+    return pipeline.push_to_hub(config.repo, private=config.private, update=config.update, flag="--repo", **known)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse flags, save or upload, say where."""
+    config = parse_config(PublishSettings, argv, program="publish.py", doc=__doc__)
+    with tempfile.TemporaryDirectory() as scratch:
+        print(f"Wrote {publish(config, Path(scratch))}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, "publish.py"))

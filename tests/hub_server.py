@@ -1,0 +1,225 @@
+"""A web server on this machine that answers the calls of the Hugging Face hub's client: repositories in memory."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.server
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_of_the_test"
+LARGE = 5_000  # bytes from which a file is uploaded on its own
+
+
+class Repository:
+    """Files of a repository; every commit is the latest."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {".gitattributes": b""}
+        self.commits, self.private = 0, False
+
+    @property
+    def sha(self) -> str:
+        """Identifier of the latest commit."""
+        return hashlib.sha1(str((self.commits, sorted(self.files))).encode()).hexdigest()
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Listing of all files."""
+        return [
+            {"type": "file", "path": path, "size": len(content), "oid": oid(content)} | lfs(content)
+            for path, content in self.files.items()
+        ]
+
+
+def oid(content: bytes) -> str:
+    """Git's identifier of a file."""
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
+def lfs(content: bytes) -> dict[str, Any]:
+    """Entry of a large file."""
+    size = len(content)
+    return {} if size < LARGE else {"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 1}}
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Repositories by name, and large files that were uploaded, by SHA-256.
+
+    Attributes:
+        refuses: The server answers every call with this status.
+        calls: Method and path of each call.
+    """
+
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}
+        self.refuses: int | None = None
+        self.calls: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
+        """Environment of a process that takes this server for the hub."""
+        own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}  # Xet is another protocol
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        return {**kept, **own, **({} if token is None else {"HF_TOKEN": token})}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Hub
+
+    def answer(self) -> None:
+        """Answer any call."""
+        path, body = unquote(urlsplit(self.path).path), self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.calls.append(f"{self.command} {path}")
+        if self.server.refuses is not None:
+            return self.send({"error": "refused"}, self.server.refuses)
+        writes = self.command in ("POST", "PUT") or path == "/api/whoami-v2"
+        if writes and not path.startswith("/objects/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.send({"error": "Invalid username or password."}, 401)
+        for pattern, method in ROUTES.items():
+            match = re.fullmatch(pattern, f"{self.command.replace('HEAD', 'GET')} {path}")
+            if match:
+                return (
+                    method(self, *match.groups(), body=body)
+                    if "POST" in pattern or "PUT" in pattern
+                    else method(self, *match.groups())
+                )
+        return self.send({"error": f"unknown call {path}"}, 501)
+
+    do_GET = do_HEAD = do_POST = do_PUT = answer
+
+    def send(self, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        """Send bytes, or JSON values."""
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        kind = "application/octet-stream" if isinstance(content, bytes) else "application/json"
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def missing(self, code: str) -> None:
+        """Say that a repository or file is not there."""
+        self.send({"error": code}, 404, {"X-Error-Code": code, "X-Error-Message": code})
+
+    def who(self) -> None:
+        self.send({"type": "user", "name": "me", "auth": {"accessToken": {"displayName": "t", "role": "write"}}})
+
+    def create(self, body: bytes) -> None:
+        asked = json.loads(body)
+        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        if name in self.server.repositories:
+            return self.send({"error": "exists", "url": f"{self.server.url}/{name}"}, 409)
+        self.server.repositories[name] = Repository()
+        self.server.repositories[name].private = bool(asked.get("private")) or asked.get("visibility") == "private"
+        return self.send({"url": f"{self.server.url}/{name}", "name": name})
+
+    def info(self, name: str) -> None:
+        if (repository := self.server.repositories.get(name)) is None:
+            return self.missing("RepoNotFound")
+        siblings = [{"rfilename": path} for path in repository.files]
+        return self.send({"id": name, "sha": repository.sha, "siblings": siblings, "private": repository.private})
+
+    def tree(self, name: str) -> None:
+        repository = self.server.repositories.get(name)
+        return self.missing("RepoNotFound") if repository is None else self.send(repository.entries())
+
+    def yaml(self, body: bytes) -> None:
+        valid = json.loads(body)["content"].startswith("---\n")
+        self.send({"errors": [] if valid else [{"message": "no metadata"}], "warnings": []}, 200 if valid else 400)
+
+    def preupload(self, name: str, body: bytes) -> None:
+        files = [
+            {"path": file["path"], "uploadMode": "lfs" if file["size"] >= LARGE else "regular", "shouldIgnore": False}
+            for file in json.loads(body)["files"]
+        ]
+        self.send({"files": files})
+
+    def batch(self, name: str, body: bytes) -> None:
+        self.send(
+            {
+                "transfer": "basic",
+                "objects": [
+                    {**each, "actions": {"upload": {"href": f"{self.server.url}/objects/{each['oid']}"}}}
+                    for each in json.loads(body)["objects"]
+                ],
+            }
+        )
+
+    def upload(self, digest: str, body: bytes) -> None:
+        assert hashlib.sha256(body).hexdigest() == digest
+        self.server.objects[digest] = body
+        self.send({})
+
+    def commit(self, name: str, body: bytes) -> None:
+        repository = self.server.repositories[name]
+        for line in body.decode().splitlines():
+            entry = json.loads(line)
+            key, value = entry["key"], entry["value"]
+            if key == "file":
+                repository.files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                repository.files[value["path"]] = self.server.objects[value["oid"]]
+            elif key == "deletedFile":
+                del repository.files[value["path"]]
+        repository.commits += 1
+        url = f"{self.server.url}/{name}/commit/{repository.sha}"
+        self.send({"success": True, "commitOid": repository.sha, "commitUrl": url, "hookOutput": ""})
+
+    def resolve(self, name: str, path: str) -> None:
+        repository = self.server.repositories.get(name)
+        if repository is None or path not in repository.files:
+            return self.missing("RepoNotFound" if repository is None else "EntryNotFound")
+        content = repository.files[path]
+        tag = lfs(content)["lfs"]["oid"] if lfs(content) else oid(content)
+        return self.send(content, 200, {"ETag": f'"{tag}"', "X-Repo-Commit": repository.sha})
+
+    def log_message(self, *args: object) -> None:
+        """Nothing."""
+
+
+NAME = r"([\w.-]+/[\w.-]+)"
+ROUTES: dict[str, Any] = {
+    "GET /api/whoami-v2": Handler.who,
+    "POST /api/repos/create": Handler.create,
+    "POST /api/validate-yaml": Handler.yaml,
+    rf"GET /api/models/{NAME}(?:/revision/[^/]+)?": Handler.info,
+    rf"GET /api/models/{NAME}/tree/[^/]+/?": Handler.tree,
+    rf"POST /api/models/{NAME}/preupload/[^/]+": Handler.preupload,
+    rf"POST /api/models/{NAME}/commit/[^/]+": Handler.commit,
+    rf"POST /{NAME}\.git/info/lfs/objects/batch": Handler.batch,
+    r"PUT /objects/(\w+)": Handler.upload,
+    rf"GET /{NAME}/resolve/[^/]+/(.+)": Handler.resolve,
+}
+
+
+@contextmanager
+def serving() -> Iterator[Hub]:
+    """A hub that answers while the block runs."""
+    with Hub() as hub:
+        thread = threading.Thread(target=hub.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield hub
+        finally:
+            hub.shutdown()
+            thread.join()
+
+
+if __name__ == "__main__":
+    with Hub(8000) as server:
+        print(f"export HF_ENDPOINT={server.url} HF_TOKEN={TOKEN} HF_HUB_DISABLE_XET=1", flush=True)
+        server.serve_forever()

@@ -1,0 +1,169 @@
+"""Networks as folders for the hub: saved, loaded, and described."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from models import FAMILIES, Network
+from runtime.checkpoint import save_checkpoint
+from runtime.errors import UserError
+from runtime.pretrained import pretrained_folder
+from sampling.cards import read_losses, read_scores
+from sampling.pipeline import Pipeline
+from tests.checkpoints import write_network
+from tests.digits_checkpoints import save_digits_checkpoint
+from tests.networks import conditioning, debug_name, debug_network, small_autoencoder, unconditional
+from tests.runs import DIGITS, open_setup
+from training.state import checkpoint_meta
+
+SETTINGS: dict[str, Any] = {"device": "cpu", "num_sampling_steps": 3, "cfg_scale": 2.0}
+
+
+def opened(path: Path, **settings: Any) -> Pipeline:
+    return Pipeline.from_pretrained(path, **{**SETTINGS, **settings})
+
+
+def samples(pipeline: Pipeline, network: Network) -> Any:
+    rows, null = conditioning(network, [0, 1]), unconditional(network, 2)
+    return pipeline.sample(rows.pop("y", None), seed=3, null=null, **rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_is_the_network_and_samples_as_before(family: str, tmp_path: Path) -> None:
+    """To the bit, with another process than the file tells a stranger, and weights in several files."""
+    network = debug_network(family)
+    process = {"name": "gaussian", "prediction": "v"} if FAMILIES[family].process == "gaussian" else {"name": "flow"}
+    path = write_network(tmp_path / "a.safetensors", debug_name(family), network, process=process)
+    before = opened(path)
+    folder = before.save_pretrained(tmp_path / "saved", shard_size=200_000)
+    assert len([*folder.glob("model-*.safetensors")]) > 1 and (folder / "model.safetensors.index.json").is_file()
+    for source in (folder, folder / "config.json"):
+        after = opened(source)
+        assert after.info.weights == "ema-0.9999" and after.info.step == 7 and after.network.config == network.config
+    assert np.array_equal(samples(before, network), samples(after, network))
+    with pytest.raises(UserError, match="holds no weights under 'model'; it has: ema-0.9999"):
+        opened(folder, weights="model")
+
+
+def test_files_of_other_code_keep_their_defaults(tmp_path: Path) -> None:
+    """Guidance of three channels, and the process that a flag named."""
+    network = debug_network("DiT")
+    torch.save(network.state_dict(), tmp_path / "a.pt")
+    flags = {"vae": str(small_autoencoder(tmp_path / "vae") and tmp_path / "vae"), "num_sampling_steps": 3}
+    before = Pipeline.from_pretrained(tmp_path / "a.pt", device="cpu", model=debug_name("DiT"), **flags)
+    folder = before.save_pretrained(tmp_path / "saved")
+    after = Pipeline.from_pretrained(folder, device="cpu", num_sampling_steps=3)
+    assert after.info.is_foreign and after.prepare().config.guidance.guidance_channels == 3
+    assert np.array_equal(before.sample([1, 2]), after.sample([1, 2]))
+    assert (folder / "vae/config.json").is_file() and str(tmp_path) not in (folder / "config.json").read_text()
+    assert "licence" not in json.loads((folder / "config.json").read_text())["dit_family"]
+    assert (
+        "These weights: unknown. They are, or were trained from, a.pt (unknown)" in (folder / "README.md").read_text()
+    )
+
+
+def test_one_damaged_number_is_found(tmp_path: Path) -> None:
+    path = save_digits_checkpoint(tmp_path / "a.safetensors", "DiT-digits/2")
+    folder = opened(path).save_pretrained(tmp_path / "saved")
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="saved: y_embedder.embedding_table.weight does not match its checksum"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(("size", "words"), [("5GB", "no weights"), (1_000_000, "model-00001-of-.*is missing")])
+def test_a_folder_without_weights_is_named(size: int | str, words: str, tmp_path: Path) -> None:
+    path = save_digits_checkpoint(tmp_path / "a.safetensors", "DiT-digits/2")
+    folder = opened(path).save_pretrained(tmp_path / "saved", shard_size=size)
+    min(folder.glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match=f"--ckpt .*saved: .*{words}"):
+        opened(folder)
+
+
+def test_folders_are_whole_or_absent(tmp_path: Path) -> None:
+    pipeline = opened(save_digits_checkpoint(tmp_path / "a.safetensors", "DiT-digits/2"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("kept")
+    with pytest.raises(UserError, match="folder .*full: exists already"):
+        pipeline.save_pretrained(tmp_path / "full")
+    with pytest.raises(UserError, match="pictures .*no.png: no such file"):
+        pipeline.save_pretrained(tmp_path / "b", pictures=(tmp_path / "no.png",))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "full"}
+    assert pretrained_folder(tmp_path) is None and [*(tmp_path / "full").iterdir()] == [tmp_path / "full" / "mine.txt"]
+
+
+@pytest.mark.parametrize("name", ["other.pt", "DiT-XL-2-256x256.pt"])
+def test_fine_tuned_weights_carry_their_origin(name: str, tmp_path: Path) -> None:
+    """From a file by another name, or that of a release, through training, a further run, and into the card."""
+    torch.save(debug_network("DiT", **DIGITS_FIELDS).state_dict(), tmp_path / name)
+    licence = "cc-by-nc-4.0" if name.startswith("DiT-XL") else None
+    first = trained(tmp_path, tmp_path / name)
+    for path in (first, trained(tmp_path, first)):
+        pipeline = opened(path)
+        assert pipeline.info.origin is not None and pipeline.info.origin.licence == licence
+    folder = pipeline.save_pretrained(tmp_path / "saved")
+    assert f"license: {licence}" in (folder / "README.md").read_text() or licence is None
+    if licence is not None:
+        with pytest.raises(UserError, match="against the licence of the weights.*DiT-XL-2-256x256"):
+            pipeline.save_pretrained(tmp_path / "other", licence="mit")
+
+
+DIGITS_FIELDS: dict[str, Any] = {"sample_shape": (1, 8, 8), "learn_sigma": False}
+
+
+def trained(folder: Path, start: Path) -> Path:
+    """A checkpoint of a run that starts from these weights."""
+    model = ["--model", debug_name("DiT"), "--num-classes", 10, "--no-learn-sigma"]
+    setup = open_setup(*DIGITS, *model, "--init-from", start)
+    path, weights = folder / f"after-{start.stem}.safetensors", setup.network.state_dict()
+    meta = checkpoint_meta(setup, 1)
+    save_checkpoint(path, dict.fromkeys(meta["averages"], weights), meta)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cards
+
+
+def test_a_card_says_what_is_known(tmp_path: Path) -> None:
+    path = save_digits_checkpoint(tmp_path / "a.safetensors", "DiT-digits/2", lr=0.002)
+    for name in ("grid.png", "loss.png"):
+        (tmp_path / name).write_bytes(b"picture")
+    scores = {"scores": {"fid": 2.27}, "protocol": {"reference": str(tmp_path / "ref.npz"), "count": 50_000}}
+    (tmp_path / "a.scores.json").write_text(json.dumps(scores))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.5}\n{"step": 2, "loss": 0.25}\n{"st')
+    known = {
+        "scores": {"a.scores.json": read_scores(tmp_path / "a.scores.json")},
+        "losses": read_losses(tmp_path / "metrics.jsonl"),
+        "pictures": (tmp_path / "grid.png",),
+        "curves": (tmp_path / "loss.png",),
+    }
+    folder = opened(path).save_pretrained(tmp_path / "saved", licence="apache-2.0", name="me/digits", **known)
+    card = (folder / "README.md").read_text()
+    for line in [
+        "license: apache-2.0", "# digits", 'Pipeline.from_pretrained("me/digits")', "| lr | 0.002 |", "| fid | 2.27 |",
+        '"reference": "ref.npz"', '"count": 50000', "| 1 | 1.5 |", "| 2 | 0.25 |", "![samples](grid.png)",
+        "![loss](loss.png)", "one of 10 classes", "725,380 parameters", "| samples | 1,297 |",
+        "These weights: apache-2.0.",
+    ]:  # fmt: skip
+        assert line in card, line
+    assert str(tmp_path) not in card and (folder / "grid.png").read_bytes() == b"picture"
+
+
+def test_a_card_without_scores_says_so(tmp_path: Path) -> None:
+    path = save_digits_checkpoint(tmp_path / "a.safetensors", "DiT-digits/2")
+    card = (opened(path).save_pretrained(tmp_path / "saved") / "README.md").read_text()
+    assert re.search(r"## Scores\n+None are known", card) and "No record of training was at hand." in card
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"fid": 3}', '{"scores": 3}'])
+def test_files_without_scores_are_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match="--scores:? .*a.json"):
+        read_scores(tmp_path / "a.json")

@@ -1,0 +1,151 @@
+"""Publishing to a stand-in of the hub, by the hub's own client, and loading from there in another process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.errors import run
+from sampling.pipeline import Pipeline
+from scripts import publish
+from tests.digits_checkpoints import save_digits_checkpoint
+from tests.hub_server import TOKEN, Hub, Repository, serving
+from tests.processes import ROOT
+
+LICENSE = ["--license", "apache-2.0"]
+
+# Runs publish.py for each list of flags, in one process, since its imports take seconds; prints statuses as JSON.
+PUBLISHING = """
+import json, os, sys
+from runtime.errors import run
+from scripts import publish
+
+statuses = []
+for argv, variables in json.loads(sys.argv[1]):
+    os.environ.pop("HF_TOKEN", None)
+    os.environ.update(variables)
+    statuses.append(run(publish.main, "publish.py", argv))
+print("statuses", json.dumps(statuses))
+"""
+SAMPLING = """
+import sys
+import numpy as np
+from sampling.pipeline import Pipeline
+
+pipeline = Pipeline.from_pretrained(sys.argv[1], device="cpu", num_sampling_steps=4)
+np.save(sys.argv[2], pipeline.sample([1, 2], seed=3))
+"""
+
+
+def in_process(hub: Hub, home: Path, code: str, *argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process that takes the server for the hub."""
+    environment = {**hub.environment(home, None), "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(
+        [sys.executable, "-c", code, *argv], cwd=home.parent, env=environment, capture_output=True, text=True
+    )
+
+
+def test_weights_go_to_the_hub_and_come_back_elsewhere(tmp_path: Path) -> None:
+    """Also mistakes: each is one line, and changes nothing there."""
+    path = save_digits_checkpoint(tmp_path / "run/checkpoints/0000001.safetensors", "DiT-digits/2")
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 1.5}\n{"step": 2, "loss": 0.25}\n')
+    ckpt, token = ["--ckpt", str(path)], {"HF_TOKEN": TOKEN}
+    with serving() as hub:
+        calls: list[tuple[list[str], dict[str, str]]] = [
+            ([*ckpt, "--repo", "me/new", *LICENSE], {}),
+            ([*ckpt, "--repo", "me/new", *LICENSE], {"HF_TOKEN": "another"}),
+            ([*ckpt, "--repo", "digits", *LICENSE], token),
+            ([*ckpt, "--repo", "me/new"], token),
+            ([*ckpt, "--repo", "me/digits", "--private", *LICENSE], token),
+            ([*ckpt, "--repo", "me/digits", *LICENSE], token),
+            ([*ckpt, "--repo", "me/other", "--update", *LICENSE], token),
+            ([*ckpt, "--repo", "me/digits", "--update", "--license", "mit"], token),
+        ]
+        hub.repositories["me/other"] = Repository()
+        hub.repositories["me/other"].files["thesis.pdf"] = b"pages"
+        published = in_process(hub, tmp_path / "home", PUBLISHING, json.dumps(calls))
+        assert "statuses [2, 2, 2, 2, 0, 2, 2, 0]" in published.stdout, published.stderr
+        errors = [line for line in published.stderr.splitlines() if line.startswith("publish.py: error: ")]
+        for error, words in zip(errors, [
+            "--repo me/new: no token; set HF_TOKEN, or run: hf auth login",
+            "--repo me/new: the server refuses it (401)",
+            "--repo digits: must be owner/name",
+            "--license: needed",
+            "--repo me/digits: exists, with weights of this code (config.json, ...); give --update",
+            "--repo me/other: exists, with other content (thesis.pdf); choose another name",
+        ], strict=True):  # fmt: skip
+            assert words in error
+        assert hub.repositories.keys() == {"me/digits", "me/other"}
+        repository = hub.repositories["me/digits"]
+        assert repository.private and repository.commits == 2
+        assert {"README.md", "config.json", "model.safetensors", "loss.png"} < repository.files.keys()
+        card = repository.files["README.md"].decode()
+        assert "license: mit" in card and "| 2 | 0.25 |" in card and str(tmp_path) not in card
+
+        loaded = in_process(hub, tmp_path / "another", SAMPLING, "me/digits", str(tmp_path / "a.npy"))
+        assert loaded.returncode == 0, loaded.stderr
+    before = Pipeline.from_pretrained(path, device="cpu", num_sampling_steps=4).sample([1, 2], seed=3)
+    assert np.array_equal(np.load(tmp_path / "a.npy"), before)
+
+
+@pytest.mark.slow
+def test_without_network_the_cache_is_used_and_an_error_is_one_line(tmp_path: Path) -> None:
+    path = save_digits_checkpoint(tmp_path / "a.safetensors", "DiT-digits/2")
+    calls = [([*"--repo me/digits --license mit --ckpt".split(), str(path)], {"HF_TOKEN": TOKEN})]
+    output, home = str(tmp_path / "a.npy"), tmp_path / "home"
+    with serving() as hub:
+        assert "statuses [0]" in in_process(hub, home, PUBLISHING, json.dumps(calls)).stdout
+        assert in_process(hub, home, SAMPLING, "me/digits", output).returncode == 0
+        hub.refuses = 503
+        assert in_process(hub, home, SAMPLING, "me/digits", output).returncode == 0
+        hub.refuses = None
+        missing = in_process(hub, home, SAMPLING, "me/none", output)
+        assert "--ckpt me/none: no such file or folder, and from the hub it cannot be had: no such" in missing.stderr
+    for variables in ({}, {"HF_HUB_OFFLINE": "1"}):
+        assert in_process(hub, home, SAMPLING, "me/digits", output, **variables).returncode == 0
+        failed = in_process(hub, home, SAMPLING, "me/none", output, **variables)
+        assert "the hub cannot be reached, or HF_HUB_OFFLINE forbids it" in failed.stderr
+        calls[0][0][1] = "me/new"
+        failed = in_process(hub, home, PUBLISHING, json.dumps(calls), **variables)
+        assert "error: --repo me/new: the hub cannot be reached, or HF_HUB_OFFLINE forbids it" in failed.stderr
+        assert "statuses [2]" in failed.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--output, --repo: give one of them"),
+        (["--output", "a", "--repo", "me/a"], "--output, --repo: give one of them"),
+        (["--output", "a", "--private"], "--private: has no effect without --repo"),
+        (["--output", "a", "--pictures", "no.png"], "--pictures no.png: no such file"),
+        (["--output", "a", "--scores", "no.json"], "--scores no.json: no such file"),
+        (["--output", "a", "--ckpt", "no.safetensors"], "--ckpt no.safetensors: no such file"),
+        (["--output", "a", "--license", "My licence"], "--license My licence: not an identifier"),
+        (["--output", "full"], "--output full: exists already"),
+    ],
+)
+def test_mistakes_are_one_line(
+    flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_digits_checkpoint(tmp_path / "a.safetensors", "DiT-digits/2")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("kept")
+    argv = flags if "--ckpt" in flags else [*flags, "--ckpt", "a.safetensors"]
+    assert run(publish.main, "publish.py", argv) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "a").exists() and [*(tmp_path / "full").iterdir()] == [tmp_path / "full/mine.txt"]
+
+
+def test_a_folder_is_saved_with_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_digits_checkpoint(tmp_path / "run/checkpoints/0000001.safetensors", "DiT-digits/2")
+    (tmp_path / "a.scores.json").write_text(json.dumps({"format": 1, "scores": {"fid": 3.5}}))
+    argv = ["--ckpt", str(path), "--output", str(tmp_path / "saved"), "--scores", str(tmp_path / "a.scores.json")]
+    assert run(publish.main, "publish.py", argv) == 0
+    assert capsys.readouterr().out == f"Wrote {tmp_path / 'saved'}\n"
+    card = (tmp_path / "saved/README.md").read_text()
+    assert "| fid | 3.5 |" in card and "These weights: unknown." in card
