@@ -67,12 +67,12 @@ def licence_to_publish(chosen: str | None, origin: Origin | None, flag: str = "-
 
     Raises:
         UserError: If none is given or known, if the one given is against that of the origin, or if the authors of the
-            origin allow nobody to pass their weights on.
+            origin do not say that others may pass their weights on.
     """
     if origin is not None and origin.licence is None and find_release(origin.name) is not None:
         raise UserError(
             f"{flag} {chosen or UNKNOWN}: the weights are, or come from, {origin.name}, which its authors released "
-            "without a licence, so that nobody else may publish them; ask its authors"
+            "without a licence, so that only they may publish them; ask them"
         )
     if chosen is None:
         if origin is None or origin.licence is None:

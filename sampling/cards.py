@@ -41,7 +41,7 @@ pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 
 
 class CardContent(NamedTuple):
-    """What is given with weights for their card.
+    """Content of a card, besides the document of the weights.
 
     Attributes:
         name: Repository or folder, as it is loaded.
@@ -106,7 +106,7 @@ def model_card(document: Mapping[str, Any], content: CardContent) -> str:
 
     Args:
         document: From `sampling.publishing.document_of`.
-        content: What is given with them.
+        content: The rest of the card.
 
     Returns:
         Markdown, after the hub's metadata.

@@ -83,7 +83,7 @@ def save_folder(
         name: Name in the card; None for the folder's.
         shard_size: Largest size of a file of weights, in bytes or as "5GB".
         flag: Name of the folder in messages.
-        **known: What the card shows: fields of `sampling.cards.CardContent`.
+        **known: Content of the card: fields of `sampling.cards.CardContent`.
 
     Returns:
         The folder.
