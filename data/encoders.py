@@ -67,6 +67,11 @@ class LatentScaling:
                 raise ValueError(f"{name} has {len(values[name])} numbers for {channels} latent channels")
         return cls(**values)
 
+    def undo(self, latents: Tensor) -> Tensor:
+        """Raw latents z of latents (..., C, H, W)."""
+        shift, scale = _coefficients(self, latents.device)
+        return latents / scale + shift
+
 
 @functools.cache  # numbers per channel are uploaded once, not at every step
 def _coefficients(scaling: LatentScaling, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
@@ -161,8 +166,7 @@ class Encoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (N, ..., C, H, W) of latents, not clamped."""
-        shift, scale = _coefficients(self.scaling, latents.device)
-        z = latents / scale + shift
+        z = self.scaling.undo(latents)
         return self.decode_rows(z.flatten(0, -4)).unflatten(0, z.shape[:-3])
 
     def describe(self) -> dict[str, object]:

@@ -17,8 +17,8 @@ from diffusion.schedules import unit_grid
 from models.contract import TimeConvention
 from runtime.settings import setting
 
-Kind = Literal["ode", "sde", "sde_mean", "sde_preserve"]
-MAX_ORDER = 4
+FlowKind = Literal["ode", "sde", "sde_mean", "sde_preserve"]
+MAX_ADAMS_ORDER = 4
 
 
 def flow_steps(spec: int | str) -> int:
@@ -90,7 +90,7 @@ class FlowSamplerSettings:
 class EulerSettings(FlowSamplerSettings):
     """Settings of the Euler sampler."""
 
-    kind: Kind = setting("ode", "the ODE, or a stochastic process instead", flag="--sde")
+    kind: FlowKind = setting("ode", "the ODE, or a stochastic process instead", flag="--sde")
 
 
 class EulerSampler(FlowSampler):
@@ -107,10 +107,12 @@ class EulerSampler(FlowSampler):
     Source: Ma et al., 2024 (SiT, arXiv 2401.08740), where the diffusion may have any strength.
     """
 
-    def __init__(self, process: FlowMatching, steps: int | str, *, kind: Kind = "ode", **grid: Unpack[Grid]) -> None:
+    def __init__(
+        self, process: FlowMatching, steps: int | str, *, kind: FlowKind = "ode", **grid: Unpack[Grid]
+    ) -> None:
         super().__init__(process, steps, **grid)
-        if kind not in get_args(Kind):
-            raise ValueError(f"{kind!r} is not one of {', '.join(get_args(Kind))}")
+        if kind not in get_args(FlowKind):
+            raise ValueError(f"{kind!r} is not one of {', '.join(get_args(FlowKind))}")
         # (drift by the score, variance of the noise), in units of w dt
         drift, variance = {"ode": (0, 0), "sde": (1, 2), "sde_mean": (1, 0), "sde_preserve": (0.5, 1)}[kind]
         # With s w = t v - x, a step is affine in x and v: x <- by_x x + by_velocity v + deviation noise
@@ -188,8 +190,8 @@ class AdamsSampler(FlowSampler):
         self, process: FlowMatching, steps: int | str, *, order: int = 2, in_log_snr: bool = False, **grid: Unpack[Grid]
     ) -> None:
         super().__init__(process, steps, **grid)
-        if not 1 <= order <= MAX_ORDER:
-            raise ValueError(f"the order must be in 1..{MAX_ORDER}, not {order}")
+        if not 1 <= order <= MAX_ADAMS_ORDER:
+            raise ValueError(f"the order must be in 1..{MAX_ADAMS_ORDER}, not {order}")
         nodes = [log_snr(t) for t in self.grid] if in_log_snr else list(self.grid)
         self.weights = [
             adams_weights(nodes[max(0, i + 1 - order) : i + 1], nodes[i + 1]) for i in range(len(self.times))

@@ -30,7 +30,13 @@ SHARD_SIZE = "5GB"
 
 
 def write_weights(
-    folder: Path, weights: Mapping[str, Tensor], document: Mapping[str, object], shard_size: int | str = SHARD_SIZE
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    document: Mapping[str, object],
+    shard_size: int | str = SHARD_SIZE,
+    pattern: str = WEIGHTS,
+    prefix: str = "",
+    config: Mapping[str, object] | None = None,
 ) -> None:
     """Write weights and their document into a folder that exists.
 
@@ -39,6 +45,9 @@ def write_weights(
         weights: Parameter name -> tensor.
         document: JSON values; checksums are added.
         shard_size: Largest size of a file, in bytes or as "5GB"; more are written beyond it, with an index.
+        pattern: Name of the file of weights, with "{suffix}" for its number.
+        prefix: Start of the names in that file.
+        config: Further members of config.json.
 
     Raises:
         OSError: If a file cannot be written.
@@ -48,9 +57,10 @@ def write_weights(
     # Copies: tensors that share memory are refused, or written once
     layout = torch.contiguous_format
     kept = {name: tensor.detach().cpu().clone(memory_format=layout) for name, tensor in sorted(weights.items())}
-    save_torch_state_dict(kept, folder, filename_pattern=WEIGHTS, max_shard_size=shard_size)
+    named = {prefix + name: tensor for name, tensor in kept.items()}
+    save_torch_state_dict(named, folder, filename_pattern=pattern, max_shard_size=shard_size)
     full = {**document, CHECKSUMS: {name: checksum(tensor) for name, tensor in kept.items()}}
-    (folder / CONFIG).write_text(json.dumps({DOCUMENT: full}, indent=2, allow_nan=False) + "\n")
+    (folder / CONFIG).write_text(json.dumps({**(config or {}), DOCUMENT: full}, indent=2, allow_nan=False) + "\n")
 
 
 def pretrained_folder(path: Path) -> Path | None:

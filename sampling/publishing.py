@@ -19,6 +19,7 @@ from runtime.files import check_folder
 from runtime.hub import check_repository, push_folder
 from runtime.licences import licence_to_publish
 from runtime.pretrained import ENCODER, SHARD_SIZE, write_weights
+from sampling.bundle import write_bundle
 from sampling.cards import CARD, CardContent, model_card, without_places
 from sampling.resolution import preset_of
 
@@ -69,6 +70,7 @@ def save_folder(
     licence: str | None = None,
     name: str | None = None,
     shard_size: int | str = SHARD_SIZE,
+    for_diffusers: bool = False,
     flag: str = "folder",
     **known: Any,
 ) -> Path:
@@ -82,6 +84,7 @@ def save_folder(
         licence: Licence of the weights; None for that of the weights that they came from, or none.
         name: Name in the card; None for the folder's.
         shard_size: Largest size of a file of weights, in bytes or as "5GB".
+        for_diffusers: Write a pipeline that diffusers loads without this code; it is loaded here, too.
         flag: Name of the folder in messages.
         **known: Content of the card: fields of `sampling.cards.CardContent`.
 
@@ -98,15 +101,18 @@ def save_folder(
         licence = origin.licence
     name = name or folder.name
     document = document_of(network, info, encoder, licence, name)
-    card = CardContent(name, sum(p.numel() for p in network.parameters()), **known)
+    card = CardContent(name, sum(p.numel() for p in network.parameters()), for_diffusers=for_diffusers, **known)
     for picture in (*card.pictures, *card.curves):
         if not picture.is_file():
             raise UserError(f"pictures {picture}: no such file")
 
     def write(inside: Path) -> None:
-        write_weights(inside, network.state_dict(), document, shard_size)
-        if document["encoder"]["name"] == ENCODER:
-            shutil.copytree(encoder.name, inside / ENCODER)
+        if for_diffusers:
+            write_bundle(inside, network, document, encoder, shard_size)
+        else:
+            write_weights(inside, network.state_dict(), document, shard_size)
+            if document["encoder"]["name"] == ENCODER:
+                shutil.copytree(encoder.name, inside / ENCODER)
         write_card(inside, document, card)
 
     write_folder(folder, write, flag)
