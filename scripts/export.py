@@ -1,11 +1,14 @@
 """Write the weights of a checkpoint for other code, and say what the file does not carry.
 
     python scripts/export.py --ckpt results/000-DiT-XL-2/checkpoints/0400000.safetensors --output DiT-XL-2.pt
+    python scripts/export.py --ckpt DDT-XL-22en6de-R256 --format pipeline --output ddt-xl-2-256
     python scripts/export.py --ckpt DiT-XL-2-256x256 --format diffusers --output dit-xl-2-256
 
 `official` is a flat state dict, as `--ckpt` of the official sample.py and sample_ddp.py takes it; of DDT models it is a
-Lightning checkpoint, as the official main.py (--ckpt_path) and app.py take it. `diffusers` is a folder with a
-DiTTransformer2DModel, the scheduler of its process, and a README with the lines that load them.
+Lightning checkpoint, as the official main.py (--ckpt_path) and app.py take it. `pipeline` is a folder for every family
+that diffusers loads with `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`: the code is in it.
+`diffusers` is a folder with diffusers' own DiTTransformer2DModel, the scheduler of its process, and a README with the
+lines that load them.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from models.loading import CheckpointInfo, load_network
 from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
+from runtime.licences import UNKNOWN
 from runtime.settings import setting
+from sampling.pipeline import Pipeline
 
 OFFICIAL_CLASSES, OFFICIAL_CLIP_CLASSES = 1000, 101
 SUFFIXES = (".pt", ".ckpt")
@@ -36,7 +41,11 @@ LIGHTNING_VERSION = "2.5.0"  # Lightning migrates what earlier versions wrote, a
 LIGHTNING_PREFIXES = ("ema_denoiser.", "denoiser.")  # the average that samples, the network that it is swapped with
 PREDICTION_TYPES = {"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}  # in diffusers
 
-README = """# Weights of {model} for diffusers
+README = """---
+license: {licence}
+---
+
+# Weights of {model} for diffusers
 
 ```python
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -62,9 +71,9 @@ class ExportSettings:
         None, "checkpoint: ours, an official file, or the name of a released one", shown="required"
     )
     weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
-    format: Literal["official", "diffusers"] = setting("official", "code that will load them")
+    format: Literal["official", "pipeline", "diffusers"] = setting("official", "code that will load them")
     output: Path | None = setting(
-        None, "file ending in .pt (or .ckpt), or for diffusers a new folder", shown="required"
+        None, "file ending in .pt (or .ckpt), or for the other formats a new folder", shown="required"
     )
 
     def __post_init__(self) -> None:
@@ -76,11 +85,12 @@ class ExportSettings:
             raise ValueError(f"--output {self.output}: --format {self.format} writes {kind}")
 
 
-def notes_on(network: Network, format: str) -> list[str]:
+def notes_on(network: Network, info: CheckpointInfo, format: str) -> list[str]:
     """Facts that the file does not carry to other code, as phrases."""
     notes = [
         "the autoencoder, the names of the classes and the preset of guidance: pass them on with the file",
         "optimizer state and the other set of weights (average or network): this is for sampling, not for training",
+        f"the licence of the weights: {licence_of(info) or UNKNOWN}",
     ]
     classes, null_class = getattr(network.config, "num_classes", 0), []
     if isinstance(network, LatteT2V):
@@ -91,8 +101,7 @@ def notes_on(network: Network, format: str) -> list[str]:
             "the sizes of the network and its null class: the YAML config of the official code has to name them"
         )
     elif classes not in (0, expected):
-        reader = "the official scripts always take" if format == "official" else "DiTPipeline always takes"
-        null_class = [f"the null class {classes}: {reader} {expected}"]
+        null_class = [f"the null class {classes}: the official scripts always take {expected}"]
     if format == "official" and classes and network.config.class_dropout_prob == 0:
         null_class = ["a null class, which it was trained without: the official code makes a network with one"]
     if format == "official":
@@ -104,8 +113,12 @@ def notes_on(network: Network, format: str) -> list[str]:
         "positions: computed again there, equal to within float32 rounding of the table",
         "guidance of the first 3 latent channels, as in official figures: DiTPipeline guides all of them",
         "the predicted variance: deterministic schedulers drop it",
-        *null_class,
     ]
+
+
+def licence_of(info: CheckpointInfo) -> str | None:
+    """Licence of a checkpoint's weights, or of those that they came from; None if it is not known."""
+    return None if info.origin is None else info.origin.licence
 
 
 def official_content(network: Network, info: CheckpointInfo) -> Mapping[str, object]:
@@ -143,6 +156,10 @@ def export_diffusers(network: Network, info: CheckpointInfo, folder: Path, notes
     prediction = str(info.process_settings.get("prediction", default))
     if info.process != "gaussian" or prediction not in PREDICTION_TYPES:
         raise UserError(f"--format diffusers: DiTPipeline cannot sample from a {info.process} process ({prediction})")
+    classes = network.config.num_classes
+    if info.encoder == "none" or classes != OFFICIAL_CLASSES:
+        lacks = "needs an autoencoder" if info.encoder == "none" else f"takes null class 1000, not {classes}"
+        raise UserError(f"--format diffusers: DiTPipeline {lacks}; give --format pipeline, which has no such limit")
     with error_prefix("--format diffusers"):
         transformer: Any = diffusers_network(network)
     scheduler: Any = DDIMScheduler(
@@ -156,7 +173,8 @@ def export_diffusers(network: Network, info: CheckpointInfo, folder: Path, notes
     try:
         transformer.save_pretrained(unfinished / "transformer")
         scheduler.save_pretrained(unfinished / "scheduler")
-        text = README.format(model=info.model, notes="\n".join(f"- {note}" for note in notes))
+        listed, licence = "\n".join(f"- {note}" for note in notes), licence_of(info) or "other"
+        text = README.format(model=info.model, licence=licence, notes=listed)
         (unfinished / "README.md").write_text(text)
         os.replace(unfinished, folder)
     finally:
@@ -170,8 +188,13 @@ def main(argv: Sequence[str]) -> None:
     if config.output.exists():
         raise UserError(f"--output {config.output}: exists already; delete it, or give another name")
     check_writable(config.output, "--output")
+    if config.format == "pipeline":
+        pipeline = Pipeline.from_pretrained(config.ckpt, device="cpu", weights=config.weights)
+        pipeline.save_pretrained(config.output, for_diffusers=True, flag="--output")
+        print(f"Wrote the {config.weights} weights of {pipeline.info.model} to {config.output}, with its code.")
+        return
     network, info = load_network(config.ckpt, weights=config.weights)
-    notes = notes_on(network, config.format)
+    notes = notes_on(network, info, config.format)
     if config.format == "official":
         export_official(network, info, config.output)
     else:

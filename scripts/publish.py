@@ -50,6 +50,7 @@ class PublishSettings:
     update: bool = setting(False, "replace weights of this code that are in the repository")
     scores: tuple[Path, ...] = setting((), "files of scores that the evaluator wrote")
     pictures: tuple[Path, ...] = setting((), "pictures of samples")
+    for_diffusers: bool = setting(False, "write a pipeline that diffusers loads, with its code")
     shard_size: str = setting(SHARD_SIZE, "largest size of a file of weights, such as 500MB")
 
     def __post_init__(self) -> None:
@@ -95,7 +96,7 @@ def publish(config: PublishSettings, scratch: Path) -> str:
     known: dict[str, Any] = {"scores": scores, "losses": losses, "pictures": config.pictures, "licence": config.licence}
     if losses:
         known["curves"] = (draw_losses(losses, scratch / "loss.png"),)
-    known["shard_size"] = config.shard_size
+    known |= {"shard_size": config.shard_size, "for_diffusers": config.for_diffusers}
     if config.output is not None:
         return str(pipeline.save_pretrained(config.output, flag="--output", **known))
     assert config.repo is not None

@@ -197,19 +197,19 @@ def test_exported_names_and_shapes_are_the_official_ones(name: str, golden: str,
 def test_diffusers_computes_the_same_once_its_timesteps_are_corrected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    network = checkpoint(tmp_path / "a.safetensors")
+    network = checkpoint(tmp_path / "a.safetensors", num_classes=1000)
     folder = tmp_path / "exported"
     assert exported(tmp_path / "a.safetensors", folder, "diffusers") == 0
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "scheduler", "transformer"]
     twin, info = DiTTransformer2DModel.from_pretrained(folder / "transformer", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0, 20, 500, 999]), torch.tensor([0, 3, 9, 10])
+    x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0, 20, 500, 999]), torch.tensor([0, 3, 9, 1000])
     expected = network(x, t, y=y).sample
     assert relative_error(twin(x, timestep=t, class_labels=y).sample, expected) > 1e-4, "what no config carries"
     assert_close(correct_timesteps(twin)(x, timestep=t, class_labels=y).sample, expected, 2e-6)
     said, readme = capsys.readouterr().out, (folder / "README.md").read_text()
     assert "set it after loading, as the README.md in the exported folder shows" in said
-    for note in ("downscale_freq_shift", "first 3 latent channels", "the null class 10: DiTPipeline always takes 1000"):
+    for note in ("downscale_freq_shift", "first 3 latent channels", "the licence of the weights: unknown"):
         assert note in said and note in readme
     loop = readme.split("```python")[1].split("scheduler = ")[0].split("from_pretrained")[1].split("\n", 1)[1]
     fresh = DiTTransformer2DModel.from_pretrained(folder / "transformer")
@@ -217,11 +217,30 @@ def test_diffusers_computes_the_same_once_its_timesteps_are_corrected(
     assert_close(fresh(x, timestep=t, class_labels=y).sample, expected, 2e-6)
 
 
+@torch.no_grad()
+def test_a_pipeline_is_written_for_any_family_and_carries_the_licence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    origin = {"name": "DiT-XL-2-256x256", "licence": "cc-by-nc-4.0"}
+    network = randomise(create_model("Skip-DiT-debug/2", num_classes=3))
+    path = write_network(tmp_path / "a.safetensors", "Skip-DiT-debug/2", network, origin=origin)
+    assert exported(path, tmp_path / "out", "pipeline") == 0
+    assert "weights of Skip-DiT-debug/2 to" in capsys.readouterr().out
+    index = json.loads((tmp_path / "out/model_index.json").read_text())
+    assert index["transformer"] == ["skip_dit_network", "SkipDiTTransformer"] and index["vae"] == [None, None]
+    assert "license: cc-by-nc-4.0" in (tmp_path / "out/README.md").read_text()
+    again, info = load_network(tmp_path / "out")
+    x, y = torch.randn(2, *network.sample_shape), torch.tensor([0, 3])
+    assert torch.equal(again(x, 500.0, y=y).sample, network(x, 500.0, y=y).sample)
+    assert exported(path, tmp_path / "a.pt", "official") == 0
+    assert "the licence of the weights: cc-by-nc-4.0" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize(("prediction", "kind"), [("epsilon", "epsilon"), ("x_start", "sample"), ("v", "v_prediction")])
 def test_the_scheduler_is_the_one_of_the_process(schedule: str, prediction: str, kind: str, tmp_path: Path) -> None:
     settings = {"noise_schedule": schedule, "prediction": prediction}
-    checkpoint(tmp_path / "a.safetensors", {"name": "gaussian", **settings})
+    checkpoint(tmp_path / "a.safetensors", {"name": "gaussian", **settings}, num_classes=1000)
     assert exported(tmp_path / "a.safetensors", tmp_path / "out", "diffusers") == 0
     scheduler = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
     process = create_diffusion("", **settings)  # type: ignore[arg-type]
@@ -250,6 +269,9 @@ def test_the_scheduler_is_the_one_of_the_process(schedule: str, prediction: str,
         ),
         ("--ckpt flow.safetensors --output b --format diffusers", "cannot sample from a flow process (velocity)"),
         ("--ckpt wide.safetensors --output b --format diffusers", "an mlp_ratio of 4, not 2.0"),
+        ("--ckpt a.safetensors --output b --format diffusers", "null class 1000, not 10; give --format pipeline"),
+        ("--ckpt pixels.safetensors --output b --format diffusers", "needs an autoencoder; give --format pipeline"),
+        ("--ckpt a.safetensors --output b.pt --format pipeline", "--format pipeline writes a folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
@@ -257,8 +279,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     checkpoint(Path("a.safetensors"))
-    checkpoint(Path("no_null.safetensors"), class_dropout_prob=0.0)
-    checkpoint(Path("wide.safetensors"), mlp_ratio=2.0)
+    checkpoint(Path("no_null.safetensors"), class_dropout_prob=0.0, num_classes=1000)
+    checkpoint(Path("wide.safetensors"), mlp_ratio=2.0, num_classes=1000)
+    write_network(Path("pixels.safetensors"), "DiT-debug/2", create_model("DiT-debug/2"))
     checkpoint(Path("flow.safetensors"), {"name": "flow"})
     torch.save({"weight": torch.zeros(1)}, "foreign.pt")
     torch.save(create_model("DyDiT-debug/2", num_heads=2).state_dict(), "gates.pt")
