@@ -2,8 +2,9 @@
 
     source = flatten(["models.dit.DiT", "models.dit.DiTConfig"])
 
-Each definition is text of the module that has it. Imports of this code are resolved, others are kept; tables, functions and
-classes that nothing needs are left out. Used by sampling/bundle.py, for folders that run where this code is not installed.
+Each definition is text of the module that has it. Imports of this code are resolved, others are kept; tables, functions
+and classes that nothing needs are left out. Used by sampling/bundle.py, for folders that run where this code is not
+installed.
 """
 
 from __future__ import annotations
