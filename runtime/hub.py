@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from runtime.download import quiet_hub
@@ -20,6 +21,8 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES_OF_WEIGHTS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".json"}
 NEEDED = ("*.json", "*.safetensors", "vae/*", "transformer/*")  # files of a repository that are loaded
 ALWAYS_THERE = {".gitattributes", "README.md"}  # that the hub or a person makes with a repository
+# Files that a folder of weights may have, and an earlier one of another layout left; a person's stay
+REPLACED = ("model*.safetensors", "*.index.json", CONFIG, "model_index.json", "pipeline.py", "vae/*", "transformer/*")
 
 
 def is_repository(path: Path, models: Collection[str]) -> bool:
@@ -73,7 +76,7 @@ def check_repository(repository: str, *, update: bool, flag: str = "--repo") -> 
 
 
 def push_folder(folder: Path, repository: str, *, private: bool = False, flag: str = "--repo") -> str:
-    """Upload a folder as one commit; files of an earlier one that it lacks are deleted.
+    """Upload a folder as one commit; weights, code and configs of an earlier one that it lacks are deleted.
 
     Returns:
         Address of the repository.
@@ -87,7 +90,8 @@ def push_folder(folder: Path, repository: str, *, private: bool = False, flag: s
     names = [path.relative_to(folder).as_posix() for path in files]
     with hub_errors(f"{flag} {repository}"), quiet_hub():
         url = api.create_repo(repository, private=private, exist_ok=True)
-        former = set(api.list_repo_files(repository)) - ALWAYS_THERE - set(names)
+        there = set(api.list_repo_files(repository)) - set(names)
+        former = {name for name in there if any(fnmatchcase(name, pattern) for pattern in REPLACED)}
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, str(path)) for name, path in zip(names, files, strict=True)),
             *(CommitOperationDelete(name) for name in sorted(former)),

@@ -108,6 +108,8 @@ def test_fine_tuned_weights_carry_their_origin(name: str, tmp_path: Path) -> Non
         pipeline = opened(path)
         assert pipeline.info.origin is not None and pipeline.info.origin.licence == licence
     folder = pipeline.save_pretrained(tmp_path / "saved")
+    again = opened(trained(tmp_path, folder)).info.origin
+    assert again is not None and again.licence == licence and (again.name == "saved") == (licence is not None)
     assert f"license: {licence}" in (folder / "README.md").read_text() or licence is None
     if licence is not None:
         with pytest.raises(UserError, match="against the licence of the weights.*DiT-XL-2-256x256"):

@@ -16,6 +16,7 @@ from tests.hub_server import TOKEN, Hub, Repository, serving
 from tests.processes import ROOT
 
 LICENSE = ["--license", "apache-2.0"]
+OURS = b'{"dit_family": {"model": {"name": "DiT-digits/2"}}}'
 
 # Runs publish.py for each list of flags, in one process, since its imports take seconds; prints statuses as JSON.
 PUBLISHING = """
@@ -62,12 +63,15 @@ def test_weights_go_to_the_hub_and_come_back_elsewhere(tmp_path: Path) -> None:
             ([*ckpt, "--repo", "me/digits", "--private", *LICENSE], token),
             ([*ckpt, "--repo", "me/digits", *LICENSE], token),
             ([*ckpt, "--repo", "me/other", "--update", *LICENSE], token),
-            ([*ckpt, "--repo", "me/digits", "--update", "--license", "mit"], token),
+            ([*ckpt, "--repo", "me/digits", "--update", "--license", "mit", "--shard-size", "1MB"], token),
+            ([*ckpt, "--repo", "me/notes", "--update", "--license", "mit"], token),
         ]
         hub.repositories["me/other"] = Repository()
         hub.repositories["me/other"].files["thesis.pdf"] = b"pages"
+        hub.repositories["me/notes"] = Repository()
+        hub.repositories["me/notes"].files |= {"notes.txt": b"mine", "model-7.safetensors": b"", "config.json": OURS}
         published = in_process(hub, tmp_path / "home", PUBLISHING, json.dumps(calls))
-        assert "statuses [2, 2, 2, 2, 0, 2, 2, 0]" in published.stdout, published.stderr
+        assert "statuses [2, 2, 2, 2, 0, 2, 2, 0, 0]" in published.stdout, published.stderr
         errors = [line for line in published.stderr.splitlines() if line.startswith("publish.py: error: ")]
         for error, words in zip(errors, [
             "--repo me/new: no token; set HF_TOKEN, or run: hf auth login",
@@ -78,10 +82,13 @@ def test_weights_go_to_the_hub_and_come_back_elsewhere(tmp_path: Path) -> None:
             "--repo me/other: exists, with other content (thesis.pdf); choose another name",
         ], strict=True):  # fmt: skip
             assert words in error
-        assert hub.repositories.keys() == {"me/digits", "me/other"}
+        assert hub.repositories.keys() == {"me/digits", "me/other", "me/notes"}
         repository = hub.repositories["me/digits"]
         assert repository.private and repository.commits == 2
-        assert {"README.md", "config.json", "model.safetensors", "loss.png"} < repository.files.keys()
+        assert {"README.md", "config.json", "model.safetensors.index.json", "loss.png"} < repository.files.keys()
+        assert "model.safetensors" not in repository.files, "of the first one"
+        assert {"notes.txt", "model.safetensors"} < hub.repositories["me/notes"].files.keys()
+        assert "model-7.safetensors" not in hub.repositories["me/notes"].files
         card = repository.files["README.md"].decode()
         assert "license: mit" in card and "| 2 | 0.25 |" in card and str(tmp_path) not in card
 
