@@ -17,6 +17,7 @@ from data.columns import ColumnSettings
 from runtime import distributed
 from runtime.errors import RankError, UserError
 from runtime.seeds import derive_seed
+from runtime.stores import fetch
 
 T = TypeVar("T")
 Key = tuple[int, int]  # (epoch, index)
@@ -129,11 +130,16 @@ class DatasetSettings(NamedTuple):
     columns: ColumnSettings = ColumnSettings()  # of tables and shards
     held_out: bool = False  # data of a validation
 
-    def require_path(self, content: str) -> Path:
-        """The folder; a ValueError if none is given."""
+    def require_path(self, content: str, *, is_pattern: bool = False) -> Path:
+        """The folder, copied here from an object store, unless it is a pattern; a ValueError if none is given."""
         if self.path is None:
             raise ValueError(f"{content} needs --data-path")
-        return self.path
+        return self.path if is_pattern else fetch(self.path, self.flag)
+
+    @property
+    def flag(self) -> str:
+        """Flag of the path."""
+        return "--eval-data-path" if self.held_out else "--data-path"
 
 
 def sides(image_size: int | tuple[int, int]) -> tuple[int, int]:

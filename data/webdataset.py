@@ -25,6 +25,7 @@ from data.folder_scan import EXTENSIONS, is_hidden, warn_of_numbers
 from data.image_folder import EncodedImages
 from runtime.json_file import parse_json
 from runtime.settings import flag_name
+from runtime.stores import Address, fetch
 
 IMAGES = {extension.removeprefix(".") for extension in EXTENSIONS}
 SAMPLE = re.compile(r"(?P<name>(.*/)?[^/.]+)\.(?P<kind>[^/]+)", re.DOTALL)
@@ -61,11 +62,11 @@ def open_webdataset(settings: DatasetSettings) -> ShardImages:
     Raises:
         ValueError: Naming the file that is missing or damaged, or the sample without a label.
     """
-    path = settings.require_path("a folder or pattern of shards")
+    path = settings.require_path("a folder or pattern of shards", is_pattern=True)
     for flag in ("image_column", "split"):
         if (value := getattr(settings.columns, flag)) is not None:
             raise ValueError(f"{flag_name(flag)} {value}: has no effect on shards, which have no columns and no splits")
-    paths = shard_paths(path)
+    paths = shard_paths(path, settings.flag)
     with ThreadPoolExecutor(_THREADS) as pool:
         shards = [*pool.map(partial(read_shard, label=settings.columns.label_column), paths)]
     left_out = sum(shard.left_out for shard in shards)
@@ -81,12 +82,16 @@ def open_webdataset(settings: DatasetSettings) -> ShardImages:
     return ShardImages(paths, shards, labels, settings)
 
 
-def shard_paths(path: Path) -> list[Path]:
+def shard_paths(path: Path, flag: str = "--data-path") -> list[Path]:
     """The shards that a path means, in order: those of a folder by name, those of a pattern as it counts.
 
     Raises:
         ValueError: If there are none, one is missing, or one is compressed.
     """
+    names_given = expand_braces(str(path))
+    if isinstance(path, Address) and len(names_given) > 1:
+        return [fetch(Address(name), flag) for name in names_given]
+    path = fetch(path, flag)
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if not is_hidden(entry.name) and not entry.is_dir())
         found = [path / name for name in names if name.endswith(".tar")]
@@ -96,7 +101,7 @@ def shard_paths(path: Path) -> list[Path]:
         if not found:
             raise ValueError(f"{path}: holds no .tar files")
         return found
-    paths = [path] if path.exists() else [Path(name) for name in expand_braces(str(path))]
+    paths = [path] if path.exists() else [Path(name) for name in names_given]
     for each in paths:
         if each.name.endswith(COMPRESSED):
             raise ValueError(f"{each}: compressed, so images in it have no places; unpack it to a .tar")

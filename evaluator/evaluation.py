@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from runtime.distributed import World
 from runtime.errors import UserError, error_prefix
 from runtime.files import check_folder, check_writable, remove_temporary
 from runtime.settings import to_dict
+from runtime.stores import check_store, fetch, is_there, staged
 
 FORMAT = 2  # of the result; format 1 called the warnings "remarks"
 PUBLISHED_COUNT = 50_000  # images of published FIDs
@@ -53,7 +55,7 @@ def evaluate(config: EvaluatorConfig, world: World, openers: Openers) -> None:
     Raises:
         UserError: For anything wrong with the files, on all ranks.
     """
-    watch = Stopwatch()
+    watch, given, config = Stopwatch(), config, fetch_files(config)
     with watch.measure("total"):
         real, generated = files = open_both(config, openers)
         metrics = config.metric_names(clips=generated.frames is not None)
@@ -64,9 +66,9 @@ def evaluate(config: EvaluatorConfig, world: World, openers: Openers) -> None:
                 *files, config.num_samples, config.num_reference, config.frame_interval or 1, config.clip_seed or 0
             )
         protocol = read_protocol(config.sample_batch)
-        output = output_path(config)
+        output = output_path(given)
         if world.is_main:
-            remove_temporary(output)
+            remove_temporary(staged(output))
         check_folder(config.cache, "--cache-dir")
         with watch.measure("weights"):
             stages = [open_images_stage(config, world, images)] if images else []
@@ -85,7 +87,7 @@ def evaluate(config: EvaluatorConfig, world: World, openers: Openers) -> None:
             for each, file, digest, source in zip(stages[0].inputs, files, digests, sources, strict=True)
         },
         "protocol": protocol,
-        "config": {**to_dict(config), "metrics": ",".join(metrics)},
+        "config": {**to_dict(given), "metrics": ",".join(metrics)},
         **{stage.name: stage.describe(world) for stage in stages},
         "versions": library_versions(config.backend),
         "seconds": watch.seconds,
@@ -102,6 +104,16 @@ def evaluate(config: EvaluatorConfig, world: World, openers: Openers) -> None:
                 print(describe_in_line(title, document[title]), file=sys.stderr)
             write_document(document, output)
             print(f"written: {output}", file=sys.stderr)
+
+
+def fetch_files(config: EvaluatorConfig) -> EvaluatorConfig:
+    """Settings with local copies of both files, and of the JSON next to the samples, if they are on an object store."""
+    samples, protocol = fetch(config.sample_batch, "sample_batch"), protocol_path(config.sample_batch)
+    if samples != config.sample_batch:
+        protocol_path(samples).unlink(missing_ok=True)  # a copy of one that is no longer there
+        if is_there(protocol, "sample_batch"):
+            fetch(protocol, "sample_batch")
+    return replace(config, ref_batch=fetch(config.ref_batch, "ref_batch"), sample_batch=samples)
 
 
 def open_both(config: EvaluatorConfig, openers: Openers) -> tuple[ImageFile, ImageFile]:
@@ -154,8 +166,9 @@ def output_path(config: EvaluatorConfig) -> Path:
     read = (config.ref_batch, config.sample_batch, protocol_path(config.sample_batch))
     if any(path.resolve() == each.resolve() for each in read):
         raise UserError(f"{flag} {path}: the evaluation reads this file; choose another name")
-    check_writable(path, flag)
-    if path.exists() and not is_result(path):
+    check_store(path, flag)
+    check_writable(staged(path), flag)
+    if is_there(path, flag) and not is_result(fetch(path, flag)):
         raise UserError(f"{flag} {path}: exists, and is no result of the evaluator; move it, or give another --json")
     return path
 

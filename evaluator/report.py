@@ -13,6 +13,7 @@ from typing import Any
 from evaluator.npz import BadImageFile
 from runtime.errors import UserError
 from runtime.files import atomic_path
+from runtime.stores import staged, upload
 
 
 def protocol_path(samples: Path) -> Path:
@@ -100,13 +101,14 @@ def library_versions(backend: str) -> dict[str, str]:
 
 
 def write_document(document: Mapping[str, object], path: Path) -> None:
-    """Write the JSON, whole or not at all.
+    """Write the JSON, whole or not at all, to a path or an address.
 
     Raises:
         UserError: If the disk is full, or a score is not a finite number.
     """
     try:
-        with atomic_path(path) as temporary:
+        with atomic_path(staged(path)) as temporary:
             temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot write it ({getattr(error, 'strerror', None) or error})") from error
+    upload(staged(path), path, "--json")

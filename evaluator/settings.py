@@ -28,10 +28,12 @@ class EvaluatorConfig:
 
     ref_batch: Path = positional(
         "reference .npz: arr_0 images (N, H, W, 3) uint8, or mu, sigma, mu_s, sigma_s, or all; or a folder of images; "
-        "or an .npz of clips, arr_0 (N, F, H, W, 3), or a folder of videos"
+        "or an .npz of clips, arr_0 (N, F, H, W, 3), or a folder of videos",
+        remote=True,
     )
     sample_batch: Path = positional(
-        "samples .npz: arr_0 images (N, H, W, 3) uint8, or clips (N, F, H, W, 3); or a folder of images or videos"
+        "samples .npz: arr_0 images (N, H, W, 3) uint8, or clips (N, F, H, W, 3); or a folder of images or videos",
+        remote=True,
     )
     metrics: str | None = setting(
         None,
@@ -62,7 +64,7 @@ class EvaluatorConfig:
     cache_dir: Path | None = setting(
         None, "folder for weights and the reference's features", shown="~/.cache/dit-family"
     )
-    json: Path | None = setting(None, "file for the result", shown="SAMPLES.scores.json")
+    json: Path | None = setting(None, "file for the result", shown="SAMPLES.scores.json", remote=True)
     batch_size: int | None = setting(
         None, "images or clips at a time", shown="images: 64 on a GPU, 8 on a CPU; clips: 16 and 1"
     )

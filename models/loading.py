@@ -26,6 +26,7 @@ from runtime.errors import UserError, error_prefix
 from runtime.hub import fetch_repository, is_repository
 from runtime.licences import Origin, origin_of
 from runtime.releases import Preset, Release, close_names, find_release, release_of_model
+from runtime.stores import fetch, parse_path
 
 # Files of SiT have DiT's names and shapes, and another process
 SIT_NAME = re.compile(r"(?<![a-z])sit(?![a-z])", re.IGNORECASE)
@@ -200,7 +201,7 @@ def _other_labels(info: CheckpointInfo, by_flag: bool) -> str:
 
 def _locate(source: str | Path, folder: Path, flag: str) -> tuple[Path, Release | None]:
     """Find the file of a source, downloaded if it is a release that is not here yet."""
-    path, name = Path(source), str(source)
+    path, name = fetch(parse_path(source), flag), str(source)
     if path.exists():
         return path, find_release(path.name)
     release = find_release(name)

@@ -26,6 +26,7 @@ from runtime.settings import (
     flag_name,
     flags_of,
     from_json,
+    path_parser,
     put,
     section_of,
     split_optional,
@@ -160,21 +161,25 @@ def _build(cls: type[T], values: Values) -> T:
 def _add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
     kind, optional = split_optional(flag.hint)
     help_text = flag.field.metadata["help"].replace("%", "%%")
+    read = path_parser(flag) if kind is Path else kind
     if flag.is_positional:
-        parser.add_argument(flag.name, type=kind, help=help_text)
+        parser.add_argument(flag.name, type=read, help=help_text)
         return
     options: Values = {"dest": flag.name, "default": argparse.SUPPRESS, "help": f"{help_text} ({_default(flag)})"}
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
-        options |= {"type": items[0], "nargs": "+" if Ellipsis in items else len(items)}
+        options |= {
+            "type": path_parser(flag) if items[0] is Path else items[0],
+            "nargs": "+" if Ellipsis in items else len(items),
+        }
         options["action"] = _AddingAction if flag.field.metadata["repeats"] else _TupleAction
         options["metavar"] = items[0].__name__.upper()
     elif choices := choices_of(flag):
         options["choices"] = choices
     else:
-        options["type"] = _or_auto(kind) if optional and kind is int else kind
+        options["type"] = _or_auto(kind) if optional and kind is int else read
         options["metavar"] = "PATH" if kind is Path else kind.__name__.upper()
     known = parser._option_string_actions
     if flag.name not in known:

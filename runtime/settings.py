@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from runtime.errors import UserError, error_prefix
+from runtime.stores import Address, parse_path
 
 T_co = TypeVar("T_co", covariant=True)
 Values = dict[str, Any]  # JSON values, or what flags were parsed to
@@ -33,6 +34,7 @@ def setting(
     free: bool = False,
     sampling: bool = False,
     repeats: bool = False,
+    remote: bool = False,
 ) -> Any:
     """Make a dataclass field that is a setting.
 
@@ -46,14 +48,16 @@ def setting(
         free: True if results do not depend on it: it may change when a run is resumed or a job continued.
         sampling: True for an owner's setting that does not change its weights, and that sampling offers, too.
         repeats: True for a flag of several values that adds to those of the same flag before it.
+        remote: True for a path that may be an address on an object store.
     """
     metadata = {"help": help, "choices": choices, "flag": flag, "shown": shown, "was": was or {}, "free": free}
-    return dataclasses.field(default=default, metadata={**metadata, "sampling": sampling, "repeats": repeats})
+    metadata |= {"sampling": sampling, "repeats": repeats, "remote": remote}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def positional(help: str) -> Any:
+def positional(help: str, *, remote: bool = False) -> Any:
     """Make a dataclass field without a default that is given by its position, not by a flag."""
-    return dataclasses.field(metadata={"help": help})
+    return dataclasses.field(metadata={"help": help, "remote": remote})
 
 
 def flag_name(field: str) -> str:
@@ -382,15 +386,27 @@ def from_json(value: object, flag: Flag, where: str) -> object:
         if not isinstance(value, list) or (count and len(value) != len(items)):
             raise UserError(f"{where} = {value!r}: expected {count}values in a list")
         as_text = items[0] is str  # numbers are names, too
-        return tuple(_scalar(str(v) if as_text and type(v) is int else v, items[0], where) for v in value)
-    return _scalar(value, kind, where)
+        return tuple(_scalar(str(v) if as_text and type(v) is int else v, items[0], where, flag) for v in value)
+    return _scalar(value, kind, where, flag)
 
 
-def _scalar(value: object, kind: Any, where: str) -> object:
+def path_parser(flag: Flag) -> Callable[[str], Path]:
+    """Function from the text of a path to the path; a UserError for an address where only local paths are taken."""
+
+    def parse(text: str) -> Path:
+        path = parse_path(text)
+        if isinstance(path, Address) and not flag.field.metadata["remote"]:
+            raise UserError(f"{flag.name} {text}: is on an object store, and must be a local path; copy it by hand")
+        return path
+
+    return parse
+
+
+def _scalar(value: object, kind: Any, where: str, flag: Flag) -> object:
     accepted = {float: (float, int), Path: (str,)}.get(kind, (kind,))
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{where} = {value!r}: expected {getattr(kind, '__name__', kind)}")
-    return kind(value)
+    return path_parser(flag)(str(value)) if kind is Path else kind(value)
 
 
 def split_optional(hint: object) -> tuple[Any, bool]:

@@ -22,6 +22,7 @@ from runtime.download import sha256_of
 from runtime.errors import UserError
 from runtime.files import check_utf8
 from runtime.json_file import parse_json
+from runtime.stores import fetch
 from runtime.zip_checksums import PartChecksums
 
 # Harmless classes in files of weights; everything else is refused
@@ -45,6 +46,7 @@ def file_in(path: Path, flag: str) -> Path:
     Raises:
         UserError: If there is none, or more than one.
     """
+    path = fetch(path, flag)
     check_utf8(path, flag)
     if path.is_dir():
         for pattern in ("*.safetensors.index.json", "*.safetensors", "transformer/*.safetensors", "*.bin", "*.pt"):

@@ -30,7 +30,9 @@ from sampling.prompts import TextSettings
 class CheckpointSettings:
     """Which weights."""
 
-    ckpt: Path | None = setting(None, "checkpoint: ours, an official file, or the name of a released one", free=True)
+    ckpt: Path | None = setting(
+        None, "checkpoint: ours, an official file, or the name of a released one", free=True, remote=True
+    )
     weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
     image_size: int | None = setting(None, "side of the images in pixels", shown="the weights'; 256 without --ckpt")
     num_classes: int | None = setting(None, "number of classes", shown="the weights'")
@@ -93,7 +95,7 @@ class GuidanceSettings:
         "multiple, with no velocity in the first 4 percent of the evaluations (flows)",
     )
     guide_ckpt: Path | None = setting(
-        None, "weaker network of autoguidance: an earlier checkpoint, or one of a smaller size"
+        None, "weaker network of autoguidance: an earlier checkpoint, or one of a smaller size", remote=True
     )
     guidance_schedule: ScaleSchedule = setting(
         "constant", "scale over time; the others rise from 1 at the noise, with the same mean"

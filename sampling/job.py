@@ -27,6 +27,7 @@ from runtime.errors import UserError, error_prefix
 from runtime.files import atomic_path, check_writable
 from runtime.seeds import derive_seed
 from runtime.settings import Values, document, flag_name, flag_of, flatten, free_settings, setting, to_dict
+from runtime.stores import check_store, is_there, staged, upload
 from runtime.weight_files import weights_sha256
 from sampling.clips import ClipSettings
 from sampling.config import KINDS, SamplingSettings, check_labels, check_unlabelled
@@ -45,8 +46,12 @@ COUNTS = {"image": 50_000, "clip": 2_048}  # samples as FID-50K takes them, and 
 class JobSettings:
     """Which images, and where they go."""
 
-    sample_dir: Path = setting(Path("samples"), "folder of the .npz, under a name made of the settings", free=True)
-    output: Path | None = setting(None, "exact path of the .npz", shown="a name in --sample-dir", free=True)
+    sample_dir: Path = setting(
+        Path("samples"), "folder of the .npz, under a name made of the settings", free=True, remote=True
+    )
+    output: Path | None = setting(
+        None, "exact path of the .npz", shown="a name in --sample-dir", free=True, remote=True
+    )
     overwrite: bool = setting(False, "replace existing files and unfinished jobs with other settings", free=True)
     num_fid_samples: int | None = setting(
         None,
@@ -230,10 +235,12 @@ class Job:
         path = job.output or job.sample_dir / self._name(fixed)
         self.config = replace(run.config, job=replace(job, output=path))
 
-        flag = "--output" if job.output else "--sample-dir"
-        check_writable(path, flag)
+        self.flag = flag = "--output" if job.output else "--sample-dir"
+        self.path, local = path, staged(path)
+        check_store(path, flag)
+        check_writable(local, flag)
         *frames, channels, height, width = pipeline.image_shape
-        self.file = SampleFile(path, (self.total, *frames, height, width, channels), self.size, world.rank)
+        self.file = SampleFile(local, (self.total, *frames, height, width, channels), self.size, world.rank)
         self.missing = distributed.on_rank0(lambda: self._open_file(fixed, flag))
 
     def sample(self) -> None:
@@ -249,13 +256,17 @@ class Job:
                 background.submit(partial(self._store, chunk, latents, bar))
 
     def finish(self, timings: Values) -> Path:
-        """Complete the file and write the JSON next to it, on one process; returns the path."""
+        """Complete the file and write the JSON next to it, on one process; returns the path or address."""
         labels = None if self.plan.labels is None else self.plan.labels.numpy()
         if (listing := self._listing()) is not None:
             with atomic_path(self.file.path.with_suffix(LISTING)) as temporary:
                 temporary.write_text(listing, encoding="utf-8")
         self.file.finish(labels, {**self._result(), "run": timings})
-        return self.file.path
+        for suffix in (LISTING, ".json", "", self.path.suffix):  # last what a later job finds
+            local = self.file.path.with_suffix(suffix)
+            if local.exists():
+                upload(local, self.path.with_suffix(suffix), self.flag)
+        return self.path
 
     def _listing(self) -> str | None:
         """Prompts of all samples, one a line; None if there are none, or their texts are not known."""
@@ -314,6 +325,8 @@ class Job:
         listing, path = self._listing(), file.path.with_suffix(LISTING)
         if listing is not None and path.exists() and not job.overwrite and path.read_bytes() != listing.encode():
             raise UserError(f"{flag}: {path} exists already, with other text; --overwrite replaces it")
+        if file.path != self.path and not job.overwrite and is_there(self.path, flag):
+            raise UserError(f"{flag}: {self.path} exists already; --overwrite replaces it")
         try:
             # Not part of the name, under which version 0.1 started jobs without it
             settings = {**fixed, "torch": torch.__version__, migrate.ENCODER: encoder_digest(self.encoder)}

@@ -68,7 +68,7 @@ class ExportSettings:
     """Settings of export.py."""
 
     ckpt: Path | None = setting(
-        None, "checkpoint: ours, an official file, or the name of a released one", shown="required"
+        None, "checkpoint: ours, an official file, or the name of a released one", shown="required", remote=True
     )
     weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
     format: Literal["official", "pipeline", "diffusers"] = setting("official", "code that will load them")

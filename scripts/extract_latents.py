@@ -17,7 +17,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -60,6 +60,7 @@ from runtime.json_file import write_json
 from runtime.locks import NAME as LOCK
 from runtime.locks import locked
 from runtime.settings import flag_name, setting
+from runtime.stores import check_store, fetch, is_there, staged, upload
 
 PROGRAM = "extract_latents.py"
 WEEK = 7 * 24 * 3600.0  # a rank may wait for a whole shard of another, hours on a CPU; torchrun reports a dead one
@@ -69,14 +70,16 @@ WEEK = 7 * 24 * 3600.0  # a rank may wait for a whole shard of another, hours on
 class ExtractConfig:
     """Settings of extract_latents.py."""
 
-    data_path: Path | None = setting(None, "root of images or videos, one folder per class; tables or shards")
+    data_path: Path | None = setting(
+        None, "root of images or videos, one folder per class; tables or shards", remote=True
+    )
     dataset: Literal["imagefolder", "videofolder", "huggingface", "webdataset"] = setting(
         "imagefolder", "images of a folder, of tables or shards, or clips of videos"
     )
     columns: ColumnSettings = field(default_factory=ColumnSettings)
     num_frames: int | None = setting(None, "frames of a clip", shown=str(FRAMES))
     clips: ClipSettings = field(default_factory=ClipSettings)
-    output: Path = setting(Path("latents"), "folder for the shards")
+    output: Path = setting(Path("latents"), "folder for the shards", remote=True)
     vae: str = setting("ema", "autoencoder: ema, mse, or a local folder of diffusers")
     captions: str | None = setting(
         None, "captions to store encoded: a .json or .csv of paths and captions, or txt for a .txt next to each file"
@@ -154,6 +157,8 @@ def set_up(config: ExtractConfig, device: torch.device) -> Job:
     size = config.image_size[0], config.image_size[-1]
     with error_prefix(f"--vae {config.vae}"):
         encoder = open_encoder(config.vae, (3, *size), device)
+    config = replace(config, data_path=fetch(config.data_path, "--data-path"))
+    assert config.data_path is not None
     channels = encoder.image_channels
     with error_prefix("--image-size"):
         encoder.raw_shape((channels, *size))
@@ -337,8 +342,8 @@ def start(job: Job) -> None:
         write_json(path, job.manifest)
 
 
-def finish(job: Job) -> None:
-    """Write the index and print the result; on one process, after all others."""
+def finish(job: Job, target: Path) -> None:
+    """Write the index, bring the store to its address, and print the result; on one process, after all others."""
     with error_prefix(f"--output {job.config.output}"):
         folder, text = job.config.output, job.manifest.get("text")
         if text is None:
@@ -351,7 +356,9 @@ def finish(job: Job) -> None:
         for path, reason in description["skipped"] if description else ():
             print(f"{PROGRAM}: left out {path}: {reason}", file=sys.stderr)
     unit = "images" if len(job.images.image_shape) == 3 else "clips"
-    print(f"Extracted {index['count']:,} {unit} to {job.config.output}, left out {index['skipped']:,}")
+    if index["count"]:
+        upload(job.config.output, target, "--output", last=INDEX)
+    print(f"Extracted {index['count']:,} {unit} to {target}, left out {index['skipped']:,}")
     if not index["count"]:
         raise UserError(f"--data-path {job.config.data_path}: none of its {unit} can be read")
 
@@ -359,12 +366,17 @@ def finish(job: Job) -> None:
 def main(argv: Sequence[str]) -> None:
     """Parse flags, encode on all processes, write the index."""
     config = parse_config(ExtractConfig, argv, program=PROGRAM, doc=__doc__)
+    target = config.output
+    config = replace(config, output=staged(target))
     with distributed.world(config.device, timeout_seconds=WEEK) as world, ExitStack() as held:
         distributed.allow_tf32(False)
         with distributed.raise_on_all_ranks():
             job = set_up(config, world.device)
         check_ranks(job.manifest)
         with distributed.raise_on_all_ranks():
+            check_store(target / INDEX, "--output")
+            if target != config.output and not config.overwrite and is_there(target / INDEX, "--output"):
+                raise UserError(f"--output {target}: {INDEX} is there already; --overwrite replaces it")
             check_writable(config.output / INDEX, "--output")
             if world.is_main:
                 held.enter_context(locked(config.output, f"--output {config.output}"))
@@ -378,7 +390,7 @@ def main(argv: Sequence[str]) -> None:
         encode_captions(job, world)
         distributed.barrier()
         if world.is_main:
-            finish(job)
+            finish(job, target)
         distributed.barrier()
 
 

@@ -7,6 +7,8 @@ gc.disable()  # imports and collection make no garbage; each full collection wou
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.object_stores import place, quick_stores, s3, s3_server  # noqa: E402, F401  (fixtures)
+
 torch.set_num_threads(1)
 
 

@@ -91,7 +91,7 @@ LOCKED = [each for extra in ("dev", "stores", "text", "video") for each in PROJE
 
 @pytest.mark.parametrize("requirement", PROJECT["dependencies"] + LOCKED)
 def test_lock_file_meets_every_requirement(requirement):
-    name, minimum = re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement).groups()
+    name, minimum = re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", requirement).groups()
     pins = [line for line in lock() if line.startswith(f"{name.replace('_', '-')}==")]
     assert pins
     for pin in pins:

@@ -24,7 +24,7 @@ from runtime.distributed import PRECISIONS
 from runtime.launch import world_size
 from runtime.releases import ALIASES
 from runtime.settings import Given, Kind, Values, flag_name, setting
-from training.lora_settings import LoraSettings
+from runtime.stores import ADDRESS
 from training.losses import LOSSES, loss_of
 from training.optimization import OPTIMIZERS
 
@@ -37,7 +37,10 @@ class DataSettings:
     """Training data."""
 
     data_path: Path | None = setting(
-        None, "root of images or videos, one folder a class; a latent store; tables, shards or idx files", free=True
+        None,
+        "root of images or videos, one folder a class; a latent store; tables, shards or idx files",
+        free=True,
+        remote=True,
     )
     dataset: str = setting(
         "imagefolder",
@@ -92,11 +95,8 @@ class OptimizationSettings:
     skip_updates_above: float | None = setting(
         None, "drop updates with a larger norm, or one that is not a number; average and learning rate stay, too"
     )
-    train_only: Literal["added", "labels", "lora"] | None = setting(
-        None,
-        "train only the parts that the family adds to the one of --init-from, such as skip units; the label table; or "
-        "low-rank updates of linear layers (LoRA) and the label table",
-        shown="all",
+    train_only: Literal["added"] | None = setting(
+        None, "train only the parts that the family adds to the one of --init-from, such as skip units", shown="all"
     )
     non_finite: Literal["fatal", "skip"] = setting(
         "fatal", "after a step with a gradient that is not finite (it is never applied)", free=True
@@ -176,9 +176,8 @@ class RunSettings:
         None, "resume a run: a checkpoint, or auto for the newest run of these settings", free=True
     )
     override: tuple[str, ...] = setting((), "resume with other values of these flags, such as lr precision", free=True)
-    init_from: Path | None = setting(None, "start from the weights in a file: ours, or an official .pt", free=True)
-    keep_classes: bool = setting(
-        False, "keep the classes of --init-from, and number those of the data that are new after them"
+    init_from: Path | None = setting(
+        None, "start from the weights in a file: ours, or an official .pt", free=True, remote=True
     )
     frame_positions: FramePositions | None = setting(
         None,
@@ -199,12 +198,12 @@ class RunSettings:
     def __post_init__(self) -> None:
         """Validate the fields."""
         _at_least(self, 1, "log_every", "ckpt_every", "keep_last")
+        if self.resume is not None and ADDRESS.match(self.resume):
+            raise ValueError(f"--resume {self.resume}: is on an object store; copy the run's folder to --results-dir")
         if self.override and self.resume is None:
             raise ValueError(f"--override {' '.join(self.override)}: has no effect without --resume")
         if self.frame_positions is not None and self.init_from is None:
             raise ValueError(f"--frame-positions {self.frame_positions}: has no effect without --init-from")
-        if self.keep_classes and self.init_from is None:
-            raise ValueError("--keep-classes: has no effect without --init-from")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("--tensorboard: the package is not installed; pip install tensorboard")
 
@@ -214,14 +213,16 @@ class ValidationSettings:
     """Measurements during training."""
 
     eval_every: int | None = setting(None, "steps between validations, and one at the end", shown="never", free=True)
-    eval_data_path: Path | None = setting(None, "held-out data, as --data-path; the digits have their own", free=True)
+    eval_data_path: Path | None = setting(
+        None, "held-out data, as --data-path; the digits have their own", free=True, remote=True
+    )
     eval_split: str | None = setting(None, "its split, of a table", shown="validation, or the only one", free=True)
     eval_images: int = setting(1024, "held-out images of a validation's loss, the first ones", free=True)
     eval_samples: int = setting(16, "images sampled at a validation from the averaged weights; 0: no image", free=True)
     eval_steps: int = setting(50, "steps of that sampling", free=True)
     eval_cfg_scale: float = setting(1.5, "guidance scale of that sampling; 1: no guidance", free=True)
     eval_reference: Path | None = setting(
-        None, "ADM's reference .npz with mu and sigma: FID and Inception Score of the samples", free=True
+        None, "ADM's reference .npz with mu and sigma: FID and Inception Score of the samples", free=True, remote=True
     )
 
     def __post_init__(self) -> None:
@@ -273,7 +274,6 @@ class TrainSettings:
     run: RunSettings = field(default_factory=RunSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     alignment: AlignmentSettings = field(default_factory=AlignmentSettings)
-    lora: LoraSettings = field(default_factory=LoraSettings)
 
     def __post_init__(self) -> None:
         """Validate what concerns several groups."""
@@ -284,7 +284,6 @@ class TrainSettings:
             if value != own.default and data.dataset != "videofolder":
                 raise ValueError(f"{flag_name(own.name)} {value}: has no effect without --dataset videofolder")
         self.columns.check_used(data.dataset in COLUMNS, f"--dataset {' or '.join(COLUMNS)}")
-        self.lora.check(self.optimization.train_only == "lora")
         if self.run.trust_stamps and data.dataset != "latents":
             raise ValueError("--trust-stamps: has no effect without --dataset latents")
         if validation.eval_reference is not None and (digits or data.channels == 1):

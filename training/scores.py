@@ -21,6 +21,7 @@ from evaluator.small import MOVING_DIGITS, compute_features, predict_targets
 from evaluator.statistics import feature_statistics
 from runtime import distributed
 from runtime.errors import UserError, error_prefix, is_first
+from runtime.stores import fetch
 from training.config import TrainSettings
 
 
@@ -53,7 +54,9 @@ def open_scorer(config: TrainSettings, image_shape: tuple[int, ...], device: tor
     if config.data.dataset == "moving-digits":
         return Scorer(lambda clips: clips, moving_digits_scores) if has_scores(image_shape) else None
     return (
-        None if settings.eval_reference is None else open_inception(settings.eval_reference, image_shape[-2:], device)
+        None
+        if settings.eval_reference is None
+        else open_inception(fetch(settings.eval_reference, "--eval-reference"), image_shape[-2:], device)
     )
 
 

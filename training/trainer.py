@@ -27,6 +27,7 @@ from runtime.distributed import World
 from runtime.errors import FAILED_STATUS, UserError, error_prefix
 from runtime.licences import origin_of
 from runtime.saver import BackgroundSaver, Saver, State
+from runtime.stores import parse_path
 from training.network import START
 from training.optimization import FiniteGuard
 from training.resume import ResumeState, thin
@@ -83,7 +84,8 @@ class Trainer:
         if saved is not None:  # its checkpoints still say where the run began
             run = saved.meta["train"].get("run", {})
             first, how = run.get("init_from"), run.get("frame_positions")
-            began = replace(setup.config.run, init_from=None if first is None else Path(first), frame_positions=how)
+            start = None if first is None else parse_path(first)
+            began = replace(setup.config.run, init_from=start, frame_positions=how)
             setup.config = replace(setup.config, run=began)
         self.setup, self.config, self.world, self.folder = setup, setup.config, world, folder
         self.log = RunLog(folder, tensorboard=self.config.run.tensorboard)
