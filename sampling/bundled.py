@@ -1,8 +1,4 @@
-"""A network as a pipeline of diffusers. `sampling.bundle` writes this source, with all that it needs, into folders.
-
-It imports nothing heavy of ours, and it is the only code that runs in such a folder beside that of the network, of the
-process and of its samplers.
-"""
+"""A network as a pipeline of diffusers. `sampling.bundle` writes this source, with all that it needs, into folders."""
 
 from __future__ import annotations
 
@@ -113,8 +109,12 @@ class FamilyPipeline(DiffusionPipeline):
         network, document = self.transformer.network, self.transformer.config.dit_family
         text = {name: settings.pop(name) for name in TEXT_OPTIONS if name in settings}
         rows, null, count = self.conditioning(class_labels, prompt, num_samples, text)
+        if count < 1:
+            raise ValueError("nothing to sample: give at least one label, prompt or number of samples")
         chosen = own_sampler(document, network, sampler, num_inference_steps, settings, pixels=self.vae is None)
         scale, interval, preset = guidance_scale, guidance_interval, document["preset"]
+        if scale is not None and not scale >= 1:
+            raise ValueError(f"guidance_scale {scale}: must be at least 1, which is no guidance")
         if scale is None:
             scale = preset["cfg_scale"] if rows else 1.0
             interval = interval or preset["interval"]
@@ -165,7 +165,7 @@ class FamilyPipeline(DiffusionPipeline):
             has_null = network.config.class_dropout_prob > 0
             return {"y": labels.to(device)}, network.null_conditioning(len(labels)) if has_null else None, len(labels)
         if kind == "none":
-            return {}, None, int(num_samples or 1)
+            return {}, None, int(num_samples or 0)
         rows, null = self.encode(prompt, text) if prompt is not None else encoded(text)
         move = {name: leaf.to(device, torch.float32) for name, leaf in rows.items()}
         return move, null and {name: leaf.to(device, torch.float32) for name, leaf in null.items()}, len(rows["text"])
@@ -248,7 +248,8 @@ def own_sampler(
     fields = {field: value for field, value in document["process"].items() if field != "name"}
     process = PROCESSES[document["process"]["name"]](**fields).make(network.out_channels != network.sample_shape[-3])
     own = row.settings(**{**(preset["options"] if published else {}), **settings})
-    return make_sampler(name, process, str(steps or (preset["steps"] if published else row.steps)), own, pixels=pixels)
+    spec = steps if steps is not None else preset["steps"] if published else row.steps
+    return make_sampler(name, process, str(spec), own, pixels=pixels)
 
 
 ENCODED = ("prompt", "negative_prompt")  # starts of the names of conditional and unconditional text

@@ -155,7 +155,7 @@ def test_pictures_of_every_family_are_ours(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_prompts_labels_and_pictures_by_diffusers_from_the_hub(tmp_path: Path) -> None:
-    """Published to the stand-in, loaded by name; mistakes are ValueErrors; eight bits are ours, too."""
+    """Published to the stand-in, loaded by name; mistakes are ValueErrors."""
     network = randomise(create_model("LatteT2V-digits/4", text_width=Words.width, depth=4, hidden_size=32))
     text = write_network(tmp_path / "a.safetensors", "LatteT2V-digits/4", network, text=Words().describe())
     labels = save_digits_checkpoint(tmp_path / "l/0000001.safetensors", "DiT-digits/2")
