@@ -18,7 +18,7 @@ from data.encoders import Encoder, open_encoder
 from data.huggingface import open_huggingface
 from data.idx import open_idx
 from data.image_folder import open_image_folder
-from data.latents import LatentShards, open_latents
+from data.latents import open_latents
 from data.moving_digits import MovingDigits, open_moving_digits
 from data.webdataset import open_webdataset
 
@@ -102,6 +102,7 @@ def encoder_for(dataset: Dataset, vae: str, device: torch.device | str = "cpu") 
     Raises:
         ValueError: If the encoder cannot be loaded, or does not fit the data.
     """
-    if isinstance(dataset, LatentShards):
-        return dataset.encoder(vae, device)
+    if hasattr(dataset, "encoder"):  # of latents
+        encoder: Encoder = dataset.encoder(vae, device)
+        return encoder
     return open_encoder(vae, dataset.image_shape, device)

@@ -6,10 +6,13 @@ different machines can be compared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from data.array_images import ArrayImages
 from data.dataset import DatasetSettings
@@ -44,6 +47,15 @@ def open_digits(split: Split, *, flip: bool = False, seed: int = 0) -> ArrayImag
     """Open a split of the digits as a data set."""
     images, labels = load_digits(split)
     return ArrayImages(images, labels, list(map(str, range(NUM_CLASSES))), flip=flip, seed=seed)
+
+
+def write_digits(folder: Path, classes: Sequence[int]) -> None:
+    """Write the training images of some classes as PNG, a folder a class, as photos of few classes lie on disks."""
+    images, labels = load_digits("train")
+    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        if label in classes:
+            (folder / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[..., 0]).save(folder / str(label) / f"{i:04d}.png")
 
 
 def open_training_digits(settings: DatasetSettings) -> ArrayImages:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from runtime import migrate
+from runtime.adapters import merge_adapters
 from runtime.errors import UserError
 from runtime.foreign import ForeignWeights, read_foreign
 from runtime.pretrained import pretrained_folder, read_weights
@@ -65,7 +66,7 @@ def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor]], meta
 
 
 def read_checkpoint(path: Path, weights: str = "ema", flag: str = "--ckpt") -> Checkpoint:
-    """Read one set of weights from any supported file.
+    """Read one set of weights from any supported file; low-rank updates (LoRA) are merged into their layers.
 
     Args:
         path: Path of ours (safetensors, or a folder of `runtime.pretrained`), or of another project's file or folder,
@@ -81,7 +82,10 @@ def read_checkpoint(path: Path, weights: str = "ema", flag: str = "--ckpt") -> C
     if path.suffix == ".safetensors" and is_ours(path):
         groups, meta = read_groups(path, lambda present: [_choose(present, weights, f"{flag} {path}")], flag)
         ((name, tensors),) = groups.items()
-        return Checkpoint(tensors, meta, name)
+        try:
+            return Checkpoint(merge_adapters(tensors), meta, name)
+        except ValueError as error:
+            raise UserError(f"{flag} {path}: {error}") from error
     if (folder := pretrained_folder(path)) is not None:
         return _read_pretrained(folder, weights, f"{flag} {path}")
     foreign = read_foreign(path, weights, flag)

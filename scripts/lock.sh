@@ -27,7 +27,7 @@ compile() {
         --no-emit-index-url --no-emit-find-links pyproject.toml --output-file "$1" "${extras[@]}" "${@:3}" >/dev/null
 }
 
-compile requirements.lock "dev stores text video" "$@" # what tests need
+compile requirements.lock "dev finetune stores text video" "$@" # what tests need
 # TensorFlow's environment is a layer on the other one: only what that lacks.
 below=$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock | sort -u)
 # shellcheck disable=SC2086 # names have no spaces

@@ -25,6 +25,7 @@ from runtime.launch import world_size
 from runtime.releases import ALIASES
 from runtime.settings import Given, Kind, Values, flag_name, setting
 from runtime.stores import ADDRESS
+from training.lora_settings import LoraSettings
 from training.losses import LOSSES, loss_of
 from training.optimization import OPTIMIZERS
 
@@ -95,8 +96,11 @@ class OptimizationSettings:
     skip_updates_above: float | None = setting(
         None, "drop updates with a larger norm, or one that is not a number; average and learning rate stay, too"
     )
-    train_only: Literal["added"] | None = setting(
-        None, "train only the parts that the family adds to the one of --init-from, such as skip units", shown="all"
+    train_only: Literal["added", "labels", "lora"] | None = setting(
+        None,
+        "train only the parts that the family adds to the one of --init-from, such as skip units; the label table; or "
+        "low-rank updates of linear layers (LoRA) and the label table",
+        shown="all",
     )
     non_finite: Literal["fatal", "skip"] = setting(
         "fatal", "after a step with a gradient that is not finite (it is never applied)", free=True
@@ -179,6 +183,9 @@ class RunSettings:
     init_from: Path | None = setting(
         None, "start from the weights in a file: ours, or an official .pt", free=True, remote=True
     )
+    keep_classes: bool = setting(
+        False, "keep the classes of --init-from, and number those of the data that are new after them"
+    )
     frame_positions: FramePositions | None = setting(
         None,
         "for weights of another number of frames: interpolate, in the same time, or extend, at the same interval",
@@ -204,6 +211,8 @@ class RunSettings:
             raise ValueError(f"--override {' '.join(self.override)}: has no effect without --resume")
         if self.frame_positions is not None and self.init_from is None:
             raise ValueError(f"--frame-positions {self.frame_positions}: has no effect without --init-from")
+        if self.keep_classes and self.init_from is None:
+            raise ValueError("--keep-classes: has no effect without --init-from")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("--tensorboard: the package is not installed; pip install tensorboard")
 
@@ -274,6 +283,7 @@ class TrainSettings:
     run: RunSettings = field(default_factory=RunSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     alignment: AlignmentSettings = field(default_factory=AlignmentSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
 
     def __post_init__(self) -> None:
         """Validate what concerns several groups."""
@@ -284,6 +294,7 @@ class TrainSettings:
             if value != own.default and data.dataset != "videofolder":
                 raise ValueError(f"{flag_name(own.name)} {value}: has no effect without --dataset videofolder")
         self.columns.check_used(data.dataset in COLUMNS, f"--dataset {' or '.join(COLUMNS)}")
+        self.lora.check(self.optimization.train_only == "lora")
         if self.run.trust_stamps and data.dataset != "latents":
             raise ValueError("--trust-stamps: has no effect without --dataset latents")
         if validation.eval_reference is not None and (digits or data.channels == 1):

@@ -78,8 +78,6 @@ def build_loss(
         shape = settings.network_shape(shape)
     with error_prefix(f"--image-size {config.data.image_size or 'of the data'}"):
         network = create_model(config.model, **fields, sample_shape=shape)
-    if config.optimization.train_only is not None:
-        freeze_all_but_added(config, network)
     return LOSSES[name].loss(
         network,
         process.make(network.out_channels != shape[-3]),
@@ -89,21 +87,6 @@ def build_loss(
         alignment=None if vision is None else build_alignment(config, network, vision),
         settings=settings,
     )
-
-
-def freeze_all_but_added(config: TrainSettings, network: Network) -> None:
-    """Leave a gradient to the parts alone that the network's family adds to the one it grew from.
-
-    Raises:
-        UserError: If the family adds none, or the other parts would stay random.
-    """
-    added = {*family_of(config.model).added_parts}
-    if not added:
-        raise UserError(f"--train-only added: --model {config.model} adds no parts to another model")
-    if config.run.init_from is None and config.run.resume is None:
-        raise UserError("--train-only added: the other parts would stay random; give --init-from")
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and not added.isdisjoint(name.split(".")))
 
 
 def build_alignment(config: TrainSettings, network: Network, vision: VisionEncoder) -> Alignment:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from data import Dataset, Encoder
 from data.dataset import text_of
+from data.renumbered import renumber
 from diffusion import PROCESSES
 from diffusion.loss import DiffusionLoss
 from models import family_of, model_config
 from models.recognise import check_conditional, recognised_name
-from models.transfer import adapt_weights
+from models.transfer import LABEL_TABLE, adapt_weights
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.errors import UserError, error_prefix
@@ -181,6 +182,31 @@ def text_fields(config: TrainSettings, fields: Values, dataset: Dataset) -> Valu
     return own
 
 
+def class_names(start: Checkpoint) -> list[str] | None:
+    """Names of the classes of weights: as recorded, or the numbers of a released label table; None without labels."""
+    if start.meta is not None:
+        return list(start.meta["data"].get("classes") or []) or None
+    table = start.weights.get(LABEL_TABLE)
+    return None if table is None else [str(i) for i in range(len(table) - 1)]  # the last row is the null class
+
+
+def keep_classes(config: TrainSettings, start: Checkpoint | None, dataset: Dataset) -> Dataset:
+    """Number the classes of the data after those of the weights, if --keep-classes asks for it.
+
+    Those of the same names keep their labels.
+
+    Raises:
+        UserError: If the weights or the data have no classes.
+    """
+    if start is None or not config.run.keep_classes:
+        return dataset
+    theirs = class_names(start)
+    if theirs is None or not dataset.classes:
+        which = "the data has" if theirs is not None else f"--init-from {config.run.init_from} has"
+        raise UserError(f"--keep-classes: {which} no classes; leave it out")
+    return renumber(dataset, [*theirs, *(name for name in dataset.classes if name not in theirs)])
+
+
 def load_start(config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, dataset: Dataset) -> list[str]:
     """Fill the network with the weights of --init-from; returns what they are, and what was changed to fit.
 
@@ -193,7 +219,7 @@ def load_start(config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, da
             loss.network,
             start.weights,
             added_parts=family_of(config.model).added_parts,
-            old_classes=None if start.meta is None else start.meta["data"].get("classes"),
+            old_classes=class_names(start) if config.run.keep_classes or start.meta is not None else None,
             new_classes=dataset.classes,
             old_shape=None if start.meta is None else start.meta["model"]["sample_shape"],
             frame_positions=config.run.frame_positions,

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from data import EMBEDDED, CaptionedDigits, Dataset, MovingDigits, encoder_for, open_dataset, open_digits
 from data.dataset import text_of
 from data.encoders import Encoder
-from data.latents import LatentShards
+from data.renumbered import renumber
 from diffusion import PREVIEW_SAMPLER, make_sampler
 from diffusion.loss import DiffusionLoss, row_noise
 from diffusion.sampling import Sampler
@@ -25,12 +25,14 @@ from runtime.errors import UserError, error_prefix
 from runtime.licences import Origin, origin_of
 from runtime.settings import Given, Values, choose_owners, document, to_dict
 from training.config import KINDS, PROGRAM, TrainSettings
+from training.fine_tuning import choose_trained
 from training.loss import build_loss, check_loss, open_vision_encoder
 from training.network import (
     check_channels,
     check_classes,
     digest_notes,
     file_digests,
+    keep_classes,
     load_start,
     network_fields,
     read_start,
@@ -164,6 +166,7 @@ def set_up(
     source = str(config.data.data_path or config.data.dataset) if dataset is None else type(dataset).__name__
     if dataset is None:
         dataset, lines = open_and_listen(config, owners["loss"][1].images_behind)
+    dataset = keep_classes(config, start, dataset)
     fields |= text_fields(config, fields, dataset)
     check_classes(config, fields, dataset)
     vae = config.data.vae or dataset.vae
@@ -182,6 +185,7 @@ def set_up(
             loss = make()
     if start is not None:
         start_notes = [f"--init-from: {note}" for note in start_notes + load_start(config, loss, start, dataset)]
+    choose_trained(config, loss.network, fake)
     digests = file_digests(config) if fake is None else {}
     notes = [f"--align-ckpt: {note}" for note in vision.notes] if vision is not None and fake is None else []
     notes += digest_notes(digests)
@@ -315,12 +319,14 @@ def open_held_out(config: TrainSettings, dataset: Dataset, latents: tuple[int, .
             columns=replace(config.columns, split=config.validation.eval_split),
             held_out=True,
         )
+    if config.run.keep_classes and {*held_out.classes} <= {*dataset.classes}:
+        held_out = renumber(held_out, dataset.classes)
     if list(held_out.classes) != list(dataset.classes):
         raise UserError(
             f"--eval-data-path {path}: its {len(held_out.classes)} classes are not the {len(dataset.classes)} of "
             "--data-path, by name"
         )
-    if isinstance(dataset, LatentShards) and isinstance(held_out, LatentShards):
+    if hasattr(dataset, "encoder") and hasattr(held_out, "encoder"):  # of latents
         with error_prefix(f"--eval-data-path {path}: not latents of the same autoencoder as those in --data-path"):
             held_out.encoder().check_same(dataset.encoder().describe())
     return held_out
