@@ -184,7 +184,7 @@ class RunSettings:
         None, "start from the weights in a file: ours, or an official .pt", free=True, remote=True
     )
     keep_classes: bool = setting(
-        False, "keep the classes of --init-from, and number those of the data that are new after them"
+        False, "keep the classes of --init-from, and number those of the data that are new after them", free=True
     )
     frame_positions: FramePositions | None = setting(
         None,
