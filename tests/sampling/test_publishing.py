@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from models import FAMILIES, Network
+from models.loading import resolve_checkpoint
 from runtime.checkpoint import save_checkpoint
 from runtime.errors import UserError
 from runtime.pretrained import pretrained_folder
@@ -18,7 +19,7 @@ from sampling.pipeline import Pipeline
 from tests.checkpoints import write_network
 from tests.digits_checkpoints import save_digits_checkpoint
 from tests.networks import conditioning, debug_name, debug_network, small_autoencoder, unconditional
-from tests.runs import DIGITS, open_setup
+from tests.runs import DIGITS, checkpoint, last_checkpoint, open_setup, start
 from training.state import checkpoint_meta
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "num_sampling_steps": 3, "cfg_scale": 2.0}
@@ -116,14 +117,24 @@ def test_fine_tuned_weights_carry_their_origin(name: str, tmp_path: Path) -> Non
             pipeline.save_pretrained(tmp_path / "other", licence="mit")
 
 
+def test_a_resumed_run_keeps_its_origin(tmp_path: Path) -> None:
+    torch.save(debug_network("DiT", **DIGITS_FIELDS).state_dict(), tmp_path / "DiT-XL-2-256x256.pt")
+    flags = [*DIGITS, "--model", debug_name("DiT"), "--num-classes", 10, "--no-learn-sigma", "--global-batch-size", 4]
+    begin = ["--init-from", tmp_path / "DiT-XL-2-256x256.pt", "--max-steps", 1]
+    assert start(tmp_path / "runs", *flags, *begin) == 0
+    assert start(tmp_path / "runs", *flags, "--max-steps", 2, "--resume", last_checkpoint(tmp_path / "runs")) == 0
+    origin = resolve_checkpoint(checkpoint(tmp_path / "runs", 2))[0].origin
+    assert origin is not None and origin.licence == "cc-by-nc-4.0"
+
+
 DIGITS_FIELDS: dict[str, Any] = {"sample_shape": (1, 8, 8), "learn_sigma": False}
 
 
-def trained(folder: Path, start: Path) -> Path:
+def trained(folder: Path, first: Path) -> Path:
     """A checkpoint of a run that starts from these weights."""
     model = ["--model", debug_name("DiT"), "--num-classes", 10, "--no-learn-sigma"]
-    setup = open_setup(*DIGITS, *model, "--init-from", start)
-    path, weights = folder / f"after-{start.stem}.safetensors", setup.network.state_dict()
+    setup = open_setup(*DIGITS, *model, "--init-from", first)
+    path, weights = folder / f"after-{first.stem}.safetensors", setup.network.state_dict()
     meta = checkpoint_meta(setup, 1)
     save_checkpoint(path, dict.fromkeys(meta["averages"], weights), meta)
     return path
