@@ -1,0 +1,42 @@
+"""The plan's tables against docs/scaling.md, which has each of them, and mistakes."""
+
+import re
+
+import pytest
+
+from benchmarks import scaling
+from runtime.errors import run
+from scripts.plan_scale import PlanSettings, main, tables
+from tests.processes import ROOT
+
+DOCUMENT = (ROOT / "docs" / "scaling.md").read_text()
+
+
+def test_the_document_has_every_table_that_the_script_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(main, "plan_scale.py", []) == 0
+    printed = capsys.readouterr().out
+    for title, table in tables(PlanSettings().gpus).items():
+        assert f"## {title}\n\n{table}\n" in printed + "\n"
+        (section,) = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", DOCUMENT, flags=re.M | re.S)
+        assert table in section
+        assert [line for line in section.splitlines() if line.startswith("|")] == table.splitlines()  # and no other
+
+
+def test_numbers_in_sentences_are_the_scripts() -> None:
+    recorded = scaling.recorded()
+    rates = ", ".join(f"{rate:.1f}" for rate in list(recorded.images.values())[:2])
+    assert f"sampling: {rates} and {recorded.images['DPM-Solver++-20']:.1f} guided images/s" in DOCUMENT
+    assert f"{recorded.rate / 1e12:.0f} TFLOP/s" in DOCUMENT and f"{recorded.optimizer * 1e3:.1f} ms" in DOCUMENT
+    assert f"{scaling.GPU_HOURS_TO_FAILURE:,.0f} hours" in DOCUMENT
+
+
+def test_other_numbers_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(main, "plan_scale.py", ["--gpus", "16"]) == 0
+    assert "| FSDP     |   16 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gpus", ["0", "-8", "12"])
+def test_parts_of_nodes_are_refused(gpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(main, "plan_scale.py", [f"--gpus={gpus}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--gpus {gpus}: must be a multiple of 8" in line
