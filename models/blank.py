@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from models import create_model
@@ -48,8 +48,12 @@ def blank_model(name: str, **overrides: object) -> Network:
     """
     with without_values():
         network = create_model(name, **overrides)
-    kept = {id(tensor) for tensor in network.state_dict(keep_vars=True).values()}
-    buffers = (tensor for module in network.modules() for tensor in module.buffers(recurse=False))
-    attributes = (value for module in network.modules() for value in vars(module).values())
-    others = (t for t in chain(buffers, attributes) if isinstance(t, Tensor) and t.is_meta and id(t) not in kept)
-    return network if next(others, None) is None else create_model(name, **overrides)
+    return create_model(name, **overrides) if has_other_tensors(network) else network
+
+
+def has_other_tensors(module: nn.Module) -> bool:
+    """True if a module made without values has tensors without values that are no part of its state."""
+    kept = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+    buffers = (tensor for part in module.modules() for tensor in part.buffers(recurse=False))
+    attributes = (value for part in module.modules() for value in vars(part).values())
+    return any(isinstance(t, Tensor) and t.is_meta and id(t) not in kept for t in chain(buffers, attributes))

@@ -153,7 +153,7 @@ class DyDiT(DiT):
         times = tuple(times)
         with without_autocast(self.pos_embed):
             prepared = super().for_sampling(times)
-        if not self.pos_embed.is_meta:  # weights without values decide nothing
+        if prepared is not self and not self.pos_embed.is_meta:  # weights without values decide nothing
             blocks: list[DyDiTBlock] = list(self.blocks)  # type: ignore[arg-type]  # ModuleList has no item type
             limit, backend = self.slice_cache_bytes, self.compile_backend
             prepared.plan = RoutingPlan(blocks, prepared.t_embedder, times, limit, backend)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.contract import Network
+from runtime.sharding import is_divided
 
 FREQUENCY_DIM = 256
 
@@ -242,7 +243,12 @@ class TimeConditional(Network):
         return table.rows.get(t) if isinstance(table, TimestepTable) else None
 
     def for_sampling(self, times: Iterable[float]) -> Self:
-        """Embed all times of a schedule in one call; parameters are shared with this network."""
+        """Embed all times of a schedule in one call; parameters are shared with this network.
+
+        A network of which processes hold parts is returned as it is: its weights are whole only inside `forward`.
+        """
+        if any(map(is_divided, self.parameters())):
+            return self
         prepared = copy.copy(self)
         prepared._modules = dict(self._modules)  # copy.copy shares the dict, and this network must keep its embedder
         prepared._modules[self.time_embedder] = TimestepTable(self.get_submodule(self.time_embedder), times)

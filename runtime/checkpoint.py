@@ -212,9 +212,29 @@ def load_weights(
         recognise: Function that returns the model of weights, if it is known, for the message.
 
     Raises:
-        UserError: With both outlines, the number of mismatches, and the first three.
+        UserError: As `check_weights`.
     """
     expected = network.state_dict()
+    check_weights(expected, weights, source, recognise)
+    if not any(tensor.is_meta for tensor in expected.values()):
+        network.load_state_dict(dict(weights))
+        return
+    # Copies, since weights may be those of a file that is mapped into memory, and change with it
+    own = {name: tensor.to(expected[name].dtype, copy=True) for name, tensor in weights.items()}
+    network.load_state_dict(own, assign=True)
+
+
+def check_weights(
+    expected: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    source: str,
+    recognise: Callable[[Mapping[str, Tensor]], str | None] | None = None,
+) -> None:
+    """Check that weights have the names and shapes of a network's state, and are finite.
+
+    Raises:
+        UserError: With both outlines, the number of mismatches, and the first three.
+    """
     problems = [
         *(f"missing {name}" for name in expected if name not in weights),
         *(f"unexpected {name}" for name in weights if name not in expected),
@@ -240,12 +260,6 @@ def load_weights(
             f"{source}: the weights do not fit the model in {len(problems)} places; expected {_outline(expected)}, "
             f"found {actual}: {'; '.join(problems[:3])}"
         )
-    if not any(tensor.is_meta for tensor in expected.values()):
-        network.load_state_dict(dict(weights))
-        return
-    # Copies, since weights may be those of a file that is mapped into memory, and change with it
-    own = {name: tensor.to(expected[name].dtype, copy=True) for name, tensor in weights.items()}
-    network.load_state_dict(own, assign=True)
 
 
 def _outline(weights: Mapping[str, Tensor]) -> str:

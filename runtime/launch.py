@@ -43,6 +43,11 @@ def world_size() -> int:
     return 1 if size is None else size
 
 
+def machine_size() -> int:
+    """Number of processes that torchrun started on this machine; all of them if it is not announced."""
+    return _number("LOCAL_WORLD_SIZE") or world_size()
+
+
 def read_launch() -> Launch:
     """Read and check the variables of torchrun.
 

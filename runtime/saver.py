@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from runtime.checkpoint import check_finite, save_checkpoint
+from runtime.sharding import whole
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 
@@ -54,12 +55,15 @@ class Saver(Protocol):
 class BackgroundSaver:
     """A `Saver` of one file each, by one process. It keeps a copy of the state in host memory between saves.
 
+    Tensors that processes hold in parts are joined one by one, so that a device never holds more than one of them
+    whole; all processes then call `save` together.
+
     Args:
-        folder: Existing folder of the files, which are named by their step.
+        folder: Existing folder of the files, which are named by their step; None on processes that write nothing.
         finished: Function of path and step, called in the background once the file is whole.
     """
 
-    def __init__(self, folder: Path, finished: Callable[[Path, int], None]) -> None:
+    def __init__(self, folder: Path | None, finished: Callable[[Path, int], None]) -> None:
         self._folder, self._finished = folder, finished
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -78,7 +82,8 @@ class BackgroundSaver:
         """
         self.wait()  # the buffers are its own until then
         copy = state._replace(groups=self._copy(state.groups))
-        self._writing = self._thread.submit(self._write, copy)
+        if self._folder is not None:
+            self._writing = self._thread.submit(self._write, copy, self._folder)
 
     def wait(self) -> None:
         """Wait for the save in flight.
@@ -94,15 +99,21 @@ class BackgroundSaver:
     def _copy(self, groups: Groups) -> Groups:
         before, self._buffers = self._buffers, {}  # without those of tensors that are gone
         for group, tensors in groups.items():
-            for name, tensor in tensors.items():
+            for name, part in tensors.items():
+                tensor = whole(part)
+                if self._folder is None:
+                    continue
                 buffer = before.pop((group, name), None)
                 if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                     buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
                 self._buffers[group, name] = buffer.copy_(tensor)
-        return {group: {name: self._buffers[group, name] for name in tensors} for group, tensors in groups.items()}
+        copied: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
+        for (group, name), buffer in self._buffers.items():
+            copied[group][name] = buffer
+        return copied
 
-    def _write(self, state: State) -> None:
+    def _write(self, state: State, folder: Path) -> None:
         check_finite(state.groups, f"step {state.step}: not saved; earlier checkpoints are intact")
-        path = self._folder / f"{state.step:07d}.safetensors"
+        path = folder / f"{state.step:07d}.safetensors"
         save_checkpoint(path, state.groups, state.meta)
         self._finished(path, state.step)

@@ -21,7 +21,7 @@ from runtime import migrate
 from runtime.command_line import parse
 from runtime.devices import DeviceName, check_mps
 from runtime.distributed import PRECISIONS
-from runtime.launch import world_size
+from runtime.launch import machine_size, world_size
 from runtime.releases import ALIASES
 from runtime.settings import Given, Kind, Values, flag_name, setting
 from runtime.stores import ADDRESS
@@ -159,16 +159,38 @@ class ComputeSettings:
     grad_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, a third slower", free=True
     )
+    parallel: Literal["ddp", "fsdp", "hsdp"] = setting(
+        "ddp",
+        "each of several processes holds all weights; fsdp: its part of them; hsdp: its part in a group of processes",
+        free=True,
+    )
+    shard_ranks: int | None = setting(
+        None, "processes of such a group, with --parallel hsdp", shown="those of one machine", free=True
+    )
     device: DeviceName | None = setting(None, "where to compute", shown="cuda if there is one", free=True)
     dist_timeout: float = setting(1800.0, "seconds to wait for another process before the run ends", free=True)
 
     def __post_init__(self) -> None:
         """Validate the fields."""
         _positive(self, "dist_timeout")
+        _at_least(self, 2, "shard_ranks")
+        if self.shard_ranks is not None and self.parallel != "hsdp":
+            raise ValueError(f"--shard-ranks {self.shard_ranks}: has no effect without --parallel hsdp")
+        if world_size() % self.holders:
+            raise ValueError(
+                f"--shard-ranks {self.holders}: does not divide the {world_size()} processes; choose a divisor"
+            )
         check_mps(self.device, {"--precision bf16": self.precision == "bf16", "--compile": self.compile})
         on_gpu = self.device not in ("cpu", "mps") and torch.cuda.is_available()
         if self.compile and not can_compile("cuda" if on_gpu else "cpu"):
             raise ValueError("--compile: on a CPU it needs a C++ compiler (g++ or clang++), and none is found")
+
+    @property
+    def holders(self) -> int:
+        """Number of processes that hold the weights together; 1 where each holds all of them."""
+        if self.parallel == "ddp":
+            return 1
+        return world_size() if self.parallel == "fsdp" else self.shard_ranks or machine_size()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +317,17 @@ class TrainSettings:
                 raise ValueError(f"{flag_name(own.name)} {value}: has no effect without --dataset videofolder")
         self.columns.check_used(data.dataset in COLUMNS, f"--dataset {' or '.join(COLUMNS)}")
         self.lora.check(self.optimization.train_only == "lora")
+        parallel = self.compute.parallel
+        if parallel != "ddp" and world_size() == 1 and not self.run.dry_run:
+            raise ValueError(
+                f"--parallel {parallel}: there is one process, and nothing to divide; start several with torchrun, or "
+                "leave it out"
+            )
+        if parallel != "ddp" and self.optimization.train_only in ("labels", "lora"):
+            raise ValueError(
+                f"--parallel {parallel}: does not go with --train-only {self.optimization.train_only}, which masks rows of "
+                "a whole table; leave it out: there is little optimizer state to divide"
+            )
         if self.run.trust_stamps and data.dataset != "latents":
             raise ValueError("--trust-stamps: has no effect without --dataset latents")
         if validation.eval_reference is not None and (digits or data.channels == 1):

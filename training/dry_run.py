@@ -7,6 +7,7 @@ precision. Blocks are not compiled there; compiled ones keep less.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,12 +18,14 @@ from data import conditioning
 from runtime.devices import choose_device
 from runtime.distributed import World
 from runtime.errors import is_first
-from runtime.launch import world_size
+from runtime.launch import machine_size, world_size
 from runtime.live_memory import LiveMemory
 from runtime.settings import Given
 from training.config import TrainSettings
 from training.setup import Setup, set_up
 from training.trainer import micro_batches, recompute_activations
+
+EXAMPLE_SIZE = 8  # processes of the comparison of strategies where there is one
 
 
 def predict_memory(setup: Setup, world: World, fake: FakeTensorMode) -> dict[str, int]:
@@ -63,6 +66,32 @@ def predict_memory(setup: Setup, world: World, fake: FakeTensorMode) -> dict[str
     return {**parts, "peak": memory.peak + parts["averaged weights"] + parts["autoencoder"]}
 
 
+def divide(setup: Setup, memory: Mapping[str, int], holders: int) -> dict[str, int]:
+    """Parts of `predict_memory` where so many processes hold weights, average, gradients and optimizer together.
+
+    "gathered" is new: the outermost part, two blocks (one in use, one on its way), and the whole gradient of one.
+    """
+    if holders == 1:
+        return {**memory, "gathered": 0}
+    own = list(setup.loss.parameters())
+    blocks = [_part(block.parameters(), 1) for block in setup.network.blocks]
+    parts = {
+        "weights": _part(own, holders),
+        "averaged weights": _part(setup.network.parameters(), holders),
+        "gradients": _part((p for p in own if p.requires_grad), holders),
+    }
+    whole = memory["gradients"]
+    parts["optimizer"] = round(memory["optimizer"] * parts["gradients"] / whole) if whole else 0
+    gathered = memory["weights"] - sum(blocks) + 3 * max(blocks, default=0)
+    freed = sum(memory[name] - count for name, count in parts.items())
+    return {**memory, **parts, "gathered": gathered, "peak": memory["peak"] - freed + gathered}
+
+
+def _part(tensors: Iterable[Tensor], holders: int) -> int:
+    """Bytes of a process's part of tensors, the first and largest: rows are divided, and padded to equal numbers."""
+    return sum(-(-len(tensor) // holders) * tensor[:1].nbytes for tensor in tensors)
+
+
 def _rows(example: Tensor, count: int) -> Tensor:
     """A batch like a batch of one, without values."""
     return torch.empty(count, *example.shape[1:], dtype=example.dtype)
@@ -81,16 +110,30 @@ def dry_run(given: Given[TrainSettings]) -> None:
     setup = set_up(given, world.device, fake=fake)
     print(json.dumps(setup.document(), indent=2))
     print_size(setup, world)
-    memory = predict_memory(setup, world, fake)
+    whole = predict_memory(setup, world, fake)
+    memory = divide(setup, whole, given.general.compute.holders)
     uncompiled = ", uncompiled (compiled blocks keep less)" if setup.config.compute.compile else ""
     print(f"\nmemory of a process at the peak of a step, predicted{uncompiled}: {memory.pop('peak') / 1e9:.3f} GB")
     for name, count in memory.items():
         print(f"  {name:<28}{count / 1e9:>12.3f} GB")
     print("The peak is less than their sum: kept activations are freed while gradients are made.")
-    copied = sum(memory[part] for part in ("weights", "averaged weights", "optimizer"))
+    print_strategies(setup, whole, world.size if world.size > 1 else EXAMPLE_SIZE)
+    copied = sum(whole[part] for part in ("weights", "averaged weights", "optimizer"))
     print(f"host memory of rank 0 for the copy that a checkpoint is written from: {copied / 1e9:.3f} GB")
     for line in [*setup.start_notes, *(f"Warning: {warning}" for warning in setup.warnings())]:
         print(line)
+
+
+def print_strategies(setup: Setup, whole: Mapping[str, int], size: int) -> None:
+    """Print what each of `size` processes holds of weights, average, gradients and optimizer under every strategy."""
+    group = setup.config.compute.shard_ranks or min(machine_size(), size)
+    holders = {"ddp": 1, "fsdp": size, **({"hsdp": group} if 1 < group < size and size % group == 0 else {})}
+    print(f"weights, average, gradients and optimizer on each of {size} processes, and what is gathered for a block:")
+    for name, count in holders.items():
+        parts = divide(setup, whole, count)
+        lasting = sum(parts[part] for part in ("weights", "averaged weights", "gradients", "optimizer"))
+        together = f"(divided by {count})" if count > 1 else ""
+        print(f"  --parallel {name:<5}{together:<14}{lasting / 1e9:>10.3f} GB +{parts['gathered'] / 1e9:>8.3f} GB")
 
 
 def print_size(setup: Setup, world: World) -> None:

@@ -21,6 +21,7 @@ from runtime.errors import UserError, error_prefix
 from runtime.json_file import Json
 from runtime.releases import find_release
 from runtime.settings import Given, Values, flag_name, flag_of, typed_flag
+from runtime.sharding import outline_of
 from runtime.stores import fetch
 from runtime.weight_files import weights_sha256
 from training.config import KINDS, TrainSettings
@@ -67,6 +68,11 @@ def read_start(path: Path) -> Checkpoint:
         how = f"it is {file}" if file.exists() else f"python sample.py --ckpt {release.name} downloads it to {file}"
         raise UserError(f"--init-from {path}: is a released checkpoint, give its file: {how}")
     return read_checkpoint(path, flag="--init-from")
+
+
+def outline(start: Checkpoint) -> Checkpoint:
+    """The document of weights, their names and shapes, small enough to be sent to other processes."""
+    return start._replace(weights=outline_of(start.weights), foreign=None)
 
 
 def take_data_settings(config: TrainSettings, meta: Json) -> tuple[TrainSettings, list[str]]:

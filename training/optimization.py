@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from runtime import distributed
 from runtime.settings import setting
+from runtime.sharding import local
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -70,19 +71,20 @@ class EMA(Generic[N]):
         network: The network being trained; the average starts as a copy of it.
         decay: Weight of the past at each update.
         ramp: Start at a low decay, min(decay, (1 + n) / (10 + n)) at update n, so that short runs forget their start.
+        average: A copy of the network, divided over processes alike; None makes one.
 
     Attributes:
         network: The average, in eval mode, without gradients. Frozen parameters are copied once and left alone.
         name: Name of its group in checkpoints, by its decay.
     """
 
-    def __init__(self, network: N, decay: float, *, ramp: bool = False) -> None:
+    def __init__(self, network: N, decay: float, *, ramp: bool = False, average: N | None = None) -> None:
         self.decay, self.ramp, self.updates, self.name = decay, ramp, 0, f"ema-{decay:g}"
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.network = (copy.deepcopy(network) if average is None else average).eval().requires_grad_(False)
         averaged = dict(self.network.named_parameters())
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        self._source: list[Tensor] = list(trained.values())
-        self._average: list[Tensor] = [averaged[name] for name in trained]
+        self._source: list[Tensor] = [local(parameter) for parameter in trained.values()]
+        self._average: list[Tensor] = [local(averaged[name]) for name in trained]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -136,7 +138,7 @@ class FiniteGuard:
         """
         bad = ~torch.isfinite(grad_norm)
         too_large = torch.zeros_like(bad) if limit is None else (grad_norm >= limit) & ~bad
-        self._optimizer.found_inf = (bad | too_large).float()  # type: ignore[attr-defined]  # read by fused optimizers
+        self._optimizer.found_inf = (bad | too_large).to(torch.float32)  # type: ignore[attr-defined]  # read by fused optimizers
         self._skipped += bad
         self._too_large += too_large
         self._last_bad_loss = torch.where(torch.isfinite(loss.detach()), self._last_bad_loss, float(step))

@@ -69,6 +69,17 @@ class Changes(NamedTuple):
 
 
 def find_run(setup: Setup) -> ResumeState | None:
+    """The run that --resume means; without its tensors where another process reads them for this one.
+
+    Raises:
+        UserError: As `search_run`.
+    """
+    return setup.parallel.read(
+        lambda: search_run(setup), lambda found: None if found is None else found._replace(groups={})
+    )
+
+
+def search_run(setup: Setup) -> ResumeState | None:
     """The run that --resume means: that of a checkpoint, or the newest run with the same settings.
 
     Raises:

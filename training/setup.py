@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,12 +35,14 @@ from training.network import (
     keep_classes,
     load_start,
     network_fields,
+    outline,
     read_start,
     start_warnings,
     take_data_settings,
     text_fields,
 )
 from training.optimization import OptimizerSettings
+from training.parallel import Parallel, Replicated, make_parallel
 from training.scores import Scorer, open_scorer
 
 
@@ -71,6 +73,7 @@ class Setup:
         source: Name of the data in the log.
         encoder: Encoder between the data and the network's latents.
         loss: Loss, which holds the network and the process.
+        parallel: Strategy of several processes.
         total_steps: Number of steps of the run.
         notes: Lines about files of weights: content and digests.
         start_notes: Lines about the weights to start from, and changes that made them fit.
@@ -86,6 +89,7 @@ class Setup:
     source: str
     encoder: Encoder
     loss: DiffusionLoss
+    parallel: Parallel
     total_steps: int
     notes: list[str]
     start_notes: list[str]
@@ -154,7 +158,11 @@ def set_up(
     """
     config, names = given.general, choose_owners(KINDS, vars(given.general))
     given.check_owners(**names)
-    start = None if config.run.init_from is None else read_start(config.run.init_from)
+    parallel: Parallel = Replicated(device)  # in a dry run one process works alone
+    if fake is None:
+        parallel = make_parallel(config.compute.parallel, config.compute.holders, device)
+    first = config.run.init_from
+    start = None if first is None else parallel.read(lambda: read_start(first), outline)
     meta = None if start is None else start.meta
     start_notes, lines = list[str](), list[str]()
     if meta is not None and dataset is None and config.data.dataset == "imagefolder":
@@ -178,17 +186,14 @@ def set_up(
         lines += start_warnings(config, meta, {"name": names["process"], **to_dict(owners["process"][1])}, encoder)
     vision = open_vision_encoder(config, dataset, device)
     make = partial(build_loss, config, owners, fields, shape, vision)
-    if fake is None:
-        loss = make().to(device)  # made on the CPU, so that fresh weights are the same on every device
-    else:
-        with fake, device:
-            loss = make()
+    loss = parallel.build(make) if fake is None else build_without_values(make, device, fake)
     if start is not None:
-        start_notes = [f"--init-from: {note}" for note in start_notes + load_start(config, loss, start, dataset)]
+        start_notes += parallel.read(partial(load_start, config, loss, start, dataset), list)
     choose_trained(config, loss.network, fake)
     digests = file_digests(config) if fake is None else {}
     notes = [f"--align-ckpt: {note}" for note in vision.notes] if vision is not None and fake is None else []
     notes += digest_notes(digests)
+    start_notes = [f"--init-from: {note}" for note in start_notes]
 
     owners |= {"model": (config.model, loss.network.config)}
     channels, width = dataset.image_shape[-3], dataset.image_shape[-1]
@@ -196,10 +201,20 @@ def set_up(
     resolved = replace(config, process=names["process"], data=data)
     steps = config.optimization.total_steps(len(dataset))
     origin = None if config.run.init_from is None else origin_of(config.run.init_from, meta)
-    setup = Setup(resolved, owners, dataset, source, encoder, loss, steps, notes, start_notes, lines, digests, origin)
+    setup = Setup(
+        resolved, owners, dataset, source, encoder, loss, parallel, steps, notes, start_notes, lines, digests, origin
+    )
     if config.validation.eval_every is not None:
         setup.validation = open_validation(setup, config.validation.eval_every, held_out, device)
     return setup
+
+
+def build_without_values(
+    make: Callable[[], DiffusionLoss], device: torch.device, fake: FakeTensorMode
+) -> DiffusionLoss:
+    """Build the loss of a dry run."""
+    with fake, device:
+        return make()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

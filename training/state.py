@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from data.dataset import digest_of, text_of
-from runtime.checkpoint import load_weights
 from runtime.settings import Values
+from runtime.sharding import leaf, like, local, outline_of
 from training.optimization import EMA
 from training.resume import ResumeState
 from training.run import DRAWS
@@ -57,21 +58,31 @@ class TrainingState:
     """
 
     def __init__(self, setup: Setup) -> None:
-        optimization, self.network = setup.config.optimization, setup.network
+        optimization, self.network, self._parallel = setup.config.optimization, setup.network, setup.parallel
+        average = self._parallel.place(setup.loss)  # first: the optimizer takes parameters as they are then
         self.step = self.updates = 0
-        self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        self._parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         self.alignment = setup.loss.alignment
         if self.alignment is not None:
-            self.trained |= {f"{PROJECTOR}.{name}": p for name, p in self.alignment.named_parameters()}
+            self._parameters |= {f"{PROJECTOR}.{name}": p for name, p in self.alignment.named_parameters()}
+        self.trained = {name: leaf(parameter) for name, parameter in self._parameters.items()}
         self.optimizer = setup.optimizer.make(self.trained.values(), optimization.lr)
-        self.ema = EMA(self.network, optimization.ema_decay, ramp=optimization.ema_ramp)
+        self.ema = EMA(self.network, optimization.ema_decay, ramp=optimization.ema_ramp, average=average)
+
+    def collect_gradients(self) -> list[Tensor]:
+        """Hand the gradients of a step to the tensors that the optimizer steps on, and return them."""
+        for name, trained in self.trained.items():
+            parameter = self._parameters[name]
+            if trained is not parameter and parameter.grad is not None:
+                trained.grad, parameter.grad = local(parameter.grad), None
+        return [trained.grad for trained in self.trained.values() if trained.grad is not None]
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
-        """The state as named tensors."""
+        """The state as named tensors, divided ones as such."""
         moments = {
-            f"{name}/{key}": value
-            for name, parameter in self.trained.items()
-            for key, value in self.optimizer.state[parameter].items()
+            f"{name}/{key}": like(value, self._parameters[name])
+            for name, trained in self.trained.items()
+            for key, value in self.optimizer.state[trained].items()
         }
         own = {"model": self.network.state_dict(), self.ema.name: self.ema.network.state_dict(), "optimizer": moments}
         return own if self.alignment is None else {**own, PROJECTOR: self.alignment.state_dict()}
@@ -85,12 +96,18 @@ class TrainingState:
         modules = {"model": self.network, self.ema.name: self.ema.network, PROJECTOR: self.alignment}
         for name, module in modules.items():
             if module is not None:
-                load_weights(module, saved.groups.get(name, {}), f"--resume {saved.folder} as {name}")
-        moments: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in saved.groups.get("optimizer", {}).items():  # absent if the optimizer keeps no state
+                self._parallel.load(module, saved.groups.get(name, {}), f"--resume {saved.folder} as {name}")
+        moments = saved.groups.get("optimizer", {})  # absent if the optimizer keeps no state
+        outlines = self._parallel.read(lambda: moments, outline_of)
+        for trained in self.trained.values():
+            self.optimizer.state[trained] = {}
+        for name, tensor in outlines.items():
             parameter, key = name.rsplit("/", 1)
-            moments.setdefault(parameter, {})[key] = tensor
-        for name, trained in self.trained.items():
-            self.optimizer.state[trained] = {k: v.to(trained.device) for k, v in moments.get(name, {}).items()}
+            if parameter in self.trained:
+                target: Tensor = self._parameters[parameter]
+                if tensor.shape != target.shape:  # such as the count of steps
+                    target = torch.empty_like(tensor, device=target.device)
+                value = self._parallel.receive(moments.get(name), target)
+                self.optimizer.state[self.trained[parameter]][key] = value
         self.step = saved.meta["step"]
         self.updates = self.ema.updates = saved.meta.get("updates", self.step)

@@ -6,14 +6,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._composable import checkpoint
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -90,7 +89,7 @@ class Trainer:
         self.setup, self.config, self.world, self.folder = setup, setup.config, world, folder
         self.log = RunLog(folder, tensorboard=self.config.run.tensorboard)
         self.state = TrainingState(setup)
-        self.saver: Saver | None = None if folder is None else BackgroundSaver(folder / "checkpoints", self.saved)
+        self.saver: Saver = BackgroundSaver(None if folder is None else folder / "checkpoints", self.saved)
         if saved is not None:
             with error_prefix(f"--resume {saved.folder}: it was trained with another autoencoder"):
                 setup.encoder.check_same(saved.meta.get("autoencoder", {}))
@@ -102,10 +101,7 @@ class Trainer:
             recompute_activations(setup.network)
         if self.config.compute.compile:
             setup.network.compile_blocks()
-        self.loss: nn.Module = setup.loss
-        if world.size > 1:
-            devices = [world.device.index] if world.device.type == "cuda" else None
-            self.loss = DistributedDataParallel(setup.loss, device_ids=devices, gradient_as_bucket_view=True)
+        self.loss = setup.parallel.wrap(setup.loss)
         limit = self.config.optimization.skip_updates_above
         self.guard = FiniteGuard(self.state.optimizer, world.device, limit)
         self.meter = LossMeter()
@@ -140,8 +136,7 @@ class Trainer:
                     self.report(grad_norm)
                 if self.validation is not None and self.validation.is_due(state.step):
                     self.validate(self.validation)
-                failed = self.saver is not None and self.saver.failed  # then `save` raises the error on all ranks
-                stopping = votes.ask(stop.received or failed)
+                stopping = votes.ask(stop.received or self.saver.failed)  # `save` raises its error on all ranks
                 if state.step % run.ckpt_every == 0 or state.step == total or stopping:
                     self.save()
                 if state.step == total or stopping:
@@ -174,13 +169,12 @@ class Trainer:
         shared = self.setup.loss.shared(pieces, step)
         seen: list[dict[str, Tensor]] = []
         for number, (batch, draws) in enumerate(pieces, start=1):
-            with synchronization(self.loss, last=number == len(pieces)):
+            with self.setup.parallel.backward(last=number == len(pieces)):
                 losses = self.loss(batch, draws, step, shared)
                 (losses["loss"].mean() / len(pieces)).backward()
             seen.append(losses)
         losses = {name: torch.cat([piece[name].detach() for piece in seen]) for name in seen[0]}
-        gradients = [p.grad for p in state.trained.values() if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(gradients)
+        grad_norm = self.setup.parallel.norm(state.collect_gradients())
         self.meter.add(losses)
         if self.guard.drops(grad_norm):
             return grad_norm
@@ -238,10 +232,9 @@ class Trainer:
             UserError: On every rank, if the save before failed.
         """
         self.check_finite()
-        with distributed.raise_on_all_ranks():
-            if self.saver is not None:
-                step = self.state.step
-                self.saver.save(State(step, self.state.groups(), checkpoint_meta(self.setup, step, self.state.updates)))
+        self.wait_for_save()  # on all ranks, before any of them waits for another in `save`
+        step = self.state.step
+        self.saver.save(State(step, self.state.groups(), checkpoint_meta(self.setup, step, self.state.updates)))
 
     def wait_for_save(self) -> None:
         """Wait until the last checkpoint is whole.
@@ -250,8 +243,7 @@ class Trainer:
             UserError: On every rank, if it could not be saved.
         """
         with distributed.raise_on_all_ranks():
-            if self.saver is not None:
-                self.saver.wait()
+            self.saver.wait()
 
     def saved(self, path: Path, step: int) -> None:
         """Log a new checkpoint, then remove those that --keep-last leaves out."""
@@ -266,8 +258,7 @@ class Trainer:
             yield
         except BaseException:
             try:
-                if self.saver is not None:
-                    self.saver.wait()
+                self.saver.wait()
             except UserError as error:
                 self.log.line(f"Error: {error}")
             raise
@@ -277,11 +268,6 @@ def recompute_activations(network: Network) -> None:
     """Recompute the activations of every block in the backward pass instead of keeping them."""
     for block in network.blocks:
         checkpoint(block)
-
-
-def synchronization(loss: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Context of a backward pass: of several micro-batches, only the last one averages gradients over processes."""
-    return nullcontext() if last or not isinstance(loss, DistributedDataParallel) else loss.no_sync()
 
 
 def batches(setup: Setup, world: World, first_step: int) -> Iterator[tuple[int, list[MicroBatch]]]:

@@ -136,11 +136,12 @@ class Validation:
         """
         device, count = self.world.device, min(self.settings.eval_images, len(images))
         chunks = [range(start, min(start + ROWS, count)) for start in range(0, count, ROWS)]
-        own = range(self.world.rank, len(chunks), self.world.size)
+        rounds = -(-len(chunks) // self.world.size)  # of each process: the weights may be divided over all of them
+        own = [self.world.rank + turn * self.world.size for turn in range(rounds)]  # beyond the last, not counted
         workers = min(self.setup.config.data.num_workers, os.cpu_count() or 1) if images.worth_workers else 0
         loader: DataLoader[Example] = DataLoader(
             images,  # type: ignore[arg-type]  # items are asked for by (epoch, index)
-            batch_sampler=[[(0, i) for i in chunks[number]] for number in own],
+            batch_sampler=[[(0, i) for i in chunks[number % len(chunks)]] for number in own],
             num_workers=workers,
         )
         place = float64_device(device)
@@ -154,7 +155,8 @@ class Validation:
             loss = self.loss(batch, draws, number, {})["loss"]
             timesteps = convert_time(process.to_time(draws.t), process.time_convention, "index")
             quarter = (timesteps / (1000 / QUARTERS)).long().clamp(0, QUARTERS - 1)
-            sums.index_add_(1, quarter.to(place), torch.stack([loss, torch.ones_like(loss)]).to(place).double())
+            if number < len(chunks):
+                sums.index_add_(1, quarter.to(place), torch.stack([loss, torch.ones_like(loss)]).to(place).double())
         total, seen = distributed.mean_over_ranks(sums).tolist()
         quarters = {f"val_loss_q{q + 1}": loss / n for q, (loss, n) in enumerate(zip(total, seen, strict=True)) if n}
         return {"val_loss": sum(total) / sum(seen)} | quarters

@@ -55,7 +55,8 @@ def test_what_may_change_on_resume_changes_no_result() -> None:
     assert free_settings(TrainSettings) == {
         *(f"data.{name}" for name in ("data_path", "strict", "num_workers")),
         *(f"optimization.{name}" for name in ("epochs", "max_steps", "grad_accum", "non_finite")),
-        *(f"compute.{name}" for name in ("compile", "grad_checkpointing", "device", "dist_timeout")),
+        *(f"compute.{name}" for name in ("compile", "grad_checkpointing", "parallel", "shard_ranks")),
+        *(f"compute.{name}" for name in ("device", "dist_timeout")),
         *(f"run.{field.name}" for field in dataclasses.fields(TrainSettings().run)),
         *(f"validation.{field.name}" for field in dataclasses.fields(TrainSettings().validation)),
         "alignment.align_ckpt",

@@ -1,0 +1,225 @@
+"""Strategies of training on several processes: what each one holds of weights, average and optimizer.
+
+`ddp`: everything. `fsdp`: its part of every tensor; a block's weights are gathered where the block is evaluated.
+`hsdp`: the same inside groups of processes, those of one machine for example, each of which holds everything.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from diffusion.loss import DiffusionLoss
+from models import Network
+from models.blank import has_other_tensors, without_values
+from runtime import distributed
+from runtime.checkpoint import check_weights, load_weights
+from runtime.sharding import is_divided, local, receive
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+
+class Parallel(Protocol):
+    """Strategy of a run; all processes call its methods together."""
+
+    def build(self, make: Callable[[], DiffusionLoss]) -> DiffusionLoss:
+        """Build the loss with its network, with values where this process needs them."""
+
+    def read(self, work: Callable[[], T], outline: Callable[[T], T]) -> T:
+        """Read something large: its outline, without values, where this process does not need them."""
+
+    def place(self, loss: DiffusionLoss) -> Network:
+        """Bring the loss to the device, divided; returns a copy of the network, divided alike, for the average."""
+
+    def wrap(self, loss: DiffusionLoss) -> nn.Module:
+        """Return the module to call in place of a loss that was placed."""
+
+    def load(self, module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+        """Fill a placed module; a UserError as of `load_weights`."""
+
+    def receive(self, value: Tensor | None, target: Tensor) -> Tensor:
+        """This process's part, divided as `target` is, of a tensor that was read."""
+
+    def backward(self, *, last: bool) -> AbstractContextManager[None]:
+        """Context of forward and backward pass of a micro-batch; gradients are averaged over processes in the last."""
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Norm of the gradient, a scalar that is equal everywhere, from this process's parts."""
+
+
+class Replicated:
+    """Everything on every process (DistributedDataParallel); also the strategy of a process alone.
+
+    Args:
+        device: Device of this process.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._wrapped: DistributedDataParallel | None = None
+
+    def build(self, make: Callable[[], DiffusionLoss]) -> DiffusionLoss:
+        """Build on the CPU, so that fresh weights are the same on every device."""
+        return make().to(self._device)
+
+    def read(self, work: Callable[[], T], outline: Callable[[T], T]) -> T:
+        """Read everything."""
+        return work()
+
+    def place(self, loss: DiffusionLoss) -> Network:
+        """Copy the network."""
+        return copy.deepcopy(loss.network)
+
+    def wrap(self, loss: DiffusionLoss) -> nn.Module:
+        """The loss itself, or one that averages gradients."""
+        if not dist.is_initialized():
+            return loss
+        devices = [self._device.index] if self._device.type == "cuda" else None
+        self._wrapped = DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
+        return self._wrapped
+
+    def load(self, module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+        """Fill a module."""
+        load_weights(module, weights, source)
+
+    def receive(self, value: Tensor | None, target: Tensor) -> Tensor:
+        """Copy the tensor to the target's device, in its own dtype."""
+        assert value is not None
+        return value.to(target.device)
+
+    def backward(self, *, last: bool) -> AbstractContextManager[None]:
+        """Context without communication in all but the last micro-batch."""
+        return nullcontext() if last or self._wrapped is None else self._wrapped.no_sync()
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Norm of all gradients, which are averaged already."""
+        return get_total_norm(gradients)
+
+
+class Sharded:
+    """A part of every tensor on each process (FSDP2), block by block.
+
+    Only rank 0 builds the network with values, in host memory; the others receive their parts of it.
+
+    Args:
+        device: Device of this process.
+        ranks: Number of processes that hold the weights together; each group of so many holds all of them.
+    """
+
+    def __init__(self, device: torch.device, ranks: int) -> None:
+        self._device, self._ranks = device, ranks
+        self._roots: list[nn.Module] = []
+
+    @cached_property
+    def _mesh(self) -> DeviceMesh:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        groups = dist.get_world_size() // self._ranks
+        if groups == 1:
+            return init_device_mesh(self._device.type, (self._ranks,), mesh_dim_names=("shard",))
+        return init_device_mesh(self._device.type, (groups, self._ranks), mesh_dim_names=("replicate", "shard"))
+
+    def build(self, make: Callable[[], DiffusionLoss]) -> DiffusionLoss:
+        """Build with values on rank 0, without on the others."""
+        if dist.get_rank() == 0:
+            return make()
+        with without_values():
+            loss = make()
+        return make() if has_other_tensors(loss) else loss
+
+    def read(self, work: Callable[[], T], outline: Callable[[T], T]) -> T:
+        """Read on rank 0, and give its outline to the others."""
+        done: list[T] = []
+
+        def read_here() -> T:
+            done.append(work())
+            return outline(done[0])
+
+        sent = distributed.on_rank0(read_here)
+        return done[0] if done else sent
+
+    def place(self, loss: DiffusionLoss) -> Network:
+        """Divide the network's blocks one by one, then the rest of the loss; on the device one of them is whole."""
+        self._roots = list(loss.children())
+        average = _outline(loss.network)
+        for root in self._roots:
+            self._shard(root, lambda tensor: receive(tensor, _empty(tensor, self._device)))
+        self._shard(average, lambda tensor: _empty(tensor, self._device))
+        for own, source in zip(average.state_dict().values(), loss.network.state_dict().values(), strict=True):
+            local(own).copy_(local(source))
+        return average
+
+    def _shard(self, root: nn.Module, fill: Callable[[Tensor], Tensor]) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        for part in [*getattr(root, "blocks", ()), root]:
+            for module in part.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if not is_divided(parameter):  # as those of the blocks are when the root follows
+                        setattr(module, name, nn.Parameter(fill(parameter.data), parameter.requires_grad))
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, fill(buffer))
+            # Also the outermost part, which FSDP keeps whole otherwise: the average changes between two evaluations
+            fully_shard(part, mesh=self._mesh, reshard_after_forward=True)
+
+    def wrap(self, loss: DiffusionLoss) -> nn.Module:
+        """The loss itself: its parts average gradients."""
+        return loss
+
+    def load(self, module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+        """Fill a divided module with weights that rank 0 has."""
+        expected = module.state_dict()
+        distributed.on_rank0(lambda: check_weights(expected, weights, source))
+        for name, tensor in expected.items():
+            local(tensor).copy_(receive(weights.get(name), tensor))
+
+    def receive(self, value: Tensor | None, target: Tensor) -> Tensor:
+        """This process's part of a tensor that rank 0 has."""
+        return receive(value, target)
+
+    @contextmanager
+    def backward(self, *, last: bool) -> Iterator[None]:
+        """Context in which gradients stay where they are in all but the last micro-batch."""
+        for root in self._roots:
+            root.set_requires_gradient_sync(last)  # type: ignore[operator]  # of what `fully_shard` makes of it
+        yield
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Norm of all parts, in float64 between processes."""
+        norm = get_total_norm(gradients)
+        squares = norm.double().square()
+        dist.all_reduce(squares, group=self._mesh["shard"].get_group())
+        return squares.sqrt().to(norm.dtype)
+
+
+def _empty(tensor: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+
+def _outline(network: Network) -> Network:
+    """A copy of a network without values, and nothing of the network in it."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}.values()
+    return copy.deepcopy(network, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})
+
+
+def make_parallel(name: str, ranks: int, device: torch.device) -> Parallel:
+    """The strategy of a name.
+
+    Args:
+        name: "ddp", "fsdp" or "hsdp".
+        ranks: Number of processes that hold the weights together.
+        device: Device of this process.
+    """
+    return Replicated(device) if name == "ddp" else Sharded(device, ranks)
