@@ -3,10 +3,11 @@
     python -m benchmarks.saving [--model DiT-B/2] [--folder /tmp]
     python -m benchmarks.saving --loading --model DiT-XL/2
 
-Saving: weights, average and two moments of a model are saved, in turn by the trainer's way and by `save_checkpoint`,
-which returns when the file is whole, as version 0.1 did, and compared with a copy of the same bytes into a ready
-buffer. Times are wall time, the median of five saves after the first, which allocates the copy. The file has been
-written before the next save, so that nothing waits for the disk.
+Saving: weights, average and two moments of a model are saved, in turn by the trainer's two ways (one file, and a folder
+to which each process adds its part) and by `save_checkpoint`, which returns when the file is whole, as
+version 0.1 did, and compared with a copy of the same bytes into a ready buffer. Times are wall time, the median of five
+saves after the first, which allocates the copy. The file has been written before the next save, so that nothing waits
+for the disk.
 
 Loading: `load_network` of files in the page cache, in turn with and without checksums, and the SHA-256 of each file,
 which is recorded and compared where a format has no checksums. Times are medians of five after the first.
@@ -30,7 +31,8 @@ from benchmarks.timing import wall_seconds
 from models import create_model, family_of
 from models.loading import load_network
 from runtime.checkpoint import save_checkpoint
-from runtime.saver import BackgroundSaver, State
+from runtime.files import remove
+from runtime.saver import BackgroundSaver, ShardedSaver, State
 from runtime.weight_files import weights_sha256
 from runtime.zip_checksums import PartChecksums
 
@@ -44,12 +46,14 @@ def measure(model: str, folder: Path) -> dict[str, float]:
     groups = {name: {k: v.clone() for k, v in weights.items()} for name in ("model", "ema", "moment1", "moment2")}
     tensors = [tensor for group in groups.values() for tensor in group.values()]
     ready = [tensor.clone() for tensor in tensors]
-    saver = BackgroundSaver(folder, lambda path, step: None)
-    times: dict[str, list[float]] = {"copy": [], "pause": [], "whole save": []}
+    saver, sharded = (kind(folder, lambda path, step: remove(path)) for kind in (BackgroundSaver, ShardedSaver))
+    times: dict[str, list[float]] = {"copy": [], "pause": [], "sharded pause": [], "whole save": []}
     for _ in range(ROUNDS + 1):
         times["copy"].append(wall_seconds(lambda: [a.copy_(b) for a, b in zip(ready, tensors, strict=True)]))
         times["pause"].append(wall_seconds(lambda: saver.save(State(1, groups, {}))))
         saver.wait()
+        times["sharded pause"].append(wall_seconds(lambda: sharded.save(State(3, groups, {}))))
+        sharded.wait()
         times["whole save"].append(wall_seconds(lambda: save_checkpoint(folder / "0000002.safetensors", groups, {})))
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     return {**medians, "first pause": times["pause"][0], "bytes": float(sum(t.nbytes for t in tensors))}
@@ -60,7 +64,7 @@ def print_saving(model: str, folder: Path) -> None:
     result = measure(model, folder)
     print(f"{model}: {result.pop('bytes') / 1e9:.2f} GB")
     for name, value in result.items():
-        print(f"{name:<12}{value:>9.3f} s{value / result['copy']:>8.2f} x copy")
+        print(f"{name:<14}{value:>9.3f} s{value / result['copy']:>8.2f} x copy")
 
 
 def write_files(model: str, folder: Path) -> dict[str, Path]:

@@ -1,15 +1,16 @@
 """Checkpoints: ours, which hold tensors and JSON only; those of others are read by `runtime.foreign`.
 
-Ours is one safetensors file. Tensor names start with their group ("model/", "ema-0.9999/", "optimizer/"); the file's
-metadata holds one JSON document with everything needed to rebuild the run's network, process and data (see
-docs/checkpoints.md), and a checksum of every tensor, compared when it is read. Files of earlier formats are migrated.
+Ours is one safetensors file, or a folder of them (`runtime.parts`). Tensor names start with their group ("model/",
+"ema-0.9999/", "optimizer/"); a file's metadata holds one JSON document with everything needed to rebuild the run's
+network, process and data (see docs/checkpoints.md), and a checksum of every tensor, compared when it is read. Files of
+earlier formats are migrated.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from runtime import migrate
 from runtime.adapters import merge_adapters
 from runtime.errors import UserError
 from runtime.foreign import ForeignWeights, read_foreign
+from runtime.parts import Part, files_of, is_sharded, read_parts, write_part
 from runtime.pretrained import pretrained_folder, read_weights
 from runtime.stores import fetch
 from runtime.tensor_file import read_tensors, write_tensors
@@ -58,10 +60,34 @@ def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor]], meta
         UserError: If the file cannot be written, as on a full disk; an earlier file of that name is intact.
     """
     tensors = {f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
-    try:
+    with _writing(path, tensors.values()):
         write_tensors(path, tensors, meta, METADATA_KEY)
+
+
+def save_part(folder: Path, number: int, count: int, parts: Mapping[str, Part], meta: Mapping[str, object]) -> None:
+    """Write one file of a checkpoint in parts.
+
+    Args:
+        folder: Folder of the parts, made if it is not there.
+        number: Number of the file, from 0.
+        count: Number of files.
+        parts: Full name, "group/parameter" -> part of the tensor.
+        meta: JSON values.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    with _writing(folder, (part.tensor for part in parts.values())):
+        folder.mkdir(exist_ok=True)
+        write_part(folder, number, count, parts, meta, METADATA_KEY)
+
+
+@contextlib.contextmanager
+def _writing(path: Path, tensors: Iterable[Tensor]) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        size = sum(tensor.nbytes for tensor in tensors.values())
+        size = sum(tensor.nbytes for tensor in tensors)
         raise UserError(f"{path}: could not write {size:,} bytes ({error}); earlier checkpoints are intact") from error
 
 
@@ -79,7 +105,7 @@ def read_checkpoint(path: Path, weights: str = "ema", flag: str = "--ckpt") -> C
         UserError: If the file is missing, damaged, not a checkpoint, or holds objects that could run code.
     """
     path = fetch(path, flag)
-    if path.suffix == ".safetensors" and is_ours(path):
+    if is_sharded(path) or path.suffix == ".safetensors" and is_ours(path):
         groups, meta = read_groups(path, lambda present: [_choose(present, weights, f"{flag} {path}")], flag)
         ((name, tensors),) = groups.items()
         try:
@@ -135,7 +161,7 @@ def read_groups(
     """Read groups of tensors from one of our files, and compare every tensor with its checksum.
 
     Args:
-        path: Path of a safetensors file; one that is not ours is read as one group.
+        path: Path of a safetensors file, or of a folder of parts; a file that is not ours is read as one group.
         choose: Function that picks groups from the names of those in the file.
         flag: Flag in messages.
 
@@ -145,7 +171,8 @@ def read_groups(
     Raises:
         UserError: If the file is missing, damaged, or of a later format, or lacks a group.
     """
-    path = file_in(path, flag)
+    sharded = is_sharded(path)
+    path = path if sharded else file_in(path, flag)
     members: dict[str, dict[str, str]] = {}  # group -> name in it -> name in the file
     chosen: list[str] = []
     meta: dict[str, Any] = {}
@@ -167,12 +194,16 @@ def read_groups(
         return [name for group in chosen for name in members[group].values()]
 
     try:
-        read_head(path, f"{flag} {path}")
-        tensors, _ = read_tensors(path, METADATA_KEY, wanted)
-    except KeyError:
+        if not sharded:
+            read_head(path, f"{flag} {path}")
+        tensors, _ = (read_parts if sharded else read_tensors)(path, METADATA_KEY, wanted)
+    except KeyError as error:
+        if sharded:
+            raise UserError(f"{flag} {path}: holds files of other code") from error
         return {"weights": read_safetensors(path, f"{flag} {path}")}, None
     except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: a document of another structure
-        raise UserError(f"{flag} {path}: damaged or truncated safetensors file ({error})") from error
+        kind = "damaged or incomplete checkpoint" if sharded else "damaged or truncated safetensors file"
+        raise UserError(f"{flag} {path}: {kind} ({error})") from error
     return {group: {rest: tensors[name] for rest, name in members[group].items()} for group in chosen}, meta
 
 
@@ -189,7 +220,10 @@ def check_finite(groups: Mapping[str, Mapping[str, Tensor]], where: str) -> None
 
 
 def is_whole(path: Path) -> bool:
-    """True if a safetensors file is as long as it says; its numbers are not read."""
+    """True if a safetensors file, or every one in a folder of parts, is as long as it says; no numbers are read."""
+    if is_sharded(path):
+        files = files_of(path)
+        return bool(files) and files[-1].stem.endswith(f"-of-{len(files):05d}") and all(map(is_whole, files))
     try:
         with safe_open(path, framework="pt"):
             return True

@@ -295,24 +295,38 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def objects_from_all_ranks(value: T) -> list[T]:
-    """Return every rank's value in the order of ranks, on every rank; small picklable objects."""
+def objects_from_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return every rank's value in the order of ranks, on every rank (of a group); small picklable objects."""
     if not dist.is_initialized():
         return [value]
     values = [value] * dist.get_world_size()  # replaced by each rank's
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
+def place() -> tuple[int, int]:
+    """Number of this process, and number of all."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def thread_group() -> dist.ProcessGroup | None:
+    """A process group over the CPU for the collective operations of one thread; None in a world of one."""
+    if not dist.is_initialized():
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    return group
+
+
 @contextmanager
-def raise_on_all_ranks() -> Iterator[None]:
-    """Raise a `UserError` of any rank on all of them; all must enter the block."""
+def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Raise a `UserError` of any rank on all of them (of a group); all must enter the block."""
     error_here: UserError | None = None
     try:
         yield
     except UserError as error:
         error_here = error
-    messages = objects_from_all_ranks(None if error_here is None else str(error_here))
+    messages = objects_from_all_ranks(None if error_here is None else str(error_here), group)
     if error_here is not None:
         raise error_here
     for message in messages:

@@ -40,6 +40,15 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a folder that may be missing; a killed process leaves no half of it under its name."""
+    if path.is_dir():
+        gone = _temporary(path)
+        path.replace(gone)
+        path = gone
+    _delete(path)
+
+
 def _delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

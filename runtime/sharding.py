@@ -29,6 +29,21 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
+def place_of(tensor: Tensor) -> tuple[int, bool]:
+    """Number of the first row of this process's part, and True on the first of the processes that hold this part."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(tensor, DTensor)
+    mesh, start, is_first = tensor.device_mesh, 0, True
+    for dimension, placement in enumerate(tensor.placements):
+        number = mesh.get_local_rank(dimension)
+        if placement.is_shard(0):
+            start = min(number * -(-len(tensor) // mesh.size(dimension)), len(tensor))
+        else:
+            is_first &= number == 0
+    return start, is_first
+
+
 def leaf(parameter: Tensor) -> Tensor:
     """Tensor that an optimizer steps on for a parameter: itself, or of a divided one this process's part."""
     return nn.Parameter(local(parameter), parameter.requires_grad) if is_divided(parameter) else parameter

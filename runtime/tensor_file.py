@@ -22,7 +22,13 @@ DTYPES = {
 }  # fmt: skip
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, object], key: str) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    document: Mapping[str, object],
+    key: str,
+    more: Mapping[str, str] | None = None,
+) -> None:
     """Write a file, whole or not at all.
 
     Args:
@@ -30,6 +36,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[s
         tensors: Name -> tensor, of a dtype in `DTYPES`.
         document: JSON values.
         key: Name of the document in the file's metadata, which tells one kind of file from another.
+        more: Further metadata, for readers of other code.
 
     Raises:
         OSError: If it cannot be written.
@@ -40,7 +47,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[s
     full[HEADER] = header_checksum(layout, full)
     try:
         with atomic_path(path, alone=True) as temporary:
-            save_file(kept, temporary, metadata={key: json.dumps(full)})  # one entry: their order is not fixed
+            metadata = {key: json.dumps(full), **(more or {})}  # mostly one entry: their order is not fixed
+            save_file(kept, temporary, metadata=metadata)
     except SafetensorError as error:  # among others, of a full disk
         raise OSError(str(error)) from error
 

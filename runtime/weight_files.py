@@ -22,6 +22,7 @@ from runtime.download import sha256_of
 from runtime.errors import UserError
 from runtime.files import check_utf8
 from runtime.json_file import parse_json
+from runtime.parts import files_of, is_sharded
 from runtime.stores import fetch
 from runtime.zip_checksums import PartChecksums
 
@@ -63,7 +64,10 @@ def file_in(path: Path, flag: str) -> Path:
 
 
 def weights_sha256(path: Path, flag: str = "--ckpt") -> str:
-    """SHA-256 of the file that `read_foreign` or `read_checkpoint` reads; of an index, that of it and its files."""
+    """SHA-256 of the file that `read_foreign` or `read_checkpoint` reads; of several, that of all."""
+    path = fetch(path, flag)
+    if is_sharded(path):
+        return hashlib.sha256("\n".join(map(sha256_of, files_of(path))).encode()).hexdigest()
     path = file_in(path, flag)
     digests = [sha256_of(path)]
     if path.name.endswith(".index.json"):

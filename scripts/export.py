@@ -8,7 +8,8 @@
 Lightning checkpoint, as the official main.py (--ckpt_path) and app.py take it. `pipeline` is a folder for every family
 that diffusers loads with `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`: the code is in it.
 `diffusers` is a folder with diffusers' own DiTTransformer2DModel, the scheduler of its process, and a README with the
-lines that load them.
+lines that load them. `one-file` and `sharded` convert a checkpoint of ours, with all that is in it, between the two
+layouts that train.py writes.
 """
 
 from __future__ import annotations
@@ -28,15 +29,24 @@ from models.diffusers_format import diffusers_network
 from models.latte import Latte
 from models.latte_t2v import LatteT2V
 from models.loading import CheckpointInfo, load_network
+from runtime.checkpoint import read_groups, save_checkpoint, save_part
 from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
 from runtime.licences import UNKNOWN
+from runtime.parts import SUFFIX, Part
 from runtime.settings import setting
 from sampling.pipeline import Pipeline
 
 OFFICIAL_CLASSES, OFFICIAL_CLIP_CLASSES = 1000, 101
 SUFFIXES = (".pt", ".ckpt")
+LAYOUTS = ("one-file", "sharded")
+KINDS = {  # by format: suffixes of the output, and what it is
+    "official": (SUFFIXES, "a file ending in .pt"),
+    "one-file": ((".safetensors",), "a file ending in .safetensors"),
+    "sharded": ((SUFFIX,), f"a folder ending in {SUFFIX}"),
+}
+PART_BYTES = 4_000_000_000  # of a file of a sharded checkpoint, about
 LIGHTNING_VERSION = "2.5.0"  # Lightning migrates what earlier versions wrote, and does not load without a version
 LIGHTNING_PREFIXES = ("ema_denoiser.", "denoiser.")  # the average that samples, the network that it is swapped with
 PREDICTION_TYPES = {"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}  # in diffusers
@@ -71,18 +81,25 @@ class ExportSettings:
         None, "checkpoint: ours, an official file, or the name of a released one", shown="required", remote=True
     )
     weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
-    format: Literal["official", "pipeline", "diffusers"] = setting("official", "code that will load them")
+    format: Literal["official", "pipeline", "diffusers", "one-file", "sharded"] = setting(
+        "official", "code that will load them, or the layout of a whole checkpoint for this code"
+    )
     output: Path | None = setting(
-        None, "file ending in .pt (or .ckpt), or for the other formats a new folder", shown="required"
+        None,
+        "file ending in .pt (or .ckpt); for one-file in .safetensors; for others a new folder (.sharded for sharded)",
+        shown="required",
     )
 
     def __post_init__(self) -> None:
         for name in ("ckpt", "output"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name}: required")
-        if self.output is not None and (self.output.suffix in SUFFIXES) != (self.format == "official"):
-            kind = "a file ending in .pt" if self.format == "official" else "a folder"
+        suffixes, kind = KINDS.get(self.format, (None, "a folder"))
+        suffix = None if self.output is None else self.output.suffix
+        if suffix in SUFFIXES if suffixes is None else suffix not in suffixes:
             raise ValueError(f"--output {self.output}: --format {self.format} writes {kind}")
+        if self.format in LAYOUTS and self.weights != "ema":
+            raise ValueError(f"--weights {self.weights}: has no effect with --format {self.format}, which takes all")
 
 
 def notes_on(network: Network, info: CheckpointInfo, format: str) -> list[str]:
@@ -181,6 +198,29 @@ def export_diffusers(network: Network, info: CheckpointInfo, folder: Path, notes
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def convert(source: Path, output: Path, layout: str) -> None:
+    """Write a checkpoint of ours in another layout, with everything that is in it, whole or not at all.
+
+    Raises:
+        UserError: If it is none.
+    """
+    groups, meta = read_groups(source, lambda present: present)
+    if meta is None:
+        raise UserError(f"--ckpt {source}: --format {layout} is for checkpoints of train.py")
+    if layout == "one-file":
+        return save_checkpoint(output, groups, meta)
+    unfinished = output.with_name(f".{output.stem}.{os.getpid()}.tmp{SUFFIX}")
+    tensors = {f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
+    count = max(1, round(sum(tensor.nbytes for tensor in tensors.values()) / PART_BYTES))
+    try:
+        for number in range(count):
+            parts = {name: Part(tensors[name], tuple(tensors[name].shape)) for name in sorted(tensors)[number::count]}
+            save_part(unfinished, number, count, parts, meta)
+        os.replace(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def main(argv: Sequence[str]) -> None:
     """Parse flags, write the file or folder, say what it lacks."""
     config = parse_config(ExportSettings, argv, program="export.py", doc=__doc__)
@@ -188,6 +228,10 @@ def main(argv: Sequence[str]) -> None:
     if config.output.exists():
         raise UserError(f"--output {config.output}: exists already; delete it, or give another name")
     check_writable(config.output, "--output")
+    if config.format in LAYOUTS:
+        convert(config.ckpt, config.output, config.format)
+        print(f"Wrote all of {config.ckpt} to {config.output}")
+        return
     if config.format == "pipeline":
         pipeline = Pipeline.from_pretrained(config.ckpt, device="cpu", weights=config.weights)
         pipeline.save_pretrained(config.output, for_diffusers=True, flag="--output")

@@ -176,7 +176,7 @@ class ComputeSettings:
         _at_least(self, 2, "shard_ranks")
         if self.shard_ranks is not None and self.parallel != "hsdp":
             raise ValueError(f"--shard-ranks {self.shard_ranks}: has no effect without --parallel hsdp")
-        if world_size() % self.holders:
+        if world_size() > 1 and world_size() % self.holders:
             raise ValueError(
                 f"--shard-ranks {self.holders}: does not divide the {world_size()} processes; choose a divisor"
             )
@@ -217,6 +217,9 @@ class RunSettings:
     log_every: int = setting(100, "steps between log lines", free=True)
     ckpt_every: int = setting(50_000, "steps between checkpoints; the last step always makes one", free=True)
     keep_last: int | None = setting(None, "number of newest checkpoints to keep", shown="all", free=True)
+    checkpoint_format: Literal["one-file", "sharded"] = setting(
+        "one-file", "one file by rank 0, or a folder of a file from each process", free=True
+    )
     trust_stamps: bool = setting(
         False, "use shards of latents that are not newer than their index without comparing checksums", free=True
     )
@@ -323,10 +326,11 @@ class TrainSettings:
                 f"--parallel {parallel}: there is one process, and nothing to divide; start several with torchrun, or "
                 "leave it out"
             )
-        if parallel != "ddp" and self.optimization.train_only in ("labels", "lora"):
+        only = self.optimization.train_only
+        if parallel != "ddp" and only in ("labels", "lora"):
             raise ValueError(
-                f"--parallel {parallel}: does not go with --train-only {self.optimization.train_only}, which masks rows of "
-                "a whole table; leave it out: there is little optimizer state to divide"
+                f"--parallel {parallel}: does not go with --train-only {only}, which masks rows of a whole table; "
+                "leave it out: there is little optimizer state to divide"
             )
         if self.run.trust_stamps and data.dataset != "latents":
             raise ValueError("--trust-stamps: has no effect without --dataset latents")

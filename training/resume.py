@@ -12,7 +12,9 @@ from torch import Tensor
 
 from runtime.checkpoint import check_finite, is_whole, read_groups
 from runtime.errors import UserError, error_prefix
+from runtime.files import remove
 from runtime.json_file import Json, parse_json
+from runtime.parts import SUFFIX, is_sharded
 from runtime.settings import document, flag_name, flag_of, flatten, free_settings, places
 from training.config import KINDS, TrainSettings, upgrade
 from training.network import DIGESTS
@@ -178,7 +180,8 @@ def run_number(folder: Path) -> int:
 
 def checkpoints_in(run: Path) -> list[Path]:
     """Checkpoints of a run, newest first."""
-    paths = [path for path in (run / "checkpoints").glob("*.safetensors") if path.stem.isdecimal()]
+    suffixes = (".safetensors", SUFFIX)
+    paths = [p for p in (run / "checkpoints").glob("[!.]*") if p.suffix in suffixes and p.stem.isdecimal()]
     return sorted(paths, key=lambda path: int(path.stem), reverse=True)
 
 
@@ -266,6 +269,8 @@ def set_aside(folder: Path, step: int) -> list[Path]:
     for path in checkpoints_in(folder):
         if int(path.stem) > step:
             target = path.with_name(path.name + ASIDE)
+            if is_sharded(path):
+                remove(target)  # which a file would replace
             path.replace(target)
             renamed.append(target)
     return renamed
@@ -278,6 +283,6 @@ def thin(folder: Path, step: int, keep: int) -> None:
         if int(path.stem) > step:
             continue
         if kept >= keep:
-            path.unlink()
+            remove(path)
         elif int(path.stem) == step or is_whole(path):
             kept += 1

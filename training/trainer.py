@@ -25,7 +25,7 @@ from runtime import distributed
 from runtime.distributed import World
 from runtime.errors import FAILED_STATUS, UserError, error_prefix
 from runtime.licences import origin_of
-from runtime.saver import BackgroundSaver, Saver, State
+from runtime.saver import BackgroundSaver, Saver, ShardedSaver, State
 from runtime.stores import parse_path
 from training.network import START
 from training.optimization import FiniteGuard
@@ -89,7 +89,7 @@ class Trainer:
         self.setup, self.config, self.world, self.folder = setup, setup.config, world, folder
         self.log = RunLog(folder, tensorboard=self.config.run.tensorboard)
         self.state = TrainingState(setup)
-        self.saver: Saver = BackgroundSaver(None if folder is None else folder / "checkpoints", self.saved)
+        self.saver = self.make_saver()
         if saved is not None:
             with error_prefix(f"--resume {saved.folder}: it was trained with another autoencoder"):
                 setup.encoder.check_same(saved.meta.get("autoencoder", {}))
@@ -235,6 +235,14 @@ class Trainer:
         self.wait_for_save()  # on all ranks, before any of them waits for another in `save`
         step = self.state.step
         self.saver.save(State(step, self.state.groups(), checkpoint_meta(self.setup, step, self.state.updates)))
+
+    def make_saver(self) -> Saver:
+        """The saver of this process."""
+        folder = None if self.folder is None else self.folder / "checkpoints"
+        if self.config.run.checkpoint_format == "sharded":
+            common = distributed.broadcast(folder)
+            return BackgroundSaver(None, self.saved) if common is None else ShardedSaver(common, self.saved)
+        return BackgroundSaver(folder, self.saved)
 
     def wait_for_save(self) -> None:
         """Wait until the last checkpoint is whole.

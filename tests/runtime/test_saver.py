@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from runtime import saver as module
-from runtime.checkpoint import read_groups, save_checkpoint
+from runtime.checkpoint import read_groups, save_checkpoint, save_part
 from runtime.errors import UserError
-from runtime.saver import BackgroundSaver, State
+from runtime.saver import BackgroundSaver, ShardedSaver, State
 
 
 def state(step, value=1.0):
@@ -93,3 +93,45 @@ def test_a_failure_is_seen_without_waiting_and_leaves_the_earlier_file(tmp_path,
     with pytest.raises(UserError, match="could not write"):
         saver.wait()
     assert (tmp_path / "0000001.safetensors").read_bytes() == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A folder of parts; several processes: tests/training/test_sharded_checkpoints.py
+
+
+def test_a_folder_has_its_name_once_it_is_whole(tmp_path, monkeypatch):
+    gate, finished = threading.Event(), []
+
+    def write(*arguments):
+        save_part(*arguments)
+        assert gate.wait(60)
+
+    monkeypatch.setattr(module, "save_part", write)
+    saver, now = ShardedSaver(tmp_path, lambda path, step: finished.append((path.name, step))), state(1)
+    saver.save(now)
+    for tensors in now.groups.values():
+        for tensor in tensors.values():
+            tensor.fill_(-1)
+    assert not (tmp_path / "0000001.sharded").exists() and finished == []
+    gate.set()
+    saver.wait()
+    assert finished == [("0000001.sharded", 1)] and [path.name for path in tmp_path.iterdir()] == ["0000001.sharded"]
+    groups, meta = read_groups(tmp_path / "0000001.sharded", list)
+    assert meta == now.meta and torch.equal(groups["model"]["x"], state(1).groups["model"]["x"])
+
+
+def test_a_folder_that_cannot_be_written_leaves_nothing_and_the_earlier_one(tmp_path, monkeypatch):
+    saver = ShardedSaver(tmp_path, lambda path, step: None)
+    saver.save(state(1))
+    saver.save(state(2, value=float("nan")))
+    with pytest.raises(UserError, match="step 2: not saved; earlier checkpoints are intact: model/x has NaN"):
+        saver.wait()
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("runtime.checkpoint.write_part", full)
+    saver.save(state(3))
+    with pytest.raises(UserError, match=r"could not write 52 bytes \(disk full\); earlier checkpoints are intact"):
+        saver.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["0000001.sharded"]

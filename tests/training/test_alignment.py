@@ -170,3 +170,16 @@ def test_latents_on_disk_have_no_images_to_align_with(
     given[given.index("--data-path") + 1] = str(tmp_path / "latents")
     assert start(tmp_path / "results", *given) == 2
     assert "--align test_vit: needs raw images, which stored latents are not" in runs.the_error(capsys)
+
+
+@pytest.mark.slow
+def test_processes_that_hold_parts_align_alike(material: Path, uncut: Path, tmp_path: Path) -> None:
+    options = [*aligned(material, "--max-steps", 5, "--parallel", "fsdp"), "--results-dir", str(tmp_path / "two")]
+    done = run_ranks("train.py", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for step, loss in runs.losses(uncut).items():
+        assert runs.losses(tmp_path / "two")[step] == pytest.approx(loss, rel=1e-4)
+    whole, parts = (state(checkpoint(results, 5)) for results in (uncut, tmp_path / "two"))
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=0, atol=1e-4)

@@ -154,6 +154,8 @@ def test_mistakes_are_one_line(
     assert "--shard-ranks 2: has no effect without --parallel hsdp" in runs.the_error(capsys)
     for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
+    assert runs.start(tmp_path, *flags("DiT"), "--parallel", "fsdp", "--train-only", "labels") == 2
+    assert "--parallel fsdp: does not go with --train-only labels, which masks rows" in runs.the_error(capsys)
     for more in (["--shard-ranks", "3"], []):
         assert runs.start(tmp_path, *flags("DiT"), "--parallel", "hsdp", *more) == 2
         assert "--shard-ranks 3: does not divide the 4 processes; choose a divisor" in runs.the_error(capsys)
