@@ -15,10 +15,10 @@ from models import model_config
 
 
 def family_groups(
-    models: tuple[str, str, str, str], images: int, steps: int, device: torch.device, compiler: str | None
+    models: tuple[str, str, str, str, str], images: int, steps: int, device: torch.device, compiler: str | None
 ) -> dict[str, Callable[[], list[Case]]]:
-    """Makers of cases of a DyDiT, Skip-DiT, DDT and Skip-Latte by group; all in bf16, in the whole sampling loop."""
-    routed, skipping, divided, moving = models
+    """Makers of cases of a DyDiT, Skip-DiT, DDT, Skip-Latte and Skip-LatteT2V by group; all in bf16, in whole loops."""
+    routed, skipping, divided, moving, texts = models
     clips = max(1, images // model_config(moving).sample_shape[0])  # of as many frames as there are images
 
     def routing() -> list[Case]:
@@ -36,4 +36,5 @@ def family_groups(
         "sharing": partial(reuse, divided, (1, 4, 10)),
         "routing": routing,
         "clips": partial(reuse, moving, (1, 2, 3, 4), clips),
+        "text": partial(reuse, texts, (1, 2, 3, 4), clips),
     }

@@ -71,7 +71,9 @@ class Sizes(NamedTuple):
     """Sizes and numbers of runs; the defaults are those of a GPU."""
 
     model: str = "DiT-XL/2"
-    families: tuple[str, str, str, str] = ("DyDiT-XL/2", "Skip-DiT-XL/2", "DDT-XL/2", "Skip-Latte-XL/2")
+    families: tuple[str, str, str, str, str] = (
+        "DyDiT-XL/2", "Skip-DiT-XL/2", "DDT-XL/2", "Skip-Latte-XL/2", "Skip-LatteT2V-XL/2"
+    )  # fmt: skip
     # (images per step, steps per timed run, timed runs) of each training case
     train: tuple[tuple[int, int, int], ...] = ((256, 4, 5), (32, 20, 5), (128, 8, 3))
     rows: int = 64  # of the forward pass: 32 guided images
@@ -85,7 +87,7 @@ class Sizes(NamedTuple):
 
 
 SMOKE = Sizes(
-    "DiT-debug/2", ("DyDiT-debug/2", "Skip-DiT-debug/2", "DDT-debug/2", "Skip-Latte-debug/2"),
+    "DiT-debug/2", ("DyDiT-debug/2", "Skip-DiT-debug/2", "DDT-debug/2", "Skip-Latte-debug/2", "Skip-LatteT2V-debug/2"),
     ((4, 1, 1), (2, 1, 1), (3, 1, 1)),
     rows=4, rounds=1, gemm_side=64, images=2, steps=2, spec="ddim5", family_steps=10, evaluator=TINY,
 )  # fmt: skip

@@ -282,13 +282,13 @@ def test_gpu_report_smoke(gpu_report: ModuleType, tmp_path: Path, capsys: pytest
     document = json.loads((tmp_path / "smoke.json").read_text())
     rows = document["rows"]
     groups = {"peak": 2, "training": 5, "forward": 3, "sampling": 8}
-    groups |= {"optimizer": 4, "evaluator": 5, "caching": 4, "sharing": 3, "routing": 4, "clips": 4}
+    groups |= {"optimizer": 4, "evaluator": 5, "caching": 4, "sharing": 3, "routing": 4, "clips": 4, "text": 4}
     assert [r["group"] for r in rows] == [group for group, count in groups.items() for _ in range(count)]
     training = rows[2:7]
     assert [r["images"] for r in training] == [4, 2, 4, 2, 3] and all(r["predicted_memory"] > 0 for r in training)
     routed = {r["name"]: r["flop"] for r in rows if r["group"] == "routing"}
     assert routed["DyDiT, routed"] < 0.7 * routed["plain DiT"]
-    for group in ("caching", "sharing", "clips"):
+    for group in ("caching", "sharing", "clips", "text"):
         work = [r["flop"] for r in rows if r["group"] == group]
         assert all(less <= more for more, less in pairwise(work)) and work[-1] < work[0], group
     assert [r["reference"] for r in training] == [None, None, "bf16, batch 4", "bf16, batch 2", None]
@@ -307,7 +307,7 @@ def test_gpu_report_names_what_it_had_no_time_for(gpu_report: ModuleType, tmp_pa
     assert run(gpu_report.main, "gpu_report.py", argv) == 0
     document = json.loads((tmp_path / "smoke.json").read_text())
     assert document["rows"] == []
-    assert len(document["skipped"]) == 10 + 4 + 3 + 2 + 1 + 1 and all(
+    assert len(document["skipped"]) == 10 + 5 + 3 + 2 + 1 + 1 and all(
         "the time is up" in word for word in document["skipped"]
     )
 
