@@ -45,7 +45,8 @@ def open_latents(settings: DatasetSettings) -> LatentShards:
     if latents.image_shape != expected:
         raise ValueError(f"the latents are of images {latents.image_shape}, not {expected}; check size and channels")
     if settings.joint_images:
-        raise ValueError(f"{settings.joint_images} joint images: stored latents of clips have none; give the videos")
+        remedy = "leave out --joint-images" if latents._texts else "give the videos"
+        raise ValueError(f"{settings.joint_images} joint images: stored latents of clips have none; {remedy}")
     return latents
 
 

@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_one_line(frames: Path, vae: Path, capsys: pytest.C
     assert extract(frames, vae) == 0
     for options, words in (
         ({"frames": 4}, r"of images \(3, 3, 16, 16\), not \(4, 3, 16, 16\)"),
-        ({"joint_images": 2}, "2 joint images: stored latents of clips have none"),
+        ({"joint_images": 2}, "2 joint images: stored latents of clips have none; give the videos"),
     ):
         with pytest.raises(ValueError, match=words):
             open_dataset("latents", frames.parent / "latents", 16, 3, **options)  # type: ignore[arg-type]
