@@ -227,6 +227,10 @@ class DiffusionLoss(nn.Module):
         """Number of forward passes in a step; each drops the conditioning of other rows."""
         return 1
 
+    def macs(self, step: int) -> float:
+        """MACs of one row's forward passes in a step, everything in the network computed."""
+        return self.passes(step) * sum(self.network.cost().values())
+
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
         """Times of the global batch, (count,)."""
         return self.process.draw_times(count, generator)

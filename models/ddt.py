@@ -19,6 +19,7 @@ from models.config import LabelledConfig
 from models.contract import ModelOutput
 from models.layers import FREQUENCY_DIM, ClassConditional, LabelEmbedder, TimestepEmbedder, multiply_add
 from models.llama_layers import RMSNorm, RotaryAttention, SwiGLU, rotary_table
+from models.token_route import Detour, TokenRoute, choose_blocks
 from runtime.settings import setting
 
 SLOWEST_PERIOD = 10.0  # of the time features, for times in [0, 1]
@@ -175,11 +176,13 @@ class DDT(ClassConditional):
         y: Tensor,
         state: Tensor | None = None,
         features_at: Collection[int] = (),
+        route: TokenRoute | None = None,
     ) -> ModelOutput:
         """Predict the velocity of noisy images (N, C, H, W) at times in [0, 1], 0 = noise; see `Network`.
 
         H and W may be any multiples of the patch. With a state, of as many rows and tokens, only the decoder runs, and
-        neither t nor y has any influence; an undivided network ignores it.
+        neither t nor y has any influence; an undivided network ignores it. In training some tokens may take a route
+        past blocks of the encoder, or of an undivided network.
 
         Returns:
             `ModelOutput` with sample (N, C, H, W) and, unless undivided, state (N, T, D).
@@ -189,11 +192,13 @@ class DDT(ClassConditional):
         rows, columns = (side // self.config.patch_size for side in x.shape[-2:])
         patches, table = patchify(x, self.config.patch_size), self._table(rows, columns, x.device)
         features: dict[int, Tensor] = {}
+        detour, kept_table = Detour(route, state, features_at), table if route is None else route.take(table[None])
         decoder_start = self.config.encoder_depth or 0
 
         def run(tokens: Tensor, c: Tensor, blocks: range) -> Tensor:
             for i in blocks:
-                tokens = self.blocks[i](tokens, c, table)
+                places = table if route is None or i not in route.blocks else kept_table
+                tokens = detour.leave(i, self.blocks[i](detour.enter(i, tokens), c, places))
                 if i + 1 in features_at:
                     features[i + 1] = tokens
             return tokens
@@ -232,6 +237,16 @@ class DDT(ClassConditional):
             with torch.inference_mode(False):  # tensors made in that mode could not be used in training later
                 self._tables[key] = rotary_table(rows, columns, width, device)
         return self._tables[key]
+
+    def routable(self, chosen: tuple[int, int] | None) -> range:
+        """Return the indices of the blocks that tokens pass by in training: of the encoder, unless undivided."""
+        depth = self.config.encoder_depth or self.config.depth
+        return choose_blocks(chosen, range(depth), margins=(2, 2))
+
+    def routed_cost(self, blocks: range, share: float) -> float:
+        """Count the MACs of these blocks for one sample of which a share of the tokens passes through them."""
+        cost = self._blocks_cost(len(blocks), tokens_modulated=1)
+        return share * (cost["attention_linear"] + cost["mlp"]) + share**2 * cost["attention_products"]
 
     def cost(self) -> dict[str, int]:
         """Count the MACs of one forward of one sample by part, those of encoder and decoder apart.

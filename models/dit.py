@@ -30,6 +30,7 @@ from models.layers import (
     unpatchify,
     xavier_linear_,
 )
+from models.token_route import Detour, TokenRoute
 from models.transformer import Transformer
 
 
@@ -120,8 +121,11 @@ class DiT(Transformer, ClassConditional):
         y: Tensor,
         state: Tensor | None = None,
         features_at: Collection[int] = (),
+        route: TokenRoute | None = None,
     ) -> ModelOutput:
         """Predict noise (and variance values) for noisy images (N, C, H, W) at timesteps 0..999; see `Network`.
+
+        Some tokens may take a route past blocks in training; nothing can be reused then.
 
         Returns:
             `ModelOutput` with sample (N, C_out, H, W), and state (N, T, D) with `cache_depth`.
@@ -130,16 +134,17 @@ class DiT(Transformer, ClassConditional):
         blocks = self.blocks_to_run(reused=state is not None)
         self.check_inputs(x, state, features_at, blocks)
         features: dict[int, Tensor] = {}
+        detour = Detour(route, state, features_at)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         x = self.x_embedder(x) + self.pos_embed if state is None else state  # (N, T, D)
         for i in blocks:
             if i == self.cache_at:
                 state = x
-            x = self.blocks[i](x, c)
+            x = detour.leave(i, self.blocks[i](detour.enter(i, x), c))
             if i + 1 in features_at:
                 features[i + 1] = x
         x = self.final_layer(x, c)  # (N, T, p * p * C_out)
-        return ModelOutput(self.unpatchify(x), state, features)
+        return ModelOutput(self.unpatchify(x), state if route is None else None, features)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Arrange tokens (N, T, p * p * C_out) as images (N, C_out, H, W)."""

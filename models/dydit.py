@@ -106,7 +106,7 @@ class DyDiT(DiT):
             elif isinstance(module, TokenRouter):
                 nn.init.constant_(module.layers[-1].bias, self.config.token_router_bias)
 
-    def forward(
+    def forward(  # type: ignore[override]  # its own routers choose the tokens, so it takes no route
         self,
         x: Tensor,
         t: float | Tensor,

@@ -131,7 +131,7 @@ class Latte(PairedTransformer, DiT):
             raise ValueError("this network is unconditional: it has no labels, and cannot be guided by them")
         return super().null_conditioning(rows)
 
-    def forward(
+    def forward(  # type: ignore[override]  # takes no route: blocks in turn attend over other tokens
         self,
         x: Tensor,
         t: float | Tensor,

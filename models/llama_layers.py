@@ -90,9 +90,9 @@ def rotary_table(rows: int, columns: int, head_width: int, device: torch.device 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotate pairs of neighbouring channels by the angles of their token: (a, b) -> (a cos - b sin, a sin + b cos).
 
-    x and the result are (N, T, H, d) float32; the table is that of `rotary_table`.
+    x and the result are (N, T, H, d) float32; the table is that of `rotary_table`, or (N, T, d / 2, 2), one a row.
     """
-    pairs, turns = x.unflatten(-1, (-1, 2)), table[:, None]
+    pairs, turns = x.unflatten(-1, (-1, 2)), table.unsqueeze(-3)
     # Complex products are one pass over memory, but torch.compile generates no code for them; compiled, the written-out
     # form is fused with its neighbours.
     if not torch.compiler.is_compiling():

@@ -18,6 +18,7 @@ from models import dit
 from models.config import BackboneConfig
 from models.contract import ModelOutput
 from models.dit import DiT, DiTConfig
+from models.token_route import Detour, TokenRoute, choose_blocks
 from models.transformer import Transformer
 
 
@@ -138,6 +139,23 @@ class SkipDiT(SkipUnits, DiT):
 
     config: SkipDiTConfig
 
+    def routable(self, chosen: tuple[int, int] | None) -> range:
+        """Return the indices of the blocks that tokens pass by in training, as many in the second half as in the first.
+
+        A skip unit joins the tokens of two blocks, so that both see them or neither does.
+        """
+        blocks = choose_blocks(chosen, range(self.config.depth), margins=(2, 2))
+        if blocks.start != self.config.depth - blocks.stop:
+            raise ValueError(
+                f"{blocks[0] + 1} {blocks[-1] + 1}: a network with skip units leaves out as many blocks at its end as "
+                f"at its start, for example {blocks[0] + 1} {self.config.depth - blocks.start}"
+            )
+        return blocks
+
+    def routed_cost(self, blocks: range, share: float) -> float:
+        """Count the MACs of these blocks and their skip units, as `Transformer.routed_cost` does."""
+        return super().routed_cost(blocks, share) + share * self.cost_of(blocks)["skip_units"]
+
     def forward(
         self,
         x: Tensor,
@@ -146,6 +164,7 @@ class SkipDiT(SkipUnits, DiT):
         y: Tensor,
         state: Tensor | None = None,
         features_at: Collection[int] = (),
+        route: TokenRoute | None = None,
     ) -> ModelOutput:
         """Predict noise (and variance values) for noisy images, as `DiT.forward` does.
 
@@ -154,6 +173,7 @@ class SkipDiT(SkipUnits, DiT):
         """
         blocks = self.blocks_to_run(reused=state is not None)
         self.check_inputs(x, state, features_at, blocks)
+        detour = Detour(route, state, features_at)
         features: dict[int, Tensor] = {}
         skips: list[Tensor] = []  # outputs of the first half; the second half takes the latest first
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
@@ -161,15 +181,17 @@ class SkipDiT(SkipUnits, DiT):
         for i in blocks:
             if i == self.cache_at:
                 x = state = x if state is None else state
+            x = detour.enter(i, x)
             if i >= self.num_units:
                 x = self.fuse(i - self.num_units, x, skips.pop())
             x = self.blocks[i](x, c)
             if i < self.num_units:
                 skips.append(x)
+            x = detour.leave(i, x)
             if i + 1 in features_at:
                 features[i + 1] = x
         x = self.final_layer(x, c)  # (N, T, p * p * C_out)
-        return ModelOutput(self.unpatchify(x), state, features)
+        return ModelOutput(self.unpatchify(x), state if route is None else None, features)
 
 
 DEPTH = {"depth": 8}  # enough blocks for some to be left out

@@ -9,6 +9,7 @@ from torch import Tensor
 from models.config import BackboneConfig
 from models.contract import Network
 from models.layers import FREQUENCY_DIM
+from models.token_route import choose_blocks
 
 
 class Transformer(Network):
@@ -64,6 +65,15 @@ class Transformer(Network):
     def attended_tokens(self, block: int) -> int:
         """Number of tokens that each token attends to in a block."""
         return self.config.tokens
+
+    def routable(self, chosen: tuple[int, int] | None) -> range:
+        """Return the indices of blocks that tokens pass by in training, given their numbers; see `choose_blocks`."""
+        return choose_blocks(chosen, range(self.config.depth), margins=(2, 4))
+
+    def routed_cost(self, blocks: range, share: float) -> float:
+        """Count the MACs of these blocks for one sample of which a share of the tokens passes through them."""
+        cost = self.cost_of(blocks)
+        return share * (cost["attention_linear"] + cost["mlp"]) + share**2 * cost["attention_products"]
 
     def cost_of(self, blocks: Sequence[int]) -> dict[str, int]:
         """Count the MACs by part of these blocks with the embedders and the final layer."""

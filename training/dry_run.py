@@ -144,7 +144,7 @@ def print_size(setup: Setup, world: World) -> None:
     )
     image = setup.dataset[0, 0][0]
     work, local = network.cost(), size // world.size
-    step = 6 * sum(work.values()) * size  # 2 FLOP a MAC; the backward pass costs two forward passes
+    step = 6 * setup.loss.macs(0) * size  # 2 FLOP a MAC; the backward pass costs two forward passes
     print(f"\n{setup.config.model} on {world.device.type}, {world.size} process{'es' if world.size > 1 else ''}")
     print(f"parameters          {parameters:,}, of which {trained:,} are trained")
     print(f"data                {len(setup.dataset):,} images, {len(setup.dataset.classes):,} classes")

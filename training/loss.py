@@ -78,15 +78,17 @@ def build_loss(
         shape = settings.network_shape(shape)
     with error_prefix(f"--image-size {config.data.image_size or 'of the data'}"):
         network = create_model(config.model, **fields, sample_shape=shape)
-    return LOSSES[name].loss(
-        network,
-        process.make(network.out_channels != shape[-3]),
-        seed=config.optimization.global_seed,
-        dropout_prob=config.data.caption_dropout_prob or None,
-        autocast=torch.bfloat16 if config.compute.precision == "bf16" else None,
-        alignment=None if vision is None else build_alignment(config, network, vision),
-        settings=settings,
-    )
+    alignment = None if vision is None else build_alignment(config, network, vision)
+    with error_prefix(f"--model {config.model}"):
+        return LOSSES[name].loss(
+            network,
+            process.make(network.out_channels != shape[-3]),
+            seed=config.optimization.global_seed,
+            dropout_prob=config.data.caption_dropout_prob or None,
+            autocast=torch.bfloat16 if config.compute.precision == "bf16" else None,
+            alignment=alignment,
+            settings=settings,
+        )
 
 
 def build_alignment(config: TrainSettings, network: Network, vision: VisionEncoder) -> Alignment:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from diffusion.loss import DiffusionLoss, LossSettings
 from training.losses.dydit import DyDiTLoss, DyDiTLossSettings
 from training.losses.joint import JointLoss, JointLossSettings
+from training.losses.routed import RoutedLoss, RoutedLossSettings
 
 
 class LossRow(NamedTuple):
@@ -17,7 +18,7 @@ class LossRow(NamedTuple):
 
 
 LOSSES: dict[str, LossRow] = {
-    "diffusion": LossRow(DiffusionLoss, LossSettings),
+    "diffusion": LossRow(RoutedLoss, RoutedLossSettings),
     "dydit": LossRow(DyDiTLoss, DyDiTLossSettings),
     "joint": LossRow(JointLoss, JointLossSettings),
 }
