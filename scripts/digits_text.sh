@@ -13,7 +13,7 @@ begin "${BASH_SOURCE[0]}" digits_text_out "${DIGITS_PYTHON:-}" "DIGITS_STEPS DIG
 dataset=(--dataset captioned-digits --joint-images 4 --global-batch-size 32 --lr 2e-3 --ema-decay 0.998)
 small=(--hidden-size 64 --process flow --prediction x_start --caption-dropout-prob 0.1 --ckpt-every 500 --keep-last 2)
 echo "== Training a Skip-LatteT2V on captioned digits"
-trained "$out/runs" Skip-LatteT2V-digits/4 "${DIGITS_STEPS:-4500}" "${small[@]}"
+trained "$out/runs" Skip-LatteT2V-digits/4 "${DIGITS_STEPS:-6000}" "${small[@]}"
 echo "== Sampling and scoring"
 PYTHONPATH=. "$python" scripts/text_report.py --ckpt "$checkpoint" --output-dir "$out" \
     --num-samples "${DIGITS_SAMPLES:-160}"
