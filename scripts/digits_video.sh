@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Clips on a CPU: trains a Skip-Latte and a plain Latte on moving digits, samples both with everything computed at every
 # step and with Skip-Cache, scores the clips, and leaves a contact sheet (one clip a row) and an animation of each. On one
-# free core it takes 20 minutes for each network; run again, it resumes.
+# free core it takes 20 to 27 minutes for each network, with OMP_NUM_THREADS=2 on two free cores 17; run again, it
+# resumes.
 #
 #   bash scripts/digits_video.sh [OUTPUT_FOLDER]
 #
