@@ -39,7 +39,7 @@ class Detour:
     Args:
         route: The route; None takes none.
         state: State of the evaluation, which has no route then.
-        features_at: Numbers of blocks whose output is wanted, of all tokens.
+        features_at: Numbers of blocks that must return all tokens.
 
     Raises:
         ValueError: If the evaluation cannot take the route.
