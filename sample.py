@@ -32,8 +32,8 @@ from runtime.settings import flag_name, setting
 from sampling.clips import ClipSettings
 from sampling.config import GuidanceSettings, SamplingSettings, check_labels, check_unlabelled, parse_settings
 from sampling.editing import Edit
-from sampling.job import Plan
 from sampling.pipeline import Pipeline
+from sampling.plan import Plan
 from sampling.prompts import Prompts, open_prompts
 from sampling.run import PreparedRun
 

@@ -35,6 +35,7 @@ from runtime.migrate import latent_index
 
 FORMAT = 2
 INDEX, MANIFEST = "index.json", "manifest.json"
+PART = "part.json"  # instead of the index, in a part of a store that --shard cut; with it the part is finished
 REMEDY = "run scripts/extract_latents.py again with the same settings: it makes what is missing"
 _PART = r"\d{5}(\.text)?|null\.text"  # names of the parts of a store, without suffix
 _NOT_FINITE = 0x7C00  # float16 bits without the sign: infinity; NaNs are above it
@@ -145,6 +146,8 @@ def read_index(folder: Path) -> Json:
     try:
         index = parse_json(path.read_text())
     except FileNotFoundError as error:
+        if (folder / PART).exists():
+            raise ValueError(f"{folder}: part of a store; scripts/merge.py puts all parts together") from error
         if (folder / MANIFEST).exists() or shard_files(folder):
             raise ValueError(f"{path}: missing; the extraction is not finished, {REMEDY}") from error
         nothing = f"{folder}: holds no latents of scripts/extract_latents.py (no {INDEX}); give its --output"
@@ -173,7 +176,7 @@ def check_index(folder: Path) -> None:
 def remove_partial(folder: Path) -> None:
     """Remove temporary files of a killed extraction."""
     for path in folder.glob(".*"):
-        if re.fullmatch(rf"\.({_PART}|index|manifest)\.(\d+\.tmp\.(npy|json)|json\.\d+\.probe)", path.name):
+        if re.fullmatch(rf"\.({_PART}|index|part|manifest)\.(\d+\.tmp\.(npy|json)|json\.\d+\.probe)", path.name):
             path.unlink(missing_ok=True)
 
 
@@ -184,7 +187,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 def remove_shards(folder: Path) -> None:
     """Remove an extraction: index, shards and manifest; by that order the rest is recognised after a kill."""
-    for path in (folder / INDEX, *shard_files(folder), folder / MANIFEST):
+    for path in (folder / INDEX, folder / PART, *shard_files(folder), folder / MANIFEST):
         path.unlink(missing_ok=True)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from data.clip_windows import ClipWindows
 from data.encoders import Encoder
 from data.image_folder import EncodedImages
-from data.latent_files import FORMAT, INDEX, MANIFEST, Json, shard_files
+from data.latent_files import FORMAT, INDEX, MANIFEST, PART, Json, shard_files
 from runtime import distributed
 from runtime.errors import UserError
 from runtime.json_file import is_intact, parse_json
@@ -117,7 +117,7 @@ def check_settings(folder: Path, manifest: Json, encoder: Encoder, *, overwrite:
     path, where = folder / MANIFEST, f"--output {folder}"
     remedy = "give the same settings, another --output, or --overwrite to start again"
     by_hand = "give the same settings or another --output, or remove what is there"
-    present = [*filter(Path.exists, (folder / INDEX,)), *shard_files(folder)]
+    present = [*filter(Path.exists, (folder / INDEX, folder / PART)), *shard_files(folder)]
     if not path.exists():
         if present:
             raise UserError(f"{where}: {present[0].name} is there, but no {MANIFEST}; {by_hand}")

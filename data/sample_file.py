@@ -29,12 +29,14 @@ import numpy.typing as npt
 
 from data.npz_file import NpzFile, Piece
 from runtime import migrate
+from runtime.download import sha256_of
 from runtime.errors import UserError
 from runtime.files import atomic_path, remove_temporary
 from runtime.json_file import KEY, Json, is_intact, write_json
 from runtime.locks import locked
 from runtime.settings import flag_name
 
+SHARD = "shard"  # key in the JSON of a part of a job
 LOCK = "lock"  # removed with the folder, after all else
 _PARTIAL_NAME = re.compile(r"samples\.npz|settings\.json|finished\.\d+|lock")
 _SINGLE_NAME, _SINGLE_TEMPORARY = (re.compile(p + r"\.(png|gif|mp4)") for p in (r"\d{6,}", r"\.\d{6,}\.\d+\.tmp"))
@@ -50,6 +52,7 @@ class SampleFile:
         shape: (N, H, W, C) of all images, or (N, F, H, W, C) of clips.
         chunk: Images per chunk; the last one may have fewer.
         rank: Rank of this process.
+        first: Number of the first image in the job, for names of single files; not 0 in a shard.
 
     Attributes:
         chunks: Number of chunks.
@@ -57,8 +60,8 @@ class SampleFile:
         folder: Folder of files of single samples.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], chunk: int, rank: int = 0) -> None:
-        self.path, self.images, self.chunk = path, shape[0], chunk
+    def __init__(self, path: Path, shape: tuple[int, ...], chunk: int, rank: int = 0, *, first: int = 0) -> None:
+        self.path, self.images, self.chunk, self._first = path, shape[0], chunk, first
         self.chunks = -(-shape[0] // chunk)
         self.partial, self.folder = path.with_name(f"{path.stem}.partial"), path.with_suffix("")
         self._npz, self._final = NpzFile(self.partial / "samples.npz", shape), NpzFile(path, shape)
@@ -182,8 +185,8 @@ class SampleFile:
         ]
 
     def path_of(self, index: int, suffix: str) -> Path:
-        """Path of a file of one sample."""
-        return self.folder / f"{index:06d}{suffix}"
+        """Path of a file of one sample, the `index`-th of this file."""
+        return self.folder / f"{self._first + index:06d}{suffix}"
 
     def rows_in(self, chunk: int) -> int:
         """Number of images in a chunk."""
@@ -227,8 +230,19 @@ class SampleFile:
                 f"{self.partial}: cannot write there ({error.strerror or error}); the same command resumes the job"
             ) from error
 
-    def finish(self, labels: npt.NDArray[np.int64] | None, record: Mapping[str, object] | None = None) -> None:
+    def finish(
+        self,
+        labels: npt.NDArray[np.int64] | None,
+        record: Mapping[str, object] | None = None,
+        *,
+        digest: bool = False,
+    ) -> None:
         """Move the file to its final name, write NAME.json, and remove the rest; on one process, after all others.
+
+        Args:
+            labels: (N,) labels of all images; None for none.
+            record: Content of NAME.json; None writes none.
+            digest: Add the file's sha256 to it.
 
         Raises:
             UserError: If the disk is full.
@@ -238,6 +252,7 @@ class SampleFile:
             self._npz.seal([pieces[k] for k in range(self.chunks)], {} if labels is None else {"arr_1": labels})
             os.replace(self._npz.path, self.path)
             if record is not None:
+                record = {**record, "sha256": sha256_of(self.path)} if digest else record
                 with atomic_path(self._record) as temporary:
                     temporary.write_text(json.dumps(record, indent=2) + "\n")
         self._remove_partial()

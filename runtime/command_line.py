@@ -163,7 +163,11 @@ def _add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
     help_text = flag.field.metadata["help"].replace("%", "%%")
     read = path_parser(flag) if kind is Path else kind
     if flag.is_positional:
-        parser.add_argument(flag.name, type=read, help=help_text)
+        if typing.get_origin(kind) is tuple:
+            read = path_parser(flag)
+            parser.add_argument(flag.name, type=read, help=help_text, nargs="+", action=_TupleAction)
+        else:
+            parser.add_argument(flag.name, type=read, help=help_text)
         return
     options: Values = {"dest": flag.name, "default": argparse.SUPPRESS, "help": f"{help_text} ({_default(flag)})"}
     if kind is bool:

@@ -36,6 +36,18 @@ def atomic_path(path: Path, *, alone: bool = False) -> Iterator[Path]:
         _delete(place)
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to a path; it is renamed to `path`, which is new, when the block succeeds."""
+    temporary = _temporary(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(path)
+    finally:
+        _delete(temporary)
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
 

@@ -5,33 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.sample_file import SampleFile
+from data.sample_file import SHARD, SampleFile
 from diffusion.solver_table import SolverTable
 from models import family_name
 from runtime import distributed, migrate
 from runtime.background import Background
 from runtime.distributed import World
 from runtime.download import read_record
-from runtime.errors import UserError, error_prefix
+from runtime.errors import UserError
 from runtime.files import atomic_path, check_writable
-from runtime.seeds import derive_seed
-from runtime.settings import Values, document, flag_name, flag_of, flatten, free_settings, setting, to_dict
+from runtime.settings import Values, document, flag_of, flatten, free_settings, setting, to_dict
+from runtime.shards import Shard
 from runtime.stores import check_store, is_there, staged, upload
 from runtime.weight_files import weights_sha256
 from sampling.clips import ClipSettings
-from sampling.config import KINDS, SamplingSettings, check_labels, check_unlabelled
+from sampling.config import KINDS, SamplingSettings
 from sampling.pipeline import Pipeline, batch_indices
+from sampling.plan import COUNTS, JobSettings, plan_job, rows_of_shard
 from sampling.prompts import Prompts, deciding
 from sampling.run import PreparedRun
 
@@ -39,65 +38,6 @@ PROGRAM = "sample_ddp.py"
 AUTO_MACS = 64 * 118.6e9  # of a batch: 64 images of XL/2 at 256 pixels, which takes 118.62 G each
 LARGEST_AUTO = 256
 LISTING = ".txt"  # suffix of the file of prompts next to the .npz
-COUNTS = {"image": 50_000, "clip": 2_048}  # samples as FID-50K takes them, and Fréchet video distances
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobSettings:
-    """Which images, and where they go."""
-
-    sample_dir: Path = setting(
-        Path("samples"), "folder of the .npz, under a name made of the settings", free=True, remote=True
-    )
-    output: Path | None = setting(
-        None, "exact path of the .npz", shown="a name in --sample-dir", free=True, remote=True
-    )
-    overwrite: bool = setting(False, "replace existing files and unfinished jobs with other settings", free=True)
-    num_fid_samples: int | None = setting(
-        None,
-        "number of images or clips; prompts are taken in turn",
-        shown="50,000 or 2,048; one of each prompt, or the number that --class-seeds makes",
-    )
-    per_proc_batch_size: int | None = setting(
-        32, "images a process computes at a time, which decides their last bits; auto: by the network's cost alone"
-    )
-    global_seed: int = setting(0, "seed of noise and labels")
-    balanced_labels: bool = setting(False, "every class equally often, instead of random labels")
-    class_labels: tuple[int, ...] | None = setting(None, "sample these classes only", shown="all")
-    class_seeds: tuple[int, ...] | None = setting(
-        None, "one image of each class for each of these numbers, which give the noise; instead of --num-fid-samples"
-    )
-    save_png: bool = setting(
-        False, "write the images as PNG too, in a folder of the .npz's name; of a clip its frames side by side"
-    )
-
-    def __post_init__(self) -> None:
-        """Validate the fields."""
-        for name in ("num_fid_samples", "per_proc_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{flag_name(name)} {value}: must be at least 1")
-        if self.output is not None and self.output.suffix != ".npz":
-            raise ValueError(f"--output {self.output}: must end in .npz")
-        if self.class_seeds is not None:
-            if not all(0 <= number < 2**32 for number in self.class_seeds):
-                raise ValueError(f"--class-seeds {' '.join(map(str, self.class_seeds))}: must lie in [0, 2^32)")
-            self.check_number(len(self.class_labels or ()))
-            if self.balanced_labels:
-                raise ValueError("--balanced-labels: has no effect with --class-seeds")
-
-    def check_number(self, classes: int) -> None:
-        """Check that a number of images is the one that the seeds make; 0 classes: of a number that is not known yet.
-
-        Raises:
-            ValueError: If it is not.
-        """
-        images, seeds = self.num_fid_samples, len(self.class_seeds or ())
-        if images is not None and seeds and (images != seeds * classes if classes else images % seeds):
-            raise ValueError(
-                f"--num-fid-samples {images}: --class-seeds makes one image of each class for each number; "
-                "leave one out"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,61 +59,6 @@ class SampleDDPSettings(SamplingSettings):
         """Suffixes of the files that are written of every sample."""
         chosen = {".png": self.job.save_png, ".gif": self.clips.save_gif, ".mp4": self.clips.save_mp4}
         return tuple(suffix for suffix, is_chosen in chosen.items() if is_chosen)
-
-
-class Plan(NamedTuple):
-    """The samples of a job, the same on every process.
-
-    Attributes:
-        labels: (N,) int64; None for a network that takes none.
-        noise: N numbers; samples with the same one have the same noise.
-        prompts: Prompts that the samples take in turn; None for a network that takes no text.
-    """
-
-    labels: Tensor | None
-    noise: Sequence[int]
-    prompts: Prompts | None = None
-
-    def conditioning(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """Conditional and unconditional rows of these samples; None for those of the network itself."""
-        if self.prompts is not None:
-            return self.prompts.conditioning(rows)
-        return {} if self.labels is None else {"y": self.labels[rows]}, None
-
-
-def plan_job(
-    config: JobSettings, num_classes: int, count: int = COUNTS["image"], prompts: Prompts | None = None
-) -> Plan:
-    """Choose labels and noise of all samples.
-
-    Args:
-        config: The settings.
-        num_classes: Classes of the model; 0 for one without labels.
-        count: Number of samples where the settings name none; with prompts it is theirs.
-        prompts: Prompts of a network that takes text.
-
-    Raises:
-        UserError: For a class that the model does not have, or a number of samples that is not the seeds'.
-    """
-    every = range(config.num_fid_samples or (count if prompts is None else prompts.size))
-    if num_classes == 0:
-        chosen = {
-            "--class-labels": config.class_labels,
-            "--class-seeds": config.class_seeds,
-            "--balanced-labels": config.balanced_labels or None,
-        }
-        check_unlabelled(chosen)
-        return Plan(None, every, prompts)
-    check_labels(config.class_labels or (), num_classes)
-    classes = torch.tensor(config.class_labels or range(num_classes))
-    if config.class_seeds is not None:
-        with error_prefix(""):
-            config.check_number(len(classes))
-        return Plan(classes.repeat_interleave(len(config.class_seeds)), list(config.class_seeds) * len(classes))
-    if config.balanced_labels:
-        return Plan(classes[torch.tensor(every) % len(classes)], every)
-    generator = torch.Generator().manual_seed(derive_seed("labels", config.global_seed))
-    return Plan(classes[torch.randint(len(classes), (len(every),), generator=generator)], every)
 
 
 def auto_batch_size(macs: int) -> int:
@@ -226,22 +111,27 @@ class Job:
         job = run.config.job
         self.writer = run.config.clips.writer(pipeline.image_shape, pipeline.info.path)
         self.plan = plan_job(job, pipeline.num_classes, COUNTS[self.writer.unit], prompts)
-        self.total = len(self.plan.noise)
         self.size = job.per_proc_batch_size or auto_batch_size(sum(pipeline.network.cost().values()))
-        job = replace(job, per_proc_batch_size=self.size, num_fid_samples=self.total)
+        every = len(self.plan.noise)
+        job = replace(job, per_proc_batch_size=self.size, num_fid_samples=every)
+        self.shard = None if job.shard is None else Shard.parse(job.shard)
+        self.rows = rows_of_shard(self.shard, every, self.size)
+        self.total = len(self.rows)
         self.checksum = fingerprint(pipeline.info.path)
         self.encoder = distributed.on_rank0(pipeline.encoder.describe)
-        fixed = self._deciding_settings(replace(run.config, job=job))
+        self.fixed = fixed = self._deciding_settings(replace(run.config, job=job))
         path = job.output or job.sample_dir / self._name(fixed)
         self.config = replace(run.config, job=replace(job, output=path))
 
         self.flag = flag = "--output" if job.output else "--sample-dir"
+        path = path if self.shard is None else self.shard.path(path)
         self.path, local = path, staged(path)
         check_store(path, flag)
         check_writable(local, flag)
         *frames, channels, height, width = pipeline.image_shape
-        self.file = SampleFile(local, (self.total, *frames, height, width, channels), self.size, world.rank)
-        self.missing = distributed.on_rank0(lambda: self._open_file(fixed, flag))
+        shape = (self.total, *frames, height, width, channels)
+        self.file = SampleFile(local, shape, self.size, world.rank, first=self.rows.start)
+        self.missing = distributed.on_rank0(lambda: self._open_file(flag))
 
     def sample(self) -> None:
         """Sample this process's share of the missing chunks; each is decoded and written during the next one."""
@@ -250,18 +140,18 @@ class Job:
         bar = tqdm(total=self.total, initial=self.total - left, disable=hidden, unit=self.writer.unit)
         with bar, Background(self.world.device) as background:
             for chunk in self.missing[self.world.rank :: self.world.size]:
-                rows = batch_indices(chunk * self.size, self.size, self.total)
+                rows = batch_indices(self.rows.start + chunk * self.size, self.size, len(self.plan.noise))
                 noise, (conditioning, null) = [self.plan.noise[i] for i in rows], self.plan.conditioning(rows)
                 latents = self.pipeline.denoise(self.run, self.config.job.global_seed, noise, conditioning, null=null)
                 background.submit(partial(self._store, chunk, latents, bar))
 
     def finish(self, timings: Values) -> Path:
         """Complete the file and write the JSON next to it, on one process; returns the path or address."""
-        labels = None if self.plan.labels is None else self.plan.labels.numpy()
+        labels = None if self.plan.labels is None else self.plan.labels[self.rows.start : self.rows.stop].numpy()
         if (listing := self._listing()) is not None:
             with atomic_path(self.file.path.with_suffix(LISTING)) as temporary:
                 temporary.write_text(listing, encoding="utf-8")
-        self.file.finish(labels, {**self._result(), "run": timings})
+        self.file.finish(labels, {**self._result(), "run": timings}, digest=self.shard is not None)
         for suffix in (LISTING, ".json", "", self.path.suffix):  # last what a later job finds
             local = self.file.path.with_suffix(suffix)
             if local.exists():
@@ -273,7 +163,7 @@ class Job:
         prompts = self.plan.prompts
         if prompts is None or not prompts.texts:
             return None
-        return "".join(f"{prompts.text_of(i)}\n" for i in range(self.total))
+        return "".join(f"{prompts.text_of(i)}\n" for i in self.rows)
 
     def _store(self, chunk: int, latents: Tensor, bar: tqdm) -> None:
         pixels = self.pipeline.decode(latents, self.run)
@@ -319,7 +209,7 @@ class Job:
         ]  # fmt: skip
         return f"{'-'.join(map(str, parts)).replace('/', '-')}.npz"
 
-    def _open_file(self, fixed: Values, flag: str) -> list[int]:
+    def _open_file(self, flag: str) -> list[int]:
         """Start or resume the file, on one process; returns the chunks that are still to be made."""
         job, file = self.config.job, self.file
         listing, path = self._listing(), file.path.with_suffix(LISTING)
@@ -328,14 +218,17 @@ class Job:
         if file.path != self.path and not job.overwrite and is_there(self.path, flag):
             raise UserError(f"{flag}: {self.path} exists already; --overwrite replaces it")
         try:
-            # Not part of the name, under which version 0.1 started jobs without it
-            settings = {**fixed, "torch": torch.__version__, migrate.ENCODER: encoder_digest(self.encoder)}
-            missing = file.open(settings, overwrite=job.overwrite, files=self.config.files)
+            missing = file.open(self._settings(), overwrite=job.overwrite, files=self.config.files)
         except UserError as error:
             raise UserError(f"{flag}: {error}") from error
         if len(missing) < file.chunks:
             print(f"Continuing {file.partial}: {file.chunks - len(missing)} of {file.chunks} chunks are there")
         return missing
+
+    def _settings(self) -> Values:
+        """Everything that must not change while a job is unfinished, and is the same in all of its shards."""
+        # Not part of the name, under which version 0.1 started jobs without it
+        return {**self.fixed, "torch": torch.__version__, migrate.ENCODER: encoder_digest(self.encoder)}
 
     def _result(self) -> Values:
         """Settings, checkpoint and versions, as JSON values."""
@@ -351,6 +244,7 @@ class Job:
             },
             "autoencoder": self.encoder,
             **({} if self.plan.prompts is None else {"text": self.plan.prompts.record}),
+            **({} if self.shard is None else {SHARD: {"number": str(self.shard), "settings": self._settings()}}),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import COLUMNS, open_dataset
-from data.caption_files import NULL, finished_text, text_record, write_text
+from data.caption_files import NULL, finished_text, write_text
 from data.captions import read_captions
 from data.clip_settings import FRAMES, ClipSettings
 from data.clip_windows import ClipWindows
@@ -39,16 +38,17 @@ from data.image_folder import EncodedImages, UnreadableImageError
 from data.latent_files import (
     INDEX,
     MANIFEST,
+    PART,
     Encoded,
     Json,
     finished_shard,
     is_finite,
     remove_partial,
     remove_shards,
-    write_index,
     write_shard,
 )
 from data.latent_manifest import check_ranks, check_settings, make_manifest
+from data.latent_parts import index_store, write_part
 from data.text_encoders import TextEncoder, open_text_encoder
 from runtime import distributed
 from runtime.command_line import parse_config
@@ -60,6 +60,7 @@ from runtime.json_file import write_json
 from runtime.locks import NAME as LOCK
 from runtime.locks import locked
 from runtime.settings import flag_name, setting
+from runtime.shards import Shard
 from runtime.stores import check_store, fetch, is_there, staged, upload
 
 PROGRAM = "extract_latents.py"
@@ -92,6 +93,9 @@ class ExtractConfig:
     both_flips: bool = setting(True, "store every image plain and mirrored (twice the bytes)")
     batch_size: int = setting(32, "images or frames per batch, on each process; at least one clip")
     shard_size: int = setting(10_240, "images per shard; ImageNet makes 254 files of the default")
+    shard: str | None = setting(
+        None, "make this part only, such as 1/3 of the store; scripts/merge.py puts parts together", shown="all"
+    )
     strict: bool = setting(False, "stop at an image that cannot be read, instead of skipping and naming it")
     overwrite: bool = setting(False, "delete the shards in the output folder first")
     num_workers: int = setting(4, "data loading processes per rank")
@@ -122,6 +126,8 @@ class ExtractConfig:
             raise ValueError(f"{flag_name(given)} {getattr(self, given)}: needs {flag_name(needed)}")
         if self.text_length < 1:
             raise ValueError(f"--text-length {self.text_length}: must be at least 1")
+        if self.shard is not None:
+            Shard.parse(self.shard)
         if self.num_workers < 0:
             raise ValueError(f"--num-workers {self.num_workers}: must not be negative")
 
@@ -135,13 +141,14 @@ class Job:
     encoder: Encoder
     row_shape: tuple[int, ...]  # flips, then the shape of raw latents
     manifest: Json  # all settings that fix the bytes
+    numbers: range  # of the shards to be made here
     text_encoder: TextEncoder | None = None
     captions: dict[str, str] = field(default_factory=dict)  # by path
 
     @property
-    def shard_count(self) -> int:
-        """Number of shards."""
-        return -(-len(self.images) // self.config.shard_size)
+    def last(self) -> str:
+        """Name of the file that is written last."""
+        return PART if self.config.shard else INDEX
 
     def batches(self, number: int) -> list[range]:
         """Images of a shard, cut into batches."""
@@ -168,7 +175,10 @@ def set_up(config: ExtractConfig, device: torch.device) -> Job:
     row_shape = (2 if config.both_flips else 1, *raw_shape)
     text_encoder, captions, text = open_captions(config, images, device)
     manifest = make_manifest(images, encoder, row_shape, config.batch_size, config.shard_size, text)
-    return Job(config, images, encoder, row_shape, manifest, text_encoder, captions)
+    numbers = range(-(-len(images) // config.shard_size))
+    if config.shard is not None:
+        numbers = Shard.parse(config.shard).range(len(numbers), f"files of {config.shard_size:,} (--shard-size)")
+    return Job(config, images, encoder, row_shape, manifest, numbers, text_encoder, captions)
 
 
 def open_captions(
@@ -215,7 +225,7 @@ def check_finished(job: Job) -> list[int]:
         UserError: With --strict, if an image is missing from a finished shard.
     """
     pending = []
-    for number in range(job.shard_count):
+    for number in job.numbers:
         description = finished_shard(job.config.output, number)
         if description is None:
             pending.append(number)
@@ -318,7 +328,7 @@ def encode_captions(job: Job, world: World) -> None:
     """Encode the captions of every world.size-th shard, and the empty one, unless that is done."""
     if job.text_encoder is None:
         return
-    folder, names = job.config.output, [f"{number:05d}" for number in range(job.shard_count)]
+    folder, names = job.config.output, [f"{number:05d}" for number in job.numbers]
     for name in tqdm([*names, NULL][world.rank :: world.size], disable=None if world.is_main else True, unit="shard"):
         captions = [""]
         if name != NULL:
@@ -343,30 +353,28 @@ def start(job: Job) -> None:
 
 
 def finish(job: Job, target: Path) -> None:
-    """Write the index, bring the store to its address, and print the result; on one process, after all others."""
+    """Write the index or a part's description, upload the store, and print the result; on one process, after all."""
     with error_prefix(f"--output {job.config.output}"):
-        folder, text = job.config.output, job.manifest.get("text")
-        if text is None:
-            index = write_index(folder, job.shard_count)
+        if job.config.shard is None:
+            index = index_store(job.config.output, len(job.numbers))
         else:
-            text = {**text, "null": text_record(folder, NULL)}
-            index = write_index(folder, job.shard_count, partial(text_record, folder), text=text)
-    for number in range(job.shard_count if index["skipped"] else 0):
+            index = write_part(job.config.output, Shard.parse(job.config.shard), job.numbers)
+    for number in job.numbers if index["skipped"] else ():
         description = finished_shard(job.config.output, number)
         for path, reason in description["skipped"] if description else ():
             print(f"{PROGRAM}: left out {path}: {reason}", file=sys.stderr)
     unit = "images" if len(job.images.image_shape) == 3 else "clips"
-    if index["count"]:
-        upload(job.config.output, target, "--output", last=INDEX)
+    if index["count"] or job.config.shard:
+        upload(job.config.output, target, "--output", last=job.last)
     print(f"Extracted {index['count']:,} {unit} to {target}, left out {index['skipped']:,}")
-    if not index["count"]:
+    if not index["count"] and not job.config.shard:
         raise UserError(f"--data-path {job.config.data_path}: none of its {unit} can be read")
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse flags, encode on all processes, write the index."""
     config = parse_config(ExtractConfig, argv, program=PROGRAM, doc=__doc__)
-    target = config.output
+    target = Shard.parse(config.shard).path(config.output) if config.shard else config.output
     config = replace(config, output=staged(target))
     with distributed.world(config.device, timeout_seconds=WEEK) as world, ExitStack() as held:
         distributed.allow_tf32(False)
@@ -374,10 +382,10 @@ def main(argv: Sequence[str]) -> None:
             job = set_up(config, world.device)
         check_ranks(job.manifest)
         with distributed.raise_on_all_ranks():
-            check_store(target / INDEX, "--output")
-            if target != config.output and not config.overwrite and is_there(target / INDEX, "--output"):
-                raise UserError(f"--output {target}: {INDEX} is there already; --overwrite replaces it")
-            check_writable(config.output / INDEX, "--output")
+            check_store(target / job.last, "--output")
+            if target != config.output and not config.overwrite and is_there(target / job.last, "--output"):
+                raise UserError(f"--output {target}: {job.last} is there already; --overwrite replaces it")
+            check_writable(config.output / job.last, "--output")
             if world.is_main:
                 held.enter_context(locked(config.output, f"--output {config.output}"))
                 held.callback((config.output / LOCK).unlink, missing_ok=True)  # before it is released

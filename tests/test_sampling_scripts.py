@@ -28,8 +28,9 @@ from runtime.json_file import read_json, write_json
 from sampling import pipeline
 from sampling import run as sampling_run
 from sampling.config import SAMPLERS, CachingSettings
-from sampling.job import JobSettings, auto_batch_size, plan_job
+from sampling.job import auto_batch_size
 from sampling.pipeline import Pipeline
+from sampling.plan import JobSettings, plan_job
 from tests.checkpoints import write_network
 from tests.golden_data import assert_close
 from tests.jobs import fail_after

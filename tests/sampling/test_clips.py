@@ -18,8 +18,8 @@ from data.pixels import enlarge, grid, to_picture
 from data.words import Words
 from models import create_model
 from runtime.errors import UserError, run
-from sampling.job import COUNTS, JobSettings, plan_job
 from sampling.pipeline import Pipeline
+from sampling.plan import COUNTS, JobSettings, plan_job
 from tests import clips
 from tests.checkpoints import write_network
 from tests.clips import CHANNELS, FRAMES, HEIGHT, WIDTH, ClipConfig, write_clips
