@@ -71,7 +71,8 @@ def test_a_checkpoint_holds_everything_that_sampling_needs(trained):
         "name": "gaussian", "noise_schedule": "linear", "prediction": "epsilon", "loss_weight": "constant",
         "min_snr_gamma": 5.0,
     }  # fmt: skip
-    assert meta["loss"] == {"name": "diffusion"} and meta["optimizer"]["name"] == "adamw"
+    assert meta["loss"] == {"name": "diffusion", "route_tokens": 0.0, "route_blocks": None}
+    assert meta["optimizer"]["name"] == "adamw"
     assert meta["encoder"] == {"name": "none"}
     classes = [str(k) for k in range(10)]
     assert meta["data"] == {

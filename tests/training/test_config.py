@@ -93,7 +93,7 @@ def test_help_of_a_model_shows_its_settings_and_those_of_its_process_and_loss(
     assert {*general} < groups.keys() and "--lr FLOAT" in groups["optimization"]
     groups = shown_help(capsys, "--model=DDT-XL/2", "--optimizer", "adamw")
     assert "--encoder-depth" in groups["model DDT"] and "--flow-shift" in groups["process flow"]
-    assert "--adam-betas" in groups["optimizer adamw"] and "loss diffusion" not in groups  # it has no settings
+    assert "--adam-betas" in groups["optimizer adamw"] and "--route-tokens" in groups["loss diffusion"]
 
 
 def test_help_alone_lists_the_owners(capsys: pytest.CaptureFixture[str]) -> None:
