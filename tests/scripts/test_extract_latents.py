@@ -285,6 +285,7 @@ if os.environ["RANK"] == "1":
     def with_one_less(self, *args, **more):
         init(self, *args, **more)
         self._samples = [s for s in self._samples if not s[0].endswith({path!r})]
+        self._count = len(self._samples)
     ImageFolder.__init__ = with_one_less
 """
 
