@@ -228,9 +228,9 @@ def test_formats_that_start_programs_are_not_opened(content: bytes, monkeypatch:
     assert not started
 
 
-def encoded(size: tuple[int, int], **options: Any) -> bytes:
+def encoded(size: tuple[int, int], kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.new("L", size, 7).save(buffer, "PNG", **options)
+    Image.new("L", size, 7).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -248,10 +248,31 @@ def test_many_megapixels_have_a_stated_limit() -> None:
         assert decode_image(encoded((12_000, 9_000)), 1).size == (12_000, 9_000)  # Pillow warns of 89 million
 
 
-def test_a_png_with_a_long_text_is_read() -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "BMP"])
+def test_the_limit_of_pixels_holds_in_every_format(kind: str) -> None:
+    assert decode_image(encoded((13_400, 13_400), kind), 1).size == (13_400, 13_400)
+    with (
+        pytest.raises(UnreadableImageError, match="at most 200 million are read"),
+        pytest.warns(Image.DecompressionBombWarning),
+    ):
+        decode_image(encoded((20_000, 10_001), kind), 1)
+
+
+@pytest.mark.parametrize("is_compressed", [False, True])
+@pytest.mark.parametrize("add", [PngImagePlugin.PngInfo.add_text, PngImagePlugin.PngInfo.add_itxt])
+def test_a_png_with_a_long_text_is_read(add: Any, is_compressed: bool) -> None:
     text = PngImagePlugin.PngInfo()
-    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    add(text, "workflow", "x" * 3_000_000, zip=is_compressed)
     assert decode_image(encoded((8, 8), pnginfo=text), 3).size == (8, 8)
+
+
+@pytest.mark.parametrize(("length", "count"), [(20_000_000, 1), (3_000_000, 30)])
+def test_a_text_that_swells_is_not_decompressed(length: int, count: int) -> None:
+    text = PngImagePlugin.PngInfo()
+    for i in range(count):
+        text.add_text(f"{i}", "x" * length, zip=True)
+    with pytest.raises(UnreadableImageError, match="cannot be read: .*MAX_TEXT_"):
+        decode_image(encoded((8, 8), pnginfo=text), 3)
 
 
 def adm_crop(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
