@@ -248,6 +248,7 @@ def test_many_megapixels_have_a_stated_limit() -> None:
         assert decode_image(encoded((12_000, 9_000)), 1).size == (12_000, 9_000)  # Pillow warns of 89 million
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF", "BMP"])
 def test_the_limit_of_pixels_holds_in_every_format(kind: str) -> None:
     assert decode_image(encoded((13_400, 13_400), kind), 1).size == (13_400, 13_400)
