@@ -6,10 +6,11 @@ One function decides, `read_foreign`; the layouts that it knows are the tables b
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from runtime.errors import UserError
@@ -23,8 +24,8 @@ AVERAGES = (
 )  # fmt: skip
 # Entries and prefixes with the weights themselves, likeliest first
 PLAIN = (
-    "model", "state_dict", "model_state_dict", "net", "network", "module", "params", "weights", "denoiser",
-    "online_model",
+    "current_model_state", "model", "state_dict", "model_state_dict", "net", "network", "module", "params", "weights",
+    "denoiser", "online_model",
 )  # fmt: skip
 # Parts that wrappers add to names: DDP, torch.compile, FSDP, activation checkpointing, DeepSpeed
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
@@ -32,7 +33,11 @@ WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 LEFT_OUT = ("n_averaged", "projectors.", "initted", "step")
 # Buffers that other code saves and never reads: of text-to-video networks
 NEVER_READ = {"caption_projection.y_embedding"}
-AVERAGE_WORDS = {"ema", "emas", "average", "averaged", "avg", "swa", "shadow", "polyak"}
+AVERAGE_WORDS = {
+    "ema", "emas", "ewma", "average", "averages", "averaged", "avg", "swa", "shadow", "polyak", "teacher",
+}  # fmt: skip
+WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of snake_case and CamelCase
+MOMENTS = re.compile(r"(exp|square|sq|grad)_avg")  # averages that an optimizer keeps of gradients
 OTHER_ENTRIES = re.compile(r"opt|sched|loops|callback|scaler|args|config|hparams", re.IGNORECASE)
 FACTS = ("epoch", "step", "global_step", "train_steps", "iteration", "iter")
 
@@ -80,8 +85,15 @@ def read_foreign(path: Path, weights: str = "ema", flag: str = "--ckpt") -> Fore
     if not any(_sets_of_tensors(content)):
         raise UserError(f"{where}: not a file of weights by name")
     entry, tensors = choose_entry(content, weights, where)
+    averaged = is_average(entry) or entry in _averages(content)
+    if weights == "ema" and not averaged and (place := hidden_average(content)):
+        raise UserError(
+            f"{where}: {place!r} may be an average, and is not one of weights by name; --weights model does without it"
+        )
     plain, left_out = {}, []
     for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise UserError(f"{where}: {name} is sparse or without numbers; save it as a dense tensor on the CPU")
         short = unwrapped(name)
         if short.startswith(LEFT_OUT) and ("." in short or tensor.ndim == 0):
             left_out.append(short.partition(".")[0])
@@ -93,7 +105,7 @@ def read_foreign(path: Path, weights: str = "ema", flag: str = "--ckpt") -> Fore
     notes = [f"weights {entry!r}" if entry else "a plain state dict"]
     notes += [f"{name} {int(content[name])}" for name in FACTS if isinstance(content.get(name), int)]
     notes += [f"without {', '.join(sorted(set(left_out)))}"] if left_out else []
-    group = weights if weights not in ("ema", "model") else "ema" if is_average(entry) else "model"
+    group = weights if weights not in ("ema", "model") else "ema" if averaged else "model"
     return ForeignWeights(plain, group, entry, tuple(notes), verified, _config_next_to(path))
 
 
@@ -146,7 +158,7 @@ def choose_name(names: list[str], weights: str, where: str, *, by_prefix: bool, 
         if weights not in names:
             raise UserError(f"{where}: holds no weights {weights!r}; {listed}")
         return weights
-    averages = [name for name in names if is_average(name)]
+    averages = _averages(names)
     plain = sorted((name for name in names if name in PLAIN), key=PLAIN.index)
     if weights == "model" and plain:
         return plain[0]
@@ -173,7 +185,45 @@ def is_average(name: str) -> bool:
 
 def looks_like_average(name: str) -> bool:
     """True if a part of a name says that it is an average."""
-    return not AVERAGE_WORDS.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+    return not AVERAGE_WORDS.isdisjoint(word.lower() for word in WORDS.findall(name))
+
+
+def hidden_average(content: Mapping[str, Any]) -> str:
+    """Place of an average that cannot be chosen; empty if there is none.
+
+    Such are lists without names (score_sde, diffusers' EMAModel), and what callbacks and optimizers keep.
+    """
+    return next(_averages_within(content, "", 3), "")
+
+
+def _averages_within(value: Any, place: str, depth: int) -> Iterator[str]:
+    inside = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    )
+    for key, inner in inside:
+        name = str(key).partition("{")[0]  # the settings of a callback of Lightning follow its name
+        here = f"{place}.{name}" if place else name
+        if looks_like_average(name) and not MOMENTS.search(name) and _has_numbers(inner):
+            yield here
+        elif depth and not (isinstance(inner, Mapping) and any(isinstance(each, Tensor) for each in inner.values())):
+            yield from _averages_within(inner, here, depth - 1)
+
+
+def _has_numbers(value: Any) -> bool:
+    """True for tensors of more than single numbers, at any depth of mappings and lists."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0
+    each = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(map(_has_numbers, each))
+
+
+def _averages(names: Iterable[str]) -> list[str]:
+    """The known averages among names of entries."""
+    names = [*names]
+    known = [name for name in names if isinstance(name, str) and is_average(name)]
+    # Lightning's callback WeightAveraging puts the average in the place of the weights, and these under another name
+    swapped = {"current_model_state", "state_dict"} <= {*names}
+    return known or (["state_dict"] if swapped else [])
 
 
 def unwrapped(name: str, *, start: bool = False) -> str:

@@ -145,13 +145,17 @@ def read_pickle(path: Path, where: str) -> tuple[Mapping[str, Any], Compare]:
                 weights_only=True,
                 mmap=checksums is not None,
             )
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        if "TorchScript" in str(error):
+            raise UserError(f"{where}: a TorchScript archive, not weights by name; save its state_dict()") from error
+        if not isinstance(error, pickle.UnpicklingError):
+            raise UserError(f"{where}: not a readable PyTorch file; truncated download? ({error})") from error
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         held = f": it holds a {named[1]}" if named else ""
         raise UserError(
             f"{where}: refused, because it is no PyTorch file of plain tensors{held} (unpickling it could run code)"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (EOFError, ValueError, OSError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise UserError(f"{where}: not a readable PyTorch file; truncated download? ({error})") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{where}: a PyTorch file, but not one of weights by name")

@@ -64,6 +64,9 @@ def test_averages_by_prefix_in_one_state_dict(tmp_path: Path, average: str, raw:
         ({"ema_a": EMA, "model": RAW}, "'ema_a' may be an average"),
         ({"model_ema1": EMA, "model_ema2": EMA}, "several averages; choose one by --weights"),
         ({"generator": RAW, "discriminator": EMA}, "it is not clear which weights are meant"),
+        *(({"model": RAW, name: EMA}, f"'{name}' may be an average") for name in ("modelEma", "EMAModel", "ewma")),
+        ({"model": RAW, "teacher": EMA}, "'teacher' may be an average"),
+        ({f"{p}.{k}": v for p in ("model", "modelEMA") for k, v in RAW.items()}, "'modelEMA' may be an average"),
         ({f"{p}.{k}": v for p in ("model", "polyak") for k, v in RAW.items()}, "'polyak' may be an average"),
     ],
 )
@@ -78,6 +81,69 @@ def test_doubtful_entries_are_chosen_by_name(tmp_path: Path) -> None:
     assert value(path, "my_ema_thing") == 1 and value(path, "model") == 0
     with pytest.raises(UserError, match="holds no weights 'ema2'; its entries are model, my_ema_thing"):
         read_foreign(path, "ema2")
+
+
+LISTED = [*EMA.values()]
+
+
+@pytest.mark.parametrize(
+    ("beside", "place"),
+    [
+        ({"ema": {"decay": 0.99, "num_updates": 3, "shadow_params": LISTED}}, "ema"),  # score_sde
+        ({"ema_model": LISTED}, "ema_model"),
+        ({"ema": tuple(LISTED)}, "ema"),
+        ({"callbacks": {"EMA{'decay': 0.99}": {"ema_weights": EMA}}}, "callbacks.EMA"),
+        ({"callbacks": {"Averager": {"average_model_state": EMA}}}, "callbacks.Averager.average_model_state"),
+        ({"optimizer_states": [{"state": {}, "ema": LISTED}]}, "optimizer_states.0.ema"),  # NeMo
+    ],
+)
+def test_averages_that_are_not_weights_by_name_are_not_passed_over(tmp_path: Path, beside: Any, place: str) -> None:
+    path = saved(tmp_path, {"state_dict": RAW, **beside})
+    with pytest.raises(UserError, match=f"'{place}' may be an average, and is not one of weights by name; --weights"):
+        read_foreign(path)
+    assert value(path, "model") == 0
+    assert value(saved(tmp_path, {"model": RAW, "model_ema": EMA, **beside})) == 1, "one that can be read is there"
+
+
+def test_what_only_sounds_like_an_average_is_none(tmp_path: Path) -> None:
+    """Moments of gradients by parameter, in lists and flat; callbacks that watch an average; entries without one."""
+    moments = {"state": {0: {"exp_avg": LISTED[0], "max_exp_avg_sq": LISTED[0]}}, "foreach": {"exp_avg": LISTED}}
+    watched = {
+        "ModelCheckpoint{'monitor': 'ema_loss'}": {"best": torch.tensor(1.0), "kept": {"ema.ckpt": LISTED[0].sum()}}
+    }
+    beside = {
+        "optimizer": moments,
+        "callbacks": watched,
+        "ema": None,
+        "model_ema": {},
+        "optim": {"w": {"square_avg": EMA}},
+    }
+    assert value(saved(tmp_path, {"model": RAW, **beside})) == 0
+
+
+def test_weights_and_average_in_each_other_s_place(tmp_path: Path) -> None:
+    """As Lightning's callback WeightAveraging saves them."""
+    beside = {"averaging_state": {"n_averaged": torch.tensor(3)}, "global_step": 5}
+    path = saved(tmp_path, {"state_dict": EMA, "current_model_state": RAW, **beside})
+    assert value(path) == 1 and value(path, "model") == 0
+    assert [read_foreign(path, weights).group for weights in ("ema", "model")] == ["ema", "model"]
+    assert value(saved(tmp_path, {"current_model_state": RAW})) == 0
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("change", [Tensor.to_sparse, lambda tensor: tensor.to("meta")], ids=["sparse", "meta"])
+def test_tensors_without_dense_numbers_are_one_line(tmp_path: Path, change: Any, zipped: bool) -> None:
+    content = {"ema": {name: change(tensor) for name, tensor in EMA.items()}}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"blocks\.0\.weight is sparse or without numbers; save it as a dense"):
+        read_foreign(tmp_path / "a.pt")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_torchscript_archive_is_told(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a TorchScript archive, not weights by name; save its state_dict\(\)$"):
+        read_foreign(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(
