@@ -285,7 +285,8 @@ def check_weights(
             if hasattr(tensor, "fake_mode"):  # of a dry run: without values
                 continue
             # A sum is finite only if all terms are, and needs no mask of their number; one of finite terms may overflow
-            if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+            # A float64 may be finite, and infinite in the network's float32
+            if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.to(expected[name].dtype).isfinite().all():
                 raise UserError(f"{source}: {name} has NaN or infinity; the weights are damaged, or training failed")
     if problems:
         other = recognise(weights) if recognise is not None else None

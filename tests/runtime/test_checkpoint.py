@@ -293,3 +293,12 @@ def test_finite_weights_of_any_size_are_loaded_and_no_others() -> None:
     for values in ([torch.inf, -torch.inf], [torch.nan, 0.0], [0.0, torch.inf]):
         with pytest.raises(UserError, match="^x: weight has NaN or infinity"):
             load_weights(network, {"weight": torch.tensor([values])}, "x")
+    for dtype, values in (
+        (torch.float64, [1e39, 0.0]),
+        (torch.float64, [1e39, -1e39]),
+        (torch.float16, [torch.inf, 0]),
+    ):
+        with pytest.raises(UserError, match="^x: weight has NaN or infinity"):
+            load_weights(network, {"weight": torch.tensor([values], dtype=dtype)}, "x")
+    load_weights(network, {"weight": torch.tensor([[float(largest), 1e-300]], dtype=torch.float64)}, "x")
+    assert network.weight.tolist() == [[largest, 0.0]]
