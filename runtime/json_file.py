@@ -44,11 +44,24 @@ def read_json(path: Path, remedy: str = "") -> Json:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON of other origin; a ValueError if it is none, or is nested so deeply that Python cannot follow."""
+    """Parse JSON of other origin.
+
+    Raises:
+        ValueError: If it is none, names a member twice, or is nested so deeply that Python cannot follow.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_members)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _members(pairs: list[tuple[str, Any]]) -> Json:
+    """Members of an object; without this the last one of a name would count, and the others be ignored."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)!r} twice")
+    return members
 
 
 def is_intact(document: Mapping[str, object]) -> bool:

@@ -52,5 +52,8 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
     path.write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"a.json: not JSON \(it is nested too deeply\)$"):
         read_json(path)
+    path.write_text('{"a": 1, "b": {"lr": 0.1, "x": 2, "lr": 0.2}}')
+    with pytest.raises(ValueError, match=r"a.json: not JSON \(it names 'lr' twice\)$"):
+        read_json(path)
     path.write_text('{"of": "an earlier version"}')
     assert read_json(path) == {"of": "an earlier version"}
