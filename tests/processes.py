@@ -44,6 +44,12 @@ def run_script(
     )
 
 
+def folder_by_rank(flag: str, folders: Sequence[Path]) -> str:
+    """Code for each rank to execute first: gives it a folder of its own, as where machines do not share a disk."""
+    names = [str(folder) for folder in folders]
+    return f"import os, sys\nsys.argv += [{flag!r}, {names!r}[int(os.environ['RANK'])]]\n"
+
+
 def run_ranks(
     script: str | Path, *argv: str, ranks: int = 2, folder: Path, fault: str = ""
 ) -> subprocess.CompletedProcess[str]:

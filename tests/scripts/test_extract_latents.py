@@ -20,7 +20,7 @@ from runtime.locks import locked
 from scripts import extract_latents
 from scripts.extract_latents import ExtractConfig
 from tests.networks import small_autoencoder
-from tests.processes import run_ranks, run_script
+from tests.processes import folder_by_rank, run_ranks, run_script
 
 IMAGE = (3, 16, 16)
 COUNT = 8  # shards of 3, 3 and 2 images
@@ -275,30 +275,22 @@ def test_an_extraction_that_recorded_no_sizes_is_continued(images, vae, copy):
     assert {name for name, data in files(copy).items() if data != before[name]} == {"index.json"}
 
 
-def missing_on_rank_1(path):
-    """Fault: that rank sees one image less."""
-    return f"""
-import os
-from data.image_folder import ImageFolder
-if os.environ["RANK"] == "1":
-    init = ImageFolder.__init__
-    def with_one_less(self, *args, **more):
-        init(self, *args, **more)
-        self._samples = [s for s in self._samples if not s[0].endswith({path!r})]
-        self._count = len(self._samples)
-    ImageFolder.__init__ = with_one_less
-"""
-
-
 @pytest.mark.slow
-def test_ranks_with_other_images_stop_before_they_start(images, vae, tmp_path):
-    argv = flags(images, vae, tmp_path / "latents")
-    done = run_ranks("scripts/extract_latents.py", *argv, folder=tmp_path, fault=missing_on_rank_1("3.png"))
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda there: (there / "ant/3.png").unlink(), "other images than rank 0 (7 instead of 8)"),
+        (lambda there: (there / "ant/3.png").rename(there / "ant/9.png"), "other paths_sha256 than rank 0"),
+        (lambda there: (there / "cat").rename(there / "dog"), "other classes than rank 0"),
+    ],
+    ids=["less", "renamed", "class"],
+)
+def test_ranks_with_other_images_stop_before_they_start(change, words, images, vae, tmp_path):
+    change(make_images(tmp_path / "there"))
+    argv, fault = flags(images, vae, tmp_path / "latents"), folder_by_rank("--data-path", [images, tmp_path / "there"])
+    done = run_ranks("scripts/extract_latents.py", *argv, folder=tmp_path, fault=fault)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
-        "extract_latents.py: error: --data-path: rank 1 has other images than rank 0 (7 instead of 8); give all ranks "
-        "the same"
-    )
+    assert done.stderr.splitlines()[-1].startswith(f"extract_latents.py: error: --data-path: rank 1 has {words}")
     assert not (tmp_path / "latents").exists()
 
 

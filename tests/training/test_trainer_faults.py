@@ -1,10 +1,12 @@
-"""Faults that need several processes: a rank that hangs, dies, or sees a loss that is not finite."""
+"""Faults that need several processes: a rank that hangs, dies, has other data, or sees a loss that is not finite."""
 
 import textwrap
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from tests.processes import run_ranks, run_script
+from tests.processes import folder_by_rank, run_ranks, run_script
 from tests.runs import assert_same, checkpoint, losses, state
 from tests.training.test_trainer import BASE, start
 
@@ -77,6 +79,52 @@ def test_a_non_finite_loss_on_one_rank_is_skipped_on_all(tmp_path):
     weights = {n: t for n, t in skipped.items() if not n.startswith("ema-0.9/")}
     assert_same(weights, {n: before[n] for n in weights})
     assert all(t.isfinite().all() for t in after.values())
+
+
+@pytest.fixture
+def disks(tmp_path):
+    """The same photos in two places, as on two machines."""
+    for place in ("here", "there"):
+        for label in ("ant", "bee", "cat"):
+            (tmp_path / place / label).mkdir(parents=True)
+            for i in range(2):
+                Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(tmp_path / place / label / f"{i}.png")
+    return tmp_path / "here", tmp_path / "there"
+
+
+PHOTOS = "--vae none --model DiT-debug/2 --num-classes 3 --image-size 8 --device cpu --num-workers 0 --max-steps 1"
+PHOTOS += " --global-batch-size 2 --results-dir results"
+OTHER_DATA = {
+    "less": (lambda there: (there / "cat/1.png").unlink(), "other images than rank 0 (6 and 5)"),
+    "renamed": (lambda there: (there / "cat/1.png").rename(there / "cat/9.png"), "other files than rank 0"),
+    "class": (lambda there: (there / "cat").rename(there / "dog"), "other classes than rank 0"),
+    "other bytes": (lambda there: (there / "cat/1.png").open("ab").write(b"x"), "other files than rank 0"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", OTHER_DATA)
+def test_ranks_with_other_data_stop_before_the_first_step(change, disks, tmp_path):
+    harm, words = OTHER_DATA[change]
+    harm(disks[1])
+    done = run_ranks("train.py", *PHOTOS.split(), folder=tmp_path, fault=folder_by_rank("--data-path", disks))
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode == 2 and len(errors) == 1, done.stderr
+    assert errors[0].startswith(f"train.py: error: --data-path: rank 1 has {words}")
+    assert not list(tmp_path.glob("results/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_other", [True, False])
+def test_torchrun_ends_where_ranks_have_other_data(is_other, disks, tmp_path):
+    """And with copies of the same data, under other names of their folders, it trains."""
+    if is_other:
+        OTHER_DATA["less"][0](disks[1])
+    (tmp_path / "ranks.py").write_text("import sys\n" + folder_by_rank("--data-path", disks) + textwrap.dedent(MAIN))
+    done = run_script(tmp_path / "ranks.py", *PHOTOS.split(), ranks=2, folder=tmp_path)
+    assert done.stderr.count("rank 1 has other images than rank 0 (6 and 5)") == is_other
+    assert (done.returncode == 0) is not is_other, done.stderr
+    assert len(list(tmp_path.glob("results/*/checkpoints/0000001.safetensors"))) == (not is_other)
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, capsys, monkeypatch):
