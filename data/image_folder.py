@@ -11,6 +11,7 @@ import io
 import itertools
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -143,7 +144,7 @@ def open_image_folder(settings: DatasetSettings) -> ImageFolder:
     return ImageFolder(root, size, channels=settings.channels, flip=flip, seed=settings.seed, strict=settings.strict)
 
 
-class EncodedImages:
+class EncodedImages(ABC):
     """Encoded images by number, with labels; base class of image folders and of other sources of such files.
 
     An image that cannot be decoded is replaced by the next one that can be, in the order of indices (the first follows
@@ -176,21 +177,21 @@ class EncodedImages:
         # Shared with the loader's workers: one warning per file, no second try, and `unreadable` includes their files
         self._damaged = torch.zeros(count, dtype=torch.bool).share_memory_()
 
+    @abstractmethod
     def content(self, index: int) -> bytes:
         """Bytes of an encoded image; none for a missing one. An OSError if they cannot be read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def path(self, index: int) -> str:
         """Name of an image in the data, the same on every machine."""
-        raise NotImplementedError
 
+    @abstractmethod
     def label(self, index: int) -> int:
         """Label of an image, without opening it; 0 without classes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sizes(self) -> Iterator[int]:
         """Sizes of all images in bytes, in their order."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         """Number of images, readable or not."""

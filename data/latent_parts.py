@@ -26,9 +26,7 @@ from runtime.download import sha256_of
 from runtime.errors import UserError
 from runtime.files import new_folder
 from runtime.json_file import read_json, write_json
-from runtime.shards import Part, Shard, order_parts
-
-REMEDY = "run the command of this shard again"
+from runtime.shards import REMEDY, Part, Shard, order_parts
 
 
 def index_store(folder: Path, shard_count: int) -> Json:

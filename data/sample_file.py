@@ -37,6 +37,7 @@ from runtime.locks import locked
 from runtime.settings import flag_name
 
 SHARD = "shard"  # key in the JSON of a part of a job
+LISTING = ".txt"  # suffix of the file of prompts next to the .npz
 LOCK = "lock"  # removed with the folder, after all else
 _PARTIAL_NAME = re.compile(r"samples\.npz|settings\.json|finished\.\d+|lock")
 _SINGLE_NAME, _SINGLE_TEMPORARY = (re.compile(p + r"\.(png|gif|mp4)") for p in (r"\d{6,}", r"\.\d{6,}\.\d+\.tmp"))

@@ -13,16 +13,14 @@ from typing import IO, Any
 import numpy as np
 
 from data.npz_file import NpzFile, Piece
-from data.sample_file import SHARD
+from data.sample_file import LISTING, SHARD
 from runtime.download import sha256_of
 from runtime.errors import UserError
 from runtime.files import atomic_path
 from runtime.json_file import parse_json
-from runtime.shards import Part, Shard, order_parts
+from runtime.shards import REMEDY, Part, Shard, order_parts
 
-LISTING = ".txt"  # of prompts
 ROWS = 256  # copied at a time
-REMEDY = "run the command of this shard again"
 
 
 def read_record(path: Path) -> tuple[Part, dict[str, Any]]:

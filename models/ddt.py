@@ -19,7 +19,7 @@ from models.config import LabelledConfig
 from models.contract import ModelOutput
 from models.layers import FREQUENCY_DIM, ClassConditional, LabelEmbedder, TimestepEmbedder, multiply_add
 from models.llama_layers import RMSNorm, RotaryAttention, SwiGLU, rotary_table
-from models.token_route import Detour, TokenRoute, choose_blocks
+from models.token_route import Detour, TokenRoute, choose_blocks, routed_cost
 from runtime.settings import setting
 
 SLOWEST_PERIOD = 10.0  # of the time features, for times in [0, 1]
@@ -245,8 +245,7 @@ class DDT(ClassConditional):
 
     def routed_cost(self, blocks: range, share: float) -> float:
         """Count the MACs of these blocks for one sample of which a share of the tokens passes through them."""
-        cost = self._blocks_cost(len(blocks), tokens_modulated=1)
-        return share * (cost["attention_linear"] + cost["mlp"]) + share**2 * cost["attention_products"]
+        return routed_cost(self._blocks_cost(len(blocks), tokens_modulated=1), share)
 
     def cost(self) -> dict[str, int]:
         """Count the MACs of one forward of one sample by part, those of encoder and decoder apart.

@@ -6,7 +6,7 @@ computes less. No parameter is added, and sampling computes everything.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -66,6 +66,16 @@ class Detour:
         if self._route is None or self._before is None or block != self._route.blocks[-1]:
             return x
         return self._route.put_back(self._before, x)
+
+
+def routed_cost(cost: Mapping[str, int], share: float) -> float:
+    """Count the MACs of blocks for one sample of which a share of the tokens passes through them.
+
+    Args:
+        cost: MACs by part of these blocks where all tokens do.
+        share: Share of the tokens.
+    """
+    return share * (cost["attention_linear"] + cost["mlp"]) + share**2 * cost["attention_products"]
 
 
 def choose_blocks(chosen: tuple[int, int] | None, possible: range, margins: tuple[int, int]) -> range:

@@ -9,7 +9,7 @@ from torch import Tensor
 from models.config import BackboneConfig
 from models.contract import Network
 from models.layers import FREQUENCY_DIM
-from models.token_route import choose_blocks
+from models.token_route import choose_blocks, routed_cost
 
 
 class Transformer(Network):
@@ -72,8 +72,7 @@ class Transformer(Network):
 
     def routed_cost(self, blocks: range, share: float) -> float:
         """Count the MACs of these blocks for one sample of which a share of the tokens passes through them."""
-        cost = self.cost_of(blocks)
-        return share * (cost["attention_linear"] + cost["mlp"]) + share**2 * cost["attention_products"]
+        return routed_cost(self.cost_of(blocks), share)
 
     def cost_of(self, blocks: Sequence[int]) -> dict[str, int]:
         """Count the MACs by part of these blocks with the embedders and the final layer."""

@@ -38,10 +38,10 @@ def atomic_path(path: Path, *, alone: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to a path; it is renamed to `path`, which is new, when the block succeeds."""
+    """Yield a temporary folder next to a path; it is renamed to `path`, new or empty, when the block succeeds."""
     temporary = _temporary(path)
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         yield temporary
         temporary.rename(path)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -57,7 +58,7 @@ class Saver(Protocol):
         """
 
 
-class _Background:
+class _Background(ABC):
     """Keeps a copy of this process's share of the state in host memory between saves, and writes it in a thread."""
 
     def __init__(self) -> None:
@@ -105,13 +106,13 @@ class _Background:
                 copied[group][name] = self._buffers[group, name] = buffer.copy_(own)
         return copied
 
+    @abstractmethod
     def _share(self, group: str, name: str, tensor: Tensor) -> Tensor | None:
         """This process's share of a tensor of the state; None for nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _write(self, state: State) -> None:
         """Write the copy, in the thread."""
-        raise NotImplementedError
 
 
 class BackgroundSaver(_Background):

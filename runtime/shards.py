@@ -11,6 +11,7 @@ from typing import NamedTuple
 from runtime.errors import UserError
 
 SHOWN = 60  # characters of a setting in a message
+REMEDY = "run the command of this shard again"  # for a part that is damaged or not finished
 
 
 @dataclass(frozen=True)

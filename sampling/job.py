@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.sample_file import SHARD, SampleFile
+from data.sample_file import LISTING, SHARD, SampleFile
 from diffusion.solver_table import SolverTable
 from models import family_name
 from runtime import distributed, migrate
@@ -37,7 +37,6 @@ from sampling.run import PreparedRun
 PROGRAM = "sample_ddp.py"
 AUTO_MACS = 64 * 118.6e9  # of a batch: 64 images of XL/2 at 256 pixels, which takes 118.62 G each
 LARGEST_AUTO = 256
-LISTING = ".txt"  # suffix of the file of prompts next to the .npz
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from models import Network
 from models.loading import CheckpointInfo
 from runtime.checkpoint import FORMAT
 from runtime.errors import UserError, error_prefix
-from runtime.files import check_folder
+from runtime.files import check_folder, new_folder
 from runtime.hub import check_repository, push_folder
 from runtime.licences import licence_to_publish
 from runtime.pretrained import ENCODER, SHARD_SIZE, write_weights
@@ -173,16 +172,11 @@ def write_folder(folder: Path, write: Callable[[Path], None], flag: str = "folde
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{flag} {folder}: exists already; delete it, or give another name")
     check_folder(folder, flag)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        unfinished.mkdir(parents=True)
-        with error_prefix(f"{flag} {folder}"):
+        with new_folder(folder) as unfinished, error_prefix(f"{flag} {folder}"):
             write(unfinished)
-        os.replace(unfinished, folder)
     except OSError as error:
         raise UserError(f"{flag} {folder}: could not be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_card(folder: Path, document: Mapping[str, Any], card: CardContent) -> None:

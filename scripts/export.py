@@ -14,8 +14,6 @@ layouts that train.py writes.
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ from models.loading import CheckpointInfo, load_network
 from runtime.checkpoint import read_groups, save_checkpoint, save_part
 from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
-from runtime.files import atomic_path, check_writable
+from runtime.files import atomic_path, check_writable, new_folder
 from runtime.licences import UNKNOWN
 from runtime.parts import SUFFIX, Part
 from runtime.settings import setting
@@ -186,16 +184,12 @@ def export_diffusers(network: Network, info: CheckpointInfo, folder: Path, notes
         prediction_type=PREDICTION_TYPES[prediction],
         clip_sample=False,
     )
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+    with new_folder(folder) as unfinished:
         transformer.save_pretrained(unfinished / "transformer")
         scheduler.save_pretrained(unfinished / "scheduler")
         listed, licence = "\n".join(f"- {note}" for note in notes), licence_of(info) or "other"
         text = README.format(model=info.model, licence=licence, notes=listed)
         (unfinished / "README.md").write_text(text)
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def convert(source: Path, output: Path, layout: str) -> None:
@@ -209,16 +203,12 @@ def convert(source: Path, output: Path, layout: str) -> None:
         raise UserError(f"--ckpt {source}: --format {layout} is for checkpoints of train.py")
     if layout == "one-file":
         return save_checkpoint(output, groups, meta)
-    unfinished = output.with_name(f".{output.stem}.{os.getpid()}.tmp{SUFFIX}")
     tensors = {f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
     count = max(1, round(sum(tensor.nbytes for tensor in tensors.values()) / PART_BYTES))
-    try:
+    with new_folder(output) as unfinished:
         for number in range(count):
             parts = {name: Part(tensors[name], tuple(tensors[name].shape)) for name in sorted(tensors)[number::count]}
             save_part(unfinished, number, count, parts, meta)
-        os.replace(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def main(argv: Sequence[str]) -> None:

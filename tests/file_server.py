@@ -5,9 +5,13 @@ from __future__ import annotations
 import http.server
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 CONTENT = bytes(range(256)) * 40
+
+
+S = TypeVar("S", bound=http.server.ThreadingHTTPServer)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -62,9 +66,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving() -> Iterator[Server]:
-    """A server that answers while the block runs."""
-    with Server() as server:
+def answering(server: S) -> Iterator[S]:
+    """The server, which answers while the block runs."""
+    with server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -72,3 +76,8 @@ def serving() -> Iterator[Server]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def serving() -> AbstractContextManager[Server]:
+    """A server that answers while the block runs."""
+    return answering(Server())

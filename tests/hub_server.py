@@ -8,12 +8,13 @@ import http.server
 import json
 import os
 import re
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.file_server import answering
 
 TOKEN = "hf_of_the_test"
 LARGE = 5_000  # bytes from which a file is uploaded on its own
@@ -206,17 +207,9 @@ ROUTES: dict[str, Any] = {
 }
 
 
-@contextmanager
-def serving() -> Iterator[Hub]:
+def serving() -> AbstractContextManager[Hub]:
     """A hub that answers while the block runs."""
-    with Hub() as hub:
-        thread = threading.Thread(target=hub.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield hub
-        finally:
-            hub.shutdown()
-            thread.join()
+    return answering(Hub())
 
 
 if __name__ == "__main__":
