@@ -170,7 +170,7 @@ def staged(path: Path) -> Path:
     """Local path where a file or folder is made that `upload` brings to an address; a local path itself."""
     if not isinstance(path, Address):
         return path
-    return cache_folder() / "outputs" / hashlib.sha256(str(path).encode()).hexdigest()[:16] / path.name
+    return cache_folder() / "outputs" / hashlib.sha256(str(path).encode()).hexdigest()[:16] / str(path.name)
 
 
 def check_store(path: Path, flag: str) -> None:
