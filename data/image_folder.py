@@ -43,7 +43,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 # An image takes up to 16 bytes a pixel while it is decoded, so 3.2 GB (WebP; most PNG and JPEG files half of that)
 MAX_PIXELS = 200_000_000
 ROWS = 256  # of 16-bit pixels that are converted at a time
-MAX_RATIO = 100  # of the sides: resized to cover a crop, an image has at most as many times its pixels
+MAX_RATIO = 100  # of the sides
+LONG = 16  # ratio of the sides up to which images are resized whole, to the bits of ADM
+REACH = 8  # pixels around a pixel, in an image less than four times too large, that bicubic weights are not 0 for
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # bytes of a text in a PNG, such as the workflow of a generator
 
@@ -116,15 +118,36 @@ def _orientation(image: Image.Image) -> int:
 def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
     """Crop as in ADM: halve by boxes while twice too large, resize bicubically to cover the crop, cut out the centre.
 
-    The size is the side of a square, or (H, W); smaller images are enlarged.
+    If one side is more than 16 times the other, only what survives the crop is resized, and a few pixels then differ
+    from ADM's by one level.
+
+    Args:
+        image: The image, of any mode that can be resized.
+        size: Side of a square, or (H, W); smaller images are enlarged.
     """
     height, width = sides(size)
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    whole = round(image.width * scale), round(image.height * scale)
+    left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
+    box = left, top, left + width, top + height
+    if max(whole) <= LONG * min(whole):
+        return image.resize(whole, resample=Image.Resampling.BICUBIC).crop(box)
+    return _resize_part(image, whole, box)
+
+
+def _resize_part(image: Image.Image, whole: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    """Resize bicubically to (W, H) `whole`, and compute only the pixels of a box (left, top, right, bottom) in it."""
+    across, down = image.width / whole[0], image.height / whole[1]
+    left, top, right, bottom = box[0] * across, box[1] * down, box[2] * across, box[3] * down
+    # With the neighbours that bicubic weights reach; small coordinates, since Pillow rounds a box to float32
+    x, y = max(int(left) - REACH, 0), max(int(top) - REACH, 0)
+    part = image.crop((x, y, min(int(right) + REACH, image.width), min(int(bottom) + REACH, image.height)))
+    # One direction at a time: Pillow chooses the order by the size, and its rounding in between depends on the order
+    size = box[2] - box[0], box[3] - box[1]
+    rows = part.resize((size[0], part.height), Image.Resampling.BICUBIC, (left - x, 0, right - x, part.height))
+    return rows.resize(size, Image.Resampling.BICUBIC, (0, top - y, size[0], bottom - y))
 
 
 def is_flipped(key: Key, seed: int) -> bool:

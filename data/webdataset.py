@@ -11,6 +11,7 @@ import os
 import re
 import tarfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,13 +22,14 @@ import numpy as np
 
 from data.columns import LABEL, NONE, Labels, labels_of
 from data.dataset import DatasetSettings
-from data.folder_scan import EXTENSIONS, is_hidden, warn_of_numbers
+from data.folder_scan import EXTENSIONS, OTHER_IMAGES, READ, counted, is_hidden, warn_of_numbers
 from data.image_folder import EncodedImages
 from runtime.json_file import parse_json
 from runtime.settings import flag_name
 from runtime.stores import Address, fetch
 
 IMAGES = {extension.removeprefix(".") for extension in EXTENSIONS}
+NO_IMAGE = "without an image"
 SAMPLE = re.compile(r"(?P<name>(.*/)?[^/.]+)\.(?P<kind>[^/]+)", re.DOTALL)
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_SHARDS = 1_000_000
@@ -45,13 +47,13 @@ class Shard(NamedTuple):
         names: Name of each image's file.
         places: (offset, size) of each image in the shard, int64 (n, 2).
         labels: Class number or name of each; empty for data without classes.
-        left_out: Number of samples without an image.
+        left_out: Samples without an image that is read, counted by the image's format, if there is one.
     """
 
     names: list[str]
     places: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
     labels: list[object]
-    left_out: int
+    left_out: Counter[str]
 
 
 def open_webdataset(settings: DatasetSettings) -> ShardImages:
@@ -69,11 +71,13 @@ def open_webdataset(settings: DatasetSettings) -> ShardImages:
     paths = shard_paths(path, settings.flag)
     with ThreadPoolExecutor(_THREADS) as pool:
         shards = [*pool.map(partial(read_shard, label=settings.columns.label_column), paths)]
-    left_out = sum(shard.left_out for shard in shards)
+    left_out = sum((shard.left_out for shard in shards), Counter[str]())
     if not any(shard.names for shard in shards):
-        raise ValueError(f"{path}: its shards hold no images; members of samples are named NAME.jpg, NAME.cls, ...")
+        found = f" that are read, but {counted(left_out)}; {READ}" if left_out.keys() - {NO_IMAGE} else ""
+        named = "; members of samples are named NAME.jpg, NAME.cls, ..."
+        raise ValueError(f"{path}: its shards hold no images{found or named}")
     if left_out:
-        warnings.warn(f"{path}: left out {left_out} samples without an image", stacklevel=2)
+        warnings.warn(f"{path}: left out samples: {counted(left_out)}; {READ}", stacklevel=2)
     try:
         labels = labels_of([label for shard in shards for label in shard.labels])
     except ValueError as error:
@@ -159,7 +163,8 @@ def read_shard(path: Path, label: str | None) -> Shard:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     places = np.array([samples[name][image] for name, image in chosen.items()], np.int64).reshape(-1, 2)
-    return Shard([f"{name}.{image}" for name, image in chosen.items()], places, labels, len(samples) - len(chosen))
+    left_out = Counter(_other_image(members) for name, members in samples.items() if name not in chosen)
+    return Shard([f"{name}.{image}" for name, image in chosen.items()], places, labels, left_out)
 
 
 def _read_headers(file: BinaryIO) -> dict[str, Members]:
@@ -194,6 +199,11 @@ def _image_of(name: str, members: Members) -> str | None:
     if len(kinds) > 1:
         raise ValueError(f"the sample {name} has {len(kinds)} images: {', '.join(kinds)}")
     return kinds[0] if kinds else None
+
+
+def _other_image(members: Members) -> str:
+    """Format of the image of a sample that is left out."""
+    return next((f".{kind}" for kind in sorted(members) if f".{kind}" in OTHER_IMAGES), NO_IMAGE)
 
 
 def _read_label(file: BinaryIO, name: str, members: Members, label: str | None) -> object:

@@ -22,6 +22,18 @@ def lock(name: str = LOCKS[0]) -> list[str]:
     return re.sub(HASH, "", (ROOT / name).read_text()).splitlines()
 
 
+def test_readme_states_the_systems_and_versions_of_the_project():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    systems = readme[readme.index("**Systems**") : readme.index("**Disk**")]
+    for named in ("Linux", "macOS", "Windows", "--device mps"):
+        assert named in systems
+    versions = dict(re.findall(r"(Python|PyTorch) (\d+\.\d+) or newer", systems))
+    (torch,) = (line.partition(">=")[2] for line in PROJECT["dependencies"] if line.startswith("torch>="))
+    assert versions == {"Python": PROJECT["requires-python"].removeprefix(">="), "PyTorch": torch}
+    (pinned,) = (line.removeprefix("torch==") for line in lock() if line.startswith("torch=="))
+    assert f"({'.'.join(pinned.split('.')[:2])} pinned)" in systems
+
+
 def test_environment_yml_states_nothing_of_its_own():
     text = (ROOT / "environment.yml").read_text()
     minimum = re.fullmatch(r">=(\d+\.\d+)", PROJECT["requires-python"])

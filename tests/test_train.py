@@ -218,7 +218,7 @@ def test_latents_on_disk_train_as_their_images_do(images, tmp_path):
         ("--dataset digits --in-channels 3", "--in-channels 3: 3 for RGB or 1 for grey"),
         ("--data-path {images} --vae none --in-channels 2", "--in-channels 2"),
         ("--data-path {images} --vae nothing --num-classes 2", "--vae nothing: no such folder; give none, ema, mse"),
-        ("--dataset digits --lr nan", "--lr nan: must be positive, and finite in float32"),
+        ("--dataset digits --lr nan", "--lr nan: must be positive, and neither 0 nor infinite in float32"),
         ("--dataset digits --adam-betas 0.9 1.5", "--adam-betas 0.9 1.5: both must lie in [0, 1)"),
         ("--dataset digits --ema-decay 2", "--ema-decay 2.0"),
         ("--dataset digits --lr -1", "--lr -1.0: must be positive"),

@@ -30,7 +30,7 @@ from training.losses import LOSSES, loss_of
 from training.optimization import OPTIMIZERS
 
 PROGRAM = "train.py"
-FLOAT32_MAX = torch.finfo(torch.float32).max
+FLOAT32_MIN, FLOAT32_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,5 +386,5 @@ def _at_least(settings: object, least: int, *names: str) -> None:
 def _positive(settings: object, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not 0 < value <= FLOAT32_MAX:
-            raise ValueError(f"{flag_name(name)} {value}: must be positive, and finite in float32")
+        if value is not None and not FLOAT32_MIN <= value <= FLOAT32_MAX:
+            raise ValueError(f"{flag_name(name)} {value}: must be positive, and neither 0 nor infinite in float32")

@@ -21,7 +21,7 @@ from data.dataset import is_same_data
 from data.encoders import UNVERIFIED
 from runtime import distributed
 from runtime.distributed import World
-from runtime.errors import UserError
+from runtime.errors import UserError, error_prefix
 from runtime.files import atomic_path, sweep
 from runtime.json_file import parse_json
 from runtime.locks import locked
@@ -66,6 +66,8 @@ def create_run_folder(results: Path, name: str) -> Path:
 class RunLog:
     """Writes log.txt and metrics.jsonl in a run's folder, and the same lines to the terminal.
 
+    A full disk does not end a training: what cannot be written is left out, with one warning on the terminal.
+
     Args:
         folder: Existing folder; None makes a log that writes nothing (for ranks other than 0).
         tensorboard: Write the metrics as TensorBoard events too, under folder/tensorboard.
@@ -73,6 +75,7 @@ class RunLog:
 
     def __init__(self, folder: Path | None, *, tensorboard: bool = False) -> None:
         self.folder = folder
+        self._is_warned = False
         self._events = open_events(folder / "tensorboard") if tensorboard and folder is not None else None
 
     def line(self, message: str) -> None:
@@ -82,19 +85,26 @@ class RunLog:
         now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         stamp = f"\033[34m{now}\033[0m" if sys.stdout.isatty() else now
         print(f"[{stamp}] {message}", flush=True)
-        with (self.folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"[{now}] {message}\n")
+        self._append(self.folder / "log.txt", f"[{now}] {message}\n")
 
     def metrics(self, step: int, **values: float) -> None:
         """Write one JSON object as a line."""
         if self.folder is None:
             return
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._append(self.folder / "metrics.jsonl", json.dumps({"step": step, **values}) + "\n")
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
             self._events.flush()
+
+    def _append(self, path: Path, text: str) -> None:
+        try:
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+        except OSError as error:
+            if not self._is_warned:
+                print(f"warning: {path}: cannot be written ({error.strerror}); training continues", file=sys.stderr)
+            self._is_warned = True
 
 
 @contextmanager
@@ -186,9 +196,10 @@ def new_run(setup: Setup, folder: Path | None = None) -> Path:
 
 def rewind(folder: Path, step: int) -> None:
     """Return a run's folder to a step: later metrics are dropped, later checkpoints renamed."""
-    for place in (folder, folder / "checkpoints"):
-        sweep(place)
-    cut_metrics(folder, step)
+    with error_prefix("--resume"):
+        for place in (folder, folder / "checkpoints"):
+            sweep(place)
+        cut_metrics(folder, step)
     for path in set_aside(folder, step):
         RunLog(folder).line(f"Set aside {path}")
 
@@ -223,7 +234,7 @@ def cut_metrics(folder: Path, step: int) -> None:
     if not path.exists():
         return
     lines = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text("utf-8-sig", errors="replace").splitlines():
         try:
             if parse_json(line)["step"] <= step:
                 lines.append(line + "\n")

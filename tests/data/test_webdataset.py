@@ -71,8 +71,20 @@ def test_what_holds_no_image_is_left_out(tmp_path):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
-    with pytest.warns(UserWarning, match="left out 1 samples without an image"):
+    with pytest.warns(UserWarning, match="left out samples: 1 without an image; JPEG, PNG"):
         assert len(opened(shard)) == 2
+
+
+def test_images_of_other_formats_are_left_out_with_a_word(tmp_path):
+    more = [("a/2.tga", b""), ("a/2.cls", b"1"), ("a/3.JXL", b""), ("a/4.cls", b"0")]
+    with pytest.warns(UserWarning, match=r"left out samples: 1 \.jxl, 1 \.tga, 1 without an image; JPEG, PNG"):
+        assert len(opened(write_tar(tmp_path / "0.tar", [*TWO, *more]))) == 2
+
+
+def test_numbers_as_names_of_classes_are_said_to_sort_as_text(tmp_path):
+    members = [m for i in (1, 2, 10) for m in ((f"{i}.png", PNG), (f"{i}.json", b'{"label": "%d"}' % i))]
+    with pytest.warns(UserWarning, match="sorted as text: 1, 10, 2, ..."):
+        assert opened(write_tar(tmp_path / "0.tar", members)).classes == ["1", "10", "2"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +104,12 @@ def test_what_holds_no_image_is_left_out(tmp_path):
         ([("0.png", PNG), ("0.cls", b"-1")], None, "is -1; test splits often have no labels"),
         ([("0.png", PNG), ("0.jpg", PNG), ("0.cls", b"0")], None, "the sample 0 has 2 images: jpg, png"),
         ([("0.png", PNG), ("0.png", PNG), ("0.cls", b"0")], None, "holds 0.png twice"),
-        ([("0.txt", b"")], None, "its shards hold no images"),
+        ([("0.txt", b"")], None, "its shards hold no images; members of samples are named"),
+        (
+            [("0.tga", b""), ("1.AVIF", b""), ("2.tga", b""), ("2.cls", b"0")],
+            None,
+            r"hold no images that are read, but 1 \.avif, 2 \.tga; JPEG, PNG, .* are read; convert other images",
+        ),
     ],
 )
 def test_other_content_is_one_line(members, label, message, tmp_path):

@@ -168,6 +168,31 @@ def test_counters_and_projectors_are_left_out_by_name(tmp_path: Path) -> None:
     assert value(path) == 1 and {"without projectors", "step 9"} <= set(read_foreign(path).notes)
 
 
+@pytest.mark.parametrize("prefix", ["projectors.", "module.projectors.", "_orig_mod.module.projectors."])
+def test_projectors_are_left_out_in_every_kind_of_file(tmp_path: Path, prefix: str) -> None:
+    """As of REPA: a pickle with wrappers' names, safetensors, safetensors in shards, one average by prefix."""
+    wrapped = prefix.removesuffix("projectors.")
+    names = [f"{prefix}{i}.{j}.{kind}" for i in range(2) for j in (0, 2, 4) for kind in ("weight", "bias")]
+    weights = {f"{wrapped}{name}": x for name, x in EMA.items()} | {name: torch.ones(2) for name in names}
+    files = [saved(tmp_path, {"ema": weights, "model": RAW}), tmp_path / "b.safetensors"]
+    save_file(weights, files[1])
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    save_file({name: weights[name] for name in names}, shards / "2.safetensors")
+    save_file({name: x for name, x in weights.items() if name not in names}, shards / "1.safetensors")
+    index = {name: f"{1 + (name in names)}.safetensors" for name in weights}
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    files.append(saved(tmp_path, {f"ema.{name}": x for name, x in weights.items()}, "c.pt"))
+    for path in (*files, shards):
+        assert value(path) == 1 and "without projectors" in read_foreign(path).notes, path
+
+
+def test_parts_with_names_like_projectors_are_not_left_out(tmp_path: Path) -> None:
+    path = saved(tmp_path, EMA | {"projectors_in.weight": torch.ones(2), "blocks.0.projectors.weight": torch.ones(2)})
+    kept = read_foreign(path).weights.keys()
+    assert kept == EMA.keys() | {"projectors_in.weight", "blocks.0.projectors.weight"}
+
+
 @pytest.mark.parametrize(
     "beside",
     [

@@ -191,6 +191,44 @@ def test_damaged_metrics_are_cut_without_a_word(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == good
 
 
+@pytest.mark.parametrize("damage", ["zeros", "no end of line", "edited", "gone"])
+def test_metrics_of_any_state_are_continued(trained: Path, damage: str) -> None:
+    path = run_folder(trained) / "metrics.jsonl"
+    content, before = path.read_bytes(), [line["step"] for line in metrics(trained)]
+    changed = {
+        "zeros": content + bytes(4096),  # as file systems leave them after a power failure
+        "no end of line": content.rstrip(b"\n"),
+        "edited": b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"),
+    }
+    path.write_bytes(changed[damage]) if damage in changed else path.unlink()
+    assert digits(trained, "--max-steps", 6, "--ckpt-every", 1, "--log-every", 1, "--resume", "auto") == 0
+    assert [line["step"] for line in metrics(trained)] == [*(before if damage != "gone" else []), 5, 6]
+
+
+def test_a_folder_in_the_place_of_metrics_is_one_line(trained: Path, capsys: Any) -> None:
+    path = run_folder(trained) / "metrics.jsonl"
+    path.unlink()
+    path.mkdir()
+    assert digits(trained, "--max-steps", 6, "--resume", "auto") == 2
+    assert f"--resume: {path}: Is a directory" in runs.the_error(capsys) and len(names(trained)) == 4
+
+
+def test_a_disk_too_full_for_a_log_does_not_end_the_training(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if mode == "a":
+            raise OSError(28, "No space left on device")
+        return usual(path, mode, *args, **options)
+
+    usual = Path.open
+    monkeypatch.setattr(Path, "open", full)
+    assert digits(tmp_path, "--max-steps", 2, "--log-every", 1) == 0 and names(tmp_path) == ["0000002.safetensors"]
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(set(warned)) == 1 and len(warned) <= 2  # before and in the training
+    assert "log.txt: cannot be written (No space left on device); training continues" in warned[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings and data
 
@@ -306,11 +344,18 @@ def test_another_number_of_images_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", ["--lr 1e39", "--weight-decay inf", "--weight-decay 1e39", "--grad-clip 1e300", "--eval-cfg-scale 1e39"]
-)
+    "argv",
+    [
+        "--lr 1e39", "--lr 1e-60", "--lr 1e-39", "--weight-decay inf", "--weight-decay 1e39", "--grad-clip 1e300",
+        "--grad-clip 1e-50", "--skip-updates-above 1e-46", "--eval-cfg-scale 1e39",
+    ],
+)  # fmt: skip
 def test_numbers_beyond_float32_are_refused(tmp_path: Path, capsys: Any, argv: str) -> None:
+    """A tiny one is 0 there: nothing would be learned, and nobody told."""
     assert digits(tmp_path, "--max-steps", 1, *argv.split()) == 2
-    assert "finite in float32" in runs.the_error(capsys) and not list(tmp_path.iterdir())
+    error = runs.the_error(capsys)
+    assert argv.split()[0] in error and "finite in float32" in error  # or "neither 0 nor infinite"
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_overflow_are_not_saved(tmp_path: Path, capsys: Any) -> None:
