@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Rewrites requirements.lock and requirements-tensorflow.lock, with the SHA-256 of every wheel of every system, from the
-# dependencies in pyproject.toml. Pins stay as they are where they fit; `--upgrade` takes the newest of all, and
+# Rewrites requirements.lock (all that tests need), requirements-tensorflow.lock and locks/*.lock (the base, and for each
+# extra what the base lacks), with the SHA-256 of every wheel of every system, from the dependencies in pyproject.toml.
+# All have the same version of a package, so that any of them can be installed beside the others. Pins stay as they are where they fit; `--upgrade` takes the newest of all, and
 # `--upgrade-package NAME` that of one. Needs uv (https://docs.astral.sh/uv/).
 #
 #   bash scripts/lock.sh [--upgrade | --upgrade-package NAME]
@@ -27,8 +28,21 @@ compile() {
         --no-emit-index-url --no-emit-find-links pyproject.toml --output-file "$1" "${extras[@]}" "${@:3}" >/dev/null
 }
 
-compile requirements.lock "dev finetune stores text video" "$@" # what tests need
-# TensorFlow's environment is a layer on the other one: only what that lacks.
-below=$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock | sort -u)
-# shellcheck disable=SC2086 # names have no spaces
-compile requirements-tensorflow.lock tensorflow --constraint requirements.lock $below "$@"
+# without LOCK: a flag for each package in a lock file, that leaves it out of another.
+without() {
+    sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' "$1" | sort -u
+}
+
+extras="demo finetune stores tensorboard text track video"
+compile requirements.lock "dev $extras" "$@"
+pins=(--constraint requirements.lock)
+# shellcheck disable=SC2046 # names have no spaces
+{
+    # TensorFlow's environment is a layer on the one for tests: only what that lacks.
+    compile requirements-tensorflow.lock tensorflow "${pins[@]}" $(without requirements.lock) "$@"
+    mkdir -p locks
+    compile locks/base.lock "" "${pins[@]}" "$@"
+    for extra in $extras; do
+        compile "locks/$extra.lock" "$extra" "${pins[@]}" $(without locks/base.lock) "$@"
+    done
+}

@@ -1,16 +1,34 @@
 #!/usr/bin/env bash
-# Make ./.venv from the lock file, once; a second call returns at once unless the lock or pyproject.toml changed.
-# Every package must have a hash of the lock file. Uses uv where it is installed, otherwise Python's own venv and pip.
+# Make ./.venv from lock files, once; a later call returns at once unless they or pyproject.toml changed.
+# Every package must have a hash of its lock file. Uses uv where it is installed, otherwise Python's own venv and pip.
 # PYTHON=... chooses the interpreter (>= 3.11).
+#
+#   bash scripts/setup.sh               all that the tests need, every extra too; or what an earlier call chose
+#   bash scripts/setup.sh all           the same, whatever was chosen before
+#   bash scripts/setup.sh base [EXTRA ...]   the base alone, and these extras: demo, finetune, stores, text, track, video
 set -euo pipefail
-if [ $# -gt 0 ]; then
-    sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p;}' "${BASH_SOURCE[0]}"
-    exit 0
-fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case "${1:-}" in
+    "") chosen=$(cat .venv/.chosen 2>/dev/null || echo all) ;;
+    all | base) chosen="$*" ;;
+    *)
+        sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p;}' "scripts/setup.sh"
+        [[ $1 == -h || $1 == --help ]] && exit 0 || exit 2
+        ;;
+esac
+locks=()
+for name in $chosen; do
+    [[ $name == all ]] && lock=requirements.lock || lock=locks/$name.lock
+    if [ ! -f "$lock" ]; then
+        echo "setup: $name: no such extra; there are $(cd locks && echo *.lock | sed 's/\.lock//g; s/base *//')" >&2
+        exit 2
+    fi
+    locks+=(-r "$lock")
+done
 
-stamp=$(cat requirements.lock pyproject.toml | cksum)
-if [ -x .venv/bin/python ] && [ "$(cat .venv/.stamp 2>/dev/null)" = "$stamp" ]; then
+stamp=$(cat requirements.lock pyproject.toml locks/*.lock | cksum)
+if [ -x .venv/bin/python ] && [ "$(cat .venv/.stamp 2>/dev/null)" = "$stamp" ] &&
+    [ "$(cat .venv/.chosen 2>/dev/null)" = "$chosen" ]; then
     exit 0
 fi
 
@@ -26,7 +44,7 @@ find_python() {
     exit 2
 }
 
-echo "setup: installing exact pins from requirements.lock into .venv (several GB for PyTorch's CUDA build, once)"
+echo "setup: installing exact pins ($chosen) into .venv (several GB for PyTorch's CUDA build, once)"
 if command -v uv >/dev/null 2>&1; then
     uv venv --quiet --allow-existing --python "${PYTHON:->=3.11}" .venv
     install=(uv pip install --quiet --python .venv/bin/python)
@@ -35,6 +53,7 @@ else
     "$python" -m venv .venv
     install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
 fi
-"${install[@]}" --require-hashes -r requirements.lock
+"${install[@]}" --require-hashes "${locks[@]}"
 "${install[@]}" --no-deps --no-build-isolation -e . # built by the setuptools of the lock file
+echo "$chosen" > .venv/.chosen
 echo "$stamp" > .venv/.stamp

@@ -10,7 +10,7 @@ if [ $# -gt 0 ]; then
     exit 0
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/setup.sh
+bash scripts/setup.sh all
 
 stamp=$(cat requirements.lock requirements-tensorflow.lock | cksum)
 if [ -x .venv-tensorflow/bin/python ] && [ "$(cat .venv-tensorflow/.stamp 2>/dev/null)" = "$stamp" ]; then

@@ -4,7 +4,7 @@
 # Linux x86_64, for which it is made.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/setup.sh
+bash scripts/setup.sh all
 # Tiny networks: one thread a process is fastest, and the two workers then have a core each.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 .venv/bin/python -m pytest -q -n 2 "$@"
