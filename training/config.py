@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -28,6 +27,7 @@ from runtime.stores import ADDRESS
 from training.lora_settings import LoraSettings
 from training.losses import LOSSES, loss_of
 from training.optimization import OPTIMIZERS
+from training.tracking import TrackingSettings
 
 PROGRAM = "train.py"
 FLOAT32_MIN, FLOAT32_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -223,7 +223,6 @@ class RunSettings:
     trust_stamps: bool = setting(
         False, "use shards of latents that are not newer than their index without comparing checksums", free=True
     )
-    tensorboard: bool = setting(False, "write metrics for TensorBoard too (needs the package)", free=True)
     profile: bool = setting(False, "trace some early steps of rank 0 into the run's folder", free=True)
     dry_run: bool = setting(False, "print settings, cost and memory; train and write nothing", free=True)
 
@@ -238,8 +237,6 @@ class RunSettings:
             raise ValueError(f"--frame-positions {self.frame_positions}: has no effect without --init-from")
         if self.keep_classes and self.init_from is None:
             raise ValueError("--keep-classes: has no effect without --init-from")
-        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ValueError("--tensorboard: the package is not installed; pip install tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +306,7 @@ class TrainSettings:
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     alignment: AlignmentSettings = field(default_factory=AlignmentSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
 
     def __post_init__(self) -> None:
         """Validate what concerns several groups."""

@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import sys
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,12 +24,13 @@ from runtime.errors import UserError, error_prefix
 from runtime.files import atomic_path, sweep
 from runtime.json_file import parse_json
 from runtime.locks import locked
+from runtime.settings import flatten
 from training.resume import ResumeState, run_number, set_aside, unstarted_run
 from training.setup import Setup
+from training.tracking import Reporter, note_reported
 
 if TYPE_CHECKING:
     from torch.profiler import profile
-    from torch.utils.tensorboard import SummaryWriter
 
 DRAWS = 2  # version of the random numbers of a step; version 0.1 had 1
 # sysexits.h: a temporary failure, try again. The state is saved; the same command resumes the run.
@@ -70,13 +70,15 @@ class RunLog:
 
     Args:
         folder: Existing folder; None makes a log that writes nothing (for ranks other than 0).
-        tensorboard: Write the metrics as TensorBoard events too, under folder/tensorboard.
+
+    Attributes:
+        reporter: Gets metrics and samples, too; None without a tracker.
     """
 
-    def __init__(self, folder: Path | None, *, tensorboard: bool = False) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
+        self.reporter: Reporter | None = None
         self._is_warned = False
-        self._events = open_events(folder / "tensorboard") if tensorboard and folder is not None else None
 
     def line(self, message: str) -> None:
         """Write one line with a timestamp, as the official scripts print it (coloured only on a terminal)."""
@@ -92,10 +94,13 @@ class RunLog:
         if self.folder is None:
             return
         self._append(self.folder / "metrics.jsonl", json.dumps({"step": step, **values}) + "\n")
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
-            self._events.flush()
+        if self.reporter is not None:
+            self.reporter.metrics(step, values)
+
+    def samples(self, step: int, path: Path) -> None:
+        """Report a picture of samples that is in the run's folder."""
+        if self.reporter is not None:
+            self.reporter.samples(step, path)
 
     def _append(self, path: Path, text: str) -> None:
         try:
@@ -123,16 +128,30 @@ def warnings_logged(log: RunLog) -> Iterator[None]:
         warnings.showwarning = usual
 
 
-def open_events(folder: Path) -> SummaryWriter:
-    """A TensorBoard writer.
+@contextmanager
+def reported(log: RunLog, setup: Setup, step: int, *, repeats: bool) -> Iterator[None]:
+    """Report what a run logs in the block to the tracker that its settings ask for, on rank 0.
 
-    TensorBoard would import TensorFlow where that is installed, and TensorFlow together with Triton can abort the
-    process; an (empty) module of this name makes it work without.
+    Args:
+        log: Log of the run.
+        setup: Setup of the run.
+        step: Step that the training starts from.
+        repeats: True if the next steps are those of an earlier start, to the bit.
+
+    Raises:
+        UserError: On every rank, if it cannot be started.
     """
-    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
-    from torch.utils.tensorboard import SummaryWriter  # an extra
-
-    return SummaryWriter(str(folder))
+    settings = setup.config.tracking
+    with distributed.raise_on_all_ranks():
+        if settings.track is not None and log.folder is not None:
+            log.reporter = Reporter(settings, log.folder, flatten(setup.document()), step, repeats=repeats)
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if log.reporter is not None:
+            log.reporter.finish(failed=failed)
 
 
 @contextmanager
@@ -199,7 +218,8 @@ def rewind(folder: Path, step: int) -> None:
     with error_prefix("--resume"):
         for place in (folder, folder / "checkpoints"):
             sweep(place)
-        cut_metrics(folder, step)
+        last = cut_metrics(folder, step)
+    note_reported(folder, max(step, last - 1))  # the end of the last step may be missing
     for path in set_aside(folder, step):
         RunLog(folder).line(f"Set aside {path}")
 
@@ -228,20 +248,27 @@ def introduce(log: RunLog, setup: Setup, saved: ResumeState | None) -> None:
         log.line("Note: the random draws of a step (times, noise, dropped labels) changed with version 0.2")
 
 
-def cut_metrics(folder: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl about steps after `step`, which are about to be repeated, and damaged ones."""
+def cut_metrics(folder: Path, step: int) -> int:
+    """Drop the lines of metrics.jsonl about steps after `step`, which are about to be repeated, and damaged ones.
+
+    Returns:
+        The last step that it had a line about; 0 without any.
+    """
     path = folder / "metrics.jsonl"
     if not path.exists():
-        return
-    lines = []
+        return 0
+    lines, last = [], 0
     for line in path.read_text("utf-8-sig", errors="replace").splitlines():
         try:
-            if parse_json(line)["step"] <= step:
+            of = parse_json(line)["step"]
+            if of <= step:
                 lines.append(line + "\n")
+            last = max(last, of)
         except (ValueError, TypeError, KeyError):
             continue  # the kill cut this line short
     with atomic_path(path) as temporary:
         temporary.write_text("".join(lines))
+    return last
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from runtime.stores import parse_path
 from training.network import START
 from training.optimization import FiniteGuard
 from training.resume import ResumeState, thin
-from training.run import INTERRUPTED_STATUS, RunLog, stop_on_signal, trace_steps, warnings_logged
+from training.run import INTERRUPTED_STATUS, RunLog, reported, stop_on_signal, trace_steps, warnings_logged
 from training.setup import Setup, encode
 from training.state import TrainingState, checkpoint_meta
 from training.validation import Validation
@@ -87,7 +87,8 @@ class Trainer:
             began = replace(setup.config.run, init_from=start, frame_positions=how)
             setup.config = replace(setup.config, run=began)
         self.setup, self.config, self.world, self.folder = setup, setup.config, world, folder
-        self.log = RunLog(folder, tensorboard=self.config.run.tensorboard)
+        self.log = RunLog(folder)
+        self.repeats = saved is not None and not saved.changed  # steps that follow may have been made before
         self.state = TrainingState(setup)
         self.saver = self.make_saver()
         if saved is not None:
@@ -120,6 +121,7 @@ class Trainer:
         self.introduce()
         traces = self.folder / "profile" if run.profile and self.folder is not None else None
         with (
+            reported(self.log, self.setup, state.step, repeats=self.repeats),
             self.last_save_finished(),
             stop_on_signal() as stop,
             distributed.Votes() as votes,
@@ -211,7 +213,8 @@ class Trainer:
         self.meter.pause(report.seconds)
         if self.folder is None:
             return
-        report.save_grid(self.folder / "samples" / f"{self.state.step:07d}.png")
+        for path in report.save_grid(self.folder / "samples" / f"{self.state.step:07d}.png"):
+            self.log.samples(self.state.step, path)
         self.log.line(f"(step={self.state.step:07d}) {report.summary()}")
         self.log.metrics(step=self.state.step, **report.values)
 

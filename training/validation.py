@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from data import Dataset, conditioning
 from data.dataset import Example, read_batches
-from data.pixels import enlarge, grid, save_png, to_picture, to_uint8
+from data.pixels import enlarge, grid, save_gif, save_png, to_picture, to_uint8
 from diffusion import ImageNoise, evaluations, guided, sample_loop
 from diffusion.loss import Batch, DiffusionLoss
 from diffusion.sampling import Sampler
@@ -39,6 +39,7 @@ from training.setup import Setup, ValidationData, encode
 ROWS = 32  # of one evaluation; fixed, because draws belong to a chunk of images
 QUARTERS = 4
 SHOWN = 100  # images in the picture, at most
+FRAME_MILLISECONDS = 120
 SMALLEST_PICTURE = 64  # pixels; smaller images are enlarged in the grid
 
 
@@ -61,14 +62,23 @@ class Report:
         numbers = [f"{name.replace('_', ' ')}: {value:.4f}" for name, value in self.values.items()]
         return ", ".join([*numbers, f"validation took {self.seconds:.1f} s"])
 
-    def save_grid(self, path: Path) -> None:
-        """Write the pictures, about as wide as high; of clips the frames in a row."""
+    def save_grid(self, path: Path) -> list[Path]:
+        """Write the pictures, about as wide as high; of clips the frames in a row, and a GIF of the same name.
+
+        Returns:
+            The files; none without pictures.
+        """
         if self.pictures is None:
-            return
+            return []
         count, *frames, height, _, _ = self.pictures.shape
-        shown = enlarge(self.pictures, max(1, SMALLEST_PICTURE // height))
+        shown, columns = enlarge(self.pictures, max(1, SMALLEST_PICTURE // height)), math.ceil(count**0.5)
         path.parent.mkdir(exist_ok=True)
-        save_png(grid(shown, columns=frames[0] if frames else math.ceil(count**0.5))[0], path)
+        save_png(grid(shown, columns=frames[0] if frames else columns)[0], path)
+        if not frames:
+            return [path]
+        moving = [grid(shown[:, i], columns)[0] for i in range(frames[0])]
+        save_gif(moving, path.with_suffix(".gif"), [FRAME_MILLISECONDS] * frames[0])
+        return [path, path.with_suffix(".gif")]
 
 
 class Validation:

@@ -59,7 +59,7 @@ def test_what_may_change_on_resume_changes_no_result() -> None:
         *(f"compute.{name}" for name in ("device", "dist_timeout")),
         *(f"run.{field.name}" for field in dataclasses.fields(TrainSettings().run)),
         *(f"validation.{field.name}" for field in dataclasses.fields(TrainSettings().validation)),
-        "alignment.align_ckpt",
+        *("alignment.align_ckpt", "tracking.track", "tracking.track_project"),
     }
 
 

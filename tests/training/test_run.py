@@ -1,6 +1,5 @@
 """A run's folder, log, metrics, profile, and the signals that stop it."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -10,7 +9,6 @@ import sys
 import pytest
 
 from runtime.errors import UserError
-from tests import runs
 from tests.runs import DIGITS, losses, run_folder, start
 from training.run import RunLog, create_run_folder, cut_metrics, stop_on_signal
 
@@ -25,23 +23,17 @@ def plain(tmp_path_factory):
     return results
 
 
-def test_metrics_go_to_json_lines_and_to_tensorboard(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = RunLog(tmp_path, tensorboard=True)
+def test_metrics_go_to_json_lines(tmp_path):
+    log = RunLog(tmp_path)
     log.metrics(step=3, loss=0.5, lr=1e-3)
     log.metrics(step=4, loss=0.25, lr=1e-3)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 3, "loss": 0.5, "lr": 1e-3}, {"step": 4, "loss": 0.25, "lr": 1e-3}]
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 0.5), (4, 0.25)]
-    assert events.Tags()["scalars"] == ["loss", "lr"]
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    log = RunLog(None, tensorboard=True)
+    log = RunLog(None)
     log.metrics(step=1, loss=0.5)
     log.line("hello")
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
@@ -55,30 +47,26 @@ def test_the_writer_does_without_tensorflow(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "from pathlib import Path\n"
-        "from training.run import RunLog\n"
-        f"RunLog(Path({str(tmp_path)!r}), tensorboard=True).metrics(step=1, loss=0.5)"
+        "from training.tracking import TensorBoard, TrackedRun\n"
+        f"TensorBoard(TrackedRun(Path({str(tmp_path)!r}), '', '', {{}}, 0)).metrics(1, {{'loss': 0.5}})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("flag", ["--tensorboard", "--profile"])
-def test_extras_of_a_run_change_nothing_but_its_folder(flag, plain, tmp_path):
-    assert start(tmp_path, *SHORT, flag) == 0
+@pytest.mark.parametrize(
+    ("flag", "made"), [("--track tensorboard", {"tensorboard", "tracking.json"}), ("--profile", {"profile"})]
+)
+def test_extras_of_a_run_change_nothing_but_its_folder(flag, made, plain, tmp_path):
+    assert start(tmp_path, *SHORT, *flag.split()) == 0
     added = {p.name for p in run_folder(tmp_path).iterdir()} - {p.name for p in run_folder(plain).iterdir()}
-    assert added == {flag.removeprefix("--")}
+    assert added == made
     assert losses(tmp_path) == losses(plain)
     if flag == "--profile":
         folder = run_folder(tmp_path) / "profile"
         names = {event.get("name", "") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]}
         assert {f"ProfilerStep#{step}" for step in range(10, 15)} <= names
         assert "aten::addmm" in (folder / "operations.txt").read_text()
-
-
-def test_tensorboard_is_an_extra(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert start(tmp_path, *SHORT, "--tensorboard") == 2
-    assert "--tensorboard: the package is not installed; pip install tensorboard" in runs.the_error(capsys)
 
 
 def test_run_folders_are_numbered_above_the_highest(tmp_path):
