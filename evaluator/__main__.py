@@ -49,6 +49,9 @@ def open_videos(path: Path, size: tuple[int, int], interval: int) -> tuple[Video
     return folder, [str(warning.message) for warning in caught]
 
 
+OPENERS = Openers(VideoOpener(EXTENSIONS, open_videos), Photos)
+
+
 def main(argv: Sequence[str]) -> None:
     """Parse the flags and evaluate, or compare two results."""
     if argv[:1] == ["compare"]:
@@ -56,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
         return
     config = parse_config(EvaluatorConfig, argv, program="evaluator", doc=__doc__)
     with distributed.world(config.device) as world:
-        evaluate(config, world, Openers(VideoOpener(EXTENSIONS, open_videos), Photos))
+        evaluate(config, world, OPENERS)
 
 
 if __name__ == "__main__":

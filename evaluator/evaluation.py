@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +13,21 @@ import torch
 from evaluator.features import CACHE_FORMAT, FileFeatures, extract_features, load_features, save_features
 from evaluator.inception.backend import FeatureBackend
 from evaluator.inception.weights import Weights
-from evaluator.inputs import TITLES, EvaluationInput, Openers, open_files, order_warnings, plan_clips, plan_inputs
+from evaluator.inputs import TITLES, EvaluationInput, Openers
+from evaluator.job import Job, Stopwatch, digest_on_main, open_job, print_warnings
 from evaluator.metrics import float16_noise
 from evaluator.npz import ImageFile
-from evaluator.report import (
-    describe_in_line,
-    is_result,
-    library_versions,
-    path_next_to,
-    protocol_path,
-    read_protocol,
-    write_document,
-)
-from evaluator.scores import METRICS, ImageSet, compute_scores
+from evaluator.parts import check_parts, read_features, write_part
+from evaluator.report import describe_in_line, library_versions, protocol_path, write_document
+from evaluator.scores import ImageSet, compute_scores
 from evaluator.settings import EvaluatorConfig
-from evaluator.stages import CLIPS, IMAGES, Stage, clip_warnings, clips_summary, open_clips_stage, open_images_stage
+from evaluator.stages import CLIPS, IMAGES, Stage, clip_warnings, clips_summary
 from runtime import distributed
 from runtime.distributed import World
-from runtime.errors import UserError, error_prefix
-from runtime.files import check_folder, check_writable, remove_temporary
+from runtime.errors import error_prefix
+from runtime.files import remove_temporary
 from runtime.settings import to_dict
-from runtime.stores import check_store, fetch, is_there, staged
+from runtime.shards import Shard
 
 FORMAT = 2  # of the result; format 1 called the warnings "remarks"
 PUBLISHED_COUNT = 50_000  # images of published FIDs
@@ -44,88 +35,69 @@ FEATURES = 2048  # from as many images their covariance is singular
 FLOAT16_LIMIT = 0.01
 
 
-def evaluate(config: EvaluatorConfig, world: World, openers: Openers) -> None:
-    """Evaluate; all ranks call it, rank 0 prints and writes.
+def evaluate(config: EvaluatorConfig, world: World, openers: Openers, parts: Sequence[Path] = ()) -> None:
+    """Evaluate, or make a part of an evaluation; all ranks call it, rank 0 prints and writes.
 
     Args:
         config: The settings.
         world: This rank and the number of ranks.
         openers: How folders are opened.
+        parts: Folders of all parts, in order, to take features from.
 
     Raises:
         UserError: For anything wrong with the files, on all ranks.
     """
-    watch, given, config = Stopwatch(), config, fetch_files(config)
+    watch = Stopwatch()
     with watch.measure("total"):
-        real, generated = files = open_both(config, openers)
-        metrics = config.metric_names(clips=generated.frames is not None)
-        images = plan_inputs(*files, metrics, config.num_samples)
-        clips = None
-        if any(METRICS[name].clips for name in metrics):
-            clips = plan_clips(
-                *files, config.num_samples, config.num_reference, config.frame_interval or 1, config.clip_seed or 0
-            )
-        protocol = read_protocol(config.sample_batch)
-        output = output_path(given)
-        if world.is_main:
-            remove_temporary(staged(output))
-        check_folder(config.cache, "--cache-dir")
-        with watch.measure("weights"):
-            stages = [open_images_stage(config, world, images)] if images else []
-            stages += [open_clips_stage(config, world, clips)] if clips else []
-        sources = [file.describe_source() for file in files]  # before the work: statistics may be damaged
-        order = order_warnings(real, generated, config.num_samples)
-        print_warnings(order, world)  # before the work, which may be for nothing
-        digests, scores, rounding = score_files(config, world, metrics, stages, watch)
-    warnings = [each for stage in stages for each in list_warnings(stage, protocol)]
+        job = open_job(config, world, openers, watch)
+        if config.shard is not None:
+            write_part(job, Shard.parse(config.shard), world)
+            return
+        digests, scores, rounding = score_files(job, world, watch, parts)
+    write_result(job, world, digests, scores, rounding, watch)
+
+
+def write_result(
+    job: Job, world: World, digests: tuple[str, str], scores: dict[str, float], rounding: list[str], watch: Stopwatch
+) -> None:
+    """Print scores and warnings, and write the document; its arguments are what `score_files` returned."""
+    warnings = [each for stage in job.stages for each in list_warnings(stage, job.protocol)]
     warnings = [*dict.fromkeys(warnings), *rounding]
     document: dict[str, Any] = {
         "format": FORMAT,
         "scores": {name.lower().replace(" ", "_"): value for name, value in scores.items()},
         **{
             each.title: describe(each, file, digest) | source
-            for each, file, digest, source in zip(stages[0].inputs, files, digests, sources, strict=True)
+            for each, file, digest, source in zip(job.stages[0].inputs, job.files, digests, job.sources, strict=True)
         },
-        "protocol": protocol,
-        "config": {**to_dict(given), "metrics": ",".join(metrics)},
-        **{stage.name: stage.describe(world) for stage in stages},
-        "versions": library_versions(config.backend),
+        "protocol": job.protocol,
+        "config": {**to_dict(job.given), "metrics": ",".join(job.metrics)},
+        **{stage.name: stage.describe(world) for stage in job.stages},
+        "versions": library_versions(job.config.backend),
         "seconds": watch.seconds,
-        "warnings": order + warnings,
+        "warnings": job.order + warnings,
     }
     with distributed.raise_on_all_ranks():
         if world.is_main:
             print_warnings(warnings, world)
             for name, value in scores.items():  # first: a full disk must not lose what was computed
                 print(f"{name}: {value:.6f}")
-            if clips:
-                print(clips_summary(clips))
+            for stage in job.stages:
+                if stage.name == CLIPS:
+                    print(clips_summary(stage.inputs))
             for title in TITLES:
                 print(describe_in_line(title, document[title]), file=sys.stderr)
-            write_document(document, output)
-            print(f"written: {output}", file=sys.stderr)
-
-
-def fetch_files(config: EvaluatorConfig) -> EvaluatorConfig:
-    """Settings with local copies of both files, and of the JSON next to the samples, if they are on an object store."""
-    samples, protocol = fetch(config.sample_batch, "sample_batch"), protocol_path(config.sample_batch)
-    if samples != config.sample_batch:
-        protocol_path(samples).unlink(missing_ok=True)  # a copy of one that is no longer there
-        if is_there(protocol, "sample_batch"):
-            fetch(protocol, "sample_batch")
-    return replace(config, ref_batch=fetch(config.ref_batch, "ref_batch"), sample_batch=samples)
-
-
-def open_both(config: EvaluatorConfig, openers: Openers) -> tuple[ImageFile, ImageFile]:
-    """Open the reference and the samples."""
-    clips, interval = config.asks_for_clips, config.frame_interval or 1
-    return open_files(config.ref_batch, config.sample_batch, openers, of_clips=clips, interval=interval)
+            write_document(document, job.output)
+            print(f"written: {job.output}", file=sys.stderr)
 
 
 def score_files(
-    config: EvaluatorConfig, world: World, metrics: Sequence[str], stages: Sequence[Stage], watch: Stopwatch
+    job: Job, world: World, watch: Stopwatch, parts: Sequence[Path] = ()
 ) -> tuple[tuple[str, str], dict[str, float], list[str]]:
     """Compute checksums, scores and warnings about their precision; what is returned counts on rank 0 only."""
+    config, metrics, stages = job.config, job.metrics, job.stages
+    if parts:
+        check_parts(parts, job, world)
     features: dict[str, tuple[FileFeatures | None, FileFeatures | None]] = {}
     with ThreadPoolExecutor(1) as thread:
         # reads gigabytes while the network computes
@@ -137,9 +109,9 @@ def score_files(
             name = features_name(stage.network, reference_digest, stage.weights, world.device)
             cache = config.cache / "features" / name
             with watch.measure("reference"):
-                of_reference = features_of(reference, stage, world, cache)
+                of_reference = features_of(reference, stage, world, cache, parts)
             with watch.measure("samples"):
-                of_samples = features_of(samples, stage, world)
+                of_samples = features_of(samples, stage, world, None, parts)
             features[stage.name] = of_reference, of_samples
         with distributed.raise_on_all_ranks():
             sample_digest = pending.result()
@@ -155,49 +127,19 @@ def score_files(
     return (reference_digest, sample_digest), scores, warnings
 
 
-def output_path(config: EvaluatorConfig) -> Path:
-    """Path of the result.
-
-    Raises:
-        UserError: If nothing can be written there, or a file that is read would be overwritten.
-    """
-    flag = "sample_batch" if config.json is None else "--json"
-    path = config.json or path_next_to(config.sample_batch, ".scores.json")
-    read = (config.ref_batch, config.sample_batch, protocol_path(config.sample_batch))
-    if any(path.resolve() == each.resolve() for each in read):
-        raise UserError(f"{flag} {path}: the evaluation reads this file; choose another name")
-    check_store(path, flag)
-    check_writable(staged(path), flag)
-    if is_there(path, flag) and not is_result(fetch(path, flag)):
-        raise UserError(f"{flag} {path}: exists, and is no result of the evaluator; move it, or give another --json")
-    return path
-
-
-def digest_on_main(uses: Sequence[EvaluationInput], world: World) -> str:
-    """sha256 of the file on rank 0, "" on the others, which do not need it.
-
-    Args:
-        uses: The networks' inputs from this file.
-        world: This rank and the number of ranks.
-
-    Raises:
-        UserError: On rank 0, if its images are damaged.
-    """
-    if not world.is_main:
-        return ""
-    whole = [each for each in uses if each.count == each.file.count]
-    return (whole or uses)[0].file.verified_sha256(read_to_end=bool(whole))
-
-
 def features_name(network: str, digest: str, weights: Weights, device: torch.device) -> str:
     """Name of a cached file, made of everything that its features depend on."""
     return f"{digest[:16]}-{weights.sha256[:16]}-{network}-{device.type}-v{CACHE_FORMAT}.safetensors"
 
 
-def features_of(source: EvaluationInput, stage: Stage, world: World, cache: Path | None = None) -> FileFeatures | None:
-    """Features of an input, from the cache if they are there; None if no metric needs them, and on other ranks."""
+def features_of(
+    source: EvaluationInput, stage: Stage, world: World, cache: Path | None = None, parts: Sequence[Path] = ()
+) -> FileFeatures | None:
+    """Features of an input, from parts or the cache if they are there; None on other ranks, or if none are needed."""
     if not source.features:
         return None
+    if parts:
+        return read_features(parts, source, stage, world.device)
     cached = None
     with distributed.raise_on_all_ranks():
         if cache is not None and world.is_main:
@@ -251,12 +193,6 @@ def image_set(stages: Sequence[Stage], features: Mapping[str, Sequence[FileFeatu
     )
 
 
-def print_warnings(warnings: list[str], world: World) -> None:
-    """Print warnings, on one rank."""
-    for line in warnings if world.is_main else ():
-        print(f"warning: {line}", file=sys.stderr)
-
-
 def list_warnings(stage: Stage, protocol: object) -> list[str]:
     """Reasons why the scores may not be comparable with published ones."""
     samples, warnings = stage.inputs[1], []
@@ -305,17 +241,3 @@ def describe(source: EvaluationInput, file: ImageFile, digest: str) -> dict[str,
         statistics = "computed" if source.stored is None else "stored in the file"
         described |= {"images": source.count, "images_in_file": source.file.count, "statistics": statistics}
     return described
-
-
-class Stopwatch:
-    """Seconds by name of what was measured."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Measure the block."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)

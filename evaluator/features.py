@@ -2,7 +2,8 @@
 
 Each rank takes consecutive whole batches, so that the batch of an image, and with it the last bit of its features, does
 not depend on the number of ranks. Pool features are gathered on rank 0 in the order of images (the Inception Score's
-splits depend on it). Of spatial features, only sums are gathered.
+splits depend on it). Spatial features are added there in the same order, rank after rank, block by block: their sums
+have the bits of one process.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from runtime.tensor_file import read_tensors, write_tensors
 
 T = TypeVar("T")
 CACHE_KEY = "features"
-CACHE_FORMAT = 2  # of cached features; increase it when their layout changes, or their values for the same images
+CACHE_FORMAT = 3  # of cached features; increase it when their layout changes, or their values for the same images
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def extract_features(
     start, stop = share_of_rank(count, batch_size, world.rank, world.size)
     accumulator = StatisticsAccumulator()
     pool: list[Tensor] = []
-    chunks: list[Tensor] = []  # spatial features that are not yet added
+    spatial_rows: list[Tensor] = []  # not yet added
     with (
         distributed.raise_on_all_ranks(),
         tqdm(total=count, desc=title, unit=unit, disable=None if world.is_main else True) as bar,
@@ -83,27 +84,38 @@ def extract_features(
             features = backend.features(images)
             pool.append(features.pool)
             if spatial:
-                chunks.append(features.spatial)
-                if sum(map(len, chunks)) >= ROWS_PER_UPDATE:
-                    _add_rows(accumulator, chunks, file.path)
+                spatial_rows.append(features.spatial)
+                if world.is_main and sum(map(len, spatial_rows)) >= ROWS_PER_UPDATE:
+                    add_rows(accumulator, spatial_rows, file.path)
             bar.update(min(len(images) * world.size, count - bar.n))
         rows = torch.cat(pool) if pool else torch.empty(0, 0, device=world.device)
-        bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
-        if bad:
-            raise BadImageFile(
-                f"{file.path}: features of {len(bad)} {unit}(s) are NaN or infinite, first of {unit} {start + bad[0]}; "
-                "are the weights damaged?"
-            )
-        if chunks:
-            _add_rows(accumulator, chunks, file.path)
-    accumulators = distributed.objects_from_all_ranks(accumulator.to("cpu"))
+        require_finite(rows, file.path, unit, start)
+        if spatial_rows and world.is_main:
+            add_rows(accumulator, spatial_rows, file.path)
+        kept = torch.cat(spatial_rows) if spatial_rows else torch.empty(0, accumulator.width, device=world.device)
+        require_finite(kept, file.path, unit, start)
     all_rows = distributed.rows_on_main(rows)
+    for rank in range(1, world.size if spatial else 1):  # rank 0 holds the rows of one rank at a time
+        sent = distributed.rows_on_main(kept if world.rank == rank else kept[:0])
+        if sent is not None and len(sent):
+            accumulator.update(sent)
     if all_rows is None:
         return None
-    total = StatisticsAccumulator()
-    for each in accumulators:
-        total.merge(each)
-    return FileFeatures(all_rows, total.result() if total.count > 1 else None)
+    return FileFeatures(all_rows, accumulator.result() if accumulator.count > 1 else None)
+
+
+def require_finite(rows: Tensor, path: Path, unit: str, start: int) -> None:
+    """Check features (N, D) of image `start` and the next ones.
+
+    Raises:
+        BadImageFile: If some are not finite.
+    """
+    bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise BadImageFile(
+            f"{path}: features of {len(bad)} {unit}(s) are NaN or infinite, first of {unit} {start + bad[0]}; "
+            "are the weights damaged?"
+        )
 
 
 def share_of_rank(count: int, batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -124,8 +136,8 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _add_rows(accumulator: StatisticsAccumulator, chunks: list[Tensor], path: Path) -> None:
-    """Add rows in large parts, because each addition touches all 4 million sums, and empty the list."""
+def add_rows(accumulator: StatisticsAccumulator, chunks: list[Tensor], path: Path) -> None:
+    """Add rows in large parts, each of which is checked, and empty the list."""
     rows = torch.cat(chunks)
     chunks.clear()
     try:

@@ -12,6 +12,7 @@ from evaluator.scores import ADM_METRICS, CLIP_METRICS, METRICS
 from runtime.devices import DeviceName
 from runtime.errors import UserError
 from runtime.settings import flag_name, positional, setting
+from runtime.shards import Shard
 
 BATCH_SIZE = {"cuda": 64, "cpu": 8}  # a CPU is fastest while layers fit into its caches
 CLIP_BATCH_SIZE = {"cuda": 16, "cpu": 1}
@@ -64,6 +65,12 @@ class EvaluatorConfig:
     cache_dir: Path | None = setting(
         None, "folder for weights and the reference's features", shown="~/.cache/dit-family"
     )
+    shard: str | None = setting(
+        None,
+        "only compute the features of the i-th of n parts of the images, i/n, such as 2/8, for batch queues; "
+        "scripts/merge.py makes the scores",
+        shown="all of it",
+    )
     json: Path | None = setting(None, "file for the result", shown="SAMPLES.scores.json", remote=True)
     batch_size: int | None = setting(
         None, "images or clips at a time", shown="images: 64 on a GPU, 8 on a CPU; clips: 16 and 1"
@@ -76,6 +83,8 @@ class EvaluatorConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{flag_name(name)} {value}: must be at least 1")
+        if self.shard is not None:
+            Shard.parse(self.shard)
         if self.device == "mps":
             raise ValueError("--device mps: scores need float64, which Apple's GPUs do not compute; use --device cpu")
         if self._names is not None and (not self._names or self._names - METRICS.keys()):

@@ -5,6 +5,7 @@ Shapes: N rows (one per image), D features. Arrays are NumPy's or PyTorch's; CUD
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import Tensor
 
 Array = Tensor | npt.NDArray[np.generic]
 
-ROWS_PER_UPDATE = 4096  # bounds the float64 copy of the features: 64 MiB at D = 2048
+ROWS_PER_UPDATE = 4096  # of a block of sums; bounds the float64 copy of the features: 64 MiB at D = 2048
 ASYMMETRY = 1e-4  # relative to a covariance's largest entry, which is on the diagonal; sums in float32 reach 1e-5
 
 
@@ -103,7 +104,8 @@ class Statistics:
 class StatisticsAccumulator:
     """Accumulator of mean and covariance over batches, in float64; memory is D x D for any number of rows.
 
-    Ranks accumulate their own rows, exchange the accumulators (they pickle) and `merge` them in the order of ranks.
+    The rows are cut into blocks of `ROWS_PER_UPDATE`, counted from the first row, and the sums of blocks are added in
+    their order: not a bit of the result depends on the cut into updates.
 
     Source: the pairwise update of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
     Sample Variances", 1979. Unlike sums of squares it does not cancel when the mean is large.
@@ -111,8 +113,15 @@ class StatisticsAccumulator:
 
     def __init__(self) -> None:
         self.count = 0
+        self._added = 0  # rows in the sums; the others are pending
         self._mean = torch.zeros(0, dtype=torch.float64)  # (D,)
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)  # (D, D) sum of outer products about the mean
+        self._pending: list[Tensor] = []  # less than a block
+
+    @property
+    def width(self) -> int:
+        """Number of features; 0 without rows."""
+        return self._pending[0].shape[1] if self._pending else len(self._mean)
 
     def update(self, features: Array) -> None:
         """Add rows.
@@ -124,25 +133,17 @@ class StatisticsAccumulator:
             ValueError: If they are not a finite (N, D) matrix, or D changes.
         """
         rows = as_rows(features, "features")
-        for start in range(0, len(rows), ROWS_PER_UPDATE):
-            chunk = rows[start : start + ROWS_PER_UPDATE].double()
-            mean = chunk.mean(dim=0)
-            centred = chunk - mean
-            self._add(len(chunk), mean, centred.T @ centred)
-
-    def merge(self, other: StatisticsAccumulator) -> None:
-        """Add the rows of another accumulator, which is not changed.
-
-        Raises:
-            ValueError: If its features have another width.
-        """
-        if other.count:
-            self._add(other.count, other._mean.to(self._mean.device), other._scatter.to(self._mean.device))
-
-    def to(self, device: torch.device | str) -> StatisticsAccumulator:
-        """Move the sums to a device, as before sending them to another rank; returns itself."""
-        self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
-        return self
+        if self.count:
+            require_same_width(self.width, rows.shape[1])
+        self.count += len(rows)
+        if self.count - self._added < ROWS_PER_UPDATE:
+            self._pending.append(rows.clone())
+            return
+        rows = torch.cat([*self._pending, rows]) if self._pending else rows
+        whole = len(rows) // ROWS_PER_UPDATE * ROWS_PER_UPDATE
+        for block in rows[:whole].split(ROWS_PER_UPDATE):
+            self._add(block)
+        self._pending = [rows[whole:].clone()] if whole < len(rows) else []
 
     def result(self) -> Statistics:
         """Return the statistics of all rows so far.
@@ -151,18 +152,24 @@ class StatisticsAccumulator:
             ValueError: With fewer than two rows, which have no covariance.
         """
         require_two_rows(self.count)
-        return Statistics(self._mean.clone(), self._scatter / (self.count - 1), self.count)
+        total = copy.copy(self)
+        total._mean, total._scatter = self._mean.clone(), self._scatter.clone()
+        if self._pending:
+            total._add(torch.cat(self._pending))
+        return Statistics(total._mean, total._scatter / (self.count - 1), self.count)
 
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        if self.count == 0:
-            self._mean, self._scatter = torch.zeros_like(mean), torch.zeros_like(scatter)
-        require_same_width(len(self._mean), len(mean))
-        total = self.count + count
+    def _add(self, block: Tensor) -> None:
+        rows = block.double()
+        mean = rows.mean(dim=0)
+        centred = rows - mean
+        if self._added == 0:
+            self._mean, self._scatter = torch.zeros_like(mean), mean.new_zeros(len(mean), len(mean))
+        total = self._added + len(rows)
         shift = mean - self._mean
-        self._scatter += scatter
-        self._scatter.addr_(shift, shift, alpha=self.count * count / total)
-        self._mean += shift * (count / total)
-        self.count = total
+        self._scatter += centred.T @ centred
+        self._scatter.addr_(shift, shift, alpha=self._added * len(rows) / total)
+        self._mean += shift * (len(rows) / total)
+        self._added = total
 
 
 def feature_statistics(features: Array) -> Statistics:

@@ -52,7 +52,11 @@ class Shard:
         """
         if self.count > total:
             raise UserError(f"--shard {self}: the job has {total:,} {unit}; give at most {total:,} shards")
-        return range((self.index - 1) * total // self.count, self.index * total // self.count)
+        return range(*self.share(total))
+
+    def share(self, total: int) -> tuple[int, int]:
+        """First number and the one past the last, where a shard may have none."""
+        return (self.index - 1) * total // self.count, self.index * total // self.count
 
     def path(self, path: Path) -> Path:
         """Path of this shard's file or folder: "a.2-of-3.npz" for "a.npz"."""
