@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ import runtime  # noqa: F401  # first: it reports other packages named models
 from data.image_folder import center_crop, decode_image
 from data.pixels import GAP, Images, enlarge, save_gif, save_png, to_picture, written_by
 from data.writers import Writer
+from diffusion.sampling import StepHook
 from models import ModelOutput
 from runtime import distributed
 from runtime.errors import UserError, error_prefix, run
@@ -160,6 +161,7 @@ def sample(
     settings: PictureSettings,
     plan: Plan,
     edit: Edit | None = None,
+    watch: StepHook | None = None,
 ) -> list[Tensor]:
     """Sample latents (N, ..., C, h, w) with a progress bar.
 
@@ -169,6 +171,7 @@ def sample(
         settings: Seed, batches and trajectory.
         plan: Labels or prompts of the N samples.
         edit: Images to start from.
+        watch: Called as watch(i, x, out) after each step of a batch; what it returns is not used.
 
     Returns:
         Latents after as many evenly spaced steps as the trajectory shows, or after the last; the last ones are the
@@ -184,6 +187,8 @@ def sample(
 
         def on_step(i: int, x: Tensor, out: ModelOutput) -> None:
             bar.update()
+            if watch is not None:
+                watch(i, x, out)
             if i in shown:
                 kept[i].append(x)
 
@@ -283,6 +288,54 @@ def save_trajectory(moments: Sequence[Images], columns: int, path: Path, writer:
         save_png(writer.sheet(rows, len(moments)), path, PROGRAM)
 
 
+class Made(NamedTuple):
+    """Samples, ready to be written.
+
+    Attributes:
+        moments: Samples (N, ..., H, W, C) uint8 after as many steps as the trajectory shows; the last is the result.
+        columns: Samples in a row of the picture.
+        captions: Texts under them; none without prompts.
+        labels: Their classes; none without labels.
+    """
+
+    moments: list[Images]
+    columns: int
+    captions: list[str]
+    labels: list[int]
+
+
+def make(pipeline: Pipeline, config: SampleSettings, texts: Sequence[str], watch: StepHook | None = None) -> Made:
+    """Sample what the settings ask for.
+
+    Args:
+        pipeline: Opened with the settings.
+        config: The settings.
+        texts: Their prompts.
+        watch: Called as watch(i, x, out) after each step of a batch.
+
+    Raises:
+        UserError: For settings that do not fit the network or each other.
+    """
+    settings = config.picture
+    edit = read_edit(pipeline, config.image)
+    prepared = pipeline.prepare(config.image.chosen_strength)
+    prompts = open_prompts(
+        config.text, pipeline.network, pipeline.info, pipeline.device, texts, guided=prepared.takes_null
+    )
+    plan = plan_samples(settings, pipeline, prompts)
+    count, labels = len(plan.noise), [] if plan.labels is None else plan.labels.tolist()
+    captions = [] if prompts is None or not prompts.texts else [prompts.text_of(i) for i in range(count)]
+    columns = settings.columns or (4 if count == len(OFFICIAL_LABELS) else min(count, 10))
+    moments = [shown(pipeline, x, prepared) for x in sample(pipeline, prepared, settings, plan, edit, watch)]
+    return Made(moments, columns, captions, labels)
+
+
+def shown(pipeline: Pipeline, latents: Tensor, prepared: PreparedRun | None = None) -> Images:
+    """Decode latents as pictures (N, ..., H, W, C) uint8; tiny ones are enlarged."""
+    factor = max(1, SMALLEST // pipeline.image_shape[-2])
+    return enlarge(to_picture(pipeline.decode(latents, prepared)).cpu().numpy(), factor)
+
+
 def main(argv: Sequence[str]) -> None:
     """Parse flags, sample, write the picture."""
     given = parse_settings(SampleSettings, argv, PROGRAM, __doc__)
@@ -294,29 +347,17 @@ def main(argv: Sequence[str]) -> None:
         pipeline = Pipeline.open(given, world.device, default_vae="mse")
         writer = given.general.clips.writer(pipeline.image_shape, pipeline.info.path)
         paths = overviews(writer, settings, given.general.clips)
-        edit = read_edit(pipeline, given.general.image)
-        prepared = pipeline.prepare(given.general.image.chosen_strength)
-        prompts = open_prompts(
-            given.general.text, pipeline.network, pipeline.info, world.device, texts, guided=prepared.takes_null
-        )
-        plan = plan_samples(settings, pipeline, prompts)
-        count, labels = len(plan.noise), [] if plan.labels is None else plan.labels.tolist()
-        captions = [] if prompts is None or not prompts.texts else [prompts.text_of(i) for i in range(count)]
-        columns = settings.columns or (4 if count == len(OFFICIAL_LABELS) else min(count, 10))
-        factor = max(1, SMALLEST // pipeline.image_shape[-2])
-        moments = [
-            enlarge(to_picture(pipeline.decode(latents, prepared)).cpu().numpy(), factor)
-            for latents in sample(pipeline, prepared, settings, plan, edit)
-        ]
+        made = make(pipeline, given.general, texts)
         for path in paths:
-            writer.save(moments[-1], path, columns, gap=GAP, software=PROGRAM, texts=captions)
+            writer.save(made.moments[-1], path, made.columns, gap=GAP, software=PROGRAM, texts=made.captions)
         names = pipeline.info.classes or ()
-        named = dict.fromkeys(f"{i} {names[i]}" for i in labels if names and names[i] != str(i))
-        shown = f"; classes: {', '.join(named)}" if named else ""
-        print(f"Saved {count} {writer.unit}s to {', '.join(map(str, paths))}{shown}")
+        named = dict.fromkeys(f"{i} {names[i]}" for i in made.labels if names and names[i] != str(i))
+        classes = f"; classes: {', '.join(named)}" if named else ""
+        count = len(made.moments[-1])
+        print(f"Saved {count} {writer.unit}s to {', '.join(map(str, paths))}{classes}")
         if settings.trajectory is not None:
-            save_trajectory(moments, columns, settings.trajectory, writer)
-            print(f"Saved {len(moments)} moments of them to {settings.trajectory}")
+            save_trajectory(made.moments, made.columns, settings.trajectory, writer)
+            print(f"Saved {len(made.moments)} moments of them to {settings.trajectory}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Curve(NamedTuple):
 
 
 class RunCurves(NamedTuple):
-    """What a run has measured.
+    """Measurements of a run.
 
     Attributes:
         name: Its folder.

@@ -4,7 +4,7 @@
     python scripts/plot_run.py results/000-DiT-XL-2 results/001-DiT-XL-2 --output both.png --metrics loss val_loss
     python scripts/plot_run.py results/000-DiT-S-2 --save-expected mine.json
 
-A run's loss is drawn as it was logged, and smoothed. Where the settings are those of a recipe whose curves are known,
+A run's loss is drawn as it was logged, and smoothed. Where the settings are those of a recipe with known curves,
 the band of its seeds lies under them; --expected adds others. Grids of samples are shown at up to five steps.
 """
 

@@ -22,7 +22,8 @@ GRACE = 15  # seconds that ranks have to leave after one has failed
 PRELOADED = "tests.processes train sample_ddp evaluator.__main__ torch._dynamo sklearn.datasets timm".split()
 
 
-def _environment() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
+    """Variables of a process on one thread, on the CPU, that is no rank and asks no hub."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     return environment | more
@@ -37,7 +38,7 @@ def run_script(
     return subprocess.run(
         [sys.executable, *launcher, str(ROOT / script), *argv],
         cwd=folder,
-        env=_environment(),
+        env=clean_environment(),
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
@@ -108,11 +109,11 @@ def fork_script(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    arguments = (str(ROOT / script), argv, str(folder), str(output), {**_environment(), **environment}, fault)
+    arguments = (str(ROOT / script), argv, str(folder), str(output), {**clean_environment(), **environment}, fault)
     process = context.Process(target=_run_forked, args=arguments)
     before = dict(os.environ)
     try:
-        os.environ.update(_environment())  # for the server, if this starts it
+        os.environ.update(clean_environment())  # for the server, if this starts it
         process.start()
     finally:
         os.environ.clear()

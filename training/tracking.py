@@ -1,7 +1,7 @@
 """Trackers of experiments: a run's settings, metrics and samples in TensorBoard, Weights & Biases or Trackio.
 
-A run that is resumed reports into the run of the tracker that it began, whose name and id are in tracking.json in its
-folder. Steps that a kill made it repeat were reported before, with the same numbers, and are not reported again.
+A run that is resumed reports into the run of the tracker that it began; its id is in tracking.json in its folder.
+Steps that a kill made it repeat were reported before, with the same numbers, and are not reported again.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class WeightsAndBiases(Tracker):
 
 
 class Trackio(Tracker):
-    """A run of Trackio, whose files are where TRACKIO_DIR says."""
+    """A run of Trackio, with its files where TRACKIO_DIR says."""
 
     def __init__(self, run: TrackedRun) -> None:
         import trackio  # an extra
@@ -246,7 +246,7 @@ class Reporter:
 
 
 def read_record(folder: Path) -> Json:
-    """What tracking.json of a run says; empty without one, or for a damaged one."""
+    """Content of tracking.json of a run; empty without one, or for a damaged one."""
     try:
         return read_json(folder / RECORD)
     except (OSError, ValueError):
@@ -254,7 +254,7 @@ def read_record(folder: Path) -> Json:
 
 
 def note_reported(folder: Path, step: int) -> None:
-    """Note the last step of a run whose metrics and samples its tracker has, if it has one."""
+    """Note the last step that a run has reported, if it has a tracker."""
     record = read_record(folder)
     if record:
         write_json(folder / RECORD, record | {"logged": step})

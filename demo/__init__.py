@@ -1,0 +1,1 @@
+"""A page in the browser that samples from one checkpoint, or from two side by side."""
