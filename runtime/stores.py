@@ -27,6 +27,7 @@ ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://")
 ATTEMPTS = 4  # at one request; libraries may try more often below
 WAIT_SECONDS = 1.0  # before the second attempt; twice as long before each further one
 FILES_AT_A_TIME = 256
+PACKAGES = {"s3": "'.[stores]'", "gs": "gcsfs", "gcs": "gcsfs"}
 BLOCK = 1 << 20
 _TRANSIENT = re.compile(r"Connect|Timeout|Disconnect|IncompleteRead|SlowDown")  # in names of libraries' exceptions
 
@@ -75,9 +76,9 @@ def fetch(path: Path, flag: str) -> Path:
     """
     if not isinstance(path, Address):
         return path
-    with _one_line(path, flag, "read"):
-        store, root = _connect(path)
-        files = _attempt(lambda: _list_files(store, root))
+    with one_line(path, flag, "read"):
+        store, root = connect(path)
+        files = attempt_request(lambda: list_files(store, root))
         if not files:
             raise FileNotFoundError
         folder = cache_folder() / path.protocol
@@ -93,12 +94,12 @@ def is_there(path: Path, flag: str) -> bool:
     """True if there is a file or folder at a path or an address; a UserError if the store does not say."""
     if not isinstance(path, Address):
         return path.exists()
-    with _one_line(path, flag, "read"):
-        store, name = _connect(path)
-        return bool(_attempt(lambda: store.exists(name)))
+    with one_line(path, flag, "read"):
+        store, name = connect(path)
+        return bool(attempt_request(lambda: store.exists(name)))
 
 
-def _connect(path: Address | str) -> tuple[Any, str]:
+def connect(path: Path | str) -> tuple[Any, str]:
     """The file system of an address, and the name of the file there."""
     from fsspec.core import url_to_fs  # heavy for programs that read local files
 
@@ -107,7 +108,7 @@ def _connect(path: Address | str) -> tuple[Any, str]:
     return store, str(name)
 
 
-def _list_files(store: Any, root: str) -> dict[str, int]:
+def list_files(store: Any, root: str) -> dict[str, int]:
     """Names of all files at and below a name, and their sizes in bytes."""
     info = store.info(root)
     found = {root: info} if info["type"] == "file" else store.find(root, detail=True)
@@ -145,7 +146,7 @@ def _copy_missing(store: Any, files: dict[str, int], folder: Path) -> None:
             with OpenFiles([OpenFile(cache, name) for name in part], mode="rb", fs=cache):
                 pass
 
-        _attempt(copy)
+        attempt_request(copy)
         for name in part:
             size = (folder / _local_name(name)).stat().st_size
             if size != files[name]:
@@ -181,10 +182,10 @@ def check_store(path: Path, flag: str) -> None:
     """
     if isinstance(path, Address):
         probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
-        with _one_line(path, flag, "write"):
-            store, name = _connect(str(probe))
-            _attempt(lambda: store.pipe_file(name, b"probe"))
-            _attempt(lambda: store.rm_file(name))
+        with one_line(path, flag, "write"):
+            store, name = connect(str(probe))
+            attempt_request(lambda: store.pipe_file(name, b"probe"))
+            attempt_request(lambda: store.rm_file(name))
 
 
 def upload(local: Path, path: Path, flag: str, last: str = "") -> None:
@@ -198,11 +199,11 @@ def upload(local: Path, path: Path, flag: str, last: str = "") -> None:
     if not isinstance(path, Address):
         return
     try:
-        with _one_line(path, flag, "write"):
+        with one_line(path, flag, "write"):
             found = [each for each in local.rglob("[!.]*") if each.is_file()] if local.is_dir() else [local]
             for each in sorted(found, key=lambda each: (each.name == last, each)):
                 target = f"{path}/{each.relative_to(local).as_posix()}" if local.is_dir() else str(path)
-                _put(each, *_connect(target))
+                put(each, *connect(target))
     except UserError as error:
         raise UserError(f"{error}; it is at {local}, copy it from there") from error
     shutil.rmtree(local) if local.is_dir() else local.unlink()
@@ -210,22 +211,24 @@ def upload(local: Path, path: Path, flag: str, last: str = "") -> None:
         local.parent.rmdir()
 
 
-def _put(local: Path, store: Any, name: str) -> None:
-    """Upload one file, and compare it with what can be read back."""
-    _attempt(lambda: store.put_file(str(local), name))
+def put(local: Path, store: Any, name: str) -> tuple[int, str]:
+    """Upload one file, and compare it with what can be read back; returns size and SHA-256."""
+    attempt_request(lambda: store.put_file(str(local), name))
     store.invalidate_cache()
     with local.open("rb") as file:
-        expected = _digest(file)
-    if _attempt(lambda: _remote_digest(store, name)) != expected:
+        expected = digest(file)
+    if attempt_request(lambda: remote_digest(store, name)) != expected:
         raise OSError("what was read back is not what was written")
+    return expected
 
 
-def _remote_digest(store: Any, name: str) -> tuple[int, str]:
+def remote_digest(store: Any, name: str) -> tuple[int, str]:
+    """Size and SHA-256 of a file in a store."""
     with store.open(name, "rb") as file:
-        return _digest(file)
+        return digest(file)
 
 
-def _digest(file: Any) -> tuple[int, str]:
+def digest(file: Any) -> tuple[int, str]:
     """Size and SHA-256 of an open file."""
     size, total = 0, hashlib.sha256()
     while block := file.read(BLOCK):
@@ -238,7 +241,7 @@ def _digest(file: Any) -> tuple[int, str]:
 # Failures
 
 
-def _attempt(request: Callable[[], T]) -> T:
+def attempt_request(request: Callable[[], T]) -> T:
     """Make a request, and repeat it while the connection fails."""
     for attempt in range(ATTEMPTS):
         try:
@@ -252,20 +255,20 @@ def _attempt(request: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _one_line(path: Address, flag: str, verb: str) -> Iterator[None]:
+def one_line(path: Path, flag: str, verb: str) -> Iterator[None]:
     """Turn what libraries raise into one line."""
     try:
         yield
     except (UserError, MemoryError):
         raise
     except Exception as error:  # those of every library are others
-        text = " ".join(str(error).split()) or type(error).__name__
+        text, protocol = " ".join(str(error).split()) or type(error).__name__, str(path).partition("://")[0]
         if isinstance(error, FileNotFoundError):
             text = "no such file, folder or bucket"
         elif isinstance(error, ImportError):
-            text = f"{text}; pip install '.[stores]'" if path.protocol == "s3" else text
+            text = f"{text}; pip install {PACKAGES[protocol]}" if protocol in PACKAGES else text
         elif isinstance(error, PermissionError):
             text = f"no permission: {text}"
         elif "redential" in f"{type(error).__name__} {text}":
-            text = f"{text}; give them in the environment or the files that the library of {path.protocol}:// reads"
+            text = f"{text}; give them in the environment or the files that the library of {protocol}:// reads"
         raise UserError(f"{flag} {path}: cannot {verb} it ({text})") from error

@@ -185,10 +185,9 @@ def test_mistakes_of_sampling_are_one_line(
     [
         ("--data-path memory://nothing/images", "--data-path memory://nothing/images: cannot read it (no such file"),
         (
-            "--data-path x --results-dir memory://runs",
-            "--results-dir memory://runs: is on an object store, and must",
+            "--data-path x --align-ckpt memory://cache",
+            "--align-ckpt memory://cache: is on an object store, and must",
         ),
-        ("--data-path x --resume s3://b/runs/000", "--resume s3://b/runs/000: is on an object store; copy the run's"),
         ("--data-path x --init-from memory://b/x.pt", "--init-from memory://b/x.pt: cannot read it (no such file"),
     ],
 )

@@ -23,7 +23,7 @@ from runtime.distributed import PRECISIONS
 from runtime.launch import machine_size, world_size
 from runtime.releases import ALIASES
 from runtime.settings import Given, Kind, Values, flag_name, setting
-from runtime.stores import ADDRESS
+from runtime.stores import Address, parse_path
 from training.lora_settings import LoraSettings
 from training.losses import LOSSES, loss_of
 from training.optimization import OPTIMIZERS
@@ -197,7 +197,9 @@ class ComputeSettings:
 class RunSettings:
     """Start and output of a run."""
 
-    results_dir: Path = setting(Path("results"), "folder of all runs, each in a numbered folder", free=True)
+    results_dir: Path = setting(
+        Path("results"), "folder of all runs, each in a numbered folder; or its address", free=True, remote=True
+    )
     resume: str | None = setting(
         None, "resume a run: a checkpoint, or auto for the newest run of these settings", free=True
     )
@@ -229,14 +231,24 @@ class RunSettings:
     def __post_init__(self) -> None:
         """Validate the fields."""
         _at_least(self, 1, "log_every", "ckpt_every", "keep_last")
-        if self.resume is not None and ADDRESS.match(self.resume):
-            raise ValueError(f"--resume {self.resume}: is on an object store; copy the run's folder to --results-dir")
+        _check_resume(self.resume, self.results_dir)
         if self.override and self.resume is None:
             raise ValueError(f"--override {' '.join(self.override)}: has no effect without --resume")
         if self.frame_positions is not None and self.init_from is None:
             raise ValueError(f"--frame-positions {self.frame_positions}: has no effect without --init-from")
         if self.keep_classes and self.init_from is None:
             raise ValueError("--keep-classes: has no effect without --init-from")
+
+
+def _check_resume(resume: str | None, results: Path) -> None:
+    """Check that a checkpoint to resume is where runs of --results-dir are written, if one of both is on a store."""
+    if resume in (None, "auto"):
+        return
+    path = parse_path(resume)
+    if not isinstance(path, Address) and isinstance(results, Address):
+        raise ValueError(f"--resume {resume}: is not in --results-dir {results}; give a checkpoint there, or auto")
+    if isinstance(path, Address) and (len(path.parents) < 3 or path.parents[2] != results):
+        raise ValueError(f"--resume {resume}: is not a checkpoint of a run in --results-dir {results}; give its folder")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from runtime.checkpoint import check_finite, is_whole, read_groups
+from runtime.checkpoint import check_finite, read_groups
 from runtime.errors import UserError, error_prefix
-from runtime.files import remove
 from runtime.json_file import Json, parse_json
-from runtime.parts import SUFFIX, is_sharded
 from runtime.settings import document, flag_name, flag_of, flatten, free_settings, places
+from runtime.stores import parse_path
 from training.config import KINDS, TrainSettings, upgrade
+from training.mirror import RunMirror
 from training.network import DIGESTS
+from training.run_files import checkpoints_in, run_of, runs_in
 from training.setup import Setup
 
-RUN_NAME = re.compile(r"(\d{3,})-.+")
-ASIDE = ".aside"  # added to checkpoints that a run has not reached again
 OTHER_RUN = ("model", "data.dataset", "data.image_size", "data.channels", "data.vae")
 # Settings that weights, optimizer state or labels depend on
 UNCHANGEABLE = (*OTHER_RUN, "process", "loss.name", "optimizer.name", "optimization.ema_decay")
@@ -70,19 +68,23 @@ class Changes(NamedTuple):
         return f"{text}; --override {names} resumes all the same"
 
 
-def find_run(setup: Setup) -> ResumeState | None:
+def find_run(setup: Setup, mirror: RunMirror | None = None) -> ResumeState | None:
     """The run that --resume means; without its tensors where another process reads them for this one.
 
     Raises:
         UserError: As `search_run`.
     """
     return setup.parallel.read(
-        lambda: search_run(setup), lambda found: None if found is None else found._replace(groups={})
+        lambda: search_run(setup, mirror), lambda found: None if found is None else found._replace(groups={})
     )
 
 
-def search_run(setup: Setup) -> ResumeState | None:
+def search_run(setup: Setup, mirror: RunMirror | None = None) -> ResumeState | None:
     """The run that --resume means: that of a checkpoint, or the newest run with the same settings.
+
+    Args:
+        setup: Setup of the run.
+        mirror: The runs of --results-dir if it is on an object store.
 
     Raises:
         UserError: If a checkpoint was named that is unusable, or was made with other settings or classes; or if there
@@ -94,17 +96,20 @@ def search_run(setup: Setup) -> ResumeState | None:
     with error_prefix(""):
         overridden(setup.config.run.override)
     if resume != "auto":
-        state = read_resume_state(Path(resume))
+        named = Path(resume) if mirror is None else mirror.fetch(mirror.working_path(parse_path(resume)))
+        state = read_resume_state(named)
         changes = changes_since(setup, state.meta)
         if changes.refused:
             raise UserError(f"--resume {resume}: the run has other settings: {changes}")
         check_same_classes(f"--resume {resume}", state.meta, setup.dataset.classes)
         return state._replace(changed=tuple(changes.allowed.values()))
     others: list[tuple[int, str]] = []
-    for folder in runs_in(setup.config.run.results_dir):
-        for path in checkpoints_in(folder):
+    for folder in runs_in(setup.config.run.results_dir) if mirror is None else mirror.runs():
+        if mirror is not None and is_other_run(folder, setup):
+            continue  # its checkpoints need not be copied
+        for path in checkpoints_in(folder) if mirror is None else mirror.checkpoints(folder):
             try:
-                state = read_resume_state(path)
+                state = read_resume_state(path if mirror is None else mirror.fetch(path))
             except UserError as error:
                 print(f"skipped: {error}", file=sys.stderr)
                 continue
@@ -145,18 +150,14 @@ def overridden(names: Sequence[str]) -> set[str]:
     return paths
 
 
-def runs_in(results: Path) -> Iterator[Path]:
-    """Folders of runs, newest first."""
-    folders = {path: match for path in results.glob("*-*") if (match := RUN_NAME.fullmatch(path.name))}
-    yield from sorted((path for path in folders if path.is_dir()), key=run_number, reverse=True)
-
-
-def unstarted_run(setup: Setup) -> Path | None:
+def unstarted_run(setup: Setup, mirror: RunMirror | None = None) -> Path | None:
     """The newest run of the same settings if it was killed before its first checkpoint; None without --resume auto."""
     if setup.config.run.resume != "auto":
         return None
-    for folder in runs_in(setup.config.run.results_dir):
+    for folder in runs_in(setup.config.run.results_dir) if mirror is None else mirror.runs():
         if folder.name.split("-", 1)[1] == setup.config.model.replace("/", "-"):
+            if mirror is not None and mirror.checkpoints(folder):
+                return None
             return folder if _is_unstarted(folder, setup) else None
     return None
 
@@ -166,30 +167,22 @@ def _is_unstarted(folder: Path, setup: Setup) -> bool:
     names, saved = ({path.name for path in place.glob("[!.]*")} for place in (folder, folder / "checkpoints"))
     if saved or "config.json" not in names:
         return not saved and names <= {"checkpoints"}
+    changes = recorded_changes(folder, setup)
+    return changes is not None and not changes.refused
+
+
+def is_other_run(folder: Path, setup: Setup) -> bool:
+    """True if a run's settings name another model or other data."""
+    changes = recorded_changes(folder, setup)
+    return changes is not None and changes.other
+
+
+def recorded_changes(folder: Path, setup: Setup) -> Changes | None:
+    """The settings of config.json that are others now; None if it cannot be read."""
     try:
-        return not changes_since(setup, {"train": parse_json((folder / "config.json").read_text())}).refused
+        return changes_since(setup, {"train": parse_json((folder / "config.json").read_text())})
     except (OSError, ValueError, TypeError, AttributeError):
-        return False
-
-
-def run_number(folder: Path) -> int:
-    """Number of a run's folder; -1 for other names."""
-    match = RUN_NAME.fullmatch(folder.name)
-    return int(match[1]) if match else -1
-
-
-def checkpoints_in(run: Path) -> list[Path]:
-    """Checkpoints of a run, newest first."""
-    suffixes = (".safetensors", SUFFIX)
-    paths = [p for p in (run / "checkpoints").glob("[!.]*") if p.suffix in suffixes and p.stem.isdecimal()]
-    return sorted(paths, key=lambda path: int(path.stem), reverse=True)
-
-
-def run_of(path: Path) -> Path | None:
-    """Folder of the run that a checkpoint is in; None outside of one."""
-    run = path.absolute().parent.parent
-    is_run = path.absolute().parent.name == "checkpoints" and path.stem.isdecimal() and (run / "config.json").is_file()
-    return path.parent.parent if is_run else None
+        return None
 
 
 def read_resume_state(path: Path) -> ResumeState:
@@ -261,28 +254,3 @@ def other_data(setup: Setup, meta: Json) -> bool:
     if not then.get("classes") or not setup.dataset.classes:
         return False
     return set(then["classes"]).isdisjoint(setup.dataset.classes) and then.get("images") != len(setup.dataset)
-
-
-def set_aside(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of a run that are newer than the step it is resumed from; returns their new names."""
-    renamed = []
-    for path in checkpoints_in(folder):
-        if int(path.stem) > step:
-            target = path.with_name(path.name + ASIDE)
-            if is_sharded(path):
-                remove(target)  # which a file would replace
-            path.replace(target)
-            renamed.append(target)
-    return renamed
-
-
-def thin(folder: Path, step: int, keep: int) -> None:
-    """Remove old checkpoints of a run, but for the newest readable ones up to the step that was just saved."""
-    kept = 0
-    for path in checkpoints_in(folder):
-        if int(path.stem) > step:
-            continue
-        if kept >= keep:
-            remove(path)
-        elif int(path.stem) == step or is_whole(path):
-            kept += 1

@@ -25,7 +25,9 @@ from runtime.files import atomic_path, sweep
 from runtime.json_file import parse_json
 from runtime.locks import locked
 from runtime.settings import flatten
-from training.resume import ResumeState, run_number, set_aside, unstarted_run
+from training.mirror import RunMirror
+from training.resume import ResumeState, unstarted_run
+from training.run_files import run_number, set_aside
 from training.setup import Setup
 from training.tracking import Reporter, note_reported
 
@@ -43,8 +45,13 @@ PROFILE_ROWS = 25
 # Folder and log
 
 
-def create_run_folder(results: Path, name: str) -> Path:
+def create_run_folder(results: Path, name: str, first: int = 0) -> Path:
     """Make results/NNN-name with the next free number (not the count, so that deleting an old run is harmless).
+
+    Args:
+        results: Folder of all runs; made if it is missing.
+        name: Name of the run.
+        first: Smallest number.
 
     Raises:
         UserError: If the folder cannot be made.
@@ -52,7 +59,7 @@ def create_run_folder(results: Path, name: str) -> Path:
     try:
         results.mkdir(parents=True, exist_ok=True)
         while True:
-            number = 1 + max(map(run_number, results.iterdir()), default=-1)
+            number = max(first, 1 + max(map(run_number, results.iterdir()), default=-1))
             folder = results / f"{number:03d}-{name}"
             try:
                 folder.mkdir()
@@ -155,8 +162,10 @@ def reported(log: RunLog, setup: Setup, step: int, *, repeats: bool) -> Iterator
 
 
 @contextmanager
-def locked_run(setup: Setup, world: World, saved: ResumeState | None = None) -> Iterator[Path | None]:
-    """The folder of `open_run`, on rank 0 and locked while the block runs.
+def locked_run(
+    setup: Setup, world: World, saved: ResumeState | None = None, mirror: RunMirror | None = None
+) -> Iterator[Path | None]:
+    """The folder of `open_run`, on rank 0 and locked while the block runs; its end is brought to `mirror`'s store.
 
     Raises:
         UserError: On every rank, if another job trains in it, or it cannot be written to.
@@ -164,20 +173,34 @@ def locked_run(setup: Setup, world: World, saved: ResumeState | None = None) -> 
     with ExitStack() as stack:
 
         def opened() -> Path | None:
-            resumed = unstarted_run(setup) if saved is None else saved.folder
+            resumed = unstarted_run(setup, mirror) if saved is None else saved.folder
             if resumed is not None:
                 stack.enter_context(locked(resumed, f"--resume {setup.config.run.resume}: {resumed}"))
-            folder = open_run(setup, world, saved, resumed if saved is None else None)
+            folder = open_run(setup, world, saved, resumed if saved is None else None, mirror)
             if folder is not None and resumed is None:
                 stack.enter_context(locked(folder, f"--results-dir {folder}"))
+            if folder is not None and mirror is not None:
+                RunLog(folder).line(f"Working folder of {mirror.address / folder.name}")
+                mirror.claim(folder, 0 if saved is None or saved.folder is None else saved.meta["step"])
             return folder
 
         folder = distributed.on_rank0(opened)
-        yield folder if world.is_main else None
+        try:
+            yield folder if world.is_main else None
+        except BaseException:
+            if mirror is not None and world.is_main:
+                mirror.finish(folder, failed=True)
+            raise
+        if mirror is not None:
+            distributed.on_rank0(lambda: mirror.finish(folder, failed=False))
 
 
 def open_run(
-    setup: Setup, world: World, saved: ResumeState | None = None, unstarted: Path | None = None
+    setup: Setup,
+    world: World,
+    saved: ResumeState | None = None,
+    unstarted: Path | None = None,
+    mirror: RunMirror | None = None,
 ) -> Path | None:
     """The run's folder, on rank 0: that of the run to resume, the unstarted one, or a new one, with its config.
 
@@ -191,18 +214,22 @@ def open_run(
         rewind(resumed, saved.meta["step"])
     if unstarted is not None:
         rewind(unstarted, 0)
-    folder = new_run(setup, unstarted) if resumed is None else resumed
+    folder = new_run(setup, unstarted, mirror) if resumed is None else resumed
     introduce(RunLog(folder), setup, saved)
     return folder
 
 
-def new_run(setup: Setup, folder: Path | None = None) -> Path:
+def new_run(setup: Setup, folder: Path | None = None, mirror: RunMirror | None = None) -> Path:
     """Make the folder of a new run, or take one in which none has started, and write its config.
 
     Raises:
         UserError: If it cannot be written; nothing of it is left.
     """
-    folder = folder or create_run_folder(setup.config.run.results_dir, setup.config.model.replace("/", "-"))
+    if folder is None:
+        results, first = (
+            (setup.config.run.results_dir, 0) if mirror is None else (mirror.results, mirror.first_number())
+        )
+        folder = create_run_folder(results, setup.config.model.replace("/", "-"), first)
     try:
         (folder / "checkpoints").mkdir(exist_ok=True)
         with atomic_path(folder / "config.json") as temporary:

@@ -27,10 +27,12 @@ from runtime.errors import FAILED_STATUS, UserError, error_prefix
 from runtime.licences import origin_of
 from runtime.saver import BackgroundSaver, Saver, ShardedSaver, State
 from runtime.stores import parse_path
+from training.mirror import RunMirror
 from training.network import START
 from training.optimization import FiniteGuard
-from training.resume import ResumeState, thin
+from training.resume import ResumeState
 from training.run import INTERRUPTED_STATUS, RunLog, reported, stop_on_signal, trace_steps, warnings_logged
+from training.run_files import thin
 from training.setup import Setup, encode
 from training.state import TrainingState, checkpoint_meta
 from training.validation import Validation
@@ -75,10 +77,16 @@ class Trainer:
         world: This process and its place among all.
         folder: Folder of the run, on rank 0; None writes nothing.
         saved: The checkpoint to continue from; None starts at step 0.
+        mirror: Brings the run to an object store, if --results-dir is there.
     """
 
     def __init__(
-        self, setup: Setup, world: World, folder: Path | None = None, saved: ResumeState | None = None
+        self,
+        setup: Setup,
+        world: World,
+        folder: Path | None = None,
+        saved: ResumeState | None = None,
+        mirror: RunMirror | None = None,
     ) -> None:
         if saved is not None:  # its checkpoints still say where the run began
             run = saved.meta["train"].get("run", {})
@@ -87,6 +95,7 @@ class Trainer:
             began = replace(setup.config.run, init_from=start, frame_positions=how)
             setup.config = replace(setup.config, run=began)
         self.setup, self.config, self.world, self.folder = setup, setup.config, world, folder
+        self.mirror = mirror
         self.log = RunLog(folder)
         self.repeats = saved is not None and not saved.changed  # steps that follow may have been made before
         self.state = TrainingState(setup)
@@ -257,8 +266,10 @@ class Trainer:
             self.saver.wait()
 
     def saved(self, path: Path, step: int) -> None:
-        """Log a new checkpoint, then remove those that --keep-last leaves out."""
+        """Log a new checkpoint and bring it to the store, then remove those that --keep-last leaves out."""
         self.log.line(f"Saved checkpoint to {path}")
+        if self.mirror is not None:
+            self.mirror.saved(path, step, self.config.run.keep_last)
         if self.folder is not None and self.config.run.keep_last is not None:
             thin(self.folder, step, self.config.run.keep_last)
 

@@ -22,8 +22,8 @@ from runtime.errors import UserError
 from runtime.locks import locked
 from tests import runs
 from tests.runs import DIGITS, checkpoint, log, metrics, run_folder
-from training.resume import ASIDE, run_of, set_aside, thin
 from training.run import create_run_folder, cut_metrics
+from training.run_files import ASIDE, run_of, set_aside, thin
 
 B = [*DIGITS, *"--model DiT-debug/2 --num-classes 10 --global-batch-size 12 --image-size 8".split()]
 start = partial(runs.start)
