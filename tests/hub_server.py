@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.file_server import answering
 
@@ -134,9 +134,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in repository.files]
         return self.send({"id": name, "sha": repository.sha, "siblings": siblings, "private": repository.private})
 
-    def tree(self, name: str) -> None:
-        repository = self.server.repositories.get(name)
-        return self.missing("RepoNotFound") if repository is None else self.send(repository.entries())
+    def tree(self, name: str, below: str | None) -> None:
+        if (repository := self.server.repositories.get(name)) is None:
+            return self.missing("RepoNotFound")
+        start = f"{below.rstrip('/')}/" if below else ""
+        files = [entry for entry in repository.entries() if entry["path"].startswith(start)]
+        if start and not files:
+            return self.missing("EntryNotFound")
+        if parse_qs(urlsplit(self.path).query).get("recursive", ["False"])[0].lower() in ("true", "1"):
+            return self.send(files)
+        own = [entry for entry in files if "/" not in entry["path"].removeprefix(start)]
+        names = {start + file["path"].removeprefix(start).partition("/")[0] for file in files if file not in own}
+        return self.send([*own, *({"type": "directory", "path": path, "oid": oid(b"")} for path in sorted(names))])
 
     def yaml(self, body: bytes) -> None:
         valid = json.loads(body)["content"].startswith("---\n")
@@ -198,7 +207,7 @@ ROUTES: dict[str, Any] = {
     "POST /api/repos/create": Handler.create,
     "POST /api/validate-yaml": Handler.yaml,
     rf"GET /api/models/{NAME}(?:/revision/[^/]+)?": Handler.info,
-    rf"GET /api/models/{NAME}/tree/[^/]+/?": Handler.tree,
+    rf"GET /api/models/{NAME}/tree/[^/]+(?:/(.*))?": Handler.tree,
     rf"POST /api/models/{NAME}/preupload/[^/]+": Handler.preupload,
     rf"POST /api/models/{NAME}/commit/[^/]+": Handler.commit,
     rf"POST /{NAME}\.git/info/lfs/objects/batch": Handler.batch,

@@ -1,7 +1,10 @@
 import copy
+import importlib.util
 import json
 import os
 import pickle
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from runtime import stores
 from runtime.errors import UserError
 from runtime.stores import Address, check_store, fetch, is_there, parse_path, staged, upload
+from tests import hub_server
 from tests.object_stores import contents, put
 
 pytestmark = pytest.mark.usefixtures("quick_stores")
@@ -187,6 +191,37 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(UserError, match=r"^--ckpt s3://b/x: cannot read it \(Install s3fs to access S3; pip"):
         fetch(parse_path("s3://b/x"), "--ckpt")
+
+
+@pytest.mark.parametrize(("text", "package"), [("gs://b/x", "gcsfs"), ("gcs://b/x", "gcsfs")])
+def test_a_package_that_is_no_extra_is_named(text, package):
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    for call, verb in ((fetch, "read"), (check_store, "write")):
+        with pytest.raises(UserError, match=rf"^--flag {text}: cannot {verb} it \(.*; pip install {package}\)$"):
+            call(parse_path(text), "--flag")
+
+
+def test_files_and_folders_of_the_hub_are_read_from_a_stand_in(tmp_path):
+    with hub_server.serving() as hub:
+        hub.repositories["me/thing"] = repository = hub_server.Repository()
+        repository.files |= {"shards/0.tar": b"0" * 6000, "shards/1.tar": b"1", "x": b"other"}
+        program = "import sys; from runtime.stores import *; print(fetch(parse_path(sys.argv[1]), '--data-path'))"
+        environment = hub.environment(tmp_path / "home") | {"DIT_STORE_CACHE": str(tmp_path / "hub")}
+        for address, expected in (
+            ("hf://me/thing/shards", {"0.tar": b"0" * 6000, "1.tar": b"1"}),
+            ("hf://me/thing/x", b"other"),
+            ("hf://me/none/x", None),
+        ):
+            argv = [sys.executable, "-c", program, address]
+            done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+            if expected is None:
+                assert f"--data-path {address}: cannot read it (no such file" in done.stderr
+                continue
+            assert done.returncode == 0, done.stderr
+            copy = Path(done.stdout.strip())
+            found = copy.read_bytes() if copy.is_file() else {file.name: file.read_bytes() for file in copy.iterdir()}
+            assert found == expected
 
 
 @pytest.mark.slow
