@@ -1,7 +1,7 @@
 """Runs on an object store: trained in a local working folder, from which finished files are brought to the store.
 
 In the store a checkpoint counts once its record, NNNNNNN.json, is there: it names the checkpoint's files with sizes and
-digests and is written last. A store has no locks: a run belongs to the job that started last, whose token is in
+digests and is written last. A store has no locks: a run belongs to the job that started last, and its token is in
 owner.json; another job finds that out before it brings its next checkpoint, and ends.
 """
 
