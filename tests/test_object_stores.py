@@ -74,6 +74,22 @@ def test_samples_are_the_same_bytes(place: str, checkpoint: Path, tmp_path: Path
     assert sorted(Path(name).suffix for name in contents(f"{place}/named")) == [".json", ".npz"]
 
 
+def test_what_was_trained_at_an_address_is_sampled_from_there(place: str, tmp_path: Path) -> None:
+    argv = [*runs.DIGITS, *"--model DiT-digits/2 --depth 2 --global-batch-size 4 --max-steps 1".split()]
+    for results, kind in ((f"{place}/a", "one-file"), (f"{place}/b", "sharded")):
+        assert run(runs.train.main, "train.py", [*argv, "--results-dir", results, "--checkpoint-format", kind]) == 0
+        names = {name for name in contents(results) if name.endswith(".safetensors")}
+        (name,) = {str(Path(name).parent) if kind == "sharded" else name for name in names}
+        copy = tmp_path / kind / Path(name).name
+        for each, content in contents(f"{results}/{name}").items():
+            (copy / each).parent.mkdir(parents=True, exist_ok=True)
+            (copy / each).write_bytes(content)
+        assert sample("--ckpt", f"{results}/{name}", "--output", f"{place}/{kind}.npz") == 0
+        assert sample("--ckpt", copy, "--output", tmp_path / f"{kind}-local.npz") == 0
+        assert contents(f"{place}/{kind}.npz")[""] == (tmp_path / f"{kind}-local.npz").read_bytes()
+    assert contents(f"{place}/one-file.npz") == contents(f"{place}/sharded.npz"), "the weights are the same"
+
+
 @pytest.mark.slow
 def test_two_ranks_share_one_copy_and_one_upload(s3: str, checkpoint: Path, tmp_path: Path) -> None:
     assert sample("--ckpt", checkpoint, "--output", tmp_path / "x.npz") == 0
