@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from data.words import Words
 from diffusion import SAMPLERS
 from runtime.distributed import PRECISIONS
 from runtime.errors import UserError
@@ -247,7 +248,7 @@ def defaults_for(opened: Opened) -> dict[str, object]:
     guided = scale.cfg_scale or config.guidance.cfg_scale or 1.0
     return {
         "class_labels": [str(i) for i in (OFFICIAL_LABELS[:4] if count == 1000 else range(min(count, 10)))],
-        "prompt": "a small cat sitting on a wooden table",
+        "prompt": first_prompt(opened),
         "negative_prompt": "",
         "num_samples": 4,
         "seed": 0,
@@ -262,6 +263,14 @@ def defaults_for(opened: Opened) -> dict[str, object]:
         "precision": config.compute.precision,
         "more": "",
     }
+
+
+def first_prompt(opened: Opened) -> str:
+    """A prompt that the text encoder of a checkpoint knows."""
+    text = (opened.pipeline.info.meta or {}).get("text") or {}
+    if text.get("name") == Words.name:
+        return "a large seven moving up" if len(opened.pipeline.image_shape) == 4 else "a large seven"
+    return "a small cat sitting on a wooden table"
 
 
 def command_line(opened: Opened, values: Values, output: Path = Path("sample.png")) -> str:

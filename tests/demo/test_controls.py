@@ -13,14 +13,17 @@ import pytest
 
 import app
 import sample
+from data.words import Words
 from demo.controls import CONTROLS, Opened, command_line, controls_for, defaults_for, flags_for
 from demo.generation import Result, Step, generate, predict
 from demo.opening import names_of, open_checkpoint
 from demo.page import Page, cost_table
 from diffusion import SAMPLERS
-from models import FAMILIES
+from models import FAMILIES, create_model
 from runtime.errors import UserError, run
+from tests.checkpoints import write_network
 from tests.digits_checkpoints import save_digits_checkpoint
+from tests.networks import randomise
 
 MODELS = ("DiT-debug/2", "Skip-DiT-debug/2", "DDT-debug/2", "DyDiT-debug/2")
 QUICK = {"steps": 6, "class_labels": ["1", "7"]}
@@ -70,6 +73,21 @@ def test_samples_and_command_are_those_of_sample_py(model: str, tmp_path: Path) 
         else:
             assert result.macs < predicted.macs  # routers leave work out
     assert pictures["plain"] != pictures["changed"]
+
+
+def test_clips_by_prompts_are_those_of_sample_py(tmp_path: Path) -> None:
+    network = randomise(create_model("Skip-LatteT2V-digits/4", text_width=Words.width, depth=4, hidden_size=32))
+    path = write_network(tmp_path / "a.safetensors", "Skip-LatteT2V-digits/4", network, text=Words().describe())
+    checkpoint = open_checkpoint(path, ("--ckpt", str(path), "--device", "cpu"))
+    shown = {control.name for control in controls_for([checkpoint])}
+    assert {"prompt", "negative_prompt", "cache_interval"} <= shown and not shown & {"class_labels", "num_samples"}
+    values = defaults_for(checkpoint) | {"steps": 4, "cache_interval": 2, "negative_prompt": "a small one"}
+    assert values["prompt"] == "a large seven moving up"
+    values["prompt"] = "a large seven moving up\n\n a small three moving left "
+    _, result = finished(checkpoint, values, tmp_path / "made")
+    assert result.samples == 2 and [path.suffix for path in result.files] == [".png", ".gif"]
+    assert by_command(checkpoint, values, tmp_path / "b.png") == result.files[0].read_bytes()
+    assert (tmp_path / "b.gif").read_bytes() == result.files[1].read_bytes()
 
 
 @pytest.mark.parametrize("model", MODELS)
