@@ -60,7 +60,7 @@ def rows_of(source: EvaluationInput, stage: Stage, shard: Shard) -> list[Rows]:
 
 
 def job_settings(job: Job, world: World) -> Json:
-    """What must be equal in all parts, by flag or name; the files' digests take a pass through each."""
+    """Settings that are equal in all parts, by flag or name; the files' digests take a pass through each."""
     digests = []
     for number in range(2):
         with distributed.raise_on_all_ranks():
@@ -127,7 +127,7 @@ def part_folder(output: Path, shard: Shard) -> Path:
 
 
 def _check_folder(folder: Path, settings: Mapping[str, object]) -> None:
-    """Check that a folder is empty, or was begun by the same job."""
+    """Check that a folder is empty, or of the same job."""
     if not (folder / DESCRIPTION).exists():
         if any(folder.iterdir()):
             raise UserError(f"{folder}: exists, and is no part of an evaluation; move it, or give another --json")

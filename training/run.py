@@ -311,7 +311,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn SIGTERM (what schedulers send before they kill) and Ctrl-C into a `StopRequest` while the block runs.
+    """Turn what schedulers send before they kill (SIGTERM, SIGUSR1) and Ctrl-C into a `StopRequest` in the block.
 
     A second signal has its usual effect at once: a process that waits for a hung rank reads no flag.
     """
@@ -321,7 +321,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
         request.received = True
         signal.signal(number, before[signal.Signals(number)])
 
-    signals = (signal.SIGTERM, signal.SIGINT)
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.signal(number, note) for number in signals}
     try:
         yield request

@@ -87,7 +87,7 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
     cut_metrics(tmp_path / "nowhere", 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_first_signal_is_a_request_and_a_second_one_acts(number):
     acted = []
     before = signal.signal(number, lambda *_: acted.append(number))
