@@ -325,9 +325,13 @@ def make(pipeline: Pipeline, config: SampleSettings, texts: Sequence[str], watch
     plan = plan_samples(settings, pipeline, prompts)
     count, labels = len(plan.noise), [] if plan.labels is None else plan.labels.tolist()
     captions = [] if prompts is None or not prompts.texts else [prompts.text_of(i) for i in range(count)]
-    columns = settings.columns or (4 if count == len(OFFICIAL_LABELS) else min(count, 10))
     moments = [shown(pipeline, x, prepared) for x in sample(pipeline, prepared, settings, plan, edit, watch)]
-    return Made(moments, columns, captions, labels)
+    return Made(moments, columns_of(settings, count), captions, labels)
+
+
+def columns_of(settings: PictureSettings, count: int) -> int:
+    """Samples in a row of the picture: as asked for, four of the official eight, or up to ten."""
+    return settings.columns or (4 if count == len(OFFICIAL_LABELS) else min(count, 10))
 
 
 def shown(pipeline: Pipeline, latents: Tensor, prepared: PreparedRun | None = None) -> Images:

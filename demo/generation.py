@@ -19,7 +19,7 @@ from data.pixels import GAP, Images
 from demo.controls import Opened, Values, controls_for, flags_for
 from models import ModelOutput
 from runtime.errors import UserError, error_prefix
-from sample import PROGRAM, SampleSettings, make, overviews, shown
+from sample import PROGRAM, SampleSettings, columns_of, make, overviews, shown
 from sampling.config import parse_settings
 from sampling.pipeline import Pipeline
 from sampling.run import PreparedRun
@@ -118,6 +118,61 @@ def predict(opened: Opened, values: Values) -> tuple[Cost, dict[str, float]]:
     return whole, factors
 
 
+class Work:
+    """Sampling in another thread, which sends pictures, the result, or an error.
+
+    Args:
+        pipeline: Opened with the settings.
+        config: The settings.
+        folder: Where the files go.
+        stop: Set to end at the next step.
+    """
+
+    def __init__(self, pipeline: Pipeline, config: SampleSettings, folder: Path, stop: threading.Event) -> None:
+        picture = replace(config.picture, output=folder / "sample.png", overwrite=True)
+        self.pipeline, self.config, self.stop = pipeline, replace(config, picture=picture), stop
+        with error_prefix(""):
+            self.texts = config.text.read()
+            self.writer = config.clips.writer(pipeline.image_shape, pipeline.info.path)
+            self.paths = overviews(self.writer, picture, config.clips)
+        self.run = pipeline.prepare(config.image.chosen_strength)
+        self.messages: queue.SimpleQueue[Step | Result | BaseException] = queue.SimpleQueue()
+        self._spent = 0.0  # seconds of pictures on the way
+
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        try:
+            self.messages.put(self._made())
+        except BaseException as error:  # of any kind: it is raised where the messages are read
+            self.messages.put(error)
+
+    def _made(self) -> Result:
+        started = time.perf_counter()
+        with SamplingCost().listening() as counted:
+            made = make(self.pipeline, self.config, self.texts, self._watch)
+        if self.pipeline.device.type == "cuda":
+            torch.cuda.synchronize(self.pipeline.device)
+        seconds, samples = time.perf_counter() - started - self._spent, made.moments[-1]
+        for path in self.paths:
+            self.writer.save(samples, path, made.columns, gap=GAP, software=PROGRAM, texts=made.captions)
+        macs = sum(counted.executed.values()) / len(samples)
+        return Result(self.paths, len(samples), seconds, macs, cost_of(self.run))
+
+    def _watch(self, i: int, x: Tensor, out: ModelOutput) -> None:
+        if self.stop.is_set():
+            raise Stopped
+        total = len(self.run.table)
+        if (i + 1) % max(1, total // PREVIEWS) == 0 and i + 1 < total:
+            started = time.perf_counter()
+            samples = shown(self.pipeline, x, self.run)
+            sheet = self.writer.sheet(samples, columns_of(self.config.picture, len(samples)))
+            self.messages.put(Step(sheet, i + 1, total))
+            self._spent += time.perf_counter() - started
+
+
 def generate(opened: Opened, values: Values, folder: Path, stop: threading.Event) -> Iterator[Step | Result]:
     """Sample what the page asks for, as sample.py would.
 
@@ -128,56 +183,18 @@ def generate(opened: Opened, values: Values, folder: Path, stop: threading.Event
         stop: Set to end at the next step.
 
     Yields:
-        A `Step` now and then, and the `Result`.
+        A `Step` now and then, and the `Result`; none after a stop.
 
     Raises:
         UserError: For settings that do not fit.
     """
-    pipeline, config = with_settings(opened, values)
-    config = replace(config, picture=replace(config.picture, output=folder / "sample.png", overwrite=True))
-    with error_prefix(""):
-        texts = config.text.read()
-        writer = config.clips.writer(pipeline.image_shape, pipeline.info.path)
-        paths = overviews(writer, config.picture, config.clips)
-    run = pipeline.prepare(config.image.chosen_strength)
-    total, spent = len(run.table), 0.0
-    every = max(1, total // PREVIEWS)
-    messages: queue.SimpleQueue[Step | Result | BaseException] = queue.SimpleQueue()
-
-    def watch(i: int, x: Tensor, out: ModelOutput) -> None:
-        nonlocal spent
-        if stop.is_set():
-            raise Stopped
-        if (i + 1) % every == 0 and i + 1 < total:
-            started = time.perf_counter()
-            samples = shown(pipeline, x, run)
-            columns = config.picture.columns or (4 if len(samples) == 8 else min(len(samples), 10))
-            messages.put(Step(writer.sheet(samples, columns), i + 1, total))
-            spent += time.perf_counter() - started
-
-    def work() -> None:
-        try:
-            started = time.perf_counter()
-            with SamplingCost().listening() as counted:
-                made = make(pipeline, config, texts, watch)
-            if pipeline.device.type == "cuda":
-                torch.cuda.synchronize(pipeline.device)
-            seconds = time.perf_counter() - started - spent
-            for path in paths:
-                writer.save(made.moments[-1], path, made.columns, gap=GAP, software=PROGRAM, texts=made.captions)
-            count = len(made.moments[-1])
-            messages.put(Result(paths, count, seconds, sum(counted.executed.values()) / count, cost_of(run)))
-        except BaseException as error:
-            messages.put(error)
-
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
+    work = Work(*with_settings(opened, values), folder, stop)
+    work.start()
     while True:
-        message = messages.get()
+        message = work.messages.get()
+        if isinstance(message, Stopped):
+            return
         if isinstance(message, BaseException):
-            worker.join()
-            if isinstance(message, Stopped):
-                return
             raise message
         yield message
         if isinstance(message, Result):
