@@ -2,10 +2,12 @@
 #
 #   docker build --tag dit-family .
 #   docker run --rm dit-family python train.py --dataset digits --model DiT-digits/2 --max-steps 100 --device cpu
+#   mkdir -p results
 #   docker run --rm --gpus all --ipc=host --volume "$PWD/data:/data" --volume "$PWD/results:/app/results" dit-family \
 #       torchrun --nproc-per-node 8 train.py --data-path /data/imagenet/train --model DiT-XL/2
 #
-# --build-arg EXTRAS="video demo" installs extras, too. CUDA's libraries come with PyTorch's wheels.
+# --build-arg EXTRAS="video demo" installs extras, too. CUDA's libraries come with PyTorch's wheels. Its user has the
+# number 1000; if yours has another (id -u), give `docker run` --user "$(id -u)", so that results/ can be written to.
 FROM python:3.12-slim
 
 # A compiler for torch.compile, which Triton needs on GPUs, too

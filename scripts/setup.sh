@@ -5,7 +5,7 @@
 #
 #   bash scripts/setup.sh               all that the tests need, every extra too; or what an earlier call chose
 #   bash scripts/setup.sh all           the same, whatever was chosen before
-#   bash scripts/setup.sh base [EXTRA ...]   the base alone, and these extras: demo, finetune, stores, text, track, video
+#   bash scripts/setup.sh base [EXTRA ...]   the base alone, and these extras, the names in locks/
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in

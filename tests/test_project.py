@@ -1,14 +1,19 @@
 """The files around the code: one source of dependencies, nothing private in the tree."""
 
 import re
+import shutil
 import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from tests.lock_files import PROJECT, pins
-from tests.processes import ROOT
+from tests.processes import ROOT, clean_environment
 
 
 def test_readme_states_the_systems_and_versions_of_the_project():
@@ -30,6 +35,48 @@ def tracked() -> list[str]:
         return listed.stdout.splitlines()
     files = (p.relative_to(ROOT) for p in ROOT.rglob("*") if p.is_file())
     return [str(f) for f in files if not f.parts[0].startswith((".venv", "quickstart_out", "results"))]
+
+
+BUILD = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def test_every_package_and_module_is_in_a_wheel():
+    product = [Path(name) for name in tracked() if name.endswith(".py") and not name.startswith(("tests/", "scripts/"))]
+    assert sorted(BUILD["packages"]) == sorted({str(path.parent).replace("/", ".") for path in product} - {"."})
+    assert BUILD["py-modules"] == sorted(path.stem for path in product if path.parent == Path("."))
+    data = {path.rpartition("/")[0].replace("/", ".") for path in tracked() if path.endswith((".safetensors", ".json"))}
+    assert {name for name in data if name.split(".")[0] in BUILD["packages"]} - {"benchmarks.results"} <= {
+        f"{package}.{pattern.rpartition('/')[0]}".rstrip(".")
+        for package, patterns in BUILD["package-data"].items()
+        for pattern in patterns
+    }
+
+
+@pytest.mark.slow
+def test_a_wheel_works_outside_of_the_checkout(tmp_path):
+    source = tmp_path / "source"
+    for name in tracked():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    names = [*BUILD["py-modules"], *BUILD["packages"]]
+    code = f"""
+import sys, app, sample, sample_ddp, train, benchmarks.curves, demo.page
+from data import load_digits
+from evaluator.small import SmallScorer
+SmallScorer(load_digits("train"), load_digits("test"))
+assert list(benchmarks.curves.EXPECTED.glob("*.json"))
+print(*(module.__file__ for name, module in sys.modules.items() if name in {names!r}), sep="\\n")
+"""
+    environment = clean_environment() | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    places = {Path(line).relative_to(tmp_path / "installed").parts[0] for line in done.stdout.splitlines()}
+    assert {"train.py", "training", "demo", "models", "benchmarks"} <= places
 
 
 def test_no_file_is_over_five_megabytes():
