@@ -47,7 +47,8 @@ find_python() {
 echo "setup: installing exact pins ($chosen) into .venv (several GB for PyTorch's CUDA build, once)"
 if command -v uv >/dev/null 2>&1; then
     uv venv --quiet --allow-existing --python "${PYTHON:->=3.11}" .venv
-    install=(uv pip install --quiet --python .venv/bin/python)
+    # As pip does: else every process would compile the modules anew
+    install=(uv pip install --quiet --compile-bytecode --python .venv/bin/python)
 else
     python=$(find_python)
     "$python" -m venv .venv

@@ -21,7 +21,7 @@ echo "setup: installing TensorFlow into .venv-tensorflow (1.3 GB, once)"
 where='import sysconfig; print(sysconfig.get_path("purelib"))'
 if command -v uv >/dev/null 2>&1; then
     uv venv --quiet --allow-existing --python .venv/bin/python .venv-tensorflow
-    install=(uv pip install --quiet --python .venv-tensorflow/bin/python)
+    install=(uv pip install --quiet --compile-bytecode --python .venv-tensorflow/bin/python)
 else
     .venv/bin/python -m venv .venv-tensorflow
     install=(.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check)
