@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from runtime.errors import UserError
 from runtime.files import atomic_path
-from runtime.json_file import Json, parse_json
+from runtime.json_file import Json, json_lines, parse_json
 from runtime.settings import flatten
 
 EXPECTED = Path(__file__).parent / "expected"  # curves of recipes, one file each
@@ -64,23 +64,19 @@ def read_run(folder: Path) -> RunCurves:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a run, such as results/000-DiT-XL-2")
     try:
-        lines = (folder / "metrics.jsonl").read_text("utf-8-sig", errors="replace").splitlines()
+        records = [record for _, record in json_lines(folder / "metrics.jsonl")]
     except OSError as error:
         inside = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
         hint = f"give one of the runs in it, such as {folder / inside[-1]}" if inside else "give the folder of a run"
         raise UserError(f"{folder}: has no metrics.jsonl ({error.strerror}); {hint}") from error
     points: dict[str, dict[float, float]] = {}
     damaged = 0
-    for line in lines:
-        try:
-            record = parse_json(line)
-            step = float(record.pop("step"))
-            numbers = {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
-        except (ValueError, TypeError, KeyError, AttributeError):
-            damaged += bool(line.strip())
+    for record in records:
+        if record is None or not isinstance(step := record.pop("step", None), int | float):
+            damaged += 1
             continue
-        for name, value in numbers.items():
-            if math.isfinite(value):
+        for name, value in record.items():
+            if isinstance(value, int | float) and math.isfinite(value):
                 points.setdefault(name, {})[step] = value
     if not points:
         raise UserError(f"{folder}: metrics.jsonl is empty; train for more steps than --log-every")

@@ -12,13 +12,13 @@ from data.words import Words
 from diffusion import SAMPLERS
 from runtime.distributed import PRECISIONS
 from runtime.errors import UserError
+from runtime.settings import Given
 from sample import OFFICIAL_LABELS, PROGRAM, SampleSettings
 from sampling.config import parse_settings
 from sampling.pipeline import OF_PIPELINE, Pipeline
 from sampling.prompts import TextSettings
 
 Values = Mapping[str, object]  # of the page, by name of the control
-EVERYWHERE = (0, 1000)  # timesteps of guidance without an interval
 MAX_STEPS = 250
 NONE = "none"
 # Flags that further ones may not be: of the files, and of what was opened once
@@ -50,13 +50,13 @@ class Opened(NamedTuple):
         except ValueError:
             return False
 
-    def parse(self, flags: Sequence[str]) -> SampleSettings:
+    def parse(self, flags: Sequence[str]) -> Given[SampleSettings]:
         """Parse flags of sample.py with those of the checkpoint.
 
         Raises:
             UserError: For anything wrong with them.
         """
-        return parse_settings(SampleSettings, [*self.flags, *flags], PROGRAM, None).general
+        return parse_settings(SampleSettings, [*self.flags, *flags], PROGRAM, None)
 
 
 @dataclass(frozen=True)
@@ -244,8 +244,7 @@ def defaults_for(opened: Opened) -> dict[str, object]:
     """Values that the page starts with: what sample.py takes without flags, with fewer samples of many classes."""
     prepared = opened.pipeline.prepare()
     config, count = prepared.config, opened.pipeline.num_classes
-    scale, bounds = opened.parse([]).guidance, config.guidance.guidance_interval
-    guided = scale.cfg_scale or config.guidance.cfg_scale or 1.0
+    scale, bounds = config.guidance.cfg_scale, config.guidance.guidance_interval
     return {
         "class_labels": [str(i) for i in (OFFICIAL_LABELS[:4] if count == 1000 else range(min(count, 10)))],
         "prompt": first_prompt(opened),
@@ -254,7 +253,7 @@ def defaults_for(opened: Opened) -> dict[str, object]:
         "seed": 0,
         "sampler": config.sampler,
         "steps": len(set(prepared.sampler.times)),
-        "cfg_scale": guided if opened.can_be_guided else 1.0,
+        "cfg_scale": scale if opened.can_be_guided else 1.0,
         "guidance_interval": "" if bounds is None else " ".join(map(shown_number, bounds)),
         "cache_interval": config.caching.cache_interval or 1,
         "sharing_interval": config.caching.sharing_interval or 1,

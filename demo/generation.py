@@ -20,7 +20,6 @@ from demo.controls import Opened, Values, controls_for, flags_for
 from models import ModelOutput
 from runtime.errors import UserError, error_prefix
 from sample import PROGRAM, SampleSettings, columns_of, make, overviews, shown
-from sampling.config import parse_settings
 from sampling.pipeline import Pipeline
 from sampling.run import PreparedRun
 
@@ -86,8 +85,7 @@ def with_settings(opened: Opened, values: Values) -> tuple[Pipeline, SampleSetti
     Raises:
         UserError: For settings that do not go together.
     """
-    given = parse_settings(SampleSettings, [*opened.flags, *flags_for(opened, values)], PROGRAM, None)
-    base = opened.pipeline
+    given, base = opened.parse(flags_for(opened, values)), opened.pipeline
     return Pipeline(base.network, base.info, base.encoder, given, base.guide), given.general
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,27 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=_members)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Json | None]]:
+    """Read a file of one JSON object a line, such as metrics.jsonl, whatever a kill or an editor made of it.
+
+    Args:
+        path: Path of the file.
+
+    Yields:
+        Each line that is not blank, and its object; None for a damaged one.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    for line in path.read_text("utf-8-sig", errors="replace").splitlines():
+        if line.strip():
+            try:
+                record = parse_json(line)
+            except ValueError:
+                record = None
+            yield line, record if isinstance(record, dict) else None
 
 
 def _members(pairs: list[tuple[str, Any]]) -> Json:

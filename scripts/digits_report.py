@@ -29,6 +29,7 @@ from evaluator.small.sets import NUM_CLASSES, SPLITS
 from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
+from runtime.json_file import json_lines
 from runtime.settings import Values, setting
 
 TILES_PER_CLASS = 10
@@ -154,12 +155,12 @@ def read_metrics(folder: Path) -> list[Values]:
         UserError: If there are none.
     """
     try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        records = [record for _, record in json_lines(folder / "metrics.jsonl") if record is not None]
     except OSError as error:
         raise UserError(f"--run {folder}: no metrics.jsonl there ({error.strerror})") from error
-    if not lines:
+    if not records:
         raise UserError(f"--run {folder}: metrics.jsonl is empty; train for more steps than --log-every")
-    return [json.loads(line) for line in lines]
+    return records
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Rewrites requirements.lock (all that tests need), requirements-tensorflow.lock and locks/*.lock (the base, and for each
 # extra what the base lacks), with the SHA-256 of every wheel of every system, from the dependencies in pyproject.toml.
-# All have the same version of a package, so that any of them can be installed beside the others. Pins stay as they are where they fit; `--upgrade` takes the newest of all, and
-# `--upgrade-package NAME` that of one. Needs uv (https://docs.astral.sh/uv/).
+# All have the same version of a package, so extras can be combined. Pins stay as they are where they fit; `--upgrade`
+# takes the newest of all, and `--upgrade-package NAME` that of one. Needs uv (https://docs.astral.sh/uv/).
 #
 #   bash scripts/lock.sh [--upgrade | --upgrade-package NAME]
 set -euo pipefail

@@ -69,7 +69,7 @@ def execute(notebook: Any, folder: Path, values: Mapping[str, int]) -> None:
 
     Args:
         notebook: The notebook.
-        folder: Working directory, in which the code of this checkout is found.
+        folder: Working directory, in which the code of this checkout is found; train.py is made in it.
         values: Other values of its parameters.
 
     Raises:
@@ -90,6 +90,7 @@ def execute(notebook: Any, folder: Path, values: Mapping[str, int]) -> None:
                 if not count:
                     raise UserError(f"--set {name}: the notebook has no number of this name")
         cells.append(cell)
+    (folder / "train.py").touch()  # the cell that looks for the checkout's root finds it here
     executed = nbformat.v4.new_notebook(cells=cells, metadata=METADATA)
     try:
         NotebookClient(
@@ -131,7 +132,6 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(NotebookSettings, argv, program="run_notebook.py", doc=__doc__)
     notebook = read_notebook()
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "train.py").touch()  # the cell that looks for the checkout's root finds it here
         execute(notebook, Path(folder), config.values)
     if config.write:
         clean(notebook)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sampling, extraction or evaluation under SLURM: each task of an array makes one part of the job (--shard).
+# Sampling, extraction or evaluation under SLURM: each task of an array makes one part (--shard).
 #
 #   sbatch --array=1-8 scripts/slurm_array.sh sample_ddp.py --ckpt DiT-XL-2-256x256 --output samples.npz
 #   sbatch --array=1-8 scripts/slurm_array.sh scripts/extract_latents.py --data-path images --output latents

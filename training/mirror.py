@@ -146,11 +146,10 @@ class RunMirror:
         self._bring_checkpoint(path)
         self.bring_small(run)
         if keep is not None:
-            present = sorted((other for other in self._records(run) if other <= step), reverse=True)
-            for old in present[keep:]:
-                record = self._records(run)[old]
+            records = self._records(run)
+            for old in sorted((other for other in records if other <= step), reverse=True)[keep:]:
                 self._store.remove(self._record_name(run, old))
-                for name in record:
+                for name in records[old]:
                     self._store.remove(f"{run.name}/{CHECKPOINTS}/{name}")
 
     def finish(self, run: Path | None, *, failed: bool) -> None:

@@ -22,7 +22,7 @@ from runtime import distributed
 from runtime.distributed import World
 from runtime.errors import UserError, error_prefix
 from runtime.files import atomic_path, sweep
-from runtime.json_file import parse_json
+from runtime.json_file import json_lines
 from runtime.locks import locked
 from runtime.settings import flatten
 from training.mirror import RunMirror
@@ -285,14 +285,13 @@ def cut_metrics(folder: Path, step: int) -> int:
     if not path.exists():
         return 0
     lines, last = [], 0
-    for line in path.read_text("utf-8-sig", errors="replace").splitlines():
-        try:
-            of = parse_json(line)["step"]
-            if of <= step:
-                lines.append(line + "\n")
-            last = max(last, of)
-        except (ValueError, TypeError, KeyError):
+    for line, record in json_lines(path):
+        of = None if record is None else record.get("step")
+        if not isinstance(of, int | float):
             continue  # the kill cut this line short
+        if of <= step:
+            lines.append(line + "\n")
+        last = max(last, int(of))
     with atomic_path(path) as temporary:
         temporary.write_text("".join(lines))
     return last

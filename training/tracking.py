@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from runtime.errors import UserError
 from runtime.json_file import Json, read_json, write_json
@@ -120,6 +120,13 @@ class TensorBoard(Tracker):
         self._writer.close()
 
 
+def media(package: Any, path: Path) -> dict[str, object]:
+    """A picture of samples, or an animation of clips, under its name, as wandb and Trackio take them."""
+    if path.suffix == ".png":
+        return {"samples": package.Image(str(path))}
+    return {"clips": package.Video(str(path), format="gif")}
+
+
 class WeightsAndBiases(Tracker):
     """A run of wandb, online or, with WANDB_MODE=offline, in the run's folder under wandb/."""
 
@@ -144,8 +151,7 @@ class WeightsAndBiases(Tracker):
 
     def samples(self, step: int, path: Path) -> None:
         """Report an image or a video."""
-        kind = self._package.Image(str(path)) if path.suffix == ".png" else self._package.Video(str(path), format="gif")
-        self._run.log({"samples" if path.suffix == ".png" else "clips": kind, "step": step})
+        self._run.log({**media(self._package, path), "step": step})
 
     def finish(self, *, failed: bool) -> None:
         """End the run with the exit status that it will have."""
@@ -175,8 +181,7 @@ class Trackio(Tracker):
 
     def samples(self, step: int, path: Path) -> None:
         """Report an image or a video."""
-        kind = self._package.Image(path) if path.suffix == ".png" else self._package.Video(path, format="gif")
-        self._package.log({"samples" if path.suffix == ".png" else "clips": kind}, step=step)
+        self._package.log(media(self._package, path), step=step)
 
     def finish(self, *, failed: bool) -> None:
         """Write what is left."""

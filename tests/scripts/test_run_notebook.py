@@ -26,7 +26,6 @@ def run_here(folder: Path, **values: int) -> object:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
-    (folder / "train.py").touch()
     execute(notebook, folder, values)
     return notebook
 

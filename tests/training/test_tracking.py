@@ -45,7 +45,7 @@ def read(name: str, results: Path) -> Tracked:
     return readers[name](runs.run_folder(results))
 
 
-def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def killed_at(step: int) -> pytest.MonkeyPatch:
     """Let training die before a step, as by SIGKILL: nothing is saved after it."""
     patch, usual = pytest.MonkeyPatch(), Trainer.train_step
 
@@ -64,7 +64,7 @@ def test_a_killed_run_is_resumed_in_the_same_run_of_the_tracker(
 ) -> None:
     pytest.importorskip(name)
     argv = [*RUN, "--track", name, "--track-project", "digits"]
-    patch = killed_at(5, monkeypatch)
+    patch = killed_at(5)
     with pytest.raises(KeyboardInterrupt):
         runs.start(offline, *argv)
     patch.undo()
@@ -126,7 +126,7 @@ def test_a_tracker_gets_settings_first_and_is_told_how_a_run_ends(calls: list[An
 def test_a_changed_run_reports_its_repeated_steps_anew(
     calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patch = killed_at(5, monkeypatch)
+    patch = killed_at(5)
     with pytest.raises(KeyboardInterrupt):
         runs.start(tmp_path, *RUN, "--track", "wandb")
     patch.undo()
