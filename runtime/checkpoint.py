@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +22,11 @@ from runtime import migrate
 from runtime.adapters import merge_adapters
 from runtime.errors import UserError
 from runtime.foreign import ForeignWeights, read_foreign
-from runtime.parts import Part, files_of, is_sharded, read_parts, write_part
+from runtime.json_file import Json
+from runtime.parts import Part, files_of, is_sharded, open_parts, write_part
 from runtime.pretrained import pretrained_folder, read_weights
 from runtime.stores import fetch
-from runtime.tensor_file import read_tensors, write_tensors
+from runtime.tensor_file import StoredTensor, open_tensors, write_tensors
 from runtime.weight_files import file_in, read_head, read_safetensors
 
 FORMAT = 2  # of our files; runtime/migrate.py converts earlier ones
@@ -155,9 +156,44 @@ def is_average(group: str) -> bool:
     return group == "ema" or group.startswith("ema-")
 
 
+def open_groups(path: Path, flag: str = "--ckpt") -> tuple[dict[str, dict[str, StoredTensor]], Json | None]:
+    """Open one of our files; no tensor is read yet.
+
+    Args:
+        path: Path of a safetensors file, or of a folder of parts.
+        flag: Flag in messages.
+
+    Returns:
+        Group name -> tensor name -> tensor, and the JSON document; nothing and None if the file is not ours.
+
+    Raises:
+        UserError: If the file is missing, damaged, or of a later format.
+    """
+    sharded = is_sharded(path)
+    path = path if sharded else file_in(path, flag)
+    with _reading(path, flag):
+        try:
+            if not sharded:
+                read_head(path, f"{flag} {path}")
+            stored, document = (open_parts if sharded else open_tensors)(path, METADATA_KEY)
+        except KeyError as error:
+            if sharded:
+                raise UserError(f"{flag} {path}: holds files of other code") from error
+            return {}, None
+        meta, renamed = migrate.checkpoint(document)
+        if meta.get("format", FORMAT) > FORMAT:
+            raise UserError(f"{flag} {path}: of format {meta['format']}, this version reads up to {FORMAT}; update it")
+        groups: dict[str, dict[str, StoredTensor]] = {}
+        for name, tensor in stored.items():
+            former = next((start for start in renamed if name.startswith(start)), "")
+            group, _, rest = (renamed.get(former, "") + name.removeprefix(former)).partition("/")
+            groups.setdefault(group, {})[rest] = tensor
+    return groups, meta
+
+
 def read_groups(
     path: Path, choose: Callable[[Sequence[str]], Sequence[str]], flag: str = "--ckpt"
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any] | None]:
+) -> tuple[dict[str, dict[str, Tensor]], Json | None]:
     """Read groups of tensors from one of our files, and compare every tensor with its checksum.
 
     Args:
@@ -171,40 +207,58 @@ def read_groups(
     Raises:
         UserError: If the file is missing, damaged, or of a later format, or lacks a group.
     """
-    sharded = is_sharded(path)
-    path = path if sharded else file_in(path, flag)
-    members: dict[str, dict[str, str]] = {}  # group -> name in it -> name in the file
-    chosen: list[str] = []
-    meta: dict[str, Any] = {}
-
-    def wanted(document: dict[str, Any], names: list[str]) -> list[str]:
-        current, renamed = migrate.checkpoint(document)
-        meta.update(current)
-        if meta.get("format", FORMAT) > FORMAT:
-            raise UserError(f"{flag} {path}: of format {meta['format']}, this version reads up to {FORMAT}; update it")
-        for name in names:
-            former = next((start for start in renamed if name.startswith(start)), "")
-            group, _, rest = (renamed.get(former, "") + name.removeprefix(former)).partition("/")
-            members.setdefault(group, {})[rest] = name
-        chosen.extend(choose(list(members)))
-        for group in chosen:
-            if group not in members:
-                has = ", ".join(sorted(members)) or "nothing"
-                raise UserError(f"{flag} {path}: holds no weights under {group!r}; it has: {has}")
-        return [name for group in chosen for name in members[group].values()]
-
-    try:
-        if not sharded:
-            read_head(path, f"{flag} {path}")
-        tensors, _ = (read_parts if sharded else read_tensors)(path, METADATA_KEY, wanted)
-    except KeyError as error:
-        if sharded:
-            raise UserError(f"{flag} {path}: holds files of other code") from error
+    stored, meta = open_groups(path, flag)
+    if meta is None:
+        path = file_in(path, flag)
         return {"weights": read_safetensors(path, f"{flag} {path}")}, None
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: a document of another structure
-        kind = "damaged or incomplete checkpoint" if sharded else "damaged or truncated safetensors file"
+    chosen = list(choose(list(stored)))
+    check_groups(stored, chosen, f"{flag} {path}")
+    with _reading(path, flag):
+        return {group: {name: tensor.read() for name, tensor in stored[group].items()} for group in chosen}, meta
+
+
+def check_groups(present: Collection[str], wanted: Iterable[str], where: str) -> None:
+    """Check that a file has these groups.
+
+    Raises:
+        UserError: Naming the first that is missing, and those that are there.
+    """
+    for group in wanted:
+        if group not in present:
+            has = ", ".join(sorted(present)) or "nothing"
+            raise UserError(f"{where}: holds no weights under {group!r}; it has: {has}")
+
+
+def check_stored(
+    groups: Mapping[str, Mapping[str, StoredTensor]], path: Path, flag: str, number: int = 0, count: int = 1
+) -> None:
+    """Compare stored tensors with their checksums, and check that they are finite; memory holds a piece at a time.
+
+    Args:
+        groups: Group name -> tensor name -> tensor.
+        path: The checkpoint.
+        flag: Flag in messages.
+        number: Number of the first piece to look at.
+        count: Distance to the next, so that as many processes can share the work.
+
+    Raises:
+        UserError: Naming the first tensor that is damaged, or has NaN or infinity.
+    """
+    pieces = [(group, name, piece) for group in groups for name, each in groups[group].items() for piece in each.pieces]
+    for group, name, piece in pieces[number::count]:
+        with _reading(path, flag):
+            rows = piece.compared()
+        check_finite({group: {name: rows}}, f"{flag} {path}")
+
+
+@contextlib.contextmanager
+def _reading(path: Path, flag: str) -> Iterator[None]:
+    """One line for a damaged file; TypeError and AttributeError come of a document of another structure."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        kind = "damaged or incomplete checkpoint" if is_sharded(path) else "damaged or truncated safetensors file"
         raise UserError(f"{flag} {path}: {kind} ({error})") from error
-    return {group: {rest: tensors[name] for rest, name in members[group].items()} for group in chosen}, meta
 
 
 def check_finite(groups: Mapping[str, Mapping[str, Tensor]], where: str) -> None:
@@ -282,7 +336,7 @@ def check_weights(
         if name in expected and expected[name].is_floating_point():
             if not tensor.is_floating_point():
                 raise UserError(f"{source}: {name} holds {str(tensor.dtype).removeprefix('torch.')}; quantised?")
-            if hasattr(tensor, "fake_mode"):  # of a dry run: without values
+            if tensor.is_meta or hasattr(tensor, "fake_mode"):  # without values
                 continue
             # A sum is finite only if all terms are, and needs no mask of their number; one of finite terms may overflow
             # A float64 may be finite, and infinite in the network's float32

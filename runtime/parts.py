@@ -7,15 +7,14 @@ whole tensors. The same places are also where torch.distributed.checkpoint's Hug
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from runtime.json_file import Json
-from runtime.tensor_file import read_tensors, write_tensors
+from runtime.tensor_file import StoredTensor, open_tensors, write_tensors
 
 SUFFIX = ".sharded"  # of the folder
 PARTS = "parts"  # member of a file's document: its number, the number of files, and the places of its tensors
@@ -68,50 +67,40 @@ def write_part(
     )
 
 
-def read_parts(
-    folder: Path, key: str, choose: Callable[[Json, list[str]], Iterable[str]] | None = None
-) -> tuple[dict[str, Tensor], Json]:
-    """Read tensors from a folder of parts, each of them whole; arguments, results and errors as of `read_tensors`."""
+def open_parts(folder: Path, key: str) -> tuple[dict[str, StoredTensor], Json]:
+    """Open a folder of parts; arguments, results and errors as of `open_tensors`, with whole tensors."""
     files = files_of(folder)
-    held = {path: _outline(path, key) for path in files}  # before anything is read: are all there, and of one save?
-    documents = [document for document, _ in held.values()]
-    numbers = sorted((parts["number"], parts["count"]) for parts in (document[PARTS] for document in documents))
+    opened = [open_tensors(path, key) for path in files]
+    documents = [document for _, document in opened]
+    for path, document in zip(files, documents, strict=True):
+        if PARTS not in document:
+            raise ValueError(f"{path.name} is no part of a checkpoint")
+    parts = [document.pop(PARTS) for document in documents]
+    numbers = sorted((part["number"], part["count"]) for part in parts)
     if not files or numbers != [(number, len(files)) for number in range(len(files))]:
-        count = numbers[0][1] if numbers else "none"
-        raise ValueError(f"{len(files)} files of {count} are there")
-    common = [{name: value for name, value in document.items() if name != PARTS} for document in documents]
-    if any(document != common[0] for document in common):
+        raise ValueError(f"{len(files)} files of {numbers[0][1] if numbers else 'none'} are there")
+    if any(document != documents[0] for document in documents):
         raise ValueError("its files are of different saves")
-    names = sorted({name for _, own in held.values() for name in own})
-    chosen = set(names if choose is None else choose(common[0], names))
-    tensors: dict[str, Tensor] = {}
-    rows = dict.fromkeys(chosen, 0)
-    for path, (document, own) in held.items():
-        wanted = [name for name in own if name in chosen]
-        read, _ = read_tensors(path, key, lambda *_, wanted=wanted: wanted)
-        for name, part in read.items():
-            shape, start = document[PARTS]["places"][name]["shape"], document[PARTS]["places"][name]["start"]
-            if list(part.shape) == shape:
-                tensors[name] = part
-            else:
-                whole = tensors.setdefault(name, torch.empty(shape, dtype=part.dtype))
-                whole[start : start + len(part)] = part
-            rows[name] += part.numel()
-    for name, count in rows.items():
-        if count != tensors[name].numel():
-            raise ValueError(f"{name} is not whole")
-    return tensors, common[0]
+    found: dict[str, list[StoredTensor]] = {}
+    for part, (tensors, _) in zip(parts, opened, strict=True):
+        for name, rows in tensors.items():
+            shape, start = tuple(part["places"][name]["shape"]), part["places"][name]["start"]
+            if rows.shape[1:] != shape[1:]:
+                raise ValueError(f"{name} has rows of another shape")
+            found.setdefault(name, []).append(StoredTensor(shape, rows.dtype, (rows.pieces[0]._replace(start=start),)))
+    return {name: _joined(name, found[name]) for name in sorted(found)}, documents[0]
 
 
-def _outline(path: Path, key: str) -> tuple[Json, list[str]]:
-    """Document of a file, and names of its tensors, of which none is read."""
-    names: list[str] = []
-
-    def none(_: Json, own: list[str]) -> list[str]:
-        names.extend(own)
-        return []
-
-    _, document = read_tensors(path, key, none)
-    if PARTS not in document:
-        raise ValueError(f"{path.name} is no part of a checkpoint")
-    return document, names
+def _joined(name: str, parts: Sequence[StoredTensor]) -> StoredTensor:
+    """The tensor of which these have a piece each; a ValueError if it is not whole."""
+    shape, dtype = parts[0].shape, parts[0].dtype
+    pieces = sorted((part.pieces[0] for part in parts), key=lambda piece: piece.start)
+    end = 0
+    for piece in pieces:
+        if piece.start != end:
+            break
+        end += piece.length
+    else:
+        if end == (shape[0] if shape else 1) and {part[:2] for part in parts} == {(shape, dtype)}:
+            return StoredTensor(shape, dtype, tuple(pieces), is_shared=True)
+    raise ValueError(f"{name} is not whole")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,7 +45,7 @@ def write_tensors(
     """
     kept = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}  # any order, the same bytes
     full = {**document, CHECKSUMS: {name: checksum(tensor) for name, tensor in kept.items()}}
-    layout = ((name, DTYPES[tensor.dtype], tensor.shape) for name, tensor in kept.items())
+    layout = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in kept.items()}
     full[HEADER] = header_checksum(layout, full)
     try:
         with atomic_path(path, alone=True) as temporary:
@@ -53,15 +55,146 @@ def write_tensors(
         raise OSError(str(error)) from error
 
 
-def read_tensors(
-    path: Path, key: str, choose: Callable[[Json, list[str]], Iterable[str]] | None = None
-) -> tuple[dict[str, Tensor], Json]:
+class TensorFile:
+    """A safetensors file, opened when a tensor of it is first asked for; pickled, it is its path.
+
+    Args:
+        path: Path of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[type[TensorFile], tuple[Path]]:
+        return TensorFile, (self.path,)
+
+    @cached_property
+    def handle(self) -> Any:
+        """What safetensors opens."""
+        return safe_open(self.path, framework="pt")
+
+
+class Piece(NamedTuple):
+    """Rows of a tensor, or all of it, in one file.
+
+    Attributes:
+        file: The file.
+        name: Name in the file.
+        length: Number of rows, 1 for a single number.
+        start: Number of the first row in the whole tensor.
+        checksum: That of the bytes; None in files of earlier versions.
+    """
+
+    file: TensorFile
+    name: str
+    length: int
+    start: int
+    checksum: int | None
+
+    def tensor(self) -> Tensor:
+        """The rows, mapped into memory: what is not looked at is not read."""
+        try:
+            tensor: Tensor = self.file.handle.get_tensor(self.name)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+        return tensor
+
+    def compared(self) -> Tensor:
+        """The rows, compared with their checksum; a ValueError if they do not match."""
+        tensor = self.tensor()
+        if self.checksum is not None and self.checksum != checksum(tensor):
+            raise ValueError(f"{self.name} does not match its checksum")
+        return tensor
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in one or several files, which is read when it is needed.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its type.
+        pieces: Where its rows are, in order.
+        is_shared: True for files that every process wrote a part of, and can read.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+    is_shared: bool = False
+
+    def outline(self) -> Tensor:
+        """A tensor without values."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    def read(self) -> Tensor:
+        """All of it, as `all_rows`, compared with checksums; a ValueError if one does not match."""
+        for piece in self.pieces:
+            piece.compared()
+        return self.all_rows()
+
+    def all_rows(self) -> Tensor:
+        """All of it on the CPU, mapped into memory if it is in one file, not compared with checksums."""
+        return self.rows(0, self.shape[0] if self.shape else 1)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` .. `stop` - 1 on the CPU, which are not compared with checksums; a single number is one row."""
+        if not self.shape:
+            return self.pieces[0].tensor()
+        found = [
+            piece.tensor()[max(start - piece.start, 0) : stop - piece.start]
+            for piece in self.pieces
+            if piece.start < stop and start < piece.start + piece.length
+        ]
+        if not found:
+            return torch.empty((0, *self.shape[1:]), dtype=self.dtype)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def open_tensors(path: Path, key: str) -> tuple[dict[str, StoredTensor], Json]:
+    """Open a file of `write_tensors`, and check its header; no tensor is read yet.
+
+    Args:
+        path: Path of the file.
+        key: Name of its document.
+
+    Returns:
+        The tensors by name, and the document.
+
+    Raises:
+        KeyError: If it is a safetensors file without such a document.
+        ValueError: If it is damaged.
+        OSError: If it cannot be read.
+    """
+    file = TensorFile(path)
+    try:
+        metadata = file.handle.metadata() or {}
+        if key not in metadata:
+            raise KeyError(key)
+        slices = {name: file.handle.get_slice(name) for name in sorted(file.handle.keys())}
+        layout = {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    document = json.loads(metadata[key])
+    expected = document.pop(HEADER, None)
+    if (expected is not None or CHECKSUMS in document) and expected != header_checksum(layout, document):
+        raise ValueError("the header does not match its checksum")
+    known = document.pop(CHECKSUMS, None) or json.loads(metadata.get(CHECKSUMS, "{}"))
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    tensors = {}
+    for name, (kind, shape) in layout.items():
+        if kind not in dtypes or known and name not in known:
+            raise ValueError(f"{name} is of type {kind}" if kind not in dtypes else f"{name} has no checksum")
+        piece = Piece(file, name, shape[0] if shape else 1, 0, known.get(name))
+        tensors[name] = StoredTensor(shape, dtypes[kind], (piece,))
+    return tensors, document
+
+
+def read_tensors(path: Path, key: str) -> tuple[dict[str, Tensor], Json]:
     """Read a file of `write_tensors`, and compare its checksums; earlier versions wrote fewer of them.
 
     Args:
         path: Path of the file.
         key: Name of its document.
-        choose: Function of the document and all names that picks those to read; None reads all.
 
     Returns:
         Tensors on the CPU, and the document.
@@ -71,25 +204,8 @@ def read_tensors(
         ValueError: Naming the damaged part.
         OSError: If it cannot be read.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, sorted(file.keys())
-            if key not in metadata:
-                raise KeyError(key)
-            document = json.loads(metadata[key])
-            expected = document.pop(HEADER, None)
-            slices = {name: file.get_slice(name) for name in names}
-            layout = ((name, each.get_dtype(), each.get_shape()) for name, each in slices.items())
-            if (expected is not None or CHECKSUMS in document) and expected != header_checksum(layout, document):
-                raise ValueError("the header does not match its checksum")
-            known = document.pop(CHECKSUMS, None) or json.loads(metadata.get(CHECKSUMS, "{}"))
-            read = {name: file.get_tensor(name) for name in (names if choose is None else choose(document, names))}
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-    for name, tensor in read.items():
-        if known and known.get(name) != checksum(tensor):
-            raise ValueError(f"{name} does not match its checksum")
-    return read, document
+    stored, document = open_tensors(path, key)
+    return {name: tensor.read() for name, tensor in stored.items()}, document
 
 
 def checksum(tensor: Tensor) -> int:
@@ -97,8 +213,8 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def header_checksum(layout: Iterable[tuple[str, str, Iterable[int]]], document: Mapping[str, object]) -> int:
+def header_checksum(layout: Mapping[str, tuple[str, Sequence[int]]], document: Mapping[str, object]) -> int:
     """CRC-32 of names, dtypes and shapes, and of the document with its checksums of tensors."""
-    listed = sorted((name, dtype, list(shape)) for name, dtype, shape in layout)
+    listed = sorted((name, dtype, list(shape)) for name, (dtype, shape) in layout.items())
     values = json.loads(json.dumps([listed, document]))  # as they are read
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())

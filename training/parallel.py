@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
@@ -22,8 +23,10 @@ from diffusion.loss import DiffusionLoss
 from models import Network
 from models.blank import has_other_tensors, without_values
 from runtime import distributed
-from runtime.checkpoint import check_weights, load_weights
-from runtime.sharding import is_divided, local, receive
+from runtime.checkpoint import check_stored, check_weights, load_weights
+from runtime.parts import is_sharded
+from runtime.sharding import is_divided, local, place_of, receive
+from runtime.tensor_file import StoredTensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -46,11 +49,14 @@ class Parallel(Protocol):
     def wrap(self, loss: DiffusionLoss) -> nn.Module:
         """Return the module to call in place of a loss that was placed."""
 
-    def load(self, module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    def check(self, groups: Mapping[str, Mapping[str, StoredTensor]], path: Path, flag: str) -> None:
+        """Compare a checkpoint with its checksums, every process its share; a UserError on all of them."""
+
+    def load(self, module: nn.Module, weights: Mapping[str, StoredTensor], source: str) -> None:
         """Fill a placed module; a UserError as of `load_weights`."""
 
-    def receive(self, value: Tensor | None, target: Tensor) -> Tensor:
-        """This process's part, divided as `target` is, of a tensor that was read."""
+    def part_of(self, stored: StoredTensor, target: Tensor) -> Tensor:
+        """This process's part, divided as `target` is, of a stored tensor; a copy on the target's device."""
 
     def backward(self, *, last: bool) -> AbstractContextManager[None]:
         """Context of forward and backward pass of a micro-batch; gradients are averaged over processes in the last."""
@@ -90,14 +96,17 @@ class Replicated:
         self._wrapped = DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
         return self._wrapped
 
-    def load(self, module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-        """Fill a module."""
-        load_weights(module, weights, source)
+    def check(self, groups: Mapping[str, Mapping[str, StoredTensor]], path: Path, flag: str) -> None:
+        """Compare all of it here, since each process may see a disk of its own."""
+        check_stored(groups, path, flag)
 
-    def receive(self, value: Tensor | None, target: Tensor) -> Tensor:
+    def load(self, module: nn.Module, weights: Mapping[str, StoredTensor], source: str) -> None:
+        """Fill a module."""
+        load_weights(module, {name: stored.all_rows() for name, stored in weights.items()}, source)
+
+    def part_of(self, stored: StoredTensor, target: Tensor) -> Tensor:
         """Copy the tensor to the target's device, in its own dtype."""
-        assert value is not None
-        return value.to(target.device)
+        return stored.all_rows().to(target.device, copy=True)
 
     def backward(self, *, last: bool) -> AbstractContextManager[None]:
         """Context without communication in all but the last micro-batch."""
@@ -178,16 +187,29 @@ class Sharded:
         """The loss itself: its parts average gradients."""
         return loss
 
-    def load(self, module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-        """Fill a divided module with weights that rank 0 has."""
-        expected = module.state_dict()
-        distributed.on_rank0(lambda: check_weights(expected, weights, source))
-        for name, tensor in expected.items():
-            local(tensor).copy_(receive(weights.get(name), tensor))
+    def check(self, groups: Mapping[str, Mapping[str, StoredTensor]], path: Path, flag: str) -> None:
+        """Divide the work if all processes see the files, as those of a sharded checkpoint; else rank 0 does it."""
+        rank, ranks = distributed.place()
+        with distributed.raise_on_all_ranks():
+            if is_sharded(path):
+                check_stored(groups, path, flag, rank, ranks)
+            elif rank == 0:
+                check_stored(groups, path, flag)
 
-    def receive(self, value: Tensor | None, target: Tensor) -> Tensor:
-        """This process's part of a tensor that rank 0 has."""
-        return receive(value, target)
+    def load(self, module: nn.Module, weights: Mapping[str, StoredTensor], source: str) -> None:
+        """Fill a divided module, tensor by tensor."""
+        expected = module.state_dict()
+        check_weights(expected, {name: stored.outline() for name, stored in weights.items()}, source)
+        for name, tensor in expected.items():
+            local(tensor).copy_(self.part_of(weights[name], tensor))
+
+    def part_of(self, stored: StoredTensor, target: Tensor) -> Tensor:
+        """Read this process's rows, and no others, from a sharded checkpoint; those of one file come from rank 0."""
+        if not stored.is_shared:
+            return receive(stored.all_rows() if dist.get_rank() == 0 else None, target)
+        own, start = local(target), place_of(target)[0] if is_divided(target) else 0
+        rows = stored.rows(start, start + len(own) if own.ndim else 1)
+        return rows.to(own.device, own.dtype, copy=True)
 
     @contextmanager
     def backward(self, *, last: bool) -> Iterator[None]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
-
-from runtime.checkpoint import check_finite, read_groups
+from runtime import distributed
+from runtime.checkpoint import check_groups, open_groups
 from runtime.errors import UserError, error_prefix
 from runtime.json_file import Json, parse_json
 from runtime.settings import document, flag_name, flag_of, flatten, free_settings, places
 from runtime.stores import parse_path
+from runtime.tensor_file import StoredTensor
 from training.config import KINDS, TrainSettings, upgrade
 from training.mirror import RunMirror
 from training.network import DIGESTS
@@ -31,14 +31,14 @@ class ResumeState(NamedTuple):
     Attributes:
         path: The checkpoint.
         folder: Folder of the run; None for a file outside of one, from which a new run continues.
-        groups: "model", "optimizer", the averages, and "projector" if the run has one: name -> tensor.
+        groups: "model", "optimizer", the averages, and "projector" if the run has one: name -> tensor, not read yet.
         meta: The checkpoint's JSON document.
         changed: Settings that differ, on purpose or without effect on the result, as "--lr (0.1, 0.2)".
     """
 
     path: Path
     folder: Path | None
-    groups: dict[str, dict[str, Tensor]]
+    groups: dict[str, dict[str, StoredTensor]]
     meta: Json
     changed: tuple[str, ...] = ()
 
@@ -69,22 +69,33 @@ class Changes(NamedTuple):
 
 
 def find_run(setup: Setup, mirror: RunMirror | None = None) -> ResumeState | None:
-    """The run that --resume means; without its tensors where another process reads them for this one.
+    """The run that --resume means, all of it compared with its checksums; processes share that work where they can.
 
     Raises:
-        UserError: As `search_run`.
+        UserError: As `candidates`, or if a checkpoint was named that is damaged or has NaN or infinity.
     """
-    return setup.parallel.read(
-        lambda: search_run(setup, mirror), lambda found: None if found is None else found._replace(groups={})
-    )
+    found = candidates(setup, mirror)
+    while (state := setup.parallel.read(lambda: next(found, None), lambda state: state)) is not None:
+        try:
+            setup.parallel.check(state.groups, state.path, "--resume")
+            return state
+        except UserError as error:
+            if setup.config.run.resume != "auto":
+                raise
+            if distributed.place()[0] == 0:
+                print(f"skipped: {error}", file=sys.stderr)
+    return None
 
 
-def search_run(setup: Setup, mirror: RunMirror | None = None) -> ResumeState | None:
+def candidates(setup: Setup, mirror: RunMirror | None = None) -> Iterator[ResumeState]:
     """The run that --resume means: that of a checkpoint, or the newest run with the same settings.
 
     Args:
         setup: Setup of the run.
         mirror: The runs of --results-dir if it is on an object store.
+
+    Yields:
+        The newest checkpoint; the next one in case that is damaged.
 
     Raises:
         UserError: If a checkpoint was named that is unusable, or was made with other settings or classes; or if there
@@ -92,40 +103,40 @@ def search_run(setup: Setup, mirror: RunMirror | None = None) -> ResumeState | N
     """
     resume = setup.config.run.resume
     if resume is None:
-        return None
+        return
     with error_prefix(""):
         overridden(setup.config.run.override)
     if resume != "auto":
-        named = Path(resume) if mirror is None else mirror.fetch(mirror.working_path(parse_path(resume)))
-        state = read_resume_state(named)
+        state = open_resume_state(
+            Path(resume) if mirror is None else mirror.fetch(mirror.working_path(parse_path(resume)))
+        )
         changes = changes_since(setup, state.meta)
         if changes.refused:
             raise UserError(f"--resume {resume}: the run has other settings: {changes}")
         check_same_classes(f"--resume {resume}", state.meta, setup.dataset.classes)
-        return state._replace(changed=tuple(changes.allowed.values()))
+        yield state._replace(changed=tuple(changes.allowed.values()))
+        return
     others: list[tuple[int, str]] = []
     for folder in runs_in(setup.config.run.results_dir) if mirror is None else mirror.runs():
         if mirror is not None and is_other_run(folder, setup):
             continue  # its checkpoints need not be copied
         for path in checkpoints_in(folder) if mirror is None else mirror.checkpoints(folder):
             try:
-                state = read_resume_state(path if mirror is None else mirror.fetch(path))
+                state = open_resume_state(path if mirror is None else mirror.fetch(path))
             except UserError as error:
                 print(f"skipped: {error}", file=sys.stderr)
                 continue
             changes = changes_since(setup, state.meta)
             if changes.other or other_data(setup, state.meta):
-                pass
-            elif changes.refused:
+                break  # another run; its older checkpoints are no closer
+            if changes.refused:
                 others.append((len(changes.refused), f"run {folder.name} differs in {changes}"))
-            else:
-                check_same_classes(f"--resume auto: {folder}", state.meta, setup.dataset.classes)
-                return state._replace(changed=tuple(changes.allowed.values()))
-            break  # another run; its older checkpoints are no closer
+                break
+            check_same_classes(f"--resume auto: {folder}", state.meta, setup.dataset.classes)
+            yield state._replace(changed=tuple(changes.allowed.values()))
     if others:
         closest = min(others, key=lambda other: other[0])[1]  # of equals the newest
         raise UserError(f"--resume auto: nothing to resume: {closest}; leave out --resume for a new run")
-    return None
 
 
 def can_change(path: str) -> bool:
@@ -185,20 +196,16 @@ def recorded_changes(folder: Path, setup: Setup) -> Changes | None:
         return None
 
 
-def read_resume_state(path: Path) -> ResumeState:
-    """Read everything from one checkpoint of train.py.
+def open_resume_state(path: Path) -> ResumeState:
+    """Open a checkpoint of train.py.
 
     Raises:
-        UserError: If the file is missing, damaged, not finite, or not such a checkpoint.
+        UserError: If the file is missing, its header is damaged, or it is no such checkpoint.
     """
-
-    def everything(present: Sequence[str]) -> list[str]:
-        return list(dict.fromkeys([*present, "model"]))
-
-    groups, meta = read_groups(path, everything, "--resume")
+    groups, meta = open_groups(path, "--resume")
     if meta is None or "train" not in meta or "step" not in meta:
         raise UserError(f"--resume {path}: not a checkpoint of train.py; to start from weights alone use --init-from")
-    check_finite(groups, f"--resume {path}")
+    check_groups(groups, ["model"], f"--resume {path}")
     return ResumeState(path, run_of(path), groups, meta)
 
 

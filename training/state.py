@@ -7,7 +7,7 @@ from torch import Tensor
 
 from data.dataset import digest_of, text_of
 from runtime.settings import Values
-from runtime.sharding import leaf, like, local, outline_of
+from runtime.sharding import leaf, like, local
 from training.optimization import EMA
 from training.resume import ResumeState
 from training.run import DRAWS
@@ -98,16 +98,14 @@ class TrainingState:
             if module is not None:
                 self._parallel.load(module, saved.groups.get(name, {}), f"--resume {saved.folder} as {name}")
         moments = saved.groups.get("optimizer", {})  # absent if the optimizer keeps no state
-        outlines = self._parallel.read(lambda: moments, outline_of)
         for trained in self.trained.values():
             self.optimizer.state[trained] = {}
-        for name, tensor in outlines.items():
+        for name, stored in moments.items():
             parameter, key = name.rsplit("/", 1)
             if parameter in self.trained:
                 target: Tensor = self._parameters[parameter]
-                if tensor.shape != target.shape:  # such as the count of steps
-                    target = torch.empty_like(tensor, device=target.device)
-                value = self._parallel.receive(moments.get(name), target)
-                self.optimizer.state[self.trained[parameter]][key] = value
+                if stored.shape != target.shape:  # such as the count of steps
+                    target = torch.empty(stored.shape, dtype=stored.dtype, device=target.device)
+                self.optimizer.state[self.trained[parameter]][key] = self._parallel.part_of(stored, target)
         self.step = saved.meta["step"]
         self.updates = self.ema.updates = saved.meta.get("updates", self.step)
