@@ -127,7 +127,7 @@ def sample(folder: Path, images: int) -> Load:
     import sample_ddp
     from data.sample_file import SampleFile
     from models import create_model
-    from runtime.checkpoint import save_checkpoint
+    from runtime.groups import save_checkpoint
 
     network = create_model("DiT-debug/2", sample_shape=(3, SIDE, SIDE), num_classes=10)
     meta = {

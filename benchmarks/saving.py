@@ -30,8 +30,8 @@ import torch
 from benchmarks.timing import wall_seconds
 from models import create_model, family_of
 from models.loading import load_network
-from runtime.checkpoint import save_checkpoint
 from runtime.files import remove
+from runtime.groups import save_checkpoint
 from runtime.saver import BackgroundSaver, ShardedSaver, State
 from runtime.weight_files import weights_sha256
 from runtime.zip_checksums import PartChecksums

@@ -21,9 +21,9 @@ from diffusion.guidance import guided
 from diffusion.sampling import Denoiser, Evaluation, ImageNoise, NoiseFn, Sampler, evaluations, sample_loop
 from models.contract import Conditioning, ModelOutput, Network
 from runtime import migrate
-from runtime.checkpoint import read_groups, save_checkpoint
 from runtime.devices import float64_device
 from runtime.errors import UserError
+from runtime.groups import read_groups, save_checkpoint
 
 GROUP, TENSOR = "sharing", "similarity"
 _CHUNK = 1 << 24  # numbers that are brought to float64 at a time

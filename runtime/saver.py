@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from runtime import distributed
-from runtime.checkpoint import check_finite, save_checkpoint, save_part
 from runtime.errors import UserError
+from runtime.groups import check_finite, save_checkpoint, save_part
 from runtime.parts import SUFFIX, Part
 from runtime.sharding import is_divided, local, place_of, whole
 

@@ -320,11 +320,21 @@ def document(config: object, **owners: tuple[str, object]) -> Values:
         config: General settings.
         **owners: Kind -> name that was chosen, and the settings (None without any).
     """
-    sections = {
+    return {**to_dict(config), **sections_of(owners)}
+
+
+def sections_of(owners: Mapping[str, tuple[str, object]]) -> dict[str, Values]:
+    """Settings of owners as nested JSON: kind -> name and settings, which may be None for those without any."""
+    return {
         kind: {"name": name, **({} if settings is None else to_dict(settings))}
         for kind, (name, settings) in owners.items()
     }
-    return {**to_dict(config), **sections}
+
+
+def defaults_of(cls: type) -> Values:
+    """Default of each setting, "group.field" -> JSON value; not validated, as the number of processes may not fit."""
+    values = {".".join(flag.path): flag.field.default for flag in flags_of(cls).values()}
+    return dict(json.loads(json.dumps(values, default=str)))
 
 
 def free_settings(cls: type) -> set[str]:

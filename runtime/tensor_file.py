@@ -143,7 +143,7 @@ class StoredTensor(NamedTuple):
         found = [
             piece.tensor()[max(start - piece.start, 0) : stop - piece.start]
             for piece in self.pieces
-            if piece.start < stop and start < piece.start + piece.length
+            if max(start, piece.start) < min(stop, piece.start + piece.length)
         ]
         if not found:
             return torch.empty((0, *self.shape[1:]), dtype=self.dtype)

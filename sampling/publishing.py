@@ -12,9 +12,9 @@ from typing import Any
 from data.encoders import Encoder
 from models import Network
 from models.loading import CheckpointInfo
-from runtime.checkpoint import FORMAT
 from runtime.errors import UserError, error_prefix
 from runtime.files import check_folder, new_folder
+from runtime.groups import FORMAT
 from runtime.hub import check_repository, push_folder
 from runtime.licences import licence_to_publish
 from runtime.pretrained import ENCODER, SHARD_SIZE, write_weights

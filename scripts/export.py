@@ -27,10 +27,10 @@ from models.diffusers_format import diffusers_network
 from models.latte import Latte
 from models.latte_t2v import LatteT2V
 from models.loading import CheckpointInfo, load_network
-from runtime.checkpoint import read_groups, save_checkpoint, save_part
 from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable, new_folder
+from runtime.groups import read_groups, save_checkpoint, save_part
 from runtime.licences import UNKNOWN
 from runtime.parts import SUFFIX, Part
 from runtime.settings import setting

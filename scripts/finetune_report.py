@@ -21,10 +21,10 @@ from data.digits import load_digits
 from evaluator.metrics import frechet_distance_from_features
 from evaluator.small import SmallScorer
 from evaluator.small.network import compute_features
-from runtime.checkpoint import read_groups
 from runtime.command_line import parse_config
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
+from runtime.groups import read_groups
 from runtime.settings import setting
 
 METHODS = {"base": "before", "full": "all weights", "labels": "label table", "lora": "LoRA"}

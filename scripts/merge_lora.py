@@ -20,10 +20,11 @@ from torch import Tensor
 
 from models.transfer import LABEL_TABLE
 from runtime.adapters import DOWN, UP, has_adapters, merge_adapters
-from runtime.checkpoint import is_average, read_groups, save_checkpoint
+from runtime.checkpoint import is_average
 from runtime.command_line import parse_config
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
+from runtime.groups import read_groups, save_checkpoint
 from runtime.settings import setting
 
 PREFIX = "base_model.model."  # of names in peft's files

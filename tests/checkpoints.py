@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models import Network, family_of
-from runtime.checkpoint import save_checkpoint
+from runtime.groups import save_checkpoint
 
 
 def write_network(

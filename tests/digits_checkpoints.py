@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime.checkpoint import save_checkpoint
+from runtime.groups import save_checkpoint
 from runtime.settings import flag_name
 from tests.networks import randomise
 from tests.runs import DIGITS, open_setup

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import train
 from models import FAMILIES
-from runtime.checkpoint import read_groups
 from runtime.distributed import World
 from runtime.errors import run
+from runtime.groups import read_groups
 from tests.networks import labelled
 from training.config import parse_settings
 from training.setup import Setup, set_up

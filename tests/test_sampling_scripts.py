@@ -22,8 +22,9 @@ import train
 from data.sample_file import SampleFile
 from diffusion import guided, sample_loop
 from models import create_model
-from runtime.checkpoint import read_checkpoint, save_checkpoint
+from runtime.checkpoint import read_checkpoint
 from runtime.errors import UserError, run
+from runtime.groups import save_checkpoint
 from runtime.json_file import read_json, write_json
 from sampling import pipeline
 from sampling import run as sampling_run

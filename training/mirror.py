@@ -20,9 +20,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from runtime.checkpoint import is_whole
 from runtime.errors import UserError
 from runtime.files import check_folder
+from runtime.groups import is_whole
 from runtime.json_file import Json, parse_json
 from runtime.locks import locked
 from runtime.parts import files_of, is_sharded

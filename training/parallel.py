@@ -23,7 +23,8 @@ from diffusion.loss import DiffusionLoss
 from models import Network
 from models.blank import has_other_tensors, without_values
 from runtime import distributed
-from runtime.checkpoint import check_stored, check_weights, load_weights
+from runtime.checkpoint import check_weights, load_weights
+from runtime.groups import check_stored
 from runtime.parts import is_sharded
 from runtime.sharding import is_divided, local, place_of, receive
 from runtime.tensor_file import StoredTensor

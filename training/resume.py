@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime import distributed
-from runtime.checkpoint import check_groups, open_groups
 from runtime.errors import UserError, error_prefix
+from runtime.groups import check_groups, open_groups
 from runtime.json_file import Json, parse_json
-from runtime.settings import document, flag_name, flag_of, flatten, free_settings, places
+from runtime.settings import defaults_of, flag_name, flag_of, flatten, free_settings, places, sections_of
 from runtime.stores import parse_path
 from runtime.tensor_file import StoredTensor
 from training.config import KINDS, TrainSettings, upgrade
@@ -237,7 +237,8 @@ def changes_since(setup: Setup, meta: Json) -> Changes:
         free -= {"run.init_from", "run.frame_positions"}  # the run that began there is meant
     # Settings that did not exist yet had the effect of their defaults.
     defaults = {kind: (name, type(settings)()) for kind, (name, settings) in setup.owners.items() if kind != "model"}
-    then = flatten(document(TrainSettings(), **{**setup.owners, **defaults})) | flatten(upgrade(meta["train"]))
+    then = defaults_of(TrainSettings) | flatten(sections_of({**setup.owners, **defaults}))
+    then |= flatten(upgrade(meta["train"]))
     then |= flatten({kind: meta[kind] for kind in setup.owners if kind in meta})
     override, changes = overridden(run.override), Changes({}, {})
     for path, value in flatten(setup.document()).items():

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.checkpoint import is_whole
 from runtime.files import remove
+from runtime.groups import is_whole
 from runtime.parts import SUFFIX, is_sharded
 
 RUN_NAME = re.compile(r"(\d{3,})-.+")

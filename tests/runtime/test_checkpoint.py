@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from models import create_model
-from runtime.checkpoint import is_average, load_weights, read_checkpoint, read_groups, save_checkpoint
+from runtime.checkpoint import is_average, load_weights, read_checkpoint
 from runtime.errors import UserError
+from runtime.groups import read_groups, save_checkpoint
 from tests import format1
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.checkpoint import is_whole, read_checkpoint, read_groups, save_part
+from runtime.checkpoint import read_checkpoint
 from runtime.errors import UserError
+from runtime.groups import is_whole, read_groups, save_part
 from runtime.parts import Part, files_of
 from runtime.weight_files import weights_sha256
 

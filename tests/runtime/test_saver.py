@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from runtime import saver as module
-from runtime.checkpoint import read_groups, save_checkpoint, save_part
 from runtime.errors import UserError
+from runtime.groups import read_groups, save_checkpoint, save_part
 from runtime.saver import BackgroundSaver, ShardedSaver, State
 
 
@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_written_leaves_nothing_and_the_earlier_one(tmp_
     def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("runtime.checkpoint.write_part", full)
+    monkeypatch.setattr("runtime.groups.write_part", full)
     saver.save(state(3))
     with pytest.raises(UserError, match=r"could not write 52 bytes \(disk full\); earlier checkpoints are intact"):
         saver.wait()

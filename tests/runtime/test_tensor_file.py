@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from runtime.checkpoint import read_groups, save_checkpoint
 from runtime.errors import UserError
+from runtime.groups import read_groups, save_checkpoint
 from runtime.tensor_file import DTYPES, read_tensors, write_tensors
 
 TENSORS = {"a/weight": torch.arange(12.0).reshape(3, 4), "b": torch.tensor(3), "c": torch.ones(2, dtype=torch.bfloat16)}

@@ -11,8 +11,8 @@ import torch
 
 from models import FAMILIES, Network
 from models.loading import resolve_checkpoint
-from runtime.checkpoint import save_checkpoint
 from runtime.errors import UserError
+from runtime.groups import save_checkpoint
 from runtime.pretrained import pretrained_folder
 from sampling.cards import read_losses, read_scores
 from sampling.pipeline import Pipeline

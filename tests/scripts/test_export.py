@@ -13,8 +13,9 @@ from diffusion import create_diffusion
 from models import Network, create_model
 from models.diffusers_format import correct_timesteps
 from models.loading import CheckpointInfo, load_network
-from runtime.checkpoint import read_checkpoint, save_checkpoint
+from runtime.checkpoint import read_checkpoint
 from runtime.errors import run
+from runtime.groups import save_checkpoint
 from scripts import export
 from tests.checkpoints import write_network
 from tests.golden_data import assert_close, relative_error, table

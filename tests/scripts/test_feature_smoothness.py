@@ -11,8 +11,8 @@ from PIL import Image
 
 from diffusion import AncestralSampler, create_diffusion, skip_cache
 from models import create_model
-from runtime.checkpoint import save_checkpoint
 from runtime.errors import run
+from runtime.groups import save_checkpoint
 from scripts import feature_smoothness
 from scripts.feature_smoothness import (
     TrainedModel,

@@ -11,8 +11,8 @@ import torch
 
 from data.digits import load_digits, write_digits
 from data.image_folder import ImageFolder
-from runtime.checkpoint import save_checkpoint
 from runtime.errors import run
+from runtime.groups import save_checkpoint
 from scripts.finetune_report import main
 from tests.processes import ROOT
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.checkpoint import save_checkpoint
 from runtime.errors import run
+from runtime.groups import save_checkpoint
 from scripts.merge_lora import main
 
 

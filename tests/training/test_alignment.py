@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from models import create_model
-from runtime.checkpoint import read_checkpoint, read_groups
+from runtime.checkpoint import read_checkpoint
 from runtime.errors import run
+from runtime.groups import read_groups
 from tests import runs
 from tests.processes import run_ranks
 from tests.runs import checkpoint, last_checkpoint, metrics, start, state

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data.digits import load_digits
-from runtime.checkpoint import read_groups, save_checkpoint
 from runtime.errors import UserError
+from runtime.groups import read_groups, save_checkpoint
 from runtime.locks import locked
 from tests import runs
 from tests.runs import DIGITS, checkpoint, log, metrics, run_folder

@@ -1,6 +1,7 @@
 """Checkpoints that every process writes a part of: killed while one is written, resumed anywhere, converted."""
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -34,14 +35,33 @@ saver.save_part = killed
 """
 
 
+# Each rank writes how many bytes of tensors it reads
+COUNTED = """
+import os
+from pathlib import Path
+from runtime.tensor_file import StoredTensor
+rows = StoredTensor.rows
+def counted(self, start, stop):
+    found = rows(self, start, stop)
+    with Path(f"read-{os.environ['RANK']}.txt").open("a") as file:
+        file.write(f"{found.nbytes}\\n")
+    return found
+StoredTensor.rows = counted
+"""
+
+
 def sharded(results: Path, step: int) -> Path:
     return run_folder(results) / "checkpoints" / f"{step:07d}.sharded"
 
 
-def two(results: Path, fault: str = "") -> int:
+def train(results: Path, *more: str, ranks: int = 2, fault: str = "") -> subprocess.CompletedProcess[str]:
     results.mkdir(exist_ok=True)
-    argv = [*BASE, "--parallel", "fsdp", "--results-dir", str(results)]
-    return run_ranks("train.py", *argv, folder=results, fault=fault).returncode
+    argv = [*BASE, "--parallel", "fsdp", "--results-dir", str(results), *more]
+    return run_ranks("train.py", *argv, ranks=ranks, folder=results, fault=fault)
+
+
+def two(results: Path, fault: str = "") -> int:
+    return train(results, fault=fault).returncode
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +84,33 @@ def test_a_kill_while_parts_are_written_costs_the_steps_since_the_last_checkpoin
     assert sorted(path.name for path in folder.iterdir()) == ["0000004.sharded", "0000006.sharded"]
     assert_same(state(sharded(results, 6)), state(sharded(whole, 6)))
     assert runs.losses(results) == runs.losses(whole)
+
+
+def test_each_of_three_processes_reads_its_rows_of_two_parts_and_no_others(whole: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "0000004.sharded"
+    shutil.copytree(sharded(whole, 4), copied)
+    done = train(tmp_path / "three", "--resume", str(copied), ranks=3, fault=COUNTED)
+    assert done.returncode == 0, done.stderr
+    size = sum(tensor.nbytes for tensor in state(copied).values())
+    for rank in range(3):
+        read = sum(map(int, (tmp_path / "three" / f"read-{rank}.txt").read_text().split()))
+        assert read == pytest.approx(size / 3, rel=0.1), rank
+    for name, tensor in state(sharded(whole, 6)).items():
+        torch.testing.assert_close(state(sharded(tmp_path / "three", 6))[name], tensor, rtol=0, atol=2e-5)
+
+
+def test_damage_that_one_process_finds_makes_all_take_the_checkpoint_before(whole: Path, tmp_path: Path) -> None:
+    results = tmp_path / "damaged"
+    shutil.copytree(whole, results)
+    for path in sharded(results, 6).glob("*.safetensors"):
+        if path.name.startswith("00001"):
+            content = path.read_bytes()
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    done = train(results)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("skipped: ") == 1 and "0000006.sharded: damaged or incomplete checkpoint" in done.stderr
+    assert "at step 4" in runs.log(results)
+    assert_same(state(sharded(results, 6)), state(sharded(whole, 6)))
 
 
 def test_one_process_goes_on_from_parts_and_to_one_file(whole: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from diffusion.loss import DiffusionLoss
-from runtime.checkpoint import read_checkpoint, read_groups
+from runtime.checkpoint import read_checkpoint
+from runtime.groups import read_groups
 from tests import runs
 from tests.processes import fork_script, run_ranks
 from tests.runs import DIGITS, assert_same, checkpoint, losses, metrics, run_folder, state
@@ -160,7 +161,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_by_auto_and_refused_by_name(whol
 
 
 def test_a_checkpoint_without_all_weights_is_refused(whole, tmp_path, capsys):
-    from runtime.checkpoint import read_groups, save_checkpoint
+    from runtime.groups import read_groups, save_checkpoint
 
     groups, meta = read_groups(checkpoint(whole, 4), lambda present: present)
     del groups["ema-0.9"]
