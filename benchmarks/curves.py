@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from runtime.documents import flatten
 from runtime.errors import UserError
 from runtime.files import atomic_path
 from runtime.json_file import Json, json_lines, parse_json
-from runtime.settings import flatten
 
 EXPECTED = Path(__file__).parent / "expected"  # curves of recipes, one file each
 # Settings that decide a loss curve; a run has the curve of another with the same values of all of them

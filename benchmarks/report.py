@@ -14,8 +14,9 @@ import torch
 
 from benchmarks.timing import Row
 from runtime.devices import cpu_fields
+from runtime.documents import to_dict
 from runtime.files import atomic_path
-from runtime.settings import Values, to_dict
+from runtime.settings import Values
 
 DATASHEET = {"H100": 989.4e12, "H200": 989.4e12}  # dense bf16 FLOP/s, by a word of the device's name
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")

@@ -29,7 +29,8 @@ from models import Conditioning, DiT, ModelOutput, Network, family_of
 from models.acceleration import Capture, CudaCapture, GraphedNetwork
 from models.loading import CheckpointInfo
 from runtime.background import Background
-from runtime.settings import Given, Values
+from runtime.given import Given
+from runtime.settings import Values
 from sampling.config import KINDS, SamplingSettings
 from sampling.pipeline import Pipeline, PreparedRun
 

@@ -24,7 +24,8 @@ from models import family_of, model_config
 from models.loading import CheckpointInfo, build_network, resolve_checkpoint
 from models.skip_dit import default_cache_depth
 from runtime.errors import UserError, error_prefix
-from runtime.settings import Given, Values
+from runtime.given import Given
+from runtime.settings import Values
 from sampling.config import KINDS, SamplingSettings
 from sampling.pipeline import Pipeline
 from sampling.run import PreparedRun

@@ -12,7 +12,7 @@ from data.words import Words
 from diffusion import SAMPLERS
 from runtime.distributed import PRECISIONS
 from runtime.errors import UserError
-from runtime.settings import Given
+from runtime.given import Given
 from sample import OFFICIAL_LABELS, PROGRAM, SampleSettings
 from sampling.config import parse_settings
 from sampling.pipeline import OF_PIPELINE, Pipeline

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from evaluator.report import name_layout
 from evaluator.scores import METRICS
+from runtime.documents import flatten
 from runtime.errors import UserError
 from runtime.json_file import parse_json
-from runtime.settings import flatten, positional
+from runtime.settings import positional
 
 Document = Mapping[str, Any]
 SCORES = {"inception_score": "is", "precision": "pr", "recall": "pr"}  # metrics of scores with another name

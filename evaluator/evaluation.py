@@ -24,9 +24,9 @@ from evaluator.settings import EvaluatorConfig
 from evaluator.stages import CLIPS, IMAGES, Stage, clip_warnings, clips_summary
 from runtime import distributed
 from runtime.distributed import World
+from runtime.documents import to_dict
 from runtime.errors import error_prefix
 from runtime.files import remove_temporary
-from runtime.settings import to_dict
 from runtime.shards import Shard
 
 FORMAT = 2  # of the result; format 1 called the warnings "remarks"

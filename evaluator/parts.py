@@ -24,10 +24,12 @@ from evaluator.stages import Stage
 from evaluator.statistics import StatisticsAccumulator
 from runtime import distributed
 from runtime.distributed import World
+from runtime.documents import to_dict
 from runtime.errors import UserError
 from runtime.files import check_writable, sweep
+from runtime.given import from_json
 from runtime.json_file import Json, read_json, write_json
-from runtime.settings import flags_of, from_json, to_dict
+from runtime.settings import flags_of
 from runtime.shards import REMEDY, Part, Shard, order_parts
 from runtime.stores import Address
 from runtime.tensor_file import read_tensors, write_tensors

@@ -15,23 +15,9 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from runtime.errors import UserError, is_first
+from runtime.given import Given, from_json, path_parser, put, section_of
 from runtime.json_file import parse_json
-from runtime.settings import (
-    Flag,
-    Given,
-    Kind,
-    Values,
-    choices_of,
-    choose_owners,
-    flag_name,
-    flags_of,
-    from_json,
-    path_parser,
-    put,
-    section_of,
-    split_optional,
-    typed,
-)
+from runtime.settings import Flag, Kind, Values, choices_of, choose_owners, flag_name, flags_of, split_optional, typed
 
 T = TypeVar("T")
 Aliases = Mapping[str, Mapping[str, object]]  # value of --model -> flag -> value

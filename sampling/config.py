@@ -21,8 +21,9 @@ from runtime.command_line import parse
 from runtime.devices import DeviceName, check_mps
 from runtime.distributed import PRECISIONS
 from runtime.errors import UserError
+from runtime.given import Given
 from runtime.releases import ALIASES
-from runtime.settings import Given, Kind, flag_name, setting, typed_flag
+from runtime.settings import Kind, flag_name, setting, typed_flag
 from sampling.prompts import TextSettings
 
 

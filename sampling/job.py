@@ -20,10 +20,11 @@ from models import family_name
 from runtime import distributed, migrate
 from runtime.background import Background
 from runtime.distributed import World
+from runtime.documents import document, flag_of, flatten, free_settings, to_dict
 from runtime.download import read_record
 from runtime.errors import UserError
 from runtime.files import atomic_path, check_writable
-from runtime.settings import Values, document, flag_of, flatten, free_settings, setting, to_dict
+from runtime.settings import Values, setting
 from runtime.shards import Shard
 from runtime.stores import check_store, is_there, staged, upload
 from runtime.weight_files import weights_sha256

@@ -14,8 +14,8 @@ from data.encoders import UNVERIFIED, Encoder, open_encoder
 from models import FAMILIES, Network, family_name, model_config
 from models.loading import CheckpointInfo, build_network, resolve_checkpoint
 from runtime.errors import UserError, error_prefix
+from runtime.given import Given
 from runtime.releases import release_of_model
-from runtime.settings import Given
 from sampling.config import SamplingSettings
 from sampling.resolution import resolve
 from sampling.run import WeakerNetwork

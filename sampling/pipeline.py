@@ -27,7 +27,8 @@ from models.loading import CheckpointInfo
 from runtime import distributed
 from runtime.devices import choose_device
 from runtime.errors import UserError, error_prefix
-from runtime.settings import Given, flags_of
+from runtime.given import Given
+from runtime.settings import flags_of
 from sampling.config import (
     KINDS,
     CheckpointSettings,

@@ -12,8 +12,8 @@ from diffusion import PROCESSES, SAMPLERS
 from diffusion.solver_table import SolverTable
 from models.loading import CheckpointInfo
 from runtime.errors import UserError, error_prefix
+from runtime.given import Given
 from runtime.releases import Preset
-from runtime.settings import Given
 from sampling.config import C
 from sampling.published_solvers import open_table
 

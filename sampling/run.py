@@ -26,8 +26,8 @@ from models.contract import Conditioning, NetworkLike
 from models.loading import CheckpointInfo
 from runtime import distributed
 from runtime.devices import slow_bf16
+from runtime.documents import to_dict
 from runtime.errors import UserError, error_prefix
-from runtime.settings import to_dict
 from sampling.config import ComputeSettings, SamplingSettings
 
 

@@ -28,9 +28,10 @@ from benchmarks.timing import check_at_least
 from diffusion import SAMPLERS
 from runtime.command_line import parse_config
 from runtime.devices import choose_device
+from runtime.documents import to_dict
 from runtime.errors import UserError, run
 from runtime.files import check_writable
-from runtime.settings import Values, flag_name, setting, to_dict
+from runtime.settings import Values, flag_name, setting
 
 # Scripts and the folders of their runs.
 MADE_BY = {

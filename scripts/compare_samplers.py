@@ -25,9 +25,10 @@ from benchmarks.samplers import Opened, SamplerResult, Setup
 from benchmarks.timing import check_at_least
 from runtime.command_line import parse_config
 from runtime.devices import choose_device
+from runtime.documents import to_dict
 from runtime.errors import UserError, run
 from runtime.files import check_writable
-from runtime.settings import Values, setting, to_dict
+from runtime.settings import Values, setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

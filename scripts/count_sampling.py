@@ -19,7 +19,8 @@ from benchmarks.sampling import conditioning_in_turn
 from benchmarks.timing import check_at_least
 from runtime import distributed
 from runtime.errors import run
-from runtime.settings import Given, Values, setting
+from runtime.given import Given
+from runtime.settings import Values, setting
 from sampling.config import SamplingSettings, parse_settings
 from sampling.pipeline import Pipeline
 

@@ -41,9 +41,10 @@ from models.loading import build_network, resolve_checkpoint
 from models.skip_dit import default_cache_depth
 from runtime.command_line import parse_config
 from runtime.devices import choose_device
+from runtime.documents import to_dict
 from runtime.errors import UserError, error_prefix, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import setting, to_dict
+from runtime.settings import setting
 
 Array = npt.NDArray[np.float64]
 

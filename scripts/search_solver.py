@@ -33,10 +33,11 @@ from models import ModelOutput
 from models.contract import State
 from runtime.command_line import parse_config
 from runtime.devices import choose_device
+from runtime.documents import to_dict
 from runtime.download import sha256_of
 from runtime.errors import UserError, run
 from runtime.files import check_writable
-from runtime.settings import Values, setting, to_dict
+from runtime.settings import Values, setting
 from runtime.tensor_file import read_tensors, write_tensors
 from sampling.pipeline import Pipeline
 

@@ -28,9 +28,10 @@ from diffusion.guidance import ScaleSchedule
 from evaluator.small import SmallScores
 from runtime.command_line import parse_config
 from runtime.devices import choose_device
+from runtime.documents import to_dict
 from runtime.errors import UserError, run
 from runtime.files import check_writable
-from runtime.settings import Values, setting, to_dict
+from runtime.settings import Values, setting
 from sampling.pipeline import Pipeline
 
 

@@ -20,9 +20,10 @@ from runtime import migrate
 from runtime.command_line import parse
 from runtime.devices import DeviceName, check_mps
 from runtime.distributed import PRECISIONS
+from runtime.given import Given
 from runtime.launch import machine_size, world_size
 from runtime.releases import ALIASES
-from runtime.settings import Given, Kind, Values, flag_name, setting
+from runtime.settings import Kind, Values, flag_name, setting
 from runtime.stores import Address, parse_path
 from training.lora_settings import LoraSettings
 from training.losses import LOSSES, loss_of

@@ -18,9 +18,9 @@ from data import conditioning
 from runtime.devices import choose_device
 from runtime.distributed import World
 from runtime.errors import is_first
+from runtime.given import Given
 from runtime.launch import machine_size, world_size
 from runtime.live_memory import LiveMemory
-from runtime.settings import Given
 from training.config import TrainSettings
 from training.setup import Setup, set_up
 from training.trainer import micro_batches, recompute_activations

@@ -13,9 +13,10 @@ from diffusion.alignment import Alignment
 from diffusion.loss import DiffusionLoss, LossSettings
 from models import Network, create_model, family_of
 from runtime.errors import UserError, error_prefix
+from runtime.given import Given
 from runtime.launch import world_size
 from runtime.seeds import derive_seed
-from runtime.settings import Given, Values
+from runtime.settings import Values
 from training.config import TrainSettings
 from training.losses import LOSSES
 

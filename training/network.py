@@ -17,10 +17,12 @@ from models.recognise import check_conditional, recognised_name
 from models.transfer import LABEL_TABLE, adapt_weights
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
+from runtime.documents import flag_of
 from runtime.errors import UserError, error_prefix
+from runtime.given import Given
 from runtime.json_file import Json
 from runtime.releases import find_release
-from runtime.settings import Given, Values, flag_name, flag_of, typed_flag
+from runtime.settings import Values, flag_name, typed_flag
 from runtime.sharding import outline_of
 from runtime.stores import fetch
 from runtime.weight_files import weights_sha256

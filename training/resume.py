@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime import distributed
+from runtime.documents import defaults_of, flag_of, flatten, free_settings, sections_of
 from runtime.errors import UserError, error_prefix
 from runtime.groups import check_groups, open_groups
 from runtime.json_file import Json, parse_json
-from runtime.settings import defaults_of, flag_name, flag_of, flatten, free_settings, places, sections_of
+from runtime.settings import flag_name, places
 from runtime.stores import parse_path
 from runtime.tensor_file import StoredTensor
 from training.config import KINDS, TrainSettings, upgrade

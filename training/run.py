@@ -20,11 +20,11 @@ from data.dataset import is_same_data
 from data.encoders import UNVERIFIED
 from runtime import distributed
 from runtime.distributed import World
+from runtime.documents import flatten
 from runtime.errors import UserError, error_prefix
 from runtime.files import atomic_path, sweep
 from runtime.json_file import json_lines
 from runtime.locks import locked
-from runtime.settings import flatten
 from training.mirror import RunMirror
 from training.resume import ResumeState, unstarted_run
 from training.run_files import run_number, set_aside

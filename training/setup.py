@@ -21,9 +21,11 @@ from diffusion.loss import DiffusionLoss, row_noise
 from diffusion.sampling import Sampler
 from models import Network
 from runtime.devices import slow_bf16
+from runtime.documents import document, to_dict
 from runtime.errors import UserError, error_prefix
+from runtime.given import Given
 from runtime.licences import Origin, origin_of
-from runtime.settings import Given, Values, choose_owners, document, to_dict
+from runtime.settings import Values, choose_owners
 from training.config import KINDS, PROGRAM, TrainSettings
 from training.fine_tuning import choose_trained
 from training.loss import build_loss, check_loss, open_vision_encoder

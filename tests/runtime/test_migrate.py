@@ -11,7 +11,7 @@ import training.config
 from diffusion import PROCESSES
 from models import FAMILIES, family_name
 from runtime import migrate
-from runtime.settings import flatten
+from runtime.documents import flatten
 from tests import format1
 
 RUNS = list(format1.manifest()["runs"])

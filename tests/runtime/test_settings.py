@@ -14,22 +14,11 @@ import sampling.config
 import training.config
 from models import list_models
 from runtime.command_line import parse, parse_config
+from runtime.documents import differences, document, flag_of, free_settings, to_dict
 from runtime.errors import UserError, run
 from runtime.migrate import run_config
 from runtime.releases import ALIASES
-from runtime.settings import (
-    Kind,
-    choose_owners,
-    differences,
-    document,
-    flag_name,
-    flag_of,
-    free_settings,
-    places,
-    positional,
-    setting,
-    to_dict,
-)
+from runtime.settings import Kind, choose_owners, flag_name, places, positional, setting
 from tests import format1
 from training.config import TrainSettings
 from training.setup import set_up

@@ -9,7 +9,8 @@ import pytest
 from evaluator.settings import EvaluatorConfig
 from models import model_config
 from runtime.command_line import parse, parse_config
-from runtime.settings import Given, choose_owners
+from runtime.given import Given
+from runtime.settings import choose_owners
 from sample_ddp import SampleDDPSettings
 from sampling.config import KINDS as SAMPLING_KINDS
 from scripts.compare_families import CompareSettings

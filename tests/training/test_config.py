@@ -9,8 +9,9 @@ from torch import Tensor
 
 import train
 from models import FAMILIES, create_model
+from runtime.documents import free_settings
 from runtime.errors import UserError, run
-from runtime.settings import free_settings, setting
+from runtime.settings import setting
 from tests import runs
 from tests.runs import DIGITS, checkpoint, metrics, open_setup, start, state
 from training.config import OptimizationSettings, TrainSettings, parse_settings
