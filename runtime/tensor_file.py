@@ -70,7 +70,7 @@ class TensorFile:
 
     @cached_property
     def handle(self) -> Any:
-        """What safetensors opens."""
+        """The open file of safetensors."""
         return safe_open(self.path, framework="pt")
 
 

@@ -98,7 +98,7 @@ class Replicated:
         return self._wrapped
 
     def check(self, groups: Mapping[str, Mapping[str, StoredTensor]], path: Path, flag: str) -> None:
-        """Compare all of it here, since each process may see a disk of its own."""
+        """Compare all of it here, since processes may not share a disk."""
         check_stored(groups, path, flag)
 
     def load(self, module: nn.Module, weights: Mapping[str, StoredTensor], source: str) -> None:
