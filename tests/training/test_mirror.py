@@ -18,6 +18,19 @@ from training.trainer import Trainer
 ARGV = "--model DiT-debug/2 --num-classes 10 --global-batch-size 4 --image-size 8 --ckpt-every 2".split()
 RUN = "000-DiT-debug-2"
 
+# Rank 1 writes to the disk of another machine
+APART = """
+import os
+import runtime.saver as saver
+from pathlib import Path
+save = saver.save_part
+def apart(folder, *content):
+    folder = Path("other") / folder.name if os.environ["RANK"] == "1" else folder
+    folder.parent.mkdir(exist_ok=True)
+    save(folder, *content)
+saver.save_part = apart
+"""
+
 
 @pytest.fixture
 def machine(quick_stores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -169,6 +182,48 @@ def test_three_failures_of_the_connection_are_repeated(machine: Any, monkeypatch
             patch.setattr(MemoryFileSystem, name, call)
         assert train("memory://again/runs", 2) == 0
     assert f"{RUN}/checkpoints/0000002.json" in contents("memory://again/runs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["put_object", "get_object", "head_object", "list_objects_v2", "delete_object", ""])
+def test_failures_of_s3_are_repeated_or_one_line(
+    kind: str, s3: str, machine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three failures of a kind of request; without a kind all requests about the second checkpoint fail."""
+    import botocore.exceptions
+    import s3fs
+
+    failed, method = [], s3fs.S3FileSystem._call_s3
+
+    async def failing(store: Any, name: str, *args: Any, **options: Any) -> Any:
+        if (name == kind and len(failed) < 3) if kind else "checkpoints/0000004" in options.get("Key", ""):
+            failed.append(name)
+            raise botocore.exceptions.EndpointConnectionError(endpoint_url="http://there")
+        return await method(store, name, *args, **options)
+
+    machine("first")
+    with monkeypatch.context() as patch:
+        patch.setattr(s3fs.S3FileSystem, "_call_s3", failing)
+        assert train(f"{s3}/runs", 4, "--keep-last", 1) == (0 if kind else 2)
+    kept = f"{RUN}/checkpoints/0000004.json" if kind else f"{RUN}/checkpoints/0000002.json"
+    assert len(failed) == 3 if kind else len(failed) > 3
+    assert [name for name in contents(f"{s3}/runs") if name.endswith(("2.json", "4.json"))] == [kept]
+    if not kind:
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"train.py: error: --results-dir {s3}/runs/{RUN}/checkpoints/0000004.")
+        assert "Could not connect" in error
+        assert train(f"{s3}/runs", 4, "--resume", "auto") == 0
+        assert f"{RUN}/checkpoints/0000004.json" in contents(f"{s3}/runs")
+
+
+@pytest.mark.slow
+def test_parts_on_machines_that_share_no_folder_are_one_line(s3: str, machine: Any, tmp_path: Path) -> None:
+    argv = [*runs.DIGITS, *ARGV, "--results-dir", f"{s3}/runs", "--checkpoint-format", "sharded", "--max-steps", "4"]
+    done = run_ranks("train.py", *argv, "--parallel", "fsdp", folder=tmp_path, fault=APART)
+    assert done.returncode == 2, done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert "parts that other machines wrote are not here" in error and "set DIT_STORE_CACHE" in error
+    assert not [name for name in contents(f"{s3}/runs") if "/checkpoints/" in name]
 
 
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
