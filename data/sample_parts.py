@@ -16,7 +16,7 @@ from data.npz_file import NpzFile, Piece
 from data.sample_file import LISTING, SHARD
 from runtime.download import sha256_of
 from runtime.errors import UserError
-from runtime.files import atomic_path
+from runtime.files import atomic_path, new_folder, remove, remove_temporary
 from runtime.json_file import parse_json
 from runtime.shards import REMEDY, Part, Shard, order_parts
 
@@ -64,27 +64,40 @@ def merge_samples(paths: Sequence[Path], output: Path) -> int:
     singles = [each for path in parts if path.with_suffix("").is_dir() for each in path.with_suffix("").iterdir()]
     listings = [path.with_suffix(LISTING) for path in parts if path.with_suffix(LISTING).exists()]
     ends = [".npz", ".json", *([LISTING] if listings else []), *([""] if singles else [])]
+    document = json.dumps(_describe([records[path] for path in parts], output), indent=2) + "\n"
+    if not output.exists() and _reads(output.with_suffix(".json"), document):
+        for end in ends:  # the JSON gets its name first: a merge of these parts was killed before the last one
+            remove(output.with_suffix(end))
     for path in map(output.with_suffix, ends):
         if path.exists():
             raise UserError(f"--output {path}: exists already; choose another name, or move it")
+        remove_temporary(path)
     for path in parts:
         if sha256_of(path) != records[path]["sha256"]:
             raise UserError(f"{path}: damaged, it does not match its checksum; delete it, and {REMEDY}")
     needed, free = sum(path.stat().st_size for path in (*parts, *singles)), shutil.disk_usage(output.parent).free
     if needed > free:
         raise UserError(f"--output {output}: the samples take {needed:,} bytes, and {free:,} are free on the disk")
-    with ExitStack() as held:  # renamed together, the .npz last
-        npz, document = (held.enter_context(atomic_path(output.with_suffix(end))) for end in (".npz", ".json"))
+    with ExitStack() as held:  # renamed together, the .npz last and the JSON first
+        npz = held.enter_context(atomic_path(output))
+        total = _join(parts, npz)
         if listings:
             text = held.enter_context(atomic_path(output.with_suffix(LISTING)))
             text.write_bytes(b"".join(path.read_bytes() for path in listings))
-        total = _join(parts, npz)
-        document.write_text(json.dumps(_describe([records[path] for path in parts], output), indent=2) + "\n")
-        for path in singles:
-            output.with_suffix("").mkdir(exist_ok=True)
-            with atomic_path(output.with_suffix("") / path.name) as copy:
-                shutil.copyfile(path, copy)
+        if singles:
+            folder = held.enter_context(new_folder(output.with_suffix("")))
+            for path in singles:
+                shutil.copyfile(path, folder / path.name)
+        held.enter_context(atomic_path(output.with_suffix(".json"))).write_text(document)
     return total
+
+
+def _reads(path: Path, text: str) -> bool:
+    """True for a file of this text."""
+    try:
+        return path.read_text() == text
+    except (OSError, ValueError):
+        return False
 
 
 def _join(parts: Sequence[Path], target: Path) -> int:

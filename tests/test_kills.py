@@ -218,7 +218,14 @@ def evaluation(inputs: Path) -> Job:
     return Job("evaluator/evaluator.py", (*argv.split(), "--device", "cpu"))
 
 
-JOBS: tuple[Callable[[Path], Job], ...] = (training, sampling, extraction, evaluation)
+def merge(inputs: Path) -> Job:
+    job = sampling(inputs)
+    for shard in ("1/2", "2/2"):
+        assert attempt(job._replace(argv=(*job.argv, "--shard", shard)), inputs) == 0, errors(inputs)
+    return Job("scripts/merge.py", (*map(str, sorted(inputs.glob("a.*-of-2.npz"))), "--output", "b.npz"))
+
+
+JOBS: tuple[Callable[[Path], Job], ...] = (training, sampling, extraction, evaluation, merge)
 
 
 @pytest.fixture(scope="module", params=JOBS, ids=lambda make: make.__name__)
