@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from evaluator.report import name_layout
 from evaluator.scores import METRICS
+from evaluator.small.report import MEANINGS
 from runtime.documents import flatten
 from runtime.errors import UserError
 from runtime.json_file import parse_json
@@ -19,7 +20,8 @@ Document = Mapping[str, Any]
 SCORES = {"inception_score": "is", "precision": "pr", "recall": "pr"}  # metrics of scores with another name
 OF_IMAGES = tuple(name for name, metric in METRICS.items() if not metric.clips)
 OF_CLIPS = tuple(name for name, metric in METRICS.items() if metric.clips)
-OF_REFERENCE = tuple(name for name, metric in METRICS.items() if metric.of_reference)
+OF_SMALL = tuple(name for name in MEANINGS if name not in SCORES)  # of small images and clips
+OF_REFERENCE = (*(name for name, metric in METRICS.items() if metric.of_reference), *OF_SMALL)
 PLACES = ("sample_dir", "output", "overwrite", "version", "name")  # settings that decide no pixel
 DIGITS = 12  # of a digest that are shown
 
@@ -60,6 +62,12 @@ def _at(*path: str) -> Callable[[Document], object]:
     return read
 
 
+def _count(document: Document) -> object:
+    """Number of samples: images, or clips."""
+    images = _at("samples", "images")(document)
+    return _at("samples", "clips_in_file")(document) if images is None else images
+
+
 def _labels(document: Document) -> object:
     """Labels of the samples as the sampling job chose them."""
     job = _at("protocol", "config", "job")(document)
@@ -76,14 +84,14 @@ def _compression(document: Document) -> object:
 
 
 POINTS = (
-    Point("image size", METRICS, _at("samples", "image_size")),
-    Point("number of images", ("is", "fid", "sfid", "pr"), _at("samples", "images")),  # KID has no bias
+    Point("image size", (*METRICS, *OF_SMALL), _at("samples", "image_size")),
+    Point("number of images", ("is", "fid", "sfid", "pr", *OF_SMALL), _count),  # KID has no bias
     Point("compression of the samples", METRICS, _compression),
-    Point("labels of the samples", METRICS, _labels, required=False),
+    Point("labels of the samples", (*METRICS, *OF_SMALL), _labels, required=False),
     Point("statistics of the samples", ("fid", "sfid"), _at("samples", "statistics")),
     Point("images of the reference", ("pr",), _at("reference", "images")),
-    Point("weights of the network", OF_IMAGES, _at("network", "weights_sha256")),
-    Point("precision of the network", OF_IMAGES, _at("network", "precision")),
+    Point("weights of the network", (*OF_IMAGES, *OF_SMALL), _at("network", "weights_sha256")),
+    Point("precision of the network", (*OF_IMAGES, *OF_SMALL), _at("network", "precision")),
     Point("--pr-precision", ("pr",), _at("config", "pr_precision")),
     Point("weights of the video network", OF_CLIPS, _at("video_network", "weights_sha256")),
     Point("precision of the video network", OF_CLIPS, _at("video_network", "precision")),
@@ -159,7 +167,7 @@ def _same_reference(a: Document, b: Document, metric: str) -> bool:
     first, second = a["reference"], b["reference"]
     if first.get("sha256") and first.get("sha256") == second.get("sha256"):
         return True
-    if not METRICS[metric].statistics:
+    if metric in OF_SMALL or not METRICS[metric].statistics:
         return False
     read = _at("statistics_sha256", "spatial" if METRICS[metric].spatial else "pool")
     return read(first) is not None and read(first) == read(second)

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from data.sample_file import LISTING, SHARD, SampleFile
 from diffusion.solver_table import SolverTable
-from models import family_name
 from runtime import distributed, migrate
 from runtime.background import Background
 from runtime.distributed import World
-from runtime.documents import document, flag_of, flatten, free_settings, to_dict
+from runtime.documents import flag_of, flatten, free_settings, to_dict
 from runtime.download import read_record
 from runtime.errors import UserError
 from runtime.files import atomic_path, check_writable
@@ -33,6 +30,7 @@ from sampling.config import KINDS, SamplingSettings
 from sampling.pipeline import Pipeline, batch_indices
 from sampling.plan import COUNTS, JobSettings, plan_job, rows_of_shard
 from sampling.prompts import Prompts, deciding
+from sampling.protocol import describe_checkpoint, describe_versions, settings_of
 from sampling.run import PreparedRun
 
 PROGRAM = "sample_ddp.py"
@@ -174,20 +172,10 @@ class Job:
         self.file.write(chunk, samples)
         bar.update(min(len(samples) * self.world.size, self.total - bar.n))
 
-    def _sections(self, config: SampleDDPSettings) -> Values:
-        """All settings as nested JSON."""
-        model, network = self.pipeline.info.model, self.pipeline.network
-        own = {
-            flag.field.name: getattr(network.config, flag.field.name)
-            for flag in KINDS[0].flags(family_name(model)).values()
-        }
-        owners = {} if config.sampler is None else {"sampler": (config.sampler, self.run.settings)}
-        return {**document(config, **owners), "model": {"name": model, **own}}
-
     def _deciding_settings(self, config: SampleDDPSettings) -> Values:
         """Everything that decides the images, by flag."""
         cls = type(config)
-        free, values = free_settings(cls), flatten(self._sections(config))
+        free, values = free_settings(cls), flatten(settings_of(self.pipeline, self.run, config))
         settings = {flag_of(cls, KINDS, path): value for path, value in values.items() if path not in free}
         if self.pipeline.guide is not None:
             settings["--guide-ckpt"] = fingerprint(self.pipeline.guide.info.path, "--guide-ckpt")
@@ -232,23 +220,12 @@ class Job:
 
     def _result(self) -> Values:
         """Settings, checkpoint and versions, as JSON values."""
-        info, cuda = self.pipeline.info, self.world.device.type == "cuda"
+        sections = settings_of(self.pipeline, self.run, self.config)
         return {
-            "config": {"format": 2, "script": PROGRAM, **self._sections(self.config)},
-            "checkpoint": {
-                "file": info.path.name,
-                "sha256": self.checksum,
-                "step": info.step,
-                "release": info.release.name if info.release else None,
-                "reported_fid": info.release.fid if info.release else None,
-            },
+            "config": {"format": 2, "script": PROGRAM, **sections},
+            "checkpoint": describe_checkpoint(self.pipeline.info, self.checksum),
             "autoencoder": self.encoder,
             **({} if self.plan.prompts is None else {"text": self.plan.prompts.record}),
             **({} if self.shard is None else {SHARD: {"number": str(self.shard), "settings": self._settings()}}),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "cuda": torch.version.cuda if cuda else None,
-            },
+            "versions": describe_versions(self.world.device),
         }

@@ -18,10 +18,12 @@ from runtime.groups import FORMAT
 from runtime.hub import check_repository, push_folder
 from runtime.licences import licence_to_publish
 from runtime.pretrained import ENCODER, SHARD_SIZE, write_weights
+from runtime.weight_files import weights_sha256
 from sampling.bundle import write_bundle
 from sampling.cards import CARD, CardContent, model_card, without_places
 from sampling.resolution import preset_of
 
+SOURCES = "sources"  # member of a document: the files that the weights are from, the last one first
 # Members of a checkpoint's document that describe how the weights came about
 HISTORY = ("step", "loss", "optimizer", "averages", "train", "text", "draws")
 
@@ -54,10 +56,17 @@ def document_of(
         "time_convention": network.time_convention if info.time_convention else None,
         "foreign": info.is_foreign,
         "licence": licence,
+        SOURCES: sources_of(info),
         **{member: without_places(meta[member]) for member in HISTORY if member in meta},
     }
     known = {name: value for name, value in document.items() if value is not None}
     return {**known, "origin": None if origin is None else origin.as_json()}
+
+
+def sources_of(info: CheckpointInfo) -> list[dict[str, str]]:
+    """Names and digests of a checkpoint and of the files that it was made of, by which scores know their weights."""
+    own = {"file": info.path.name, "sha256": weights_sha256(info.path)}
+    return [own, *((info.meta or {}).get(SOURCES) or ())]
 
 
 def save_folder(

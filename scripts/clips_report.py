@@ -6,11 +6,13 @@
 A row is a network at one interval: how many evaluations computed everything, the MACs that a clip took, the share of
 clips in which an independent classifier finds the requested digit, the share that moves steadily in the requested
 direction, the Frechet distance to the training clips, and the distance to the nearest one, both over those of held-out
-clips. All sample the same labels from the same noise. The picture has one clip a row.
+clips. All sample the same labels from the same noise. The picture has one clip a row. NETWORK.scores.json, and
+NETWORK-N2.scores.json with an interval, hold the scores with their protocol.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,12 +33,18 @@ from data.moving_digits import DIRECTIONS, MovingDigits
 from data.pixels import Images, enlarge
 from data.writers import writer_of
 from diffusion.caching import takes_cache_depth
+from evaluator.report import write_document
+from evaluator.small import MOVING_DIGITS
+from evaluator.small.report import scores_document
 from runtime.command_line import parse_config
 from runtime.errors import UserError, run
 from runtime.files import atomic_path, check_writable
-from runtime.settings import setting
+from runtime.settings import Values, setting
 from sampling.pipeline import Pipeline
+from sampling.protocol import protocol_of
+from sampling.run import PreparedRun
 
+PROGRAM = "clips_report.py"
 BATCH = 50
 TILE = 4  # pixels of the picture for one of a clip
 
@@ -72,6 +80,12 @@ class Row(NamedTuple):
     scores: ClipScores
     psnr: float | None  # to the clips without reuse, dB
     clips: Images  # (N, F, S, S, 1)
+    protocol: Values  # settings and weights
+
+    @property
+    def file(self) -> str:
+        """Start of the names of its files."""
+        return self.name.replace("/", "-") + ("" if self.interval == 1 else f"-N{self.interval}")
 
 
 def open_clip_network(path: Path) -> Pipeline:
@@ -89,14 +103,17 @@ def open_clip_network(path: Path) -> Pipeline:
     return pipeline
 
 
-def sample_clips(pipeline: Pipeline, config: ClipReportSettings, interval: int) -> tuple[Images, float, int, int]:
-    """Sample clips of all classes in turn; returns them, the MACs of one, full evaluations and all."""
+def prepare(pipeline: Pipeline, config: ClipReportSettings, interval: int) -> PreparedRun:
+    """Prepare the run of an interval."""
     sampler, scale = PROTOCOLS[pipeline.info.process]
     scale = scale if config.cfg_scale is None else config.cfg_scale
     reuse = {} if interval == 1 else {"cache_interval": interval}
-    prepared = pipeline.prepare(
-        sampler=sampler, num_sampling_steps=str(config.num_sampling_steps), cfg_scale=scale, **reuse
-    )
+    steps = str(config.num_sampling_steps)
+    return pipeline.prepare(sampler=sampler, num_sampling_steps=steps, cfg_scale=scale, **reuse)
+
+
+def sample_clips(pipeline: Pipeline, prepared: PreparedRun, config: ClipReportSettings) -> tuple[Images, float]:
+    """Sample clips of all classes in turn; returns them, and the MACs of one."""
     labels = torch.from_numpy(classes_in_turn(config.num_clips))
     with SamplingCost().listening() as cost:
         latents = [
@@ -105,8 +122,7 @@ def sample_clips(pipeline: Pipeline, config: ClipReportSettings, interval: int) 
         ]
     writer = writer_of(pipeline.image_shape)
     clips = writer.to_uint8(pipeline.decode(torch.cat(latents))).numpy()
-    full = sum(evaluation.refresh for evaluation in prepared.table)
-    return clips, cost.executed.total() / config.num_clips, full, len(prepared.table)
+    return clips, cost.executed.total() / config.num_clips
 
 
 def classes_in_turn(count: int) -> npt.NDArray[np.int64]:
@@ -120,11 +136,34 @@ def examine(pipeline: Pipeline, scorer: ClipScorer, config: ClipReportSettings) 
     """All rows of one network."""
     rows: list[Row] = []
     for interval in (1, *(config.intervals if pipeline.network.keeps_state else ())):
-        clips, macs, full, count = sample_clips(pipeline, config, interval)
+        prepared = prepare(pipeline, config, interval)
+        clips, macs = sample_clips(pipeline, prepared, config)
         scores = scorer.score(clips, classes_in_turn(len(clips)))
         difference = psnr(clips, rows[0].clips) if rows else None
-        rows.append(Row(pipeline.info.model, interval, full, count, macs, scores, difference, clips))
+        full, count = sum(evaluation.refresh for evaluation in prepared.table), len(prepared.table)
+        job = {"num_fid_samples": len(clips), "global_seed": config.seed, "balanced_labels": True, "class_labels": None}
+        protocol = protocol_of(pipeline, prepared, PROGRAM, job={**job, "per_proc_batch_size": BATCH})
+        rows.append(Row(pipeline.info.model, interval, full, count, macs, scores, difference, clips, protocol))
     return rows
+
+
+def describe(row: Row, scorer: ClipScorer) -> Values:
+    """Describe the scores of a row in the form of the evaluator's results."""
+    digest = hashlib.sha256(np.ascontiguousarray(row.clips).data).hexdigest()
+    count, frames, side, *_ = row.clips.shape
+    return scores_document(
+        row.scores,
+        MOVING_DIGITS,
+        reference={
+            "sha256": scorer.train.digest(),
+            "clips_in_file": len(scorer.train),
+            "image_size": side,
+            "frames": frames,
+        },
+        samples={"path": PROGRAM, "sha256": digest, "clips_in_file": count, "image_size": side, "frames": frames},
+        protocol=row.protocol,
+        config={"set": MOVING_DIGITS.name},
+    )
 
 
 def table(rows: Sequence[Row], scorer: ClipScorer) -> str:
@@ -160,7 +199,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: For wrong flags or files.
     """
-    config = parse_config(ClipReportSettings, argv, program="clips_report.py", doc=__doc__)
+    config = parse_config(ClipReportSettings, argv, program=PROGRAM, doc=__doc__)
     paths = [path for place in config.ckpt for path in find_checkpoints([place])]
     if not paths:
         raise UserError(f"--ckpt {config.ckpt[0]}: no checkpoint there; bash scripts/digits_video.sh makes some")
@@ -171,11 +210,12 @@ def main(argv: Sequence[str]) -> None:
         frames, _, side, _ = pipeline.image_shape
         scorer = ClipScorer(*(MovingDigits(split, frames=frames, side=side) for split in ("train", "test")))
         own = examine(pipeline, scorer, config)
+        for row in own:
+            write_document(describe(row, scorer), config.output_dir / f"{row.file}.scores.json")
         for row in own[:2]:
-            name = row.name.replace("/", "-") + ("" if row.interval == 1 else f"-N{row.interval}")
             shown, writer = enlarge(row.clips[:10], TILE), writer_of(pipeline.image_shape)
             for suffix, columns in ((".png", 1), (".gif", 5)):
-                writer.save(shown, config.output_dir / f"{name}{suffix}", columns, gap=2)
+                writer.save(shown, config.output_dir / f"{row.file}{suffix}", columns, gap=2)
         rows += own
     text = table(rows, scorer)
     with atomic_path(config.output_dir / "clips.md") as path:
@@ -184,4 +224,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, "clips_report.py"))
+    sys.exit(run(main, PROGRAM))

@@ -7,8 +7,6 @@ python scripts/digits_report.py --samples samples.npz --data-path /usr/share/dat
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -22,13 +20,17 @@ from PIL import Image
 
 from benchmarks.plotting import pyplot, save_figure, style
 from benchmarks.report import aligned
+from data.array_images import array_digest
 from data.pixels import grid
 from data.small import load_small
+from evaluator.report import read_protocol, write_document
 from evaluator.small import DIGITS, FASHION, SmallScorer, SmallScores, SmallSet
+from evaluator.small.report import scores_document
 from evaluator.small.sets import NUM_CLASSES, SPLITS
 from runtime.command_line import parse_config
+from runtime.download import sha256_of
 from runtime.errors import UserError, error_prefix, run
-from runtime.files import atomic_path, check_writable
+from runtime.files import check_writable
 from runtime.json_file import json_lines
 from runtime.settings import Values, setting
 
@@ -105,6 +107,20 @@ def read_samples(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int6
         raise UserError(f"--samples {path}: not a readable .npz of plain arrays") from error
 
 
+def describe(path: Path, scores: SmallScores, scorer: SmallScorer, protocol: object) -> Values:
+    """Describe the scores of a sample file in the form of the evaluator's results."""
+    of, size = scorer.of, {"image_size": scorer.of.image_size, "statistics": "computed"}
+    real, held_out = (array_digest(*split) for split in (scorer.train, scorer.test))
+    return scores_document(
+        scores,
+        of,
+        reference={"sha256": real, "images": len(scorer.train[0]), "held_out_sha256": held_out, **size},
+        samples={"path": str(path), "sha256": sha256_of(path), "images": scores.num_samples, **size},
+        protocol=protocol,
+        config={"set": of.name, "pr_precision": "float32", "manifold": of.manifold},
+    )
+
+
 def rows_by_class(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
     """The first few images of each class as one sheet (H, W), a row a class; white where there are too few."""
     tiles = np.full((NUM_CLASSES * TILES_PER_CLASS, TILE_SIZE, TILE_SIZE, 1), 255, np.uint8)
@@ -168,7 +184,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(ReportSettings, argv, program="digits_report.py", doc=__doc__)
     images, labels = read_samples(config.samples)
     metrics = read_metrics(config.run) if config.run else []
-    of = DIGITS if config.data_path is None else FASHION
+    of, protocol = DIGITS if config.data_path is None else FASHION, read_protocol(config.samples)
     picture = config.output_dir / f"{of.name}.png"
     check_writable(picture, "--output-dir")
     with error_prefix("--data-path"):
@@ -185,8 +201,7 @@ def main(argv: Sequence[str]) -> None:
     if metrics:
         pictures.append(config.output_dir / "loss.png")
         plot_loss(metrics, pictures[1])
-    with atomic_path(config.output_dir / "scores.json") as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(scores), indent=2) + "\n")
+    write_document(describe(config.samples, scores, scorer, protocol), config.output_dir / "scores.json")
 
     print(table(rows))
     print(f"(inception score {scores.inception_score:.2f}, precision {scores.precision:.3f})")

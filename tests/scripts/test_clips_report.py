@@ -1,5 +1,7 @@
 """The report of moving digits: its table, its pictures, and checkpoints of something else."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,14 @@ def test_every_interval_is_a_row_and_the_work_falls(folder: Path, tmp_path: Path
             assert animation.n_frames == 8
         with Image.open(tmp_path / "new" / f"{name}.png") as sheet:
             assert sheet.width > 8 * 64 and sheet.height > 10 * 64
+    document = json.loads((tmp_path / "new" / "Skip-Latte-digits-4-N2.scores.json").read_text())
+    assert f"{document['scores']['accuracy']:.3f}" == rows[3][4] and document["samples"]["clips_in_file"] == 10
+    protocol, path = document["protocol"], next((folder / "Skip-Latte").rglob("*.safetensors"))
+    assert protocol["checkpoint"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert protocol["checkpoint"]["model"] == "Skip-Latte-digits/4" and protocol["checkpoint"]["weights"].startswith(
+        "ema"
+    )
+    assert protocol["config"]["caching"]["cache_interval"] == 2 and protocol["config"]["num_sampling_steps"] == "4"
 
 
 def test_other_checkpoints_and_numbers_are_refused(tmp_path: Path, capsys) -> None:

@@ -1,9 +1,12 @@
+import hashlib
 import json
 
 import numpy as np
 import pytest
 
+from data.array_images import array_digest
 from data.digits import load_digits
+from evaluator.__main__ import main as evaluator
 from runtime.errors import run
 from scripts import digits_report
 
@@ -22,12 +25,39 @@ def report(*argv):
 
 def test_real_digits_are_recognised(samples, tmp_path, capsys):
     assert report("--samples", samples, "--output-dir", tmp_path / "out") == 0
-    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
     assert scores["accuracy"] > 0.98 and scores["nearest_ratio"] == 1
     assert scores["frechet_distance"] == pytest.approx(scores["frechet_distance_of_test"], rel=1e-5)
     shown = " ".join(capsys.readouterr().out.split())
     assert "| recognised by an independent classifier | 0.992 | >= 0.97 | met | 0.992 |" in shown
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["digits.png", "scores.json"]
+
+
+def test_scores_have_the_form_of_the_evaluators_with_their_protocol(samples, tmp_path, capsys):
+    """Read by `evaluator compare`, which finds what differs."""
+    documents = []
+    for name, count in (("few", 40), ("all", 500)):
+        with np.load(samples) as file:
+            np.savez(tmp_path / f"{name}.npz", file["arr_0"][:count], file["arr_1"][:count])
+        if name == "all":
+            (tmp_path / "all.json").write_text('{"config": {"num_sampling_steps": "25"}}')
+        assert report("--samples", tmp_path / f"{name}.npz", "--output-dir", tmp_path / name) == 0
+        documents.append(json.loads((tmp_path / name / "scores.json").read_text()))
+    few, everything = documents
+    assert everything["protocol"] == {"config": {"num_sampling_steps": "25"}} and few["protocol"] is None
+    digest = hashlib.sha256((tmp_path / "all.npz").read_bytes()).hexdigest()
+    assert everything["samples"]["sha256"] == digest and everything["samples"]["images"] == 500
+    assert everything["reference"]["sha256"] == array_digest(*load_digits("train"))
+    assert everything["scores"].keys() == everything["meanings"].keys()
+    assert len(everything["warnings"]) == 1 and "not FID" in everything["warnings"][0]
+    assert few["warnings"][1].startswith("40 samples are too few") and "settings" in few["warnings"][2]
+    capsys.readouterr()
+    assert run(evaluator, "evaluator", ["compare", *(str(tmp_path / name / "scores.json") for name in ("few", "all"))])
+    shown = capsys.readouterr()
+    assert "frechet_distance: " in shown.out and "(not comparable: number of images)" in shown.out
+    assert "nearest_ratio" in shown.err
+    same = str(tmp_path / "all" / "scores.json")
+    assert run(evaluator, "evaluator", ["compare", same, same]) == 0 and "not comparable" not in capsys.readouterr().out
 
 
 def test_copies_of_one_digit_miss_the_goals(tmp_path, capsys):

@@ -39,8 +39,9 @@ def test_a_wrong_setting_is_one_line(tmp_path):
 def test_full_quickstart_meets_all_goals_at_once(tmp_path):
     done = quickstart(tmp_path)
     assert done.returncode == 0, done.stderr
-    scores = json.loads((tmp_path / "out with space" / "scores.json").read_text())
-    assert scores["num_samples"] == 1000
+    document = json.loads((tmp_path / "out with space" / "scores.json").read_text())
+    scores = document["scores"]
+    assert document["samples"]["images"] == 1000
     assert scores["accuracy"] >= 0.97
     assert scores["frechet_distance"] <= scores["frechet_distance_of_test"]
     assert scores["recall"] >= 0.85
