@@ -51,6 +51,8 @@ def float32_linear(layer: nn.Linear, x: Tensor) -> Tensor:
 class WidthRouter(nn.Module):
     """Gates of groups of heads or channels by timestep; one linear map, one level down as in the official names."""
 
+    needs_float32 = True
+
     def __init__(self, width: int, outputs: int, groups: int) -> None:
         super().__init__()
         self.always_on = groups - outputs
@@ -65,6 +67,8 @@ class WidthRouter(nn.Module):
 
 class TokenRouter(nn.Module):
     """Gates of tokens by their content: linear, ReLU, linear."""
+
+    needs_float32 = True
 
     def __init__(self, width: int) -> None:
         super().__init__()

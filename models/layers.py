@@ -73,6 +73,16 @@ def timestep_features(
     return functional.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
 
 
+def exact_parameters(block: nn.Module) -> list[nn.Parameter]:
+    """Parameters that autocast does not round: all but those of linear maps and convolutions that it reaches.
+
+    Modules that compute in float32 under any autocast have an attribute `needs_float32`.
+    """
+    exact = {part for module in block.modules() if hasattr(module, "needs_float32") for part in module.modules()}
+    modules = [module for module in block.modules() if module in exact or not isinstance(module, nn.Linear | nn.Conv2d)]
+    return [parameter for module in modules for parameter in module.parameters(recurse=False)]
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Return a context without autocast on the device of x."""
     device = x.device.type

@@ -7,7 +7,7 @@ precision. Blocks are not compiled there; compiled ones keep less.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.data import default_collate
 
 from data import conditioning
+from models.layers import exact_parameters
 from runtime.devices import choose_device
 from runtime.distributed import World
 from runtime.errors import is_first
@@ -22,6 +23,7 @@ from runtime.given import Given
 from runtime.launch import machine_size, world_size
 from runtime.live_memory import LiveMemory
 from training.config import TrainSettings
+from training.parallel import gathered_precision
 from training.setup import Setup, set_up
 from training.trainer import micro_batches, recompute_activations
 
@@ -69,27 +71,30 @@ def predict_memory(setup: Setup, world: World, fake: FakeTensorMode) -> dict[str
 def divide(setup: Setup, memory: Mapping[str, int], holders: int) -> dict[str, int]:
     """Parts of `predict_memory` where so many processes hold weights, average, gradients and optimizer together.
 
-    "gathered" is new: the outermost part, two blocks (one in use, one on its way), and the whole gradient of one.
+    "gathered" is new: the outermost part, two blocks (one in use, one on its way) in the precision of autocast, and the
+    whole gradient of one in float32.
     """
     if holders == 1:
         return {**memory, "gathered": 0}
-    own = list(setup.loss.parameters())
-    blocks = [_part(block.parameters(), 1) for block in setup.network.blocks]
+    own, lower = list(setup.loss.parameters()), gathered_precision(setup.loss)
+    exact = set[Tensor]() if lower is None else {p for block in setup.network.blocks for p in exact_parameters(block)}
+    blocks = [_part(set(block.parameters()) - exact, 1) for block in setup.network.blocks]
     parts = {
-        "weights": _part(own, holders),
-        "averaged weights": _part(setup.network.parameters(), holders),
-        "gradients": _part((p for p in own if p.requires_grad), holders),
+        "weights": _part(own, holders, exact),
+        "averaged weights": _part(setup.network.parameters(), holders, exact),
+        "gradients": _part((p for p in own if p.requires_grad), holders, exact),
     }
     whole = memory["gradients"]
     parts["optimizer"] = round(memory["optimizer"] * parts["gradients"] / whole) if whole else 0
-    gathered = memory["weights"] - sum(blocks) + 3 * max(blocks, default=0)
+    size = 1.0 if lower is None else lower.itemsize / torch.float32.itemsize
+    gathered = memory["weights"] - sum(blocks) - _part(exact, 1) + round((2 * size + 1) * max(blocks, default=0))
     freed = sum(memory[name] - count for name, count in parts.items())
     return {**memory, **parts, "gathered": gathered, "peak": memory["peak"] - freed + gathered}
 
 
-def _part(tensors: Iterable[Tensor], holders: int) -> int:
+def _part(tensors: Iterable[Tensor], holders: int, whole: Collection[Tensor] = ()) -> int:
     """Bytes of a process's part of tensors, the first and largest: rows are divided, and padded to equal numbers."""
-    return sum(-(-len(tensor) // holders) * tensor[:1].nbytes for tensor in tensors)
+    return sum(t.nbytes if t in whole else -(-len(t) // holders) * t[:1].nbytes for t in tensors)
 
 
 def _rows(example: Tensor, count: int) -> Tensor:

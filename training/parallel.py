@@ -22,6 +22,7 @@ from torch.nn.utils import get_total_norm
 from diffusion.loss import DiffusionLoss
 from models import Network
 from models.blank import has_other_tensors, without_values
+from models.layers import exact_parameters
 from runtime import distributed
 from runtime.checkpoint import check_weights, load_weights
 from runtime.groups import check_stored
@@ -62,8 +63,13 @@ class Parallel(Protocol):
     def backward(self, *, last: bool) -> AbstractContextManager[None]:
         """Context of forward and backward pass of a micro-batch; gradients are averaged over processes in the last."""
 
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Norm of the gradient, a scalar that is equal everywhere, from this process's parts."""
+    def norm(self, parts: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
+        """Norm of the gradient, a scalar that is equal everywhere; averages the gradients of parameters that are whole.
+
+        Args:
+            parts: This process's parts of gradients.
+            whole: Gradients of parameters that are not divided.
+        """
 
 
 class Replicated:
@@ -113,15 +119,20 @@ class Replicated:
         """Context without communication in all but the last micro-batch."""
         return nullcontext() if last or self._wrapped is None else self._wrapped.no_sync()
 
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+    def norm(self, parts: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
         """Norm of all gradients, which are averaged already."""
-        return get_total_norm(gradients)
+        return get_total_norm([*parts, *whole])
 
 
 class Sharded:
     """A part of every tensor on each process (FSDP2), block by block.
 
     Only rank 0 builds the network with values, in host memory; the others receive their parts of it.
+
+    Under autocast a block's weights are gathered in its precision, which halves the traffic and changes no result: they
+    would be rounded anyway. Parameters that autocast does not round, such as the scales of norms, are few, and
+    whole on every process. Where a step has several forward passes, weights are gathered in float32: the gradients of
+    the passes would be added in low precision.
 
     Args:
         device: Device of this process.
@@ -163,26 +174,31 @@ class Sharded:
     def place(self, loss: DiffusionLoss) -> Network:
         """Divide the network's blocks one by one, then the rest of the loss; on the device one of them is whole."""
         self._roots = list(loss.children())
-        average = _outline(loss.network)
+        average, lower = _outline(loss.network), gathered_precision(loss)
         for root in self._roots:
-            self._shard(root, lambda tensor: receive(tensor, _empty(tensor, self._device)))
-        self._shard(average, lambda tensor: _empty(tensor, self._device))
+            self._shard(root, lambda tensor: receive(tensor, _empty(tensor, self._device)), lower)
+        self._shard(average, lambda tensor: _empty(tensor, self._device), lower)
         for own, source in zip(average.state_dict().values(), loss.network.state_dict().values(), strict=True):
             local(own).copy_(local(source))
         return average
 
-    def _shard(self, root: nn.Module, fill: Callable[[Tensor], Tensor]) -> None:
-        from torch.distributed.fsdp import fully_shard
+    def _shard(self, root: nn.Module, fill: Callable[[Tensor], Tensor], lower: torch.dtype | None) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        done: set[nn.Module] = set()
         for part in [*getattr(root, "blocks", ()), root]:
-            for module in part.modules():
+            for module in [each for each in part.modules() if each not in done]:
                 for name, parameter in module.named_parameters(recurse=False):
-                    if not is_divided(parameter):  # as those of the blocks are when the root follows
-                        setattr(module, name, nn.Parameter(fill(parameter.data), parameter.requires_grad))
+                    setattr(module, name, nn.Parameter(fill(parameter.data), parameter.requires_grad))
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, fill(buffer))
+            done |= set(part.modules())
+            policy, kept = MixedPrecisionPolicy(), set[nn.Parameter]()
+            if part is not root and lower is not None:
+                policy = MixedPrecisionPolicy(lower, torch.float32, cast_forward_inputs=False)
+                kept = set(exact_parameters(part))
             # Also the outermost part, which FSDP keeps whole otherwise: the average changes between two evaluations
-            fully_shard(part, mesh=self._mesh, reshard_after_forward=True)
+            fully_shard(part, mesh=self._mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=kept)
 
     def wrap(self, loss: DiffusionLoss) -> nn.Module:
         """The loss itself: its parts average gradients."""
@@ -219,12 +235,23 @@ class Sharded:
             root.set_requires_gradient_sync(last)  # type: ignore[operator]  # of what `fully_shard` makes of it
         yield
 
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Norm of all parts, in float64 between processes."""
-        norm = get_total_norm(gradients)
+    def norm(self, parts: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
+        """Norm of all parts, in float64 between processes; one operation averages what is whole."""
+        if whole:
+            mean = distributed.mean_over_ranks(torch.cat([gradient.flatten() for gradient in whole]))
+            for gradient, values in zip(whole, mean.split([gradient.numel() for gradient in whole]), strict=True):
+                gradient.copy_(values.view_as(gradient))
+        norm = get_total_norm(parts)
         squares = norm.double().square()
         dist.all_reduce(squares, group=self._mesh["shard"].get_group())
+        if whole:
+            squares += get_total_norm(whole).double().square()
         return squares.sqrt().to(norm.dtype)
+
+
+def gathered_precision(loss: DiffusionLoss) -> torch.dtype | None:
+    """Precision in which the weights of blocks are gathered; None is their own."""
+    return loss.autocast if loss.passes(0) == 1 else None
 
 
 def _empty(tensor: Tensor, device: torch.device) -> Tensor:

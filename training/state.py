@@ -69,13 +69,16 @@ class TrainingState:
         self.optimizer = setup.optimizer.make(self.trained.values(), optimization.lr)
         self.ema = EMA(self.network, optimization.ema_decay, ramp=optimization.ema_ramp, average=average)
 
-    def collect_gradients(self) -> list[Tensor]:
-        """Hand the gradients of a step to the tensors that the optimizer steps on, and return them."""
+    def collect_gradients(self) -> Tensor:
+        """Hand the gradients of a step to the tensors that the optimizer steps on; returns their norm, a scalar."""
+        parts, whole = list[Tensor](), list[Tensor]()
         for name, trained in self.trained.items():
             parameter = self._parameters[name]
             if trained is not parameter and parameter.grad is not None:
                 trained.grad, parameter.grad = local(parameter.grad), None
-        return [trained.grad for trained in self.trained.values() if trained.grad is not None]
+            if trained.grad is not None:
+                (whole if trained is parameter else parts).append(trained.grad)
+        return self._parallel.norm(parts, whole)
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """The state as named tensors, divided ones as such."""

@@ -185,7 +185,7 @@ class Trainer:
                 (losses["loss"].mean() / len(pieces)).backward()
             seen.append(losses)
         losses = {name: torch.cat([piece[name].detach() for piece in seen]) for name in seen[0]}
-        grad_norm = self.setup.parallel.norm(state.collect_gradients())
+        grad_norm = state.collect_gradients()
         self.meter.add(losses)
         if self.guard.drops(grad_norm):
             return grad_norm

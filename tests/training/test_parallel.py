@@ -70,6 +70,27 @@ def compare(folder: Path, family: str, strategies: Sequence[str], ranks: int, do
             assert several["held"].tolist() == pytest.approx([predicted] * ranks, rel=0.1), (family, strategy)
 
 
+# Weights are gathered in float32, and autocast rounds them where they are used
+GATHERED_IN_FLOAT32 = """
+from training.parallel import Sharded
+shard = Sharded._shard
+Sharded._shard = lambda self, root, fill, lower: shard(self, root, fill, None)
+"""
+
+
+def under_autocast(folder: Path, families: Sequence[str], fault: str = "") -> dict[str, dict[str, Tensor]]:
+    """Results of each family in bf16, divided over two ranks."""
+    folder.mkdir()
+    fsdp = ["--precision", "bf16", *SHARDED["fsdp"]]
+    more = {"DyDiT": ["--complete-loss-steps", "0"]}  # one forward pass a step, as of the others
+    cases = [
+        {"name": family, "argv": [*flags(family), *fsdp, *more.get(family, [])], "double": False} for family in families
+    ]
+    done = run_ranks("tests/parallel_steps.py", str(folder), json.dumps(cases), folder=folder, fault=fault)
+    assert done.returncode == 0, done.stderr
+    return {family: load_file(folder / f"{family}.safetensors") for family in families}
+
+
 def predicted_bytes(family: str, holders: int) -> int:
     """Weights, average and moments of a process in float32, as the dry run predicts them."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -80,6 +101,16 @@ def predicted_bytes(family: str, holders: int) -> int:
 
 def test_sharded_processes_train_as_one_does_in_float64(tmp_path: Path) -> None:
     compare(tmp_path, "DiT", ["fsdp"], 2, [True])
+
+
+@pytest.mark.parametrize("families", [["DDT"], pytest.param(list(models.FAMILIES), marks=pytest.mark.slow)])
+def test_weights_gathered_in_the_precision_of_autocast_change_no_bit(tmp_path: Path, families: list[str]) -> None:
+    rounded = under_autocast(tmp_path / "rounded", families)
+    for family, exact in under_autocast(tmp_path / "float32", families, GATHERED_IN_FLOAT32).items():
+        for name, tensor in exact.items():
+            if name not in ("norms", "held"):
+                assert torch.equal(rounded[family][name], tensor), (family, name)
+        torch.testing.assert_close(rounded[family]["norms"], exact["norms"], rtol=1e-6, atol=0)
 
 
 def test_runs_go_on_under_another_strategy_from_one_file(tmp_path: Path) -> None:
@@ -116,20 +147,36 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from diffusion import PROCESSES
 from diffusion.loss import Batch, DiffusionLoss
 from models import create_model
 from training.parallel import Sharded
 
+class Gathered(TorchDispatchMode):
+    total = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if "allgather" in str(operation):
+            self.total += args[0].nbytes
+        return operation(*args, **(kwargs or {}))
+
 dist.init_process_group("fake", rank=1, world_size=8, store=FakeStore())
-with torch.device("meta"):
-    network = create_model("DiT-XL/2", sample_shape=(4, 2, 2))
-loss, strategy = DiffusionLoss(network, PROCESSES["gaussian"]().make(True)), Sharded(torch.device("cpu"), 8)
-strategy.place(loss)
-batch = Batch(torch.randn(1, 4, 2, 2), {"y": torch.tensor([1])}, torch.arange(1))
-with CommDebugMode() as mode, strategy.backward(last=True):
-    loss(batch, loss.draw(0, 1), 0, {})["loss"].mean().backward()
-print({str(operation): count for operation, count in mode.get_comm_counts().items()})
+found = {}
+for autocast in (None, torch.bfloat16):
+    with torch.device("meta"):
+        network = create_model("DiT-XL/2", sample_shape=(4, 2, 2))
+    loss = DiffusionLoss(network, PROCESSES["gaussian"]().make(True), autocast=autocast)
+    blocks = sum(parameter.numel() for block in network.blocks for parameter in block.parameters())
+    rest = sum(parameter.numel() for parameter in network.parameters()) - blocks
+    strategy = Sharded(torch.device("cpu"), 8)
+    strategy.place(loss)
+    batch = Batch(torch.randn(1, 4, 2, 2), {"y": torch.tensor([1])}, torch.arange(1))
+    with CommDebugMode() as mode, Gathered() as gathered, strategy.backward(last=True):
+        loss(batch, loss.draw(0, 1), 0, {})["loss"].mean().backward()
+    counts = {str(operation): count for operation, count in mode.get_comm_counts().items()}
+    found[str(autocast)] = counts, gathered.total, blocks, rest
+print(found)
 """
 
 
@@ -139,10 +186,10 @@ def test_a_block_of_xl_is_gathered_twice_and_its_gradient_reduced_once(tmp_path:
     done = run_script(tmp_path / "count.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     units = 28 + 1  # blocks, and the rest of the network
-    assert ast.literal_eval(done.stdout) == {
-        "c10d._allgather_base_": 2 * units,
-        "c10d._reduce_scatter_base_": units,
-    }
+    for autocast, (counts, gathered, blocks, rest) in ast.literal_eval(done.stdout).items():
+        assert counts == {"c10d._allgather_base_": 2 * units, "c10d._reduce_scatter_base_": units}
+        size = 2 if "bfloat16" in autocast else 4  # bytes a weight; those outside of blocks are float32
+        assert gathered == pytest.approx(2 * (size * blocks + 4 * rest), rel=1e-3)  # rows are padded
 
 
 def test_mistakes_are_one_line(
