@@ -20,12 +20,14 @@ from runtime.licences import licence_to_publish
 from runtime.pretrained import ENCODER, SHARD_SIZE, write_weights
 from runtime.weight_files import weights_sha256
 from sampling.bundle import write_bundle
-from sampling.cards import CARD, CardContent, model_card, without_places
+from sampling.card_scores import check_scores
+from sampling.card_text import without_places
+from sampling.cards import CARD, CardContent, model_card
 from sampling.resolution import preset_of
 
 SOURCES = "sources"  # member of a document: the files that the weights are from, the last one first
 # Members of a checkpoint's document that describe how the weights came about
-HISTORY = ("step", "loss", "optimizer", "averages", "train", "text", "draws")
+HISTORY = ("step", "updates", "loss", "optimizer", "averages", "train", "text", "draws")
 
 
 def document_of(
@@ -113,6 +115,8 @@ def save_folder(
     for picture in (*card.pictures, *card.curves):
         if not picture.is_file():
             raise UserError(f"pictures {picture}: no such file")
+    for file, scores in card.scores.items():
+        check_scores(scores, document, f"{'--' * flag.startswith('--')}scores {file}")
 
     def write(inside: Path) -> None:
         if for_diffusers:
@@ -163,7 +167,7 @@ def push(
     check_repository(repository, update=update, flag=flag)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "weights"
-        save_folder(folder, network, info, encoder, licence=licence, name=repository, **options)
+        save_folder(folder, network, info, encoder, licence=licence, name=repository, flag=flag, **options)
         return push_folder(folder, repository, private=private, flag=flag)
 
 

@@ -23,7 +23,9 @@ from runtime.errors import run
 from runtime.hub import check_repository
 from runtime.pretrained import SHARD_SIZE
 from runtime.settings import setting
-from sampling.cards import read_losses, read_scores
+from sampling.card_recipe import untrained
+from sampling.card_scores import read_scores
+from sampling.cards import read_losses
 from sampling.pipeline import Pipeline
 
 METRICS = "metrics.jsonl"
@@ -98,9 +100,14 @@ def publish(config: PublishSettings, scratch: Path) -> str:
         known["curves"] = (draw_losses(losses, scratch / "loss.png"),)
     known |= {"shard_size": config.shard_size, "for_diffusers": config.for_diffusers}
     if config.output is not None:
-        return str(pipeline.save_pretrained(config.output, flag="--output", **known))
-    assert config.repo is not None
-    return pipeline.push_to_hub(config.repo, private=config.private, update=config.update, flag="--repo", **known)
+        place = str(pipeline.save_pretrained(config.output, flag="--output", **known))
+    else:
+        assert config.repo is not None
+        options = {"private": config.private, "update": config.update, "flag": "--repo"}
+        place = pipeline.push_to_hub(config.repo, **options, **known)
+    if (line := untrained({**(pipeline.info.meta or {}), "weights": pipeline.info.weights})) is not None:
+        print(f"publish.py: warning: {line}; --weights model has others", file=sys.stderr)
+    return place
 
 
 def main(argv: Sequence[str]) -> None:

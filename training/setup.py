@@ -20,6 +20,7 @@ from diffusion import PREVIEW_SAMPLER, make_sampler
 from diffusion.loss import DiffusionLoss, row_noise
 from diffusion.sampling import Sampler
 from models import Network
+from runtime.averages import average_warning
 from runtime.devices import slow_bf16
 from runtime.documents import document, to_dict
 from runtime.errors import UserError, error_prefix
@@ -127,13 +128,15 @@ class Setup:
             lines.append(slow)
         if text_of(self.dataset) and self.network.conditioning and not self.loss.dropout_prob:
             lines.append("--caption-dropout-prob 0: guidance needs unconditional rows, and none are trained")
-        untrained = optimization.ema_decay**self.total_steps
-        if untrained > 0.05 and not optimization.ema_ramp:
-            first = "untrained weights" if self.config.run.init_from is None else "weights it started from"
-            lines.append(
-                f"at --ema-decay {optimization.ema_decay} the average still holds {untrained:.0%} of the {first} at "
-                "the end; add --ema-ramp, or sample with --weights model"
-            )
+        average = average_warning(
+            optimization.ema_decay,
+            self.total_steps,
+            ramp=optimization.ema_ramp,
+            from_weights=self.config.run.init_from is not None,
+            when="at the end",
+        )
+        if average is not None and not optimization.ema_ramp:
+            lines.append(f"{average}; add --ema-ramp, or sample with --weights model")
         return lines
 
 

@@ -12,7 +12,7 @@ from runtime.settings import Values
 
 FORMAT = 2  # of the evaluator's results
 ENOUGH = 500  # samples; as many held-out digits have the distance that is the goal
-NOT_FID = "the networks of these scores are small ones in this code: not FID, and comparable with their like alone"
+NOT_FID = "these scores are of small networks that come with this code: not FID, comparable only with their own kind"
 MEANINGS = {
     "accuracy": "share of samples that an independent classifier takes for the class that was asked for",
     "frechet_distance": "to the training split, in features of a small network; 0 is best",

@@ -14,7 +14,8 @@ from models.loading import resolve_checkpoint
 from runtime.errors import UserError
 from runtime.groups import save_checkpoint
 from runtime.pretrained import pretrained_folder
-from sampling.cards import read_losses, read_scores
+from sampling.card_scores import read_scores
+from sampling.cards import read_losses
 from sampling.pipeline import Pipeline
 from tests.checkpoints import write_network
 from tests.digits_checkpoints import save_digits_checkpoint
@@ -160,13 +161,32 @@ def test_a_card_says_what_is_known(tmp_path: Path) -> None:
     folder = opened(path).save_pretrained(tmp_path / "saved", licence="apache-2.0", name="me/digits", **known)
     card = (folder / "README.md").read_text()
     for line in [
-        "license: apache-2.0", "# digits", 'Pipeline.from_pretrained("me/digits")', "| lr | 0.002 |", "| fid | 2.27 |",
+        "license: apache-2.0", "# digits", 'Pipeline.from_pretrained("me/digits")', "| fid | 2.27 |",
+        "| learning rate | 0.002, constant, 0 steps of warm-up |", "from which weights is not recorded",
         '"reference": "ref.npz"', '"count": 50000', "| 1 | 1.5 |", "| 2 | 0.25 |", "![samples](grid.png)",
         "![loss](loss.png)", "one of 10 classes", "725,380 parameters", "| samples | 1,297 |",
         "These weights: apache-2.0.",
     ]:  # fmt: skip
         assert line in card, line
     assert str(tmp_path) not in card and (folder / "grid.png").read_bytes() == b"picture"
+
+
+def test_a_recipe_says_what_decides_the_result_and_hides_what_does_not(tmp_path: Path) -> None:
+    path = save_digits_checkpoint(tmp_path / "a.safetensors", "DiT-digits/2", seed=3)
+    card = (opened(path).save_pretrained(tmp_path / "saved") / "README.md").read_text()
+    recipe, folded = card[card.index("## Recipe") : card.index("## Data")].split("<details>")
+    for line in ["| seed | 3 |", "| precision, device | float32, on cpu |", "| labels dropped, for guidance | 10% |",
+                 "prediction epsilon, loss weight constant |", "weight decay 0 |"]:  # fmt: skip
+        assert line in recipe, line
+    for noise in ("num_workers", "dist", "epochs", "parallel", "route", "None", "gamma", "null"):
+        assert noise not in recipe, noise
+    assert '"num_workers": 0' in folded
+    assert "scikit-learn's 8 x 8 handwritten digits" in card
+    digest = resolve_checkpoint(path)[0].meta["data"]["digest"]  # type: ignore[index]
+    assert f"| fingerprint | SHA-256 `{digest[:12]}...`" in card
+    assert "still holds 100% of the untrained weights after 1 updates" in card
+    trained = save_digits_checkpoint(tmp_path / "b.safetensors", "DiT-digits/2", ema_decay=0.01)
+    assert "still holds" not in (opened(trained).save_pretrained(tmp_path / "other") / "README.md").read_text()
 
 
 def test_a_card_without_scores_says_so(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Publishing to a stand-in of the hub, by the hub's own client, and loading from there in another process."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sample_ddp
 from runtime.errors import run
+from runtime.groups import read_groups, save_checkpoint
 from sampling.pipeline import Pipeline
-from scripts import publish
+from scripts import digits_report, publish
 from tests.digits_checkpoints import save_digits_checkpoint
 from tests.hub_server import TOKEN, Hub, Repository, serving
 from tests.processes import ROOT
@@ -22,6 +25,8 @@ OURS = b'{"dit_family": {"model": {"name": "DiT-digits/2"}}}'
 PUBLISHING = """
 import json, os, sys
 from runtime.errors import run
+from runtime.groups import read_groups, save_checkpoint
+from runtime.groups import read_groups, save_checkpoint
 from scripts import publish
 
 statuses = []
@@ -156,3 +161,90 @@ def test_a_folder_is_saved_with_a_card(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == f"Wrote {tmp_path / 'saved'}\n"
     card = (tmp_path / "saved/README.md").read_text()
     assert "| fid | 3.5 |" in card and "These weights: unknown." in card
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real scores, from the samples to the card
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint, and scores of its samples, by the commands of the documentation."""
+    folder = tmp_path_factory.mktemp("scored")
+    path = save_digits_checkpoint(folder / "run/checkpoints/0000001.safetensors", "DiT-digits/2", ema_decay=0.5)
+    groups, meta = read_groups(path, list)
+    assert meta is not None
+    save_checkpoint(path, {**groups, "model": {name: -tensor for name, tensor in groups["ema-0.5"].items()}}, meta)
+    sampling = "--num-fid-samples 20 --sampler ddim --num-sampling-steps 3 --cfg-scale 1.25 --global-seed 7".split()
+    output = ["--output", str(folder / "samples.npz"), "--guidance-interval", "100", "900", "--balanced-labels"]
+    assert run(sample_ddp.main, "sample_ddp.py", ["--ckpt", str(path), "--device", "cpu", *sampling, *output]) == 0
+    report = ["--samples", str(folder / "samples.npz"), "--output-dir", str(folder / "report")]
+    assert run(digits_report.main, "digits_report.py", report) == 0
+    return path, folder / "report" / "scores.json"
+
+
+def cells(card: str) -> dict[str, str]:
+    """Cells of the tables of a card by the first of their line."""
+    lines = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| ")]
+    return {line[0]: line[1] for line in lines if len(line) > 1}
+
+
+def test_a_card_has_every_score_and_setting_of_the_samples(
+    scored: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, scores = scored
+    argv = ["--ckpt", str(path), "--output", str(tmp_path / "a"), *LICENSE, "--scores", str(scores)]
+    assert run(publish.main, "publish.py", argv) == 0
+    err = capsys.readouterr().err
+    assert err == (
+        "publish.py: warning: at --ema-decay 0.5 the average still holds 50% of the untrained weights after 1 updates; "
+        "--weights model has others\n"
+    )
+    card, document = (tmp_path / "a/README.md").read_text(), json.loads(scores.read_text())
+    shown, config, checkpoint = cells(card), document["protocol"]["config"], document["protocol"]["checkpoint"]
+    assert {name: shown[name] for name in document["scores"]} == {
+        name: f"{value:.6g}" for name, value in document["scores"].items()
+    }
+    reference, samples = document["reference"], document["samples"]
+    assert shown["samples"].startswith(f"{samples['images']}, ") and "1,297 samples" in shown["reference"]
+    assert reference["sha256"][:12] in shown["its digest"] and reference["sha256"][:12] in shown["fingerprint"]
+    for part in (checkpoint["sha256"][:12], "step 1", "ema-0.5", "0000001.safetensors"):
+        assert part in card[card.index("## Scores") :].partition("| weights | ")[2].partition("\n")[0]
+    assert checkpoint["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert shown["sampler"].startswith(config["sampler"]["name"]) and shown["steps"] == config["num_sampling_steps"]
+    assert float(shown["guidance scale"]) == config["guidance"]["cfg_scale"] == 1.25
+    assert shown["guidance interval"] == "timesteps 100 900" and config["guidance"]["guidance_interval"] == [100, 900]
+    assert shown["labels"] == "every class equally often" and config["job"]["balanced_labels"]
+    assert shown["seed of noise and labels"] == str(config["job"]["global_seed"]) == "7"
+    assert shown["precision of sampling"] == "float32, on cpu"
+    assert document["network"]["weights_sha256"][:12] in shown["evaluator's network"]
+    assert "> **Warning:** 20 samples are too few" in card
+    whole = card[card.index("The whole document") :].partition("```json\n")[2].partition("\n```")[0]
+    assert json.loads(whole)["scores"] == document["scores"] and str(path.parent) not in card
+
+
+def test_scores_follow_weights_through_folders_and_no_further(
+    scored: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the published folder as of the checkpoint; not of other weights, or another set in the same file."""
+    path, scores = scored
+    given = [*LICENSE, "--scores", str(scores)]
+    assert run(publish.main, "publish.py", ["--ckpt", str(path), "--output", str(tmp_path / "a"), *LICENSE]) == 0
+    copied = ["--ckpt", str(tmp_path / "a"), "--output", str(tmp_path / "b"), *given]
+    assert run(publish.main, "publish.py", copied) == 0
+    sampling = "--num-fid-samples 20 --num-sampling-steps 2 --device cpu --output".split()
+    again = ["--ckpt", str(tmp_path / "a"), *sampling, str(tmp_path / "again.npz")]
+    assert run(sample_ddp.main, "sample_ddp.py", again) == 0
+    report = ["--samples", str(tmp_path / "again.npz"), "--output-dir", str(tmp_path)]
+    assert run(digits_report.main, "digits_report.py", report) == 0
+    later = [*LICENSE, "--scores", str(tmp_path / "scores.json")]
+    assert run(publish.main, "publish.py", ["--ckpt", str(path), "--output", str(tmp_path / "c"), *later]) == 0
+    other = save_digits_checkpoint(tmp_path / "other.safetensors", "DiT-digits/2", seed=5)
+    capsys.readouterr()
+    for argv, own in ((["--ckpt", str(other)], ""), (["--ckpt", str(path), "--weights", "model"], " (model)")):
+        assert run(publish.main, "publish.py", [*argv, "--output", str(tmp_path / "d"), *given]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            "publish.py: error: --scores scores.json: of 0000001.safetensors (DiT-digits/2, ema-0.5), not of these "
+            f"weights{own}"
+        )
+    assert not (tmp_path / "d").exists()
