@@ -29,7 +29,9 @@ PROGRAM = "app.py"
 class AppSettings:
     """Settings of app.py."""
 
-    ckpt: Path | None = setting(None, "checkpoint: ours, an official file, or the name of a released one")
+    ckpt: Path | None = setting(
+        None, "checkpoint: a file, a folder, the name of a released one, or owner/name[@revision] on the hub"
+    )
     compare: Path | None = setting(None, "another one, shown beside it with the same settings", shown="none")
     weights: str | None = setting(None, "weights of training checkpoints: ema, model, ...", shown="ema")
     vae: str | None = setting(None, "autoencoder: ema, mse, a local folder, or none", shown="the checkpoint's")

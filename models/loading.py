@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models import FAMILIES, Network, family_of, list_models, model_config
+from models import Network, family_of, model_config
 from models.blank import blank_model
 from models.contract import TimeConvention
 from models.diffusers_format import from_diffusers, is_diffusers
 from models.frame_positions import FramePositions
 from models.recognise import check_conditional, check_family, describe_unknown, recognise, recognised_name
+from models.sources import locate
 from models.transfer import LABEL_TABLE, fit_frames, without_variance
-from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
-from runtime.download import obtain
 from runtime.errors import UserError, error_prefix
-from runtime.hub import fetch_repository, is_repository
 from runtime.licences import Origin, origin_of
-from runtime.releases import Preset, Release, close_names, find_release, release_of_model
-from runtime.stores import fetch, parse_path
+from runtime.releases import Preset, Release, find_release
 
 # Files of SiT have DiT's names and shapes, and another process
 SIT_NAME = re.compile(r"(?<![a-z])sit(?![a-z])", re.IGNORECASE)
@@ -54,6 +50,7 @@ class CheckpointInfo:
         meta: JSON document of our own files, in format 2.
         time_convention: Units of the network's times, where they are not those of its family.
         notes: What was found in a file of other code, and how its model and process were guessed.
+        repository: "owner/name@commit" of weights from the hub.
     """
 
     path: Path
@@ -71,6 +68,12 @@ class CheckpointInfo:
     meta: Mapping[str, Any] | None = None
     time_convention: TimeConvention | None = None
     notes: tuple[str, ...] = ()
+    repository: str | None = None
+
+    @property
+    def file(self) -> str:
+        """Name of the file or folder, or "owner/name" of a repository."""
+        return self.path.name if self.repository is None else self.repository.partition("@")[0]
 
     @property
     def is_foreign(self) -> bool:
@@ -80,7 +83,7 @@ class CheckpointInfo:
     @property
     def origin(self) -> Origin | None:
         """Published weights that these are, or were trained from; None for the user's own."""
-        return origin_of(self.path if self.release is None else Path(self.release.file), self.meta)
+        return origin_of(self.path if self.release is None else Path(self.release.file), self.meta, self.repository)
 
 
 def load_network(
@@ -98,7 +101,7 @@ def load_network(
 
     Args:
         source: A file (ours or an official one), a folder of `Pipeline.save_pretrained`, the name of a release, or of a
-            model with one release, or "owner/name" on the Hugging Face hub.
+            model with one release, or "owner/name" or "owner/name@revision" on the Hugging Face hub.
         weights: "model", "ema" for the file's average, or the name of one of several averages ("ema-0.9999").
         model: Name in the registry, for foreign files that are not recognised by names and shapes.
         device: Device of the network.
@@ -142,7 +145,7 @@ def resolve_checkpoint(
     if model is not None:
         with error_prefix(f"--model {model}"):
             family_of(model)
-    path, release = _locate(source, Path(download_dir), flag)
+    path, release, repository = locate(source, Path(download_dir), flag)
     checkpoint = read_checkpoint(path, weights, flag)
     actual = None if release is None else release.model
     if checkpoint.meta is not None:
@@ -155,8 +158,9 @@ def resolve_checkpoint(
             raise UserError(f"--process {process}: {flag} {source} was trained under {info.process!r}")
         if network_times is not None:
             raise UserError(f"--network-times {network_times}: has no effect on {flag} {source}, which knows its own")
-        return info, checkpoint.weights
-    return _foreign_info(path, checkpoint, release, model, f"{flag} {source}", process, network_times)
+        return replace(info, repository=repository), checkpoint.weights
+    info, tensors = _foreign_info(path, checkpoint, release, model, f"{flag} {source}", process, network_times)
+    return replace(info, repository=repository), tensors
 
 
 def build_network(
@@ -197,36 +201,6 @@ def _other_labels(info: CheckpointInfo, by_flag: bool) -> str:
         return "leave out --num-classes, or choose another file"
     kind = "class-conditional" if info.release.config.get("num_classes", 1) else "unconditional"
     return f"by its name the file is the release {info.release.name}, which is {kind}: give that one, or rename this"
-
-
-def _locate(source: str | Path, folder: Path, flag: str) -> tuple[Path, Release | None]:
-    """Find the file of a source, downloaded if it is a release that is not here yet."""
-    path, name = fetch(parse_path(source), flag), str(source)
-    if path.exists():
-        return path, find_release(path.name)
-    release = find_release(name)
-    if release is None and name in list_models():
-        release = release_of_model(name, None, FAMILIES)
-    if release is None and is_repository(path, list_models()):
-        return once_per_node(lambda: fetch_repository(name, flag)), None
-    if release is None:
-        close = close_names(name, FAMILIES)
-        if close:
-            raise UserError(f"{flag} {source}: no such file; released, and close to it: {', '.join(close)}")
-        return path, None  # reading it fails with the right message
-    if release.family not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise UserError(f"{flag} {name}: is of the family {release.family}, which is not here yet; here: {known}")
-    return once_per_node(lambda: obtain(release, folder)), release
-
-
-def once_per_node(download: Callable[[], Path]) -> Path:
-    """Download on one process, then on one of each node that does not share its disk; returns the path."""
-    path = distributed.on_rank0(download)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        download()
-    distributed.barrier()
-    return path
 
 
 def _own_info(path: Path, group: str, meta: Mapping[str, Any]) -> CheckpointInfo:

@@ -11,6 +11,7 @@ its subfolder transformer/, with the prefix of the module that holds the network
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ CONFIG, WEIGHTS, ENCODER = "config.json", "model{suffix}.safetensors", "vae"
 DOCUMENT = "dit_family"  # member of config.json
 FOR_DIFFUSERS, PREFIX = "transformer", "network."  # subfolder and prefix of names in a folder for diffusers
 SHARD_SIZE = "5GB"
+SIZE = re.compile(r"\d+(\.\d+)?\s?[KMGT]B", re.IGNORECASE)
 
 
 def write_weights(
@@ -61,6 +63,16 @@ def write_weights(
     save_torch_state_dict(named, folder, filename_pattern=pattern, max_shard_size=shard_size)
     full = {**document, CHECKSUMS: {name: checksum(tensor) for name, tensor in kept.items()}}
     (folder / CONFIG).write_text(json.dumps({**(config or {}), DOCUMENT: full}, indent=2, allow_nan=False) + "\n")
+
+
+def check_shard_size(size: int | str, flag: str = "shard_size") -> None:
+    """Check the largest size of a file of weights.
+
+    Raises:
+        ValueError: If it is no number of bytes, and no text such as "500MB".
+    """
+    if size == 0 if isinstance(size, int) else SIZE.fullmatch(size) is None or not float(size[:-2]):
+        raise ValueError(f"{flag} {size}: give a size with its unit, KB, MB, GB or TB, such as 500MB")
 
 
 def pretrained_folder(path: Path) -> Path | None:

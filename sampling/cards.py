@@ -8,35 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from models import family_name
-from runtime.licences import UNKNOWN
+from runtime.licences import UNKNOWN, Origin, hub_name
+from sampling.card_loading import LOADING, loading, start_of
 from sampling.card_recipe import show_data, show_recipe, untrained
 from sampling.card_scores import show_scores
 from sampling.card_text import table, warning
 
-CARD = "README.md"
 LIBRARY = "dit-family"
 CURVE_ROWS = 8  # of the table of losses
 PAPERS = {
     "DiT": "2212.09748", "DyDiT": "2410.03456", "DDT": "2504.05741", "Skip-DiT": "2411.17616", "Latte": "2401.03048",
     "Skip-Latte": "2411.17616", "LatteT2V": "2401.03048", "Skip-LatteT2V": "2411.17616",
 }  # fmt: skip
-
-LOAD = """```python
-from sampling.pipeline import Pipeline  # in a clone of the dit-family repository
-
-pipeline = Pipeline.from_pretrained("{name}")
-{call}
-```
-"""
-LOAD_BY_DIFFUSERS = """The code is part of this repository; read it before you allow it to run.
-
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
-{call}
-```
-"""
 
 
 class CardContent(NamedTuple):
@@ -50,6 +33,7 @@ class CardContent(NamedTuple):
         curves: Pictures of curves.
         pictures: Pictures of samples.
         for_diffusers: The folder is loaded by diffusers.
+        code_url: Public address of this code; None if it has none.
     """
 
     name: str
@@ -59,6 +43,7 @@ class CardContent(NamedTuple):
     curves: tuple[Path, ...] = ()
     pictures: tuple[Path, ...] = ()
     for_diffusers: bool = False
+    code_url: str | None = None
 
 
 def read_losses(metrics: Path) -> tuple[tuple[int, float], ...]:
@@ -85,7 +70,7 @@ def model_card(document: Mapping[str, Any], content: CardContent) -> str:
     Returns:
         Markdown, after the hub's metadata.
     """
-    model, origin, licence = document["model"], document.get("origin"), document.get("licence")
+    model, licence = document["model"], document.get("licence")
     family = family_name(model["name"])
     source = f" (arXiv {PAPERS[family]})" if family in PAPERS else ""
     parts = [
@@ -93,12 +78,10 @@ def model_card(document: Mapping[str, Any], content: CardContent) -> str:
         f"# {content.name.rsplit('/', 1)[-1]}\n",
         f"A {model['name']} of the family {family}{source}, {content.parameters:,} parameters, {_samples(document)}.\n",
         *([] if (line := untrained(document)) is None else [warning(f"{line}, and its samples show them")]),
-        "## Load\n",
-        (LOAD_BY_DIFFUSERS if content.for_diffusers else LOAD).format(name=content.name, call=_call(document, content)),
+        f"{LOADING}\n",
+        loading(document, content.name, code_url=content.code_url, for_diffusers=content.for_diffusers),
         "## Licence\n",
-        f"These weights: {licence or UNKNOWN}."
-        + (f" They are, or were trained from, {origin['name']} ({origin['licence'] or UNKNOWN})." if origin else "")
-        + " The code is Apache-2.0.\n",
+        f"These weights: {licence or UNKNOWN}.{start_of(document)} The code is Apache-2.0.\n",
         "## Recipe\n",
         *show_recipe(document, content.parameters),
         "## Data\n",
@@ -126,7 +109,7 @@ def _metadata(document: Mapping[str, Any], content: CardContent) -> str:
         library_name="diffusers" if content.for_diffusers else LIBRARY,
         pipeline_tag=task,
         tags=[LIBRARY, family_name(document["model"]["name"]), document["process"]["name"]],
-        origin=None if origin is None else origin["name"],
+        base_model=None if origin is None else hub_name(Origin(**origin)),
     )
     return data.to_yaml()
 
@@ -139,22 +122,6 @@ def _samples(document: Mapping[str, Any]) -> str:
     count = document["model"].get("num_classes", 0)
     by = "text" if "text_width" in document["model"] else f"one of {count} classes" if count else "nothing"
     return f"for {kind} {size}; conditional on {by}"
-
-
-def _call(document: Mapping[str, Any], content: CardContent) -> str:
-    """Line that samples."""
-    clips = len(document["data"]["image_shape"]) == 4 and document["data"]["image_shape"][0] > 1
-    name, field = ("clips", "frames") if clips else ("images", "images")
-    if "text_width" in document["model"]:
-        arguments = 'prompt=["a dog in the snow"]' if content.for_diffusers else "**rows, null=null"
-        prepare = "" if content.for_diffusers else 'rows, null = pipeline.encode_prompts(["a dog in the snow"])\n'
-    elif document["model"].get("num_classes", 0):
-        arguments, prepare = ("class_labels=[0]" if content.for_diffusers else "labels=[0]"), ""
-    else:
-        arguments, prepare = ("num_samples=1" if content.for_diffusers else "count=1"), ""
-    if content.for_diffusers:
-        return f"{prepare}{name} = pipeline({arguments}, seed=0).{field}"
-    return f"{prepare}{name} = pipeline.sample({arguments}, seed=0)  # uint8"
 
 
 def _curves(content: CardContent) -> str:

@@ -32,7 +32,10 @@ class CheckpointSettings:
     """Which weights."""
 
     ckpt: Path | None = setting(
-        None, "checkpoint: ours, an official file, or the name of a released one", free=True, remote=True
+        None,
+        "checkpoint: a file, a folder, the name of a released one, or owner/name[@revision] on the hub",
+        free=True,
+        remote=True,
     )
     weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
     image_size: int | None = setting(None, "side of the images in pixels", shown="the weights'; 256 without --ckpt")

@@ -37,7 +37,8 @@ def describe_checkpoint(info: CheckpointInfo, sha256: str) -> Values:
     """Name a checkpoint, its weights that were used, and the files that a published folder was made of."""
     sources = (info.meta or {}).get(SOURCES)
     return {
-        "file": info.path.name,
+        "file": info.file,
+        **({} if info.repository is None else {"revision": info.repository.partition("@")[2]}),
         "sha256": sha256,
         "step": info.step,
         "release": info.release.name if info.release else None,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data.encoders import Encoder
 from models import Network
@@ -15,15 +15,17 @@ from models.loading import CheckpointInfo
 from runtime.errors import UserError, error_prefix
 from runtime.files import check_folder, new_folder
 from runtime.groups import FORMAT
-from runtime.hub import check_repository, push_folder
-from runtime.licences import licence_to_publish
-from runtime.pretrained import ENCODER, SHARD_SIZE, write_weights
+from runtime.hub import CARD, CARD_DIGEST, card_digest, check_repository, push_folder
+from runtime.licences import licence_to_publish, origin_to_name
+from runtime.pretrained import ENCODER, SHARD_SIZE, check_shard_size, write_weights
 from runtime.weight_files import weights_sha256
 from sampling.bundle import write_bundle
 from sampling.card_scores import check_scores
 from sampling.card_text import without_places
-from sampling.cards import CARD, CardContent, model_card
+from sampling.cards import CardContent, model_card
+from sampling.provenance import checkout_url
 from sampling.resolution import preset_of
+from sampling.upload import kept_files
 
 SOURCES = "sources"  # member of a document: the files that the weights are from, the last one first
 # Members of a checkpoint's document that describe how the weights came about
@@ -42,7 +44,8 @@ def document_of(
         licence: Licence of the weights; None if it is not known.
         name: Name of the repository or folder.
     """
-    meta, origin = info.meta or {}, info.origin
+    meta = info.meta or {}
+    origin = origin_to_name(info.origin, info.meta, name)
     vae = ENCODER if Path(encoder.name).is_dir() else encoder.name
     image_shape = info.image_shape or encoder.image_shape(network.sample_shape)
     document: dict[str, Any] = {
@@ -67,7 +70,7 @@ def document_of(
 
 def sources_of(info: CheckpointInfo) -> list[dict[str, str]]:
     """Names and digests of a checkpoint and of the files that it was made of, by which scores know their weights."""
-    own = {"file": info.path.name, "sha256": weights_sha256(info.path)}
+    own = {"file": info.file, "sha256": weights_sha256(info.path)}
     return [own, *((info.meta or {}).get(SOURCES) or ())]
 
 
@@ -77,7 +80,7 @@ def save_folder(
     info: CheckpointInfo,
     encoder: Encoder,
     *,
-    licence: str | None = None,
+    license: str | None = None,
     name: str | None = None,
     shard_size: int | str = SHARD_SIZE,
     for_diffusers: bool = False,
@@ -91,12 +94,12 @@ def save_folder(
         network: The network.
         info: Description of its checkpoint.
         encoder: Its encoder.
-        licence: Licence of the weights; None for that of the weights that they came from, or none.
+        license: Licence of the weights; None for that of the weights that they came from, or none.
         name: Name in the card; None for the folder's.
         shard_size: Largest size of a file of weights, in bytes or as "5GB".
         for_diffusers: Write a pipeline that diffusers loads without this code; it is loaded here, too.
         flag: Name of the folder in messages.
-        **known: Content of the card: fields of `sampling.cards.CardContent`.
+        **known: Content of the card: fields of `sampling.cards.CardContent`; and `licence`, another name of `license`.
 
     Returns:
         The folder.
@@ -104,19 +107,24 @@ def save_folder(
     Raises:
         UserError: If it cannot be written, or the licence is against that of the weights that these came from.
     """
-    origin = info.origin
-    if licence is not None:
-        licence = licence_to_publish(licence, origin)
+    with error_prefix(""):
+        check_shard_size(shard_size)
+    origin, chosen = info.origin, known.pop("licence", license) or (info.meta or {}).get("licence")
+    if chosen is not None:
+        chosen = licence_to_publish(chosen, origin)
     elif origin is not None:
-        licence = origin.licence
+        chosen = origin.licence
     name = name or folder.name
-    document = document_of(network, info, encoder, licence, name)
+    document = document_of(network, info, encoder, chosen, name)
+    known.setdefault("code_url", checkout_url())
     card = CardContent(name, sum(p.numel() for p in network.parameters()), for_diffusers=for_diffusers, **known)
     for picture in (*card.pictures, *card.curves):
         if not picture.is_file():
             raise UserError(f"pictures {picture}: no such file")
     for file, scores in card.scores.items():
         check_scores(scores, document, f"{'--' * flag.startswith('--')}scores {file}")
+    text = model_card(document, card)
+    document[CARD_DIGEST] = card_digest(text)
 
     def write(inside: Path) -> None:
         if for_diffusers:
@@ -125,7 +133,9 @@ def save_folder(
             write_weights(inside, network.state_dict(), document, shard_size)
             if document["encoder"]["name"] == ENCODER:
                 shutil.copytree(encoder.name, inside / ENCODER)
-        write_card(inside, document, card)
+        for picture in (*card.pictures, *card.curves):
+            shutil.copyfile(picture, inside / picture.name)
+        (inside / CARD).write_text(text)
 
     write_folder(folder, write, flag)
     return folder
@@ -137,9 +147,10 @@ def push(
     info: CheckpointInfo,
     encoder: Encoder,
     *,
-    licence: str | None = None,
+    license: str | None = None,
     private: bool = False,
     update: bool = False,
+    card: Literal["keep", "new"] | None = None,
     flag: str = "repository",
     **options: Any,
 ) -> str:
@@ -150,9 +161,11 @@ def push(
         network: The network.
         info: Description of its checkpoint.
         encoder: Its encoder.
-        licence: Licence of the weights; None for that of the weights that they came from.
+        license: Licence of the weights; None for that of the weights that they came from.
         private: Make a new repository private.
         update: Replace weights of this code that are there already.
+        card: "keep" leaves a card that is there, with its pictures, "new" replaces it; None replaces one that was not
+            edited, and refuses another.
         flag: Name of the repository in messages.
         **options: As for `save_folder`.
 
@@ -163,12 +176,15 @@ def push(
         UserError: Without a licence, against that of the weights that these came from, without a token or network, and
             for a repository with other content.
     """
-    licence = licence_to_publish(licence, info.origin)
-    check_repository(repository, update=update, flag=flag)
+    chosen = options.pop("licence", license) or (info.meta or {}).get("licence")
+    chosen = licence_to_publish(chosen, info.origin)
+    former = check_repository(repository, update=update, card=card, flag=flag)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "weights"
-        save_folder(folder, network, info, encoder, licence=licence, name=repository, flag=flag, **options)
-        return push_folder(folder, repository, private=private, flag=flag)
+        save_folder(folder, network, info, encoder, license=chosen, name=repository, flag=flag, **options)
+        pictures = [path.name for path in (*options.get("pictures", ()), *options.get("curves", ()))]
+        left_out = kept_files(card, former, pictures)
+        return push_folder(folder, repository, former=former, left_out=left_out, private=private, flag=flag)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None], flag: str = "folder") -> None:
@@ -190,10 +206,3 @@ def write_folder(folder: Path, write: Callable[[Path], None], flag: str = "folde
             write(unfinished)
     except OSError as error:
         raise UserError(f"{flag} {folder}: could not be written ({error.strerror or error})") from error
-
-
-def write_card(folder: Path, document: Mapping[str, Any], card: CardContent) -> None:
-    """Write the card, and copies of its pictures."""
-    for picture in (*card.pictures, *card.curves):
-        shutil.copyfile(picture, folder / picture.name)
-    (folder / CARD).write_text(model_card(document, card))

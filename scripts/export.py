@@ -76,7 +76,10 @@ class ExportSettings:
     """Settings of export.py."""
 
     ckpt: Path | None = setting(
-        None, "checkpoint: ours, an official file, or the name of a released one", shown="required", remote=True
+        None,
+        "checkpoint: a file, a folder, the name of a released one, or owner/name[@revision] on the hub",
+        shown="required",
+        remote=True,
     )
     weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
     format: Literal["official", "pipeline", "diffusers", "one-file", "sharded"] = setting(

@@ -1,34 +1,43 @@
 """Save a checkpoint as a folder with a model card, or upload it to the Hugging Face hub; see docs/publishing.md.
 
     python scripts/publish.py --ckpt CKPT --output digits --license apache-2.0
-    python scripts/publish.py --ckpt CKPT --repo me/digits --license apache-2.0 --scores samples.scores.json
+    python scripts/publish.py --folder digits --repo YOUR_NAME/digits          # as it is, with its card
+    python scripts/publish.py --ckpt CKPT --repo YOUR_NAME/digits --license apache-2.0 --scores samples.scores.json
 
 The token is that of `hf auth login` or HF_TOKEN. The card has the recipe, the data, the losses in the folder of the
-run, and the scores and pictures that are given. `--ckpt me/digits` samples from the repository, on any machine.
+run, and the scores and pictures that are given. `--ckpt YOUR_NAME/digits` samples from the repository, on any machine.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.plotting import pyplot, save_figure, style
 from diffusion import PROCESSES
+from models.loading import CheckpointInfo
 from runtime.command_line import parse_config
 from runtime.errors import run
-from runtime.hub import check_repository
-from runtime.pretrained import SHARD_SIZE
+from runtime.hub import CARD, check_repository, latest_commit
+from runtime.pretrained import SHARD_SIZE, check_shard_size
 from runtime.settings import setting
 from sampling.card_recipe import untrained
 from sampling.card_scores import read_scores
 from sampling.cards import read_losses
 from sampling.pipeline import Pipeline
+from sampling.upload import push_saved
 
 METRICS = "metrics.jsonl"
+# Settings that decide what is written from a checkpoint, and their flags
+OF_CHECKPOINTS = {
+    **{name: f"--{name.replace('_', '-')}" for name in ("weights", "model", "process", "num_classes", "vae", "scores")},
+    **{name: f"--{name.replace('_', '-')}" for name in ("pictures", "for_diffusers", "shard_size", "code_url")},
+    "licence": "--license",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +45,9 @@ class PublishSettings:
     """Settings of publish.py."""
 
     ckpt: Path | None = setting(
-        None, "checkpoint: ours, an official file, a folder, or the name of a released one", shown="required"
+        None, "checkpoint: a file, a folder, the name of a released one, or owner/name[@revision] on the hub"
     )
+    folder: Path | None = setting(None, "folder of an earlier --output, to upload as it is, with what was added to it")
     weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
     model: str | None = setting(None, "name of the model", shown="the checkpoint's")
     process: str | None = setting(None, "noise process", tuple(PROCESSES), shown="the checkpoint's")
@@ -50,19 +60,32 @@ class PublishSettings:
     )
     private: bool = setting(False, "make a new repository private")
     update: bool = setting(False, "replace weights of this code that are in the repository")
+    card: Literal["keep", "new"] | None = setting(
+        None, "of a card that was edited on the hub: keep it, or replace it by a new one", shown="an error"
+    )
+    code_url: str | None = setting(
+        None, "public address of this code, for the card", shown="that of git's remote origin, if it is public"
+    )
     scores: tuple[Path, ...] = setting((), "files of scores that the evaluator wrote")
     pictures: tuple[Path, ...] = setting((), "pictures of samples")
     for_diffusers: bool = setting(False, "write a pipeline that diffusers loads, with its code")
     shard_size: str = setting(SHARD_SIZE, "largest size of a file of weights, such as 500MB")
 
     def __post_init__(self) -> None:
-        if self.ckpt is None:
-            raise ValueError("--ckpt: required")
+        """Validate the fields."""
+        if (self.ckpt is None) == (self.folder is None):
+            raise ValueError("--ckpt, --folder: give one of them")
         if (self.output is None) == (self.repo is None):
             raise ValueError("--output, --repo: give one of them")
-        for name in ("private", "update"):
+        for name in ("private", "update", "folder", "card"):
             if getattr(self, name) and self.repo is None:
                 raise ValueError(f"--{name}: has no effect without --repo")
+        for name, flag in OF_CHECKPOINTS.items():
+            if self.folder is not None and getattr(self, name) != getattr(type(self), name, None):
+                raise ValueError(f"{flag}: has no effect with --folder, which is uploaded as it is")
+        if self.card == "keep" and (self.scores or self.pictures):
+            raise ValueError("--scores, --pictures: have no effect with --card keep")
+        check_shard_size(self.shard_size, "--shard-size")
         for picture in self.pictures:
             if not picture.is_file():
                 raise ValueError(f"--pictures {picture}: no such file")
@@ -87,27 +110,43 @@ def publish(config: PublishSettings, scratch: Path) -> str:
     Raises:
         UserError: For anything about the checkpoint, the files, the licence or the repository that does not fit.
     """
-    assert config.ckpt is not None  # `__post_init__` checked it
+    where: dict[str, Any] = {"private": config.private, "update": config.update, "card": config.card, "flag": "--repo"}
+    if config.folder is not None:
+        assert config.repo is not None  # `__post_init__` checked it
+        return push_saved(config.folder, config.repo, folder_flag="--folder", **where)
+    assert config.ckpt is not None
     scores = {path.name: read_scores(path) for path in config.scores}
     if config.repo is not None:
-        check_repository(config.repo, update=config.update)
+        check_repository(config.repo, update=config.update, card=config.card)
     flags = {name: getattr(config, name) for name in ("model", "process", "num_classes", "vae")}
     given = {name: value for name, value in flags.items() if value is not None}
     pipeline = Pipeline.from_pretrained(config.ckpt, device="cpu", weights=config.weights, **given)
     losses = read_losses(pipeline.info.path.parent.parent / METRICS)
-    known: dict[str, Any] = {"scores": scores, "losses": losses, "pictures": config.pictures, "licence": config.licence}
+    known: dict[str, Any] = {"scores": scores, "losses": losses, "pictures": config.pictures, "license": config.licence}
     if losses:
         known["curves"] = (draw_losses(losses, scratch / "loss.png"),)
     known |= {"shard_size": config.shard_size, "for_diffusers": config.for_diffusers}
+    if config.code_url is not None:
+        known["code_url"] = config.code_url
+    for note in notes(config, pipeline.info):
+        print(note)
     if config.output is not None:
         place = str(pipeline.save_pretrained(config.output, flag="--output", **known))
     else:
         assert config.repo is not None
-        options = {"private": config.private, "update": config.update, "flag": "--repo"}
-        place = pipeline.push_to_hub(config.repo, **options, **known)
+        place = pipeline.push_to_hub(config.repo, **where, **known)
     if (line := untrained({**(pipeline.info.meta or {}), "weights": pipeline.info.weights})) is not None:
         print(f"publish.py: warning: {line}; --weights model has others", file=sys.stderr)
     return place
+
+
+def notes(config: PublishSettings, info: CheckpointInfo) -> Iterator[str]:
+    """Lines about a licence that is missing, and about a card that is not taken."""
+    origin = None if info.origin is None else info.origin.licence
+    if config.output is not None and config.licence is None and ((info.meta or {}).get("licence") or origin) is None:
+        yield "--license: not given, so that the card says unknown, and others may not use the weights"
+    if config.repo is not None and info.repository is None and (info.path / CARD).is_file():
+        yield f"--ckpt {info.path}: its {CARD} is written anew; --folder {info.path} uploads the folder as it is"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -115,6 +154,8 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(PublishSettings, argv, program="publish.py", doc=__doc__)
     with tempfile.TemporaryDirectory() as scratch:
         print(f"Wrote {publish(config, Path(scratch))}")
+    if config.repo is not None:
+        print(f"This commit, also when others follow: --ckpt {config.repo}@{latest_commit(config.repo)}")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ TEACHERS = {"gaussian": "ddim", "flow": "euler"}
 class SearchSettings:
     """Settings of search_solver.py."""
 
-    ckpt: Path | None = setting(None, "checkpoint: ours, an official file, or the name of a released one", free=True)
+    ckpt: Path | None = setting(
+        None, "checkpoint: a file, a folder, a released one by name, or owner/name on the hub", free=True
+    )
     evaluations: int = setting(10, "network evaluations of the solver")
     teacher_evaluations: int = setting(100, "network evaluations of the path that it is brought close to")
     batches: int = setting(300, "batches of the search")

@@ -206,7 +206,10 @@ class RunSettings:
     )
     override: tuple[str, ...] = setting((), "resume with other values of these flags, such as lr precision", free=True)
     init_from: Path | None = setting(
-        None, "start from the weights in a file: ours, or an official .pt", free=True, remote=True
+        None,
+        "start from weights: a file of ours, an official .pt, a folder, or owner/name on the hub",
+        free=True,
+        remote=True,
     )
     keep_classes: bool = setting(
         False, "keep the classes of --init-from, and number those of the data that are new after them", free=True

@@ -14,6 +14,7 @@ from diffusion import PROCESSES
 from diffusion.loss import DiffusionLoss
 from models import family_of, model_config
 from models.recognise import check_conditional, recognised_name
+from models.sources import Located, locate_repository
 from models.transfer import LABEL_TABLE, adapt_weights
 from runtime import distributed
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
@@ -57,8 +58,18 @@ def network_fields(given: Given[TrainSettings], names: Mapping[str, str], start:
     return fields | from_weights
 
 
+def locate_start(config: TrainSettings) -> Located | None:
+    """Find the weights that a run starts from, fetched if they are on the hub; None without. Every process calls it.
+
+    Raises:
+        UserError: If a repository cannot be had.
+    """
+    path = config.run.init_from
+    return None if path is None else locate_repository(path, "--init-from") or Located(path)
+
+
 def read_start(path: Path) -> Checkpoint:
-    """Read the weights that a run starts from.
+    """Read the weights that a run starts from, from a path of `locate_start`.
 
     Raises:
         UserError: If the file cannot be read; for the name of a release, with the place of its file.
@@ -243,12 +254,17 @@ def load_start(config: TrainSettings, loss: DiffusionLoss, start: Checkpoint, da
     return notes if start.foreign is None else [*start.foreign.notes, start.foreign.verification, *notes]
 
 
-def file_digests(config: TrainSettings) -> dict[str, str]:
-    """SHA-256 of each file of weights that the settings name, by its name in `DIGESTS`; one process reads them."""
+def file_digests(config: TrainSettings, start: Located | None) -> dict[str, str]:
+    """SHA-256 of each file of weights that the settings name, by its name in `DIGESTS`; one process reads them.
+
+    Args:
+        config: Settings of the run.
+        start: From `locate_start`.
+    """
     digests = {}
     for name, setting in DIGESTS.items():
         section, field = setting.split(".")
-        path = getattr(getattr(config, section), field)
+        path = start.path if name == START and start is not None else getattr(getattr(config, section), field)
         if path is not None:
             digests[name] = distributed.on_rank0(partial(weights_sha256, path, flag_name(field)))
     return digests

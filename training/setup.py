@@ -37,6 +37,7 @@ from training.network import (
     file_digests,
     keep_classes,
     load_start,
+    locate_start,
     network_fields,
     outline,
     read_start,
@@ -166,8 +167,8 @@ def set_up(
     parallel: Parallel = Replicated(device)  # in a dry run one process works alone
     if fake is None:
         parallel = make_parallel(config.compute.parallel, config.compute.holders, device)
-    first = config.run.init_from
-    start = None if first is None else parallel.read(lambda: read_start(first), outline)
+    first = locate_start(config)
+    start = None if first is None else parallel.read(lambda: read_start(first.path), outline)
     meta = None if start is None else start.meta
     start_notes, lines = list[str](), list[str]()
     if meta is not None and dataset is None and config.data.dataset == "imagefolder":
@@ -195,7 +196,7 @@ def set_up(
     if start is not None:
         start_notes += parallel.read(partial(load_start, config, loss, start, dataset), list)
     choose_trained(config, loss.network, fake)
-    digests = file_digests(config) if fake is None else {}
+    digests = file_digests(config, first) if fake is None else {}
     notes = [f"--align-ckpt: {note}" for note in vision.notes] if vision is not None and fake is None else []
     notes += digest_notes(digests)
     start_notes = [f"--init-from: {note}" for note in start_notes]
@@ -205,7 +206,7 @@ def set_up(
     data = replace(config.data, vae=vae, image_size=width, channels=channels)
     resolved = replace(config, process=names["process"], data=data)
     steps = config.optimization.total_steps(len(dataset))
-    origin = None if config.run.init_from is None else origin_of(config.run.init_from, meta)
+    origin = None if first is None else origin_of(first.path, meta, first.repository)
     setup = Setup(
         resolved, owners, dataset, source, encoder, loss, parallel, steps, notes, start_notes, lines, digests, origin
     )

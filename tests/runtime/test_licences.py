@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from runtime.errors import UserError
-from runtime.licences import Origin, licence_to_publish, origin_of
+from runtime.licences import Origin, hub_name, licence_to_publish, origin_of, origin_to_name
 from runtime.releases import RELEASES
 
 NON_COMMERCIAL = Origin("DiT-XL-2-256x256", "cc-by-nc-4.0")
@@ -69,3 +69,49 @@ MODEL: dict[str, Any] = {"model": {"name": "DiT-B/2"}}
 )
 def test_origins_are_passed_on(file: str, meta: dict[str, Any] | None, origin: Origin | None) -> None:
     assert origin_of(Path(file), meta) == origin
+
+
+PUBLISHED: dict[str, Any] = {
+    **MODEL,
+    "name": "me/digits",
+    "licence": "mit",
+    "origin": {"name": "a/b", "licence": "mit"},
+}
+
+
+@pytest.mark.parametrize(
+    ("meta", "repository", "origin"),
+    [
+        (PUBLISHED, None, Origin("me/digits", "mit")),  # a folder of any name that was downloaded
+        (PUBLISHED, "you/copy@1234", Origin("you/copy", "mit")),
+        ({**PUBLISHED, "name": "digits"}, None, Origin("a/b", "mit")),  # saved here, never published
+        ({**PUBLISHED, "name": "digits", "origin": None}, None, None),
+        ({**PUBLISHED, "name": "digits", "licence": None}, "me/digits@1234", Origin("me/digits", None)),
+        (None, "you/other@1234", Origin("you/other", None)),
+    ],
+)
+def test_published_folders_are_origins_by_their_name_on_the_hub(
+    meta: dict[str, Any] | None, repository: str | None, origin: Origin | None
+) -> None:
+    assert origin_of(Path("downloaded"), meta, repository) == origin
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("me/more", Origin("a/b", "mit")), ("you/more", Origin("me/digits", "mit")), ("more", Origin("me/digits", "mit"))],
+)
+def test_a_copy_by_the_same_owner_has_the_origin_of_the_first(name: str, expected: Origin) -> None:
+    origin = origin_of(Path("digits"), PUBLISHED)
+    assert origin_to_name(origin, PUBLISHED, name) == expected
+    assert origin_to_name(origin, MODEL, name) == origin  # trained from it
+
+
+def test_an_origin_has_its_name_on_the_hub() -> None:
+    names = ["me/digits", "DiT-XL-2-skip", "DiT-XL-2-256x256", "mine.pt"]
+    assert [hub_name(Origin(name, None)) for name in names] == ["me/digits", "GuanjieChen/Skip-DiT", None, None]
+
+
+def test_a_misspelt_identifier_has_a_suggestion() -> None:
+    with pytest.raises(UserError, match="--license apache2: .* did you mean apache-2.0"):
+        licence_to_publish("apache2", None)
+    assert licence_to_publish("other", None) == "other"

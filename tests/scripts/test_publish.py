@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,43 +13,10 @@ from runtime.groups import read_groups, save_checkpoint
 from sampling.pipeline import Pipeline
 from scripts import digits_report, publish
 from tests.digits_checkpoints import save_digits_checkpoint
-from tests.hub_server import TOKEN, Hub, Repository, serving
-from tests.processes import ROOT
+from tests.hub_server import PUBLISHING, SAMPLING, TOKEN, Repository, in_process, serving
 
 LICENSE = ["--license", "apache-2.0"]
 OURS = b'{"dit_family": {"model": {"name": "DiT-digits/2"}}}'
-
-# Runs publish.py for each list of flags, in one process, since its imports take seconds; prints statuses as JSON.
-PUBLISHING = """
-import json, os, sys
-from runtime.errors import run
-from runtime.groups import read_groups, save_checkpoint
-from runtime.groups import read_groups, save_checkpoint
-from scripts import publish
-
-statuses = []
-for argv, variables in json.loads(sys.argv[1]):
-    os.environ.pop("HF_TOKEN", None)
-    os.environ.update(variables)
-    statuses.append(run(publish.main, "publish.py", argv))
-print("statuses", json.dumps(statuses))
-"""
-SAMPLING = """
-import sys
-import numpy as np
-from sampling.pipeline import Pipeline
-
-pipeline = Pipeline.from_pretrained(sys.argv[1], device="cpu", num_sampling_steps=4)
-np.save(sys.argv[2], pipeline.sample([1, 2], seed=3))
-"""
-
-
-def in_process(hub: Hub, home: Path, code: str, *argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process that takes the server for the hub."""
-    environment = {**hub.environment(home, None), "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.run(
-        [sys.executable, "-c", code, *argv], cwd=home.parent, env=environment, capture_output=True, text=True
-    )
 
 
 def test_weights_go_to_the_hub_and_come_back_elsewhere(tmp_path: Path) -> None:
@@ -69,22 +34,26 @@ def test_weights_go_to_the_hub_and_come_back_elsewhere(tmp_path: Path) -> None:
             ([*ckpt, "--repo", "me/digits", *LICENSE], token),
             ([*ckpt, "--repo", "me/other", "--update", *LICENSE], token),
             ([*ckpt, "--repo", "me/digits", "--update", "--license", "mit", "--shard-size", "1MB"], token),
-            ([*ckpt, "--repo", "me/notes", "--update", "--license", "mit"], token),
+            ([*ckpt, "--repo", "me/notes", "--update", "--license", "mit", "--card", "new"], token),
+            ([*ckpt, "--repo", "you/digits", *LICENSE], token),
+            ([*ckpt, "--repo", "me/read", *LICENSE], {"HF_TOKEN": "hf_of_a_reader"}),
         ]
         hub.repositories["me/other"] = Repository()
         hub.repositories["me/other"].files["thesis.pdf"] = b"pages"
         hub.repositories["me/notes"] = Repository()
         hub.repositories["me/notes"].files |= {"notes.txt": b"mine", "model-7.safetensors": b"", "config.json": OURS}
         published = in_process(hub, tmp_path / "home", PUBLISHING, json.dumps(calls))
-        assert "statuses [2, 2, 2, 2, 0, 2, 2, 0, 0]" in published.stdout, published.stderr
+        assert "statuses [2, 2, 2, 2, 0, 2, 2, 0, 0, 2, 2]" in published.stdout, published.stderr
         errors = [line for line in published.stderr.splitlines() if line.startswith("publish.py: error: ")]
         for error, words in zip(errors, [
             "--repo me/new: no token; set HF_TOKEN, or run: hf auth login",
-            "--repo me/new: the server refuses it (401)",
+            "--repo me/new: the server refuses the token (401)",
             "--repo digits: must be owner/name",
             "--license: needed",
             "--repo me/digits: exists, with weights of this code (config.json, ...); give --update",
             "--repo me/other: exists, with other content (thesis.pdf); choose another name",
+            "--repo you/digits: the token may publish for me or lab alone",
+            "--repo me/read: the server refuses it (403); may the token read or write there?",
         ], strict=True):  # fmt: skip
             assert words in error
         assert hub.repositories.keys() == {"me/digits", "me/other", "me/notes"}
@@ -97,33 +66,50 @@ def test_weights_go_to_the_hub_and_come_back_elsewhere(tmp_path: Path) -> None:
         card = repository.files["README.md"].decode()
         assert "license: mit" in card and "| 2 | 0.25 |" in card and str(tmp_path) not in card
 
-        loaded = in_process(hub, tmp_path / "another", SAMPLING, "me/digits", str(tmp_path / "a.npy"))
-        assert loaded.returncode == 0, loaded.stderr
+        first = str([*repository.former][-1])
+        (digest,) = {str(json.loads(repository.at(each)["config.json"])["dit_family"]["licence"]) for each in [first]}
+        assert digest == "apache-2.0" and f"me/digits@{repository.sha}" in published.stdout
+        sources = ["me/digits", "me/digits", f"me/digits@{first}", "me/digits@none", "me/other"]
+        reads = [
+            (source, str(tmp_path / f"{number}.npy"), token if number else {}) for number, source in enumerate(sources)
+        ]
+        loaded = in_process(hub, tmp_path / "another", SAMPLING, json.dumps(reads))
+        lines = [line for line in loaded.stdout.splitlines() if line.startswith(("sampled", "refused"))]
+        for line, words in zip(lines, [
+            "--ckpt me/digits: no such file or folder, and no such repository on the hub, or a private one",
+            f"sampled me/digits me/digits@{repository.sha}",
+            f"sampled me/digits@{first} me/digits@{first}",
+            "--ckpt me/digits@none: the repository has no such revision",
+            "--ckpt me/other: no weights of this code or of diffusers in this repository",
+        ], strict=True):  # fmt: skip
+            assert words in line, loaded.stderr
     before = Pipeline.from_pretrained(path, device="cpu", num_sampling_steps=4).sample([1, 2], seed=3)
-    assert np.array_equal(np.load(tmp_path / "a.npy"), before)
+    for name in ("1.npy", "2.npy"):  # the latest commit, and the one before
+        assert np.array_equal(np.load(tmp_path / name), before)
 
 
 @pytest.mark.slow
 def test_without_network_the_cache_is_used_and_an_error_is_one_line(tmp_path: Path) -> None:
     path = save_digits_checkpoint(tmp_path / "a.safetensors", "DiT-digits/2")
     calls = [([*"--repo me/digits --license mit --ckpt".split(), str(path)], {"HF_TOKEN": TOKEN})]
-    output, home = str(tmp_path / "a.npy"), tmp_path / "home"
+    home = tmp_path / "home"
+    reads = json.dumps([(source, str(tmp_path / "a.npy"), {}) for source in ("me/digits", "me/none")])
     with serving() as hub:
         assert "statuses [0]" in in_process(hub, home, PUBLISHING, json.dumps(calls)).stdout
-        assert in_process(hub, home, SAMPLING, "me/digits", output).returncode == 0
+        first, second = (in_process(hub, home, SAMPLING, reads) for _ in range(2))
+        assert "Fetching" in first.stderr and "Fetching" not in second.stderr
+        assert "--ckpt me/none: no such file or folder, and no such repository on the hub" in second.stdout
         hub.refuses = 503
-        assert in_process(hub, home, SAMPLING, "me/digits", output).returncode == 0
-        hub.refuses = None
-        missing = in_process(hub, home, SAMPLING, "me/none", output)
-        assert "--ckpt me/none: no such file or folder, and from the hub it cannot be had: no such" in missing.stderr
-    for variables in ({}, {"HF_HUB_OFFLINE": "1"}):
-        assert in_process(hub, home, SAMPLING, "me/digits", output, **variables).returncode == 0
-        failed = in_process(hub, home, SAMPLING, "me/none", output, **variables)
-        assert "the hub cannot be reached, or HF_HUB_OFFLINE forbids it" in failed.stderr
-        calls[0][0][1] = "me/new"
+        assert "sampled me/digits" in in_process(hub, home, SAMPLING, reads).stdout
+    calls[0][0][1] = "me/new"
+    unreachable = f"the hub at {hub.url} cannot be reached ("
+    for variables, reason in (({}, unreachable), ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set")):
+        loaded = in_process(hub, home, SAMPLING, reads, **variables)
+        assert "sampled me/digits" in loaded.stdout, loaded.stderr
+        assert f"refused --ckpt me/none: not in the cache, and {reason}" in loaded.stdout
+        assert "; load it once with a network, or give a folder\n" in loaded.stdout
         failed = in_process(hub, home, PUBLISHING, json.dumps(calls), **variables)
-        assert "error: --repo me/new: the hub cannot be reached, or HF_HUB_OFFLINE forbids it" in failed.stderr
-        assert "statuses [2]" in failed.stdout
+        assert f"error: --repo me/new: {reason}" in failed.stderr and "statuses [2]" in failed.stdout
 
 
 @pytest.mark.parametrize(
@@ -135,8 +121,15 @@ def test_without_network_the_cache_is_used_and_an_error_is_one_line(tmp_path: Pa
         (["--output", "a", "--pictures", "no.png"], "--pictures no.png: no such file"),
         (["--output", "a", "--scores", "no.json"], "--scores no.json: no such file"),
         (["--output", "a", "--ckpt", "no.safetensors"], "--ckpt no.safetensors: no such file"),
-        (["--output", "a", "--license", "My licence"], "--license My licence: not an identifier"),
+        (["--output", "a", "--license", "My licence"], "--license My licence: not an identifier that the hub knows"),
         (["--output", "full"], "--output full: exists already"),
+        (
+            ["--output", "a", "--license", "apache2"],
+            "--license apache2: not an identifier that the hub knows; did you mean ",
+        ),
+        (["--output", "a", "--shard-size", "5"], "--shard-size 5: give a size with its unit"),
+        (["--output", "a", "--ckpt", "digitz"], "--ckpt digitz: no such file or folder, and no released checkpoint"),
+        (["--ckpt", "a", "--folder", "full", "--repo", "me/a"], "--ckpt, --folder: give one of them"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -158,7 +151,10 @@ def test_a_folder_is_saved_with_a_card(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "a.scores.json").write_text(json.dumps({"format": 1, "scores": {"fid": 3.5}}))
     argv = ["--ckpt", str(path), "--output", str(tmp_path / "saved"), "--scores", str(tmp_path / "a.scores.json")]
     assert run(publish.main, "publish.py", argv) == 0
-    assert capsys.readouterr().out == f"Wrote {tmp_path / 'saved'}\n"
+    assert capsys.readouterr().out == (
+        "--license: not given, so that the card says unknown, and others may not use the weights\n"
+        f"Wrote {tmp_path / 'saved'}\n"
+    )
     card = (tmp_path / "saved/README.md").read_text()
     assert "| fid | 3.5 |" in card and "These weights: unknown." in card
 

@@ -1,0 +1,152 @@
+"""Sections of a model card: lines that install the code and load the weights, and what these were made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.errors import UserError
+from runtime.hub import CARD
+from runtime.licences import UNKNOWN
+from sampling.provenance import project_version
+
+LOAD = """{source}
+
+```bash
+{clone}bash scripts/setup.sh {extras} && source .venv/bin/activate
+python sample.py --ckpt {name}{flags}
+```
+
+```python
+from sampling.pipeline import Pipeline  # in the folder of the clone
+
+pipeline = Pipeline.from_pretrained("{name}")
+{call}
+```
+
+Published with dit-family {version} and PyTorch {torch}; Python 3.11 or newer.
+"""
+SOURCE, NO_SOURCE = (
+    "By the code of dit-family:",
+    ("By the code of dit-family, in a clone of it; no public address of it was known where this card was written."),
+)
+LOAD_BY_DIFFUSERS = """The code is part of this repository; read it before you allow it to run. Python 3.11 or newer:
+
+```bash
+pip install torch diffusers{packages}
+```
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+{call}
+```
+
+Without a network: `hf download {name} --local-dir p` once with one, then `"./p"` in the place of the name.
+
+Arguments: {arguments}. Published with dit-family {version}, PyTorch {torch} and diffusers {diffusers}{where}.
+"""
+LOADING = "## Load"
+ARGUMENTS = (
+    "`seed`, `num_inference_steps`, `guidance_scale`, `guidance_interval=(low, high)`, `sampler`, "
+    "`output_type` (pil, np, pt, latent)"
+)
+
+
+def loading(document: Mapping[str, Any], name: str, *, code_url: str | None, for_diffusers: bool) -> str:
+    """Lines that install the code and load the weights, with the versions that they were published with."""
+    url, text = code_url, "text_width" in document["model"]
+    known = {
+        "name": name,
+        "call": _call(document, for_diffusers),
+        "version": project_version(),
+        "torch": torch.__version__,
+    }
+    if for_diffusers:
+        import diffusers  # heavy, and only its pipelines need it
+
+        first = "`prompt`, `negative_prompt`, `text_encoder`" if text else ""
+        if not text:
+            first = "`class_labels`" if document["model"].get("num_classes", 0) else "`num_samples`"
+        return LOAD_BY_DIFFUSERS.format(
+            **known,
+            arguments=f"{first}, {ARGUMENTS}",
+            packages=" transformers sentencepiece" if text else "",
+            diffusers=diffusers.__version__,
+            where=f" ({url})" if url else "",
+        )
+    clip = len(document["data"]["image_shape"]) == 4 and document["data"]["image_shape"][0] > 1
+    return LOAD.format(
+        **known,
+        source=SOURCE if url else NO_SOURCE,
+        clone=f"git clone {url} dit-family && cd dit-family\n" if url else "",
+        extras="base" + " text" * text + " video" * clip,
+        flags=' --prompt "a dog in the snow"' if text else "",
+    )
+
+
+def start_of(document: Mapping[str, Any]) -> str:
+    """Sentence about the weights of others that these are, or that their training started from."""
+    origin, first = document.get("origin"), document.get("train", {}).get("run", {}).get("init_from")
+    if origin is None:
+        return f" Their training started from {first}." if first else ""
+    name = origin["name"]
+    if first and first.partition("@")[0] == name:
+        name = first  # with its revision
+    verb = "were trained from" if first else "are, or were trained from,"
+    file = f", as {first}" if first and name not in (first, Path(first).stem) else ""
+    return f" They {verb} {name}{file} ({origin['licence'] or UNKNOWN})."
+
+
+def renamed_card(text: str, former: str, name: str) -> str:
+    """A card with another name in its title, and in the lines that load the weights.
+
+    Args:
+        text: The card, which a person may have added to.
+        former: Name that it was written with.
+        name: Name that it gets.
+    """
+    before, title, after = text.partition(f"\n# {former.rsplit('/', 1)[-1]}\n")
+    if title:
+        text = f"{before}\n# {name.rsplit('/', 1)[-1]}\n{after}"
+    before, heading, after = text.partition(f"\n{LOADING}\n")
+    section, following, rest = after.partition("\n## ")
+    for line in ('"{}"', "--ckpt {}\n", "--ckpt {} ", "hf download {} "):
+        section = section.replace(line.format(former), line.format(name))
+    return f"{before}{heading}{section}{following}{rest}"
+
+
+def licence_of_card(text: str, where: str) -> str | None:
+    """Licence in the metadata of a card; None without.
+
+    Raises:
+        UserError: If these are no YAML.
+    """
+    from huggingface_hub import RepoCard  # heavy, and only published folders need it
+
+    try:
+        data = RepoCard(text, ignore_metadata_errors=False).data
+    except Exception as error:  # of the parser of YAML, too
+        raise UserError(f"{where}: the first lines of {CARD} are no metadata ({str(error).splitlines()[0]})") from error
+    licence = data.to_dict().get("license")
+    return licence if isinstance(licence, str) else None
+
+
+def _call(document: Mapping[str, Any], for_diffusers: bool) -> str:
+    """Line that samples."""
+    clips = len(document["data"]["image_shape"]) == 4 and document["data"]["image_shape"][0] > 1
+    name, field = ("clips", "frames") if clips else ("images", "images")
+    if "text_width" in document["model"]:
+        arguments = 'prompt=["a dog in the snow"]' if for_diffusers else "**rows, null=null"
+        prepare = "" if for_diffusers else 'rows, null = pipeline.encode_prompts(["a dog in the snow"])\n'
+    elif document["model"].get("num_classes", 0):
+        arguments, prepare = ("class_labels=[0]" if for_diffusers else "labels=[0]"), ""
+    else:
+        arguments, prepare = ("num_samples=1" if for_diffusers else "count=1"), ""
+    if for_diffusers:
+        return f"{prepare}{name} = pipeline({arguments}, seed=0).{field}"
+    return f"{prepare}{name} = pipeline.sample({arguments}, seed=0)  # uint8"
