@@ -1,48 +1,34 @@
-"""A run: its folder, log and metrics, signals that stop it, and its profile."""
+"""A run and its folder: new, resumed or rewound."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import signal
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
-
-import torch
 
 from data.dataset import is_same_data
 from data.encoders import UNVERIFIED
 from runtime import distributed
 from runtime.distributed import World
-from runtime.documents import flatten
 from runtime.errors import UserError, error_prefix
 from runtime.files import atomic_path, sweep
 from runtime.json_file import json_lines
 from runtime.locks import locked
+from training.log import RunLog
 from training.mirror import RunMirror
 from training.resume import ResumeState, unstarted_run
 from training.run_files import run_number, set_aside
 from training.setup import Setup
-from training.tracking import Reporter, note_reported
+from training.tracking import note_reported
 
 if TYPE_CHECKING:
-    from torch.profiler import profile
+    pass
 
 DRAWS = 2  # version of the random numbers of a step; version 0.1 had 1
 # sysexits.h: a temporary failure, try again. The state is saved; the same command resumes the run.
-INTERRUPTED_STATUS = 75
-PROFILE_FROM, PROFILE_STEPS = 10, 5  # after the steps in which kernels are chosen and memory is allocated
-PROFILE_ROWS = 25
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Folder and log
 
 
 def create_run_folder(results: Path, name: str, first: int = 0) -> Path:
@@ -68,97 +54,6 @@ def create_run_folder(results: Path, name: str, first: int = 0) -> Path:
             return folder
     except OSError as error:
         raise UserError(f"--results-dir {results}: cannot write there ({error.strerror})") from error
-
-
-class RunLog:
-    """Writes log.txt and metrics.jsonl in a run's folder, and the same lines to the terminal.
-
-    A full disk does not end a training: what cannot be written is left out, with one warning on the terminal.
-
-    Args:
-        folder: Existing folder; None makes a log that writes nothing (for ranks other than 0).
-
-    Attributes:
-        reporter: Gets metrics and samples, too; None without a tracker.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self.reporter: Reporter | None = None
-        self._is_warned = False
-
-    def line(self, message: str) -> None:
-        """Write one line with a timestamp, as the official scripts print it (coloured only on a terminal)."""
-        if self.folder is None:
-            return
-        now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-        stamp = f"\033[34m{now}\033[0m" if sys.stdout.isatty() else now
-        print(f"[{stamp}] {message}", flush=True)
-        self._append(self.folder / "log.txt", f"[{now}] {message}\n")
-
-    def metrics(self, step: int, **values: float) -> None:
-        """Write one JSON object as a line."""
-        if self.folder is None:
-            return
-        self._append(self.folder / "metrics.jsonl", json.dumps({"step": step, **values}) + "\n")
-        if self.reporter is not None:
-            self.reporter.metrics(step, values)
-
-    def samples(self, step: int, path: Path) -> None:
-        """Report a picture of samples that is in the run's folder."""
-        if self.reporter is not None:
-            self.reporter.samples(step, path)
-
-    def _append(self, path: Path, text: str) -> None:
-        try:
-            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
-        except OSError as error:
-            if not self._is_warned:
-                print(f"warning: {path}: cannot be written ({error.strerror}); training continues", file=sys.stderr)
-            self._is_warned = True
-
-
-@contextmanager
-def warnings_logged(log: RunLog) -> Iterator[None]:
-    """Write the warnings of a block, and of processes forked in it, to the log; without a folder they are as usual."""
-    usual = warnings.showwarning
-
-    def show(message: Warning | str, *where: object, **more: object) -> None:
-        log.line(f"Warning: {message}")
-
-    if log.folder is not None:
-        warnings.showwarning = show
-    try:
-        yield
-    finally:
-        warnings.showwarning = usual
-
-
-@contextmanager
-def reported(log: RunLog, setup: Setup, step: int, *, repeats: bool) -> Iterator[None]:
-    """Report what a run logs in the block to the tracker that its settings ask for, on rank 0.
-
-    Args:
-        log: Log of the run.
-        setup: Setup of the run.
-        step: Step that the training starts from.
-        repeats: True if the next steps are those of an earlier start, to the bit.
-
-    Raises:
-        UserError: On every rank, if it cannot be started.
-    """
-    settings = setup.config.tracking
-    with distributed.raise_on_all_ranks():
-        if settings.track is not None and log.folder is not None:
-            log.reporter = Reporter(settings, log.folder, flatten(setup.document()), step, repeats=repeats)
-    failed = True
-    try:
-        yield
-        failed = False
-    finally:
-        if log.reporter is not None:
-            log.reporter.finish(failed=failed)
 
 
 @contextmanager
@@ -295,66 +190,3 @@ def cut_metrics(folder: Path, step: int) -> int:
     with atomic_path(path) as temporary:
         temporary.write_text("".join(lines))
     return last
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Signals and profile
-
-
-class StopRequest:
-    """A flag that a signal sets."""
-
-    def __init__(self) -> None:
-        self.received = False
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn what schedulers send before they kill (SIGTERM, SIGUSR1) and Ctrl-C into a `StopRequest` in the block.
-
-    A second signal has its usual effect at once: a process that waits for a hung rank reads no flag.
-    """
-    request = StopRequest()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        request.received = True
-        signal.signal(number, before[signal.Signals(number)])
-
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.signal(number, note) for number in signals}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def trace_steps(folder: Path | None) -> Iterator[Callable[[], None]]:
-    """Trace steps 10 to 14 of the block for chrome://tracing or Perfetto; the caller marks the end of each step.
-
-    Args:
-        folder: Gets trace.json and operations.txt once those steps are over; None traces nothing.
-
-    Yields:
-        A function to call at the end of every step.
-    """
-    if folder is None:
-        yield lambda: None
-        return
-    from torch.profiler import ProfilerActivity, profile, schedule
-
-    folder.mkdir(parents=True, exist_ok=True)
-    activities, order = [ProfilerActivity.CPU], "self_cpu_time_total"
-    if torch.cuda.is_available():
-        activities, order = [*activities, ProfilerActivity.CUDA], "self_cuda_time_total"
-
-    def write(tracer: profile) -> None:
-        tracer.export_chrome_trace(str(folder / "trace.json"))
-        (folder / "operations.txt").write_text(
-            tracer.key_averages().table(sort_by=order, row_limit=PROFILE_ROWS) + "\n"
-        )
-
-    steps = schedule(wait=PROFILE_FROM - 1, warmup=1, active=PROFILE_STEPS, repeat=1)
-    with profile(activities=activities, schedule=steps, on_trace_ready=write) as tracer:
-        yield tracer.step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from data import EMBEDDED, CaptionedDigits, Dataset, MovingDigits, encoder_for, open_dataset, open_digits
+from data import Dataset, encoder_for
 from data.dataset import text_of
 from data.encoders import Encoder
-from data.renumbered import renumber
 from diffusion import PREVIEW_SAMPLER, make_sampler
 from diffusion.loss import DiffusionLoss, row_noise
 from diffusion.sampling import Sampler
@@ -28,6 +26,7 @@ from runtime.given import Given
 from runtime.licences import Origin, origin_of
 from runtime.settings import Values, choose_owners
 from training.config import KINDS, PROGRAM, TrainSettings
+from training.data import open_and_listen, open_held_out
 from training.fine_tuning import choose_trained
 from training.loss import build_loss, check_loss, open_vision_encoder
 from training.network import (
@@ -223,44 +222,6 @@ def build_without_values(
         return make()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def open_training_data(config: TrainSettings, joint_images: int = 0) -> Dataset:
-    """The data set that the settings name, with so many single frames behind every clip.
-
-    Raises:
-        UserError: If it cannot be opened.
-    """
-    data, embedded = config.data, config.data.dataset in EMBEDDED
-    if data.channels not in (None, 1, 3) or (embedded and data.channels == 3):
-        raise UserError(f"--in-channels {data.channels}: 3 for RGB or 1 for grey (the digits are grey)")
-    with error_prefix(f"--dataset {data.dataset}" if embedded else "--data-path"):
-        return open_dataset(
-            data.dataset,
-            data.data_path,
-            data.image_size,
-            data.channels or {"idx": 0, **dict.fromkeys(EMBEDDED, 1)}.get(data.dataset, 3),  # 0: as they are
-            flip=data.flip,
-            seed=config.optimization.global_seed,
-            strict=data.strict,
-            trust_stamps=config.run.trust_stamps,
-            frames=data.num_frames,
-            joint_images=joint_images,
-            clips=config.clips,
-            columns=config.columns,
-        )
-
-
-def open_and_listen(config: TrainSettings, joint_images: int) -> tuple[Dataset, list[str]]:
-    """The data set, and the warnings about it, for the log, which is not there yet."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        dataset = open_training_data(config, joint_images)
-    return dataset, [str(warning.message) for warning in caught]
-
-
 def encode(setup: Setup, images: Tensor, step: int, rows: range, seed: int | None = None) -> Tensor:
     """Latents of some rows of a batch as the data set gives it; of stochastic encoders a sample for (step, row)."""
     noise = None
@@ -268,10 +229,6 @@ def encode(setup: Setup, images: Tensor, step: int, rows: range, seed: int | Non
         seed = setup.config.optimization.global_seed if seed is None else seed
         noise = row_noise("encoder", seed, step, rows, setup.loss.data_shape, images.device)
     return setup.encoder.to_latents(setup.encoder.encode_pixels(images), noise)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Validation
 
 
 def open_validation(setup: Setup, every: int, held_out: Dataset | None, device: torch.device) -> ValidationData:
@@ -301,53 +258,3 @@ def open_validation(setup: Setup, every: int, held_out: Dataset | None, device: 
     if scorer is None and setup.config.data.dataset == "moving-digits":
         setup.setup_warnings.append("moving digits of another size than 8 frames of 16 x 16 pixels have no scores")
     return ValidationData(every, held_out, sampler, scorer)
-
-
-def open_held_out(config: TrainSettings, dataset: Dataset, latents: tuple[int, ...]) -> Dataset | None:
-    """The images of the validation loss, which are never mirrored, or clips, without images behind them.
-
-    Args:
-        config: Settings of the run.
-        dataset: Training data.
-        latents: Shape of the network's samples.
-
-    Returns:
-        The data; None if there are none.
-
-    Raises:
-        UserError: If they cannot be opened or are of other classes than the training data.
-    """
-    path, data = config.validation.eval_data_path, config.data
-    if data.dataset == "digits":
-        return open_digits("test", seed=config.optimization.global_seed)
-    if data.dataset in ("moving-digits", "captioned-digits"):
-        embedded = MovingDigits if data.dataset == "moving-digits" else CaptionedDigits
-        return embedded("test", frames=latents[0], side=dataset.image_shape[-1])
-    if path is None:
-        return None
-    channels, height, width = dataset.image_shape[-3:]
-    with error_prefix("--eval-data-path"):
-        held_out = open_dataset(
-            data.dataset,
-            path,
-            (height, width),
-            channels,
-            flip=False,
-            strict=data.strict,
-            trust_stamps=config.run.trust_stamps,
-            frames=data.num_frames,
-            clips=config.clips,
-            columns=replace(config.columns, split=config.validation.eval_split),
-            held_out=True,
-        )
-    if config.run.keep_classes and {*held_out.classes} <= {*dataset.classes}:
-        held_out = renumber(held_out, dataset.classes)
-    if list(held_out.classes) != list(dataset.classes):
-        raise UserError(
-            f"--eval-data-path {path}: its {len(held_out.classes)} classes are not the {len(dataset.classes)} of "
-            "--data-path, by name"
-        )
-    if hasattr(dataset, "encoder") and hasattr(held_out, "encoder"):  # of latents
-        with error_prefix(f"--eval-data-path {path}: not latents of the same autoencoder as those in --data-path"):
-            held_out.encoder().check_same(dataset.encoder().describe())
-    return held_out

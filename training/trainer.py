@@ -27,11 +27,13 @@ from runtime.errors import FAILED_STATUS, UserError, error_prefix
 from runtime.licences import origin_of
 from runtime.saver import BackgroundSaver, Saver, ShardedSaver, State
 from runtime.stores import parse_path
+from training.interruption import INTERRUPTED_STATUS, stop_on_signal
+from training.log import RunLog, reported, warnings_logged
 from training.mirror import RunMirror
 from training.network import START
 from training.optimization import FiniteGuard
+from training.profiling import trace_steps
 from training.resume import ResumeState
-from training.run import INTERRUPTED_STATUS, RunLog, reported, stop_on_signal, trace_steps, warnings_logged
 from training.run_files import thin
 from training.setup import Setup, encode
 from training.state import TrainingState, checkpoint_meta

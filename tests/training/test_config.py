@@ -14,8 +14,9 @@ from runtime.errors import UserError, run
 from runtime.settings import setting
 from tests import runs
 from tests.runs import DIGITS, checkpoint, metrics, open_setup, start, state
-from training.config import OptimizationSettings, TrainSettings, parse_settings
+from training.config import TrainSettings, parse_settings
 from training.optimization import OPTIMIZERS, register
+from training.settings import OptimizationSettings
 
 
 def settings(*argv: str) -> OptimizationSettings:

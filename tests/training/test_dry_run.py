@@ -135,7 +135,7 @@ def test_warnings_are_those_of_training(tmp_path: Path, capsys: pytest.CaptureFi
 def test_of_compiled_blocks_it_predicts_the_uncompiled_ones(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.config.can_compile", lambda device_type: True)
+    monkeypatch.setattr("training.settings.can_compile", lambda device_type: True)
     out = [dry_run(capsys, *argv) for argv in ((), ("--compile",))]
     assert "predicted, uncompiled (compiled blocks keep less): " in out[1]
     peaks = [re.search(r"predicted.*: ([\d.]+) GB", text) for text in out]

@@ -22,8 +22,9 @@ from scripts import merge_lora
 from tests import runs
 from tests.networks import debug_name, debug_network, inputs, labelled, randomise
 from tests.runs import assert_same, checkpoint, last_checkpoint, start, state
-from training.config import OptimizationSettings, TrainSettings
+from training.config import TrainSettings
 from training.fine_tuning import TRAINED, choose_layers, train_labels, train_lora
+from training.settings import OptimizationSettings
 
 needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed (pip install peft)")
 MODEL = "--model DiT-debug/2 --image-size 8 --vae none --in-channels 1 --no-flip --global-batch-size 8".split()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from models import create_model
-from training.config import OptimizationSettings
 from training.optimization import EMA, OPTIMIZERS, AdamW, FiniteGuard
+from training.settings import OptimizationSettings
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Average

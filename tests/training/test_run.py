@@ -10,7 +10,9 @@ import pytest
 
 from runtime.errors import UserError
 from tests.runs import DIGITS, losses, run_folder, start
-from training.run import RunLog, create_run_folder, cut_metrics, stop_on_signal
+from training.interruption import stop_on_signal
+from training.log import RunLog
+from training.run import create_run_folder, cut_metrics
 
 SHORT = [*DIGITS, *"--model DiT-digits/2 --global-batch-size 4 --max-steps 16".split()]
 

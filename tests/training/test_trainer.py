@@ -14,7 +14,7 @@ from tests import runs
 from tests.processes import fork_script, run_ranks
 from tests.runs import DIGITS, assert_same, checkpoint, losses, metrics, run_folder, state
 from training import trainer
-from training.run import INTERRUPTED_STATUS
+from training.interruption import INTERRUPTED_STATUS
 
 BASE = [*DIGITS, *"--model DiT-digits/2 --global-batch-size 12 --lr 2e-3 --ema-decay 0.9 --keep-last 50".split()]
 

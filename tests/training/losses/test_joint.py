@@ -14,10 +14,10 @@ from models.latte import SkipLatte
 from tests.golden_data import arrays, assert_close, assert_close_elementwise, table
 from tests.golden_latte import recorded_network
 from tests.networks import debug_network, inputs, randomise
-from training.config import OptimizationSettings
 from training.losses import JointLoss
 from training.losses.joint import IMAGES_DROPPED, OF_IMAGES, JointLossSettings
 from training.optimization import EMA, AdamW
+from training.settings import OptimizationSettings
 
 IMAGE_LABELS = OF_IMAGES["y"]
 EPSILON = torch.finfo(torch.float32).eps
