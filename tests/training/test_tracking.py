@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from training.trainer import Trainer
 
 RUN = [*runs.DIGITS, *"--model DiT-debug/2 --num-classes 10 --global-batch-size 8 --max-steps 6 --ckpt-every 2".split()]
 RUN += "--eval-every 2 --eval-images 32 --eval-samples 4 --eval-steps 2 --resume auto".split()
+PATIENCE = 60  # seconds to wait for what a run reported
 
 
 @pytest.fixture
@@ -38,11 +40,19 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "results"
 
 
-def read(name: str, results: Path) -> Tracked:
-    if name == "trackio":
-        return of_trackio("digits")
-    readers: dict[str, Callable[[Path], Tracked]] = {"tensorboard": of_tensorboard, "wandb": of_wandb}
-    return readers[name](runs.run_folder(results))
+def read(name: str, results: Path, steps: int, samples: int) -> Tracked:
+    """What a tracker wrote of so many losses and grids; wandb's process may write it some time after the run's end."""
+    readers: dict[str, Callable[[], Tracked]] = {
+        "trackio": lambda: of_trackio("digits"),
+        "tensorboard": lambda: of_tensorboard(runs.run_folder(results)),
+        "wandb": lambda: of_wandb(runs.run_folder(results)),
+    }
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        found = readers[name]()
+        if (len(dict(found.losses)) >= steps and len(found.samples) >= samples) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
 
 
 def killed_at(step: int) -> pytest.MonkeyPatch:
@@ -68,9 +78,9 @@ def test_a_killed_run_is_resumed_in_the_same_run_of_the_tracker(
     with pytest.raises(KeyboardInterrupt):
         runs.start(offline, *argv)
     patch.undo()
-    assert [step for step, _ in read(name, offline).losses] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in read(name, offline, 5, 2).losses] == [1, 2, 3, 4, 5]
     assert runs.start(offline, *argv) == 0 and len(list(offline.iterdir())) == 1
-    tracked = read(name, offline)
+    tracked = read(name, offline, 6, 3)
     expected = {line["step"]: line["loss"] for line in runs.metrics(offline) if "loss" in line}
     assert dict(tracked.losses) == pytest.approx(expected, rel=1e-6) and list(expected) == [1, 2, 3, 4, 5, 6]
     # The step before the kill may be there twice, with the same numbers; earlier ones are not
