@@ -33,6 +33,7 @@ from runtime.settings import flag_name, setting
 from sampling.clips import ClipSettings
 from sampling.config import GuidanceSettings, SamplingSettings, check_labels, check_unlabelled, parse_settings
 from sampling.editing import Edit
+from sampling.picture_note import write_note
 from sampling.pipeline import Pipeline
 from sampling.plan import Plan
 from sampling.prompts import Prompts, open_prompts
@@ -296,12 +297,14 @@ class Made(NamedTuple):
         columns: Samples in a row of the picture.
         captions: Texts under them; none without prompts.
         labels: Their classes; none without labels.
+        note: Settings that make them again, for their files.
     """
 
     moments: list[Images]
     columns: int
     captions: list[str]
     labels: list[int]
+    note: str = ""
 
 
 def make(pipeline: Pipeline, config: SampleSettings, texts: Sequence[str], watch: StepHook | None = None) -> Made:
@@ -326,7 +329,7 @@ def make(pipeline: Pipeline, config: SampleSettings, texts: Sequence[str], watch
     count, labels = len(plan.noise), [] if plan.labels is None else plan.labels.tolist()
     captions = [] if prompts is None or not prompts.texts else [prompts.text_of(i) for i in range(count)]
     moments = [shown(pipeline, x, prepared) for x in sample(pipeline, prepared, settings, plan, edit, watch)]
-    return Made(moments, columns_of(settings, count), captions, labels)
+    return Made(moments, columns_of(settings, count), captions, labels, write_note(PROGRAM, pipeline, prepared, labels))
 
 
 def columns_of(settings: PictureSettings, count: int) -> int:
@@ -353,7 +356,9 @@ def main(argv: Sequence[str]) -> None:
         paths = overviews(writer, settings, given.general.clips)
         made = make(pipeline, given.general, texts)
         for path in paths:
-            writer.save(made.moments[-1], path, made.columns, gap=GAP, software=PROGRAM, texts=made.captions)
+            writer.save(
+                made.moments[-1], path, made.columns, gap=GAP, software=PROGRAM, texts=made.captions, note=made.note
+            )
         names = pipeline.info.classes or ()
         named = dict.fromkeys(f"{i} {names[i]}" for i in made.labels if names and names[i] != str(i))
         classes = f"; classes: {', '.join(named)}" if named else ""

@@ -17,7 +17,9 @@ from runtime.files import atomic_path
 Images = npt.NDArray[np.uint8]  # (N, H, W, C), or clips (N, F, H, W, C)
 GAP = 2  # white pixels between tiles
 TEXT_SIZE, TEXT_LINE = 10, 12  # pixels of the letters under a tile, and of a line
-SOFTWARE_TAG = 0x0131  # of EXIF
+SOFTWARE_TAG, NOTE_TAG = 0x0131, 0x010E  # of EXIF
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # of pictures with notes
+LONGEST_NOTE = 60_000  # bytes; a JPEG holds no longer EXIF
 
 
 def from_uint8(images: Tensor) -> Tensor:
@@ -86,11 +88,20 @@ def enlarge(images: Images, factor: int) -> Images:
     return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
-def save_png(image: Images, path: Path, software: str = "") -> None:
-    """Write one image (H, W, C) with 1 or 3 channels, whole or not at all; `software` is noted in the file."""
+def save_png(image: Images, path: Path, software: str = "", note: str = "") -> None:
+    """Write one image (H, W, C), whole or not at all.
+
+    Args:
+        image: The image, with 1 or 3 channels.
+        path: The file.
+        software: Noted in the file.
+        note: Further ASCII text in the file, such as settings; left out if it is too long.
+    """
     picture, exif = _picture(image), Image.Exif()
     if software:
         exif[SOFTWARE_TAG] = software
+    if 0 < len(note) <= LONGEST_NOTE:
+        exif[NOTE_TAG] = note
     with atomic_path(path) as temporary:
         picture.save(temporary, exif=exif)
 
@@ -99,15 +110,40 @@ def written_by(path: Path, software: str) -> bool:
     """True for a picture, or a video where PyAV is installed, that notes this software."""
     if path.suffix.lower() == ".mp4":
         return _video_comment(path) == software
+    noted = _noted(path)
+    return noted is not None and noted[0] == software
+
+
+def note_in(path: Path) -> str:
+    """Note that `save_png` or `save_gif` wrote into a file; "" if it has none, or is no picture."""
+    return (_noted(path) or ("", ""))[1]
+
+
+def is_picture(path: Path) -> bool:
+    """True for a whole PNG, JPEG, WEBP or GIF."""
     try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "GIF")) as picture:
-            noted = picture.getexif().get(SOFTWARE_TAG), picture.info.get("comment")
+        with Image.open(path, formats=FORMATS) as picture:
+            picture.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
-    return software in noted or software.encode() in noted
+    return True
 
 
-def save_gif(images: Sequence[Images], path: Path, durations: Sequence[int], software: str = "") -> None:
+def _noted(path: Path) -> tuple[str, str] | None:
+    """Software and note in a picture; None if it cannot be read."""
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            exif, comment = picture.getexif(), picture.info.get("comment", b"")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    text = comment.decode(errors="replace") if isinstance(comment, bytes) else str(comment)
+    software, _, note = text.partition("\n")
+    return str(exif.get(SOFTWARE_TAG, software)), str(exif.get(NOTE_TAG, note))
+
+
+def save_gif(
+    images: Sequence[Images], path: Path, durations: Sequence[int], software: str = "", note: str = ""
+) -> None:
     """Write images (H, W, C) as a repeating animation, whole or not at all.
 
     Args:
@@ -115,11 +151,13 @@ def save_gif(images: Sequence[Images], path: Path, durations: Sequence[int], sof
         path: The file.
         durations: Milliseconds for which each is shown; a multiple of ten.
         software: Noted in the file.
+        note: As for `save_png`.
     """
+    comment = f"{software}\n{note}" if 0 < len(note) <= LONGEST_NOTE else software
     pictures = [_picture(image) for image in images]
     with atomic_path(path) as temporary:
         pictures[0].save(
-            temporary, save_all=True, append_images=pictures[1:], duration=[*durations], loop=0, comment=software
+            temporary, save_all=True, append_images=pictures[1:], duration=[*durations], loop=0, comment=comment
         )
 
 

@@ -53,6 +53,7 @@ class Writer:
         gap: int = 0,
         software: str = "",
         texts: Sequence[str] = (),
+        note: str = "",
     ) -> None:
         """Write samples into one file, whole or not at all.
 
@@ -63,8 +64,9 @@ class Writer:
             gap: White pixels around each.
             software: Noted in the file.
             texts: Texts under the samples; none if it is empty.
+            note: Further text in pictures and GIFs, as `data.pixels.save_png` takes it.
         """
-        save_png(self.sheet(samples, columns, gap, texts), path, software)
+        save_png(self.sheet(samples, columns, gap, texts), path, software, note)
 
 
 class ClipWriter(Writer):
@@ -76,7 +78,7 @@ class ClipWriter(Writer):
 
     unit = "clip"
     suffixes = (".png", ".gif", ".mp4")
-    animations: ClassVar[dict[str, Callable[[Sequence[Images], Path, int, str], None]]] = {}
+    animations: ClassVar[dict[str, Callable[[Sequence[Images], Path, int, str, str], None]]] = {}
 
     def __init__(self, fps: int = FPS) -> None:
         self.fps = fps
@@ -105,13 +107,14 @@ class ClipWriter(Writer):
         gap: int = 0,
         software: str = "",
         texts: Sequence[str] = (),
+        note: str = "",
     ) -> None:
         """Write clips (N, F, H, W, C) into one file: .gif and .mp4 are animations, others pictures."""
         animation = self.animations.get(path.suffix.lower())
         if animation is None:
-            return super().save(samples, path, columns, gap=gap, software=software, texts=texts)
+            return super().save(samples, path, columns, gap=gap, software=software, texts=texts, note=note)
         frames = [grid(with_texts(moment, texts), columns, gap=gap)[0] for moment in samples.swapaxes(0, 1)]
-        animation(frames, path, self.fps, software)
+        animation(frames, path, self.fps, software, note)
 
 
 def with_texts(images: Images, texts: Sequence[str]) -> Images:
@@ -121,13 +124,18 @@ def with_texts(images: Images, texts: Sequence[str]) -> Images:
     return np.concatenate([images, strips(texts, images.shape[2], images.shape[3])], axis=1)
 
 
-def _save_gif(frames: Sequence[Images], path: Path, fps: int, software: str) -> None:
+def _save_gif(frames: Sequence[Images], path: Path, fps: int, software: str, note: str) -> None:
     """Write a GIF; its unit of time is 1/100 second, so durations alternate where they have to."""
     ends = [round(100 * k / fps) for k in range(len(frames) + 1)]
-    save_gif(frames, path, [10 * (b - a) for a, b in zip(ends, ends[1:], strict=False)], software)
+    save_gif(frames, path, [10 * (b - a) for a, b in zip(ends, ends[1:], strict=False)], software, note)
 
 
-ClipWriter.animations.update({".gif": _save_gif, ".mp4": save_mp4})
+def _save_mp4(frames: Sequence[Images], path: Path, fps: int, software: str, note: str) -> None:
+    """Write a video, which has no note."""
+    save_mp4(frames, path, fps, software)
+
+
+ClipWriter.animations.update({".gif": _save_gif, ".mp4": _save_mp4})
 
 
 def writer_of(shape: Sequence[int], fps: int = FPS) -> Writer:

@@ -155,7 +155,8 @@ class Work:
             torch.cuda.synchronize(self.pipeline.device)
         seconds, samples = time.perf_counter() - started - self._spent, made.moments[-1]
         for path in self.paths:
-            self.writer.save(samples, path, made.columns, gap=GAP, software=PROGRAM, texts=made.captions)
+            noted = {"software": PROGRAM, "note": made.note}
+            self.writer.save(samples, path, made.columns, gap=GAP, texts=made.captions, **noted)
         macs = sum(counted.executed.values()) / len(samples)
         return Result(self.paths, len(samples), seconds, macs, cost_of(self.run))
 

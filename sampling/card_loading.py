@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def renamed_card(text: str, former: str, name: str) -> str:
     section, following, rest = after.partition("\n## ")
     for line in ('"{}"', "--ckpt {}\n", "--ckpt {} ", "hf download {} "):
         section = section.replace(line.format(former), line.format(name))
-    return f"{before}{heading}{section}{following}{rest}"
+    text, command = f"{before}{heading}{section}{following}{rest}", "`python sample.py --ckpt {} "  # of captions
+    return text.replace(command.format(shlex.quote(former)), command.format(shlex.quote(name)))
 
 
 def licence_of_card(text: str, where: str) -> str | None:

@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from models import family_name
 from runtime.licences import UNKNOWN, Origin, hub_name
 from sampling.card_loading import LOADING, loading, start_of
+from sampling.card_pictures import show_pictures
 from sampling.card_recipe import show_data, show_recipe, untrained
 from sampling.card_scores import show_scores
 from sampling.card_text import table, warning
@@ -92,7 +94,7 @@ def model_card(document: Mapping[str, Any], content: CardContent) -> str:
         *show_scores(content.scores),
     ]
     if content.pictures:
-        parts += ["## Samples\n", "\n".join(f"![samples]({picture.name})" for picture in content.pictures) + "\n"]
+        parts += ["## Samples\n", *show_pictures(content.pictures, content.name, document["preset"])]
     return "\n".join(parts)
 
 
@@ -131,4 +133,4 @@ def _curves(content: CardContent) -> str:
     kept = [*rows[::step][:CURVE_ROWS], *rows[-1:]]
     lines = [(f"{at:,}", f"{loss:.5g}") for at, loss in dict.fromkeys(kept)]
     shown = table(lines, ("step", "loss")) if lines else ""
-    return shown + "".join(f"\n![{curve.stem}]({curve.name})\n" for curve in content.curves)
+    return shown + "".join(f"\n![{curve.stem}]({quote(curve.name)})\n" for curve in content.curves)

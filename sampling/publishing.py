@@ -20,6 +20,7 @@ from runtime.licences import licence_to_publish, origin_to_name
 from runtime.pretrained import ENCODER, SHARD_SIZE, check_shard_size, write_weights
 from runtime.weight_files import weights_sha256
 from sampling.bundle import write_bundle
+from sampling.card_pictures import check_names, check_pictures
 from sampling.card_scores import check_scores
 from sampling.card_text import without_places
 from sampling.cards import CardContent, model_card
@@ -118,11 +119,13 @@ def save_folder(
     document = document_of(network, info, encoder, chosen, name)
     known.setdefault("code_url", checkout_url())
     card = CardContent(name, sum(p.numel() for p in network.parameters()), for_diffusers=for_diffusers, **known)
-    for picture in (*card.pictures, *card.curves):
-        if not picture.is_file():
-            raise UserError(f"pictures {picture}: no such file")
+    dashes = "--" * flag.startswith("--")
+    with error_prefix(""):
+        check_names(card.pictures, [curve.name for curve in card.curves], f"{dashes}pictures")
+        check_names(card.curves, (), "curves")
+    check_pictures(card.pictures, document, f"{dashes}pictures")
     for file, scores in card.scores.items():
-        check_scores(scores, document, f"{'--' * flag.startswith('--')}scores {file}")
+        check_scores(scores, document, f"{dashes}scores {file}")
     text = model_card(document, card)
     document[CARD_DIGEST] = card_digest(text)
 

@@ -25,6 +25,7 @@ from runtime.errors import run
 from runtime.hub import CARD, check_repository, latest_commit
 from runtime.pretrained import SHARD_SIZE, check_shard_size
 from runtime.settings import setting
+from sampling.card_pictures import CURVE, check_names
 from sampling.card_recipe import untrained
 from sampling.card_scores import read_scores
 from sampling.cards import read_losses
@@ -86,13 +87,11 @@ class PublishSettings:
         if self.card == "keep" and (self.scores or self.pictures):
             raise ValueError("--scores, --pictures: have no effect with --card keep")
         check_shard_size(self.shard_size, "--shard-size")
-        for picture in self.pictures:
-            if not picture.is_file():
-                raise ValueError(f"--pictures {picture}: no such file")
-        names = [path.name for path in (*self.pictures, *self.scores)]
+        check_names(self.pictures)
+        names = [path.name for path in self.scores]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"--pictures, --scores: two files are named {name}; rename one")
+                raise ValueError(f"--scores: two files are named {name}; rename one")
 
 
 def draw_losses(losses: Sequence[tuple[int, float]], path: Path) -> Path:
@@ -124,7 +123,7 @@ def publish(config: PublishSettings, scratch: Path) -> str:
     losses = read_losses(pipeline.info.path.parent.parent / METRICS)
     known: dict[str, Any] = {"scores": scores, "losses": losses, "pictures": config.pictures, "license": config.licence}
     if losses:
-        known["curves"] = (draw_losses(losses, scratch / "loss.png"),)
+        known["curves"] = (draw_losses(losses, scratch / CURVE),)
     known |= {"shard_size": config.shard_size, "for_diffusers": config.for_diffusers}
     if config.code_url is not None:
         known["code_url"] = config.code_url

@@ -1,5 +1,6 @@
 """Files of images and clips, read back as their readers do."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.pixels import grid, save_png, strips, to_uint8, written_by
+from data.pixels import grid, is_picture, note_in, save_png, strips, to_uint8, written_by
 from data.writers import ClipWriter, Writer, writer_of
 from tests import golden_data
 
@@ -169,3 +170,19 @@ def test_long_words_are_broken_and_lines_stay_inside() -> None:
     assert strip.shape[2:] == (40, 3) and strip.shape[1] >= 5 * 12
     assert (strip[0, :, -1] == 255).all() and (strip < 128).any()
     assert strips(["", ""], 40, 1).shape == (2, 16, 40, 1)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".gif"])
+def test_notes_are_read_back_and_change_no_pixel(suffix: str, tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 1), dtype=np.uint8)
+    path, plain, note = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}", json.dumps({"flags": ["x" * 3000, "é"]})
+    ClipWriter().save(samples, path, software="me", note=note)
+    ClipWriter().save(samples, plain, software="me")
+    assert note_in(path) == note and note_in(plain) == "" and is_picture(path)
+    assert written_by(path, "me") and not written_by(path, "you")
+    with Image.open(path) as noted, Image.open(plain) as other:
+        assert np.array_equal(np.asarray(noted), np.asarray(other))
+    ClipWriter().save(samples, path, software="me", note="x" * 70_000)
+    assert note_in(path) == "" and written_by(path, "me")
+    path.write_bytes(path.read_bytes()[:60])
+    assert not is_picture(path) and not is_picture(tmp_path)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.pixels import save_png
 from models import FAMILIES, Network
 from models.loading import resolve_checkpoint
 from runtime.errors import UserError
@@ -149,7 +150,7 @@ def trained(folder: Path, first: Path) -> Path:
 def test_a_card_says_what_is_known(tmp_path: Path) -> None:
     path = save_digits_checkpoint(tmp_path / "a.safetensors", "DiT-digits/2", lr=0.002)
     for name in ("grid.png", "loss.png"):
-        (tmp_path / name).write_bytes(b"picture")
+        save_png(np.zeros((8, 8, 1), np.uint8), tmp_path / name)
     scores = {"scores": {"fid": 2.27}, "protocol": {"reference": str(tmp_path / "ref.npz"), "count": 50_000}}
     (tmp_path / "a.scores.json").write_text(json.dumps(scores))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.5}\n{"step": 2, "loss": 0.25}\n{"st')
@@ -169,7 +170,7 @@ def test_a_card_says_what_is_known(tmp_path: Path) -> None:
         "These weights: apache-2.0.",
     ]:  # fmt: skip
         assert line in card, line
-    assert str(tmp_path) not in card and (folder / "grid.png").read_bytes() == b"picture"
+    assert str(tmp_path) not in card and (folder / "grid.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
 
 
 def test_a_recipe_says_what_decides_the_result_and_hides_what_does_not(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
+
+from data.pixels import save_png
 from sampling.pipeline import Pipeline
 from tests.digits_checkpoints import save_digits_checkpoint
 from tests.hub_server import PUBLISHING, TOKEN, in_process, serving
@@ -20,7 +23,7 @@ def edit(folder: Path, old: str, new: str) -> None:
 def test_a_folder_is_uploaded_with_what_was_added_to_it(tmp_path: Path) -> None:
     """Also other names, of the folder and of the repository; it is no origin of itself."""
     path = save_digits_checkpoint(tmp_path / "a.safetensors", "DiT-digits/2")
-    (tmp_path / "grid.png").write_bytes(b"picture")
+    save_png(np.zeros((8, 8, 1), np.uint8), tmp_path / "grid.png")
     pipeline = Pipeline.from_pretrained(path, device="cpu")
     saved = pipeline.save_pretrained(
         tmp_path / "digits", license="apache-2.0", pictures=(tmp_path / "grid.png",), code_url="https://a.org/code"

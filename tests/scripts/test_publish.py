@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import sample
 import sample_ddp
 from runtime.errors import run
 from runtime.groups import read_groups, save_checkpoint
+from sampling.card_loading import renamed_card
 from sampling.pipeline import Pipeline
 from scripts import digits_report, publish
 from tests.digits_checkpoints import save_digits_checkpoint
@@ -119,6 +123,9 @@ def test_without_network_the_cache_is_used_and_an_error_is_one_line(tmp_path: Pa
         (["--output", "a", "--repo", "me/a"], "--output, --repo: give one of them"),
         (["--output", "a", "--private"], "--private: has no effect without --repo"),
         (["--output", "a", "--pictures", "no.png"], "--pictures no.png: no such file"),
+        (["--output", "a", "--pictures", "notes.md"], "--pictures notes.md: no picture by its name"),
+        (["--output", "a", "--pictures", "loss.png"], "--pictures loss.png: the card has a curve of this name"),
+        (["--output", "a", "--pictures", "text.png"], "--pictures text.png: cannot be read as a picture"),
         (["--output", "a", "--scores", "no.json"], "--scores no.json: no such file"),
         (["--output", "a", "--ckpt", "no.safetensors"], "--ckpt no.safetensors: no such file"),
         (["--output", "a", "--license", "My licence"], "--license My licence: not an identifier that the hub knows"),
@@ -138,7 +145,8 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     save_digits_checkpoint(tmp_path / "a.safetensors", "DiT-digits/2")
     (tmp_path / "full").mkdir()
-    (tmp_path / "full/mine.txt").write_text("kept")
+    for name in ("full/mine.txt", "notes.md", "loss.png", "text.png"):
+        (tmp_path / name).write_text("kept")
     argv = flags if "--ckpt" in flags else [*flags, "--ckpt", "a.safetensors"]
     assert run(publish.main, "publish.py", argv) == 2
     error = capsys.readouterr().err
@@ -244,3 +252,32 @@ def test_scores_follow_weights_through_folders_and_no_further(
             f"weights{own}"
         )
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--num-sampling-steps 3",
+        "--sampler ddim --eta 0.5 --num-sampling-steps 4 --cfg-scale 1.1 --seed 11 --class-labels 3 1 4 --columns 2 "
+        "--guidance-interval 100 900 --guidance-channels 1 --batch-size 2 --clip-denoised",
+        "--num-sampling-steps 3 --cfg-scale 2 --guidance-schedule linear --forecast 2,1 --precision fp32",
+    ],
+)
+def test_the_caption_of_a_picture_makes_it_again(
+    flags: str, scored: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the published folder, to the bit."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["--ckpt", str(scored[0]), *flags.split(), "--output", "grid.png", "--device", "cpu"]
+    assert run(sample.main, "sample.py", argv) == 0
+    argv = ["--ckpt", str(scored[0]), "--output", "saved", *LICENSE, "--pictures", "grid.png"]
+    assert run(publish.main, "publish.py", argv) == 0
+    card = Path("saved/README.md").read_text()
+    python, script, *command = shlex.split(card.partition("Made by `")[2].partition("`")[0])
+    assert (python, script) == ("python", "sample.py") and command[:2] == ["--ckpt", "saved"]
+    assert "`python sample.py --ckpt me/digits --" in renamed_card(card, "saved", "me/digits")
+    assert str(scored[0].parent) not in card + Path("grid.png").read_bytes().decode(errors="ignore")
+    assert run(sample.main, "sample.py", [*command, "--output", "again.png", "--device", "cpu"]) == 0
+    with Image.open("saved/grid.png") as first, Image.open("again.png") as again:
+        assert np.array_equal(np.asarray(first), np.asarray(again)) and len(np.unique(np.asarray(first))) > 10
+    assert ("the default of `Pipeline.sample` and sample_ddp.py is 1.5" in card) and "--cfg-scale" in command
