@@ -123,8 +123,7 @@ def dry_run(given: Given[TrainSettings]) -> None:
         print(f"  {name:<28}{count / 1e9:>12.3f} GB")
     print("The peak is less than their sum: kept activations are freed while gradients are made.")
     print_strategies(setup, whole, world.size if world.size > 1 else EXAMPLE_SIZE)
-    copied = sum(whole[part] for part in ("weights", "averaged weights", "optimizer"))
-    print(f"host memory of rank 0 for the copy that a checkpoint is written from: {copied / 1e9:.3f} GB")
+    print_host_memory(setup, whole, memory, world.size)
     for line in [*setup.start_notes, *(f"Warning: {warning}" for warning in setup.warnings())]:
         print(line)
 
@@ -139,6 +138,18 @@ def print_strategies(setup: Setup, whole: Mapping[str, int], size: int) -> None:
         lasting = sum(parts[part] for part in ("weights", "averaged weights", "gradients", "optimizer"))
         together = f"(divided by {count})" if count > 1 else ""
         print(f"  --parallel {name:<5}{together:<14}{lasting / 1e9:>10.3f} GB +{parts['gathered'] / 1e9:>8.3f} GB")
+
+
+def print_host_memory(setup: Setup, whole: Mapping[str, int], own: Mapping[str, int], size: int) -> None:
+    """Print what training holds besides the device's memory, from the parts of one process and of each of `size`."""
+    saved, who = ("weights", "averaged weights", "optimizer"), "rank 0"
+    copied = sum(whole[part] for part in saved)
+    if setup.config.run.checkpoint_format == "sharded":
+        divided = setup.config.compute.holders > 1
+        copied, who = (sum(own[part] for part in saved) if divided else copied // size), "each process"
+    print(f"host memory of {who} for the copy that a checkpoint is written from: {copied / 1e9:.3f} GB")
+    if setup.config.compute.holders > 1:
+        print(f"host memory of rank 0 for the weights of a new network: {whole['weights'] / 1e9:.3f} GB")
 
 
 def print_size(setup: Setup, world: World) -> None:

@@ -142,6 +142,28 @@ def test_of_compiled_blocks_it_predicts_the_uncompiled_ones(
     assert peaks[0] is not None and peaks[1] is not None and peaks[0][1] == peaks[1][1]
 
 
+def test_host_memory_is_that_of_the_process_that_copies(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of DiT-S/2: 16 bytes a parameter for weights, average and two moments."""
+
+    def printed(*argv: str) -> dict[str, float]:
+        text = dry_run(capsys, "--model", "DiT-S/2", "--num-classes", "10", "--global-batch-size", "8", *argv)
+        return {m[1]: float(m[2]) for m in re.finditer(r"host memory of (.+): ([\d.]+) GB", text)}
+
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    (copy, whole), *others = printed().items()
+    assert not others and copy == "rank 0 for the copy that a checkpoint is written from"
+    (copy, part), *others = printed("--checkpoint-format", "sharded").items()
+    assert not others and copy.startswith("each process") and part == pytest.approx(whole / 4, abs=0.001)
+    (_, one), (start, weights) = printed("--parallel", "fsdp").items()
+    assert one == whole and start == "rank 0 for the weights of a new network"
+    assert weights == pytest.approx(whole / 4, abs=0.001)
+    (_, part), _ = printed("--parallel", "fsdp", "--checkpoint-format", "sharded").items()
+    assert part == pytest.approx(whole / 4, rel=0.02), "rows are padded"
+
+
 def test_under_torchrun_one_rank_prints_and_none_waits(tmp_path: Path) -> None:
     argv = [*BASE, "--model", "DyDiT-digits/2", "--global-batch-size", "8", "--dry-run"]
     done = run_ranks("train.py", *argv, folder=tmp_path)
