@@ -76,6 +76,11 @@ class CheckpointInfo:
         return self.path.name if self.repository is None else self.repository.partition("@")[0]
 
     @property
+    def source(self) -> str:
+        """The path, or "owner/name@commit" of a repository, for messages."""
+        return str(self.path) if self.repository is None else self.repository
+
+    @property
     def is_foreign(self) -> bool:
         """True for weights that other code trained, in its own file or in a folder of ours."""
         return self.meta is None or bool(self.meta.get("foreign"))
@@ -177,7 +182,7 @@ def build_network(
     Raises:
         UserError: If the overrides or the weights do not fit the model.
     """
-    source, classes = f"{flag} {info.path}", overrides.get("num_classes")
+    source, classes = f"{flag} {info.source}", overrides.get("num_classes")
     if info.meta is not None and classes not in (None, info.config.get("num_classes", classes)):
         raise UserError(f"--num-classes {classes}: {source} was trained with {info.config['num_classes']}")
     table = weights.get(LABEL_TABLE)

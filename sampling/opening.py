@@ -58,7 +58,7 @@ def open_checkpoint(
     fields = given.fields("model", family)
     if chosen.num_classes is not None:
         fields["num_classes"] = chosen.num_classes
-    with error_prefix(given.prefix("model", family) or f"--ckpt {info.path}"):
+    with error_prefix(given.prefix("model", family) or f"--ckpt {info.source}"):
         shape = model_config(info.model, **{**info.config, **fields}).sample_shape
     if chosen.num_frames is not None:
         info, shape = with_frames(info, shape, chosen.num_frames)
@@ -86,7 +86,7 @@ def with_frames(info: CheckpointInfo, shape: tuple[int, ...], frames: int) -> tu
         UserError: If the network makes images.
     """
     if len(shape) == 3:
-        raise UserError(f"--num-frames {frames}: is a setting of clips; the network of {info.path} makes images")
+        raise UserError(f"--num-frames {frames}: is a setting of clips; the network of {info.source} makes images")
     known = info.image_shape
     clip = known if known is None or len(known) == 3 else (frames, *known[1:])
     return replace(info, image_shape=clip), (frames, *shape[1:])
@@ -140,9 +140,9 @@ def open_its_encoder(
     """
     name, size, known = config.encoder.vae or info.encoder, config.checkpoint.image_size, info.image_shape
     if known is not None and size not in (None, known[-1]):
-        raise UserError(f"--image-size {size}: --ckpt {info.path} was trained with {known[-1]}")
+        raise UserError(f"--image-size {size}: --ckpt {info.source} was trained with {known[-1]}")
     if name in OFFICIAL_VAES and channels != OFFICIAL_CHANNELS:
-        source = f"--vae {name}" if config.encoder.vae else f"--ckpt {info.path}"
+        source = f"--vae {name}" if config.encoder.vae else f"--ckpt {info.source}"
         raise UserError(
             f"{source}: the network's channels are {channels}, those of {OFFICIAL_VAES[name]} {OFFICIAL_CHANNELS}; "
             "for a network on pixels give --vae none, else the folder of its autoencoder"
@@ -171,7 +171,7 @@ def compare_encoder(encoder: Encoder, info: CheckpointInfo, *, chosen: bool) -> 
     try:
         encoder.check_same(recorded)
     except ValueError as error:
-        problem = f"--ckpt {info.path}: was trained with another autoencoder ({error})"
+        problem = f"--ckpt {info.source}: was trained with another autoencoder ({error})"
         if not chosen:
             flag = f"--vae {encoder.name}"
             raise UserError(f"{problem}; give its own by --vae, or {flag} to decode with this one") from error
@@ -179,7 +179,7 @@ def compare_encoder(encoder: Encoder, info: CheckpointInfo, *, chosen: bool) -> 
         return
     decoder = recorded.get("decoder_sha256")
     if decoder and not chosen and encoder.describe().get("decoder_sha256") != decoder:
-        warnings.warn(f"--vae {encoder.name}: its decoder has changed since {info.path} was trained", stacklevel=2)
+        warnings.warn(f"--vae {encoder.name}: its decoder has changed since {info.source} was trained", stacklevel=2)
 
 
 def check_shapes(network: Network, info: CheckpointInfo, encoder: Encoder) -> None:

@@ -300,7 +300,7 @@ class Pipeline:
             pixels = pixels.unflatten(0, latents.shape[:-3])
         if not torch.isfinite(pixels).all():
             decoded = bool(torch.isfinite(latents).all())
-            source = f"--vae {self.info.encoder}" if decoded else f"--ckpt {self.info.path}"
+            source = f"--vae {self.info.encoder}" if decoded else f"--ckpt {self.info.source}"
             raise UserError(
                 f"{source}: its images have NaN or infinity; are the weights damaged, or too large for bf16?"
             )

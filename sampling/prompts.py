@@ -175,7 +175,7 @@ def encode_prompts(
     published = None if info.preset is None else info.preset.text_encoder
     name = settings.text_encoder or recorded.get("name") or published
     if name is None:
-        raise UserError(f"--text-encoder: needed, because --ckpt {info.path} does not know its own")
+        raise UserError(f"--text-encoder: needed, because --ckpt {info.source} does not know its own")
     dtype = torch.bfloat16 if settings.text_precision == "bf16" else torch.float32
     with error_prefix(f"--text-encoder {name}"):
         encoder = open_text_encoder(name, network.config.text_length, device, dtype)
@@ -207,7 +207,7 @@ def check_same_encoder(
     """
     if recorded.get("sha256") in (None, description["sha256"]):
         return
-    problem = f"is not the text encoder that --ckpt {info.path} was trained with, by its weights"
+    problem = f"is not the text encoder that --ckpt {info.source} was trained with, by its weights"
     if not chosen:
         raise ValueError(f"{problem}; give its own by --text-encoder")
     warnings.warn(f"--text-encoder {description['name']}: {problem}", stacklevel=2)

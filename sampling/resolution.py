@@ -29,7 +29,7 @@ def preset_of(info: CheckpointInfo) -> Preset:
     samplers = [(name, row.steps) for name, row in SAMPLERS.items() if row.process == info.process]
     if not samplers:
         known = ", ".join(PROCESSES)
-        raise UserError(f"--ckpt {info.path}: trained under {info.process!r}, which is unknown here; known: {known}")
+        raise UserError(f"--ckpt {info.source}: trained under {info.process!r}, which is unknown here; known: {known}")
     # The official code guides the first 3 of 4 latent channels.
     channels = 3 if info.process == "gaussian" and info.meta is None else None
     return Preset(*samplers[0], cfg_scale=1.5, channels=channels)

@@ -46,7 +46,8 @@ find_python() {
 
 echo "setup: installing exact pins ($chosen) into .venv (several GB for PyTorch's CUDA build, once)"
 if command -v uv >/dev/null 2>&1; then
-    uv venv --quiet --allow-existing --python "${PYTHON:->=3.11}" .venv
+    # With pip, which `pip install ...` in this environment needs; no lock file has it, and nothing here is installed by it
+    uv venv --quiet --seed --allow-existing --python "${PYTHON:->=3.11}" .venv
     # As pip does: else every process would compile the modules anew
     install=(uv pip install --quiet --compile-bytecode --python .venv/bin/python)
 else

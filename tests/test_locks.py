@@ -99,6 +99,8 @@ def test_both_environments_are_installed_with_hashes_and_the_project_without_dep
         done = sandbox.run("setup_tensorflow.sh")
         assert (done.returncode, done.stderr) == (0, "")
     first, project, layer = sandbox.installs()
+    made = next(line for line in (tmp_path / "calls").read_text().splitlines() if f" {line} ".count(" venv "))
+    assert made.endswith(" .venv") and ("--seed" in made.split()) == (installer == "uv")  # venv has pip by itself
     assert first.endswith(f"--require-hashes -r {ALL}") and "--no-deps" not in first
     assert project.endswith("--no-deps --no-build-isolation -e .")
     assert layer.endswith(f"--no-deps --require-hashes -r {TENSORFLOW}")

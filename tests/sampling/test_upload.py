@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data.pixels import save_png
+from runtime.licences import Origin
 from sampling.pipeline import Pipeline
 from tests.digits_checkpoints import save_digits_checkpoint
 from tests.hub_server import PUBLISHING, TOKEN, in_process, serving
@@ -93,6 +94,35 @@ import train
 
 print("statuses", [run(train.main, "train.py", argv) for argv in json.loads(sys.argv[1])])
 """
+
+
+CLIENT = """
+import os, sys
+from huggingface_hub.cli.hf import main
+
+os.environ["HF_TOKEN"] = sys.argv.pop(1)
+main()
+"""
+
+
+def test_the_stand_in_answers_the_command_line_of_the_hub(tmp_path: Path) -> None:
+    """And to a folder that it downloaded, training and publishing give the name of the repository."""
+    path = save_digits_checkpoint(tmp_path / "a.safetensors", "DiT-digits/2")
+    home, token = tmp_path / "home", {"HF_TOKEN": TOKEN}
+    with serving() as hub:
+        calls = [(["--ckpt", str(path), "--repo", "me/digits", "--private", *LICENSE], token)]
+        assert "statuses [0]" in in_process(hub, home, PUBLISHING, json.dumps(calls)).stdout
+        who = in_process(hub, home, CLIENT, TOKEN, "auth", "whoami")
+        assert who.returncode == 0 and "me" in who.stdout and "lab" in who.stdout, who.stderr
+        download = ["download", "me/digits", "--local-dir", str(tmp_path / "renamed")]
+        refused = in_process(hub, home, CLIENT, "hf_of_another", *download)
+        assert refused.returncode != 0 and not (tmp_path / "renamed/config.json").exists()
+        done = in_process(hub, home, CLIENT, TOKEN, *download)
+        assert done.returncode == 0, done.stderr
+    copy = Pipeline.from_pretrained(tmp_path / "renamed", device="cpu")
+    assert copy.info.origin == Origin("me/digits", "apache-2.0")
+    card = (copy.save_pretrained(tmp_path / "you", name="you/digits") / "README.md").read_text()
+    assert "base_model: me/digits\n" in card and "They are, or were trained from, me/digits (apache-2.0)" in card
 
 
 def test_training_starts_from_a_repository_which_is_its_origin(tmp_path: Path) -> None:
