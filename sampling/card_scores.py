@@ -79,14 +79,10 @@ def _warnings(document: Mapping[str, Any]) -> Iterator[str]:
 
 def _protocol(document: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     """Rows of the table: what was compared with what, and how the samples were made."""
-    samples, reference, protocol = (document.get(name) or {} for name in ("samples", "reference", "protocol"))
-    count, size = _count(document, "samples"), at(samples, "image_size")
-    yield (
-        "samples",
-        "number not recorded" if count is None else f"{count:,}" + (f", {size} x {size} pixels" if size else ""),
-    )
-    real = _count(document, "reference")
-    yield "reference", f"{at(reference, 'path') or 'not recorded'}" + ("" if real is None else f"; {real:,} samples")
+    reference, protocol = (document.get(name) or {} for name in ("reference", "protocol"))
+    yield "samples", _amount(document, "samples") or "number not recorded"
+    real = _amount(document, "reference")
+    yield "reference", f"{at(reference, 'path') or 'not recorded'}" + (real and f"; {real}")
     if at(reference, "sha256"):
         yield "its digest", digest(reference["sha256"])
     checkpoint, config = at(protocol, "checkpoint"), at(protocol, "config") or {}
@@ -95,7 +91,7 @@ def _protocol(document: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     else:
         step, group = checkpoint.get("step"), _group(document)
         named = [checkpoint.get("file"), None if step is None else f"step {step:,}", group]
-        yield "weights", ", ".join(str(each) for each in named if each) + f"; {digest(checkpoint['sha256'])}"
+        yield "weights", ", ".join([*(str(each) for each in named if each), digest(checkpoint["sha256"])])
     yield from _sampling(config)
     for name, title in (("network", "evaluator's network"), ("video_network", "evaluator's video network")):
         if network := document.get(name):
@@ -108,7 +104,8 @@ def _sampling(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
         yield "settings of the samples", "not recorded"
         return
     sampler, guidance, job = (config.get(name) or {} for name in ("sampler", "guidance", "job"))
-    yield "sampler", fields(sampler) if sampler else f"table {config.get('solver_table')}"
+    other = f"table {config['solver_table']}" if config.get("solver_table") else "not recorded"
+    yield "sampler", fields(sampler) if sampler else other
     yield "steps", config.get("num_sampling_steps", "not recorded")
     if "cfg_scale" in guidance:
         scale, channels = as_text(guidance["cfg_scale"]), guidance.get("guidance_channels")
@@ -149,6 +146,16 @@ def _count(document: Mapping[str, Any], title: str) -> Any:
     """Number of images or clips of the samples or the reference; None if it is not recorded."""
     places = ((title, "images"), ("video_network", title, "clips"), (title, "clips_in_file"))
     return next((count for place in places if (count := at(document, *place)) is not None), None)
+
+
+def _amount(document: Mapping[str, Any], title: str) -> str:
+    """Number, length and size of the samples or the reference; empty if the number is not recorded."""
+    count, size, frames = _count(document, title), at(document, title, "image_size"), at(document, title, "frames")
+    if count is None:
+        return ""
+    sides = size if isinstance(size, list | tuple) else [size, size]
+    pixels = f", {sides[0]} x {sides[1]} pixels" if size else ""
+    return f"{count:,} {f'clips of {frames} frames' if frames else 'images'}{pixels}"
 
 
 def _number(value: object) -> object:

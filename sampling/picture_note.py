@@ -51,7 +51,8 @@ def _flags(pipeline: Pipeline, run: PreparedRun) -> Iterator[str]:
     yield from _words(config, {name: flag for name, flag in general.items() if not flag.field.metadata.get("free")})
     if config.sampler is not None:
         yield from _words(run.settings, KINDS[1].flags(config.sampler))
-    yield from _words(pipeline.network.config, KINDS[0].flags(family))
+    if config.caching.cache_interval is not None or config.caching.sharing_interval is not None:
+        yield from _words(pipeline.network.config, KINDS[0].flags(family))  # have no effect without reuse
 
 
 def _words(settings: object, flags: Mapping[str, Flag]) -> Iterator[str]:

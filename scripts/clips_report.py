@@ -151,6 +151,7 @@ def describe(row: Row, scorer: ClipScorer) -> Values:
     """Describe the scores of a row in the form of the evaluator's results."""
     digest = hashlib.sha256(np.ascontiguousarray(row.clips).data).hexdigest()
     count, frames, side, *_ = row.clips.shape
+    size = {"image_size": [side, side], "frames": frames}
     return scores_document(
         row.scores,
         MOVING_DIGITS,
@@ -160,7 +161,7 @@ def describe(row: Row, scorer: ClipScorer) -> Values:
             "image_size": side,
             "frames": frames,
         },
-        samples={"path": PROGRAM, "sha256": digest, "clips_in_file": count, "image_size": side, "frames": frames},
+        samples={"path": PROGRAM, "sha256": digest, "clips_in_file": count, **size},
         protocol=row.protocol,
         config={"set": MOVING_DIGITS.name},
     )

@@ -109,7 +109,7 @@ def read_samples(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int6
 
 def describe(path: Path, scores: SmallScores, scorer: SmallScorer, protocol: object) -> Values:
     """Describe the scores of a sample file in the form of the evaluator's results."""
-    of, size = scorer.of, {"image_size": scorer.of.image_size, "statistics": "computed"}
+    of, size = scorer.of, {"image_size": [scorer.of.image_size] * 2, "statistics": "computed"}
     real, held_out = (array_digest(*split) for split in (scorer.train, scorer.test))
     return scores_document(
         scores,

@@ -6,6 +6,8 @@ import pytest
 
 from runtime.errors import UserError
 from sampling.card_scores import check_scores, show_scores
+from tests.evaluator.test_compare import BASE as IMAGES
+from tests.evaluator.test_compare import CLIPS
 
 OURS: dict[str, Any] = {
     "weights": "ema-0.9999",
@@ -61,7 +63,20 @@ def test_a_document_before_weights_were_recorded_says_them_in_its_settings() -> 
 def test_what_is_not_recorded_is_said() -> None:
     text = "\n".join(show_scores({"a.json": {"scores": {"fid": 3.5}, "samples": {"images": 6}}}))
     for line in [
-        "| fid | 3.5 |", "| weights | from which weights is not recorded |", "| samples | 6 |",
+        "| fid | 3.5 |", "| weights | from which weights is not recorded |", "| samples | 6 images |",
         "> **Warning:** 6 samples are few", "| settings of the samples | not recorded |",
     ]:  # fmt: skip
         assert line in text, line
+
+
+def test_the_evaluators_documents_are_shown() -> None:
+    """One of images, and one of clips."""
+    card = "\n".join(show_scores({"a": IMAGES, "b": CLIPS}))
+    images, clips = card.split("### b")
+    for line in [
+        "| samples | 50,000 images, 256 x 256 pixels |", "| reference | VIRTUAL.npz; 10,000 images", "| fid | 2.27 |",
+        "| sampler | not recorded |", "| weights | SHA-256 `cccccccccccc...` |",
+    ]:  # fmt: skip
+        assert line in images, line
+    assert f"| samples | {CLIPS['video_network']['samples']['clips']:,} clips of" in clips
+    assert "evaluator's video network" in clips and "evaluator's network" not in clips

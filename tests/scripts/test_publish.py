@@ -210,7 +210,7 @@ def test_a_card_has_every_score_and_setting_of_the_samples(
         name: f"{value:.6g}" for name, value in document["scores"].items()
     }
     reference, samples = document["reference"], document["samples"]
-    assert shown["samples"].startswith(f"{samples['images']}, ") and "1,297 samples" in shown["reference"]
+    assert shown["samples"].startswith(f"{samples['images']} images, 8 x 8") and "1,297 images" in shown["reference"]
     assert reference["sha256"][:12] in shown["its digest"] and reference["sha256"][:12] in shown["fingerprint"]
     for part in (checkpoint["sha256"][:12], "step 1", "ema-0.5", "0000001.safetensors"):
         assert part in card[card.index("## Scores") :].partition("| weights | ")[2].partition("\n")[0]
@@ -255,28 +255,31 @@ def test_scores_follow_weights_through_folders_and_no_further(
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("model", "flags"),
     [
-        "--num-sampling-steps 3",
-        "--sampler ddim --eta 0.5 --num-sampling-steps 4 --cfg-scale 1.1 --seed 11 --class-labels 3 1 4 --columns 2 "
-        "--guidance-interval 100 900 --guidance-channels 1 --batch-size 2 --clip-denoised",
-        "--num-sampling-steps 3 --cfg-scale 2 --guidance-schedule linear --forecast 2,1 --precision fp32",
+        ("DiT", "--num-sampling-steps 3"),
+        ("DiT", "--sampler ddim --eta 0.5 --num-sampling-steps 4 --cfg-scale 1.1 --seed 11 --class-labels 3 1 4 "
+         "--columns 2 --guidance-interval 100 900 --guidance-channels 1 --batch-size 2 --clip-denoised"),
+        ("DiT", "--num-sampling-steps 3 --cfg-scale 2 --guidance-schedule linear --forecast 2,1 --precision fp32"),
+        ("Skip-DiT", "--num-sampling-steps 3"),
+        ("Skip-DiT", "--num-sampling-steps 6 --cache-interval 2 --cache-depth 2"),
     ],
-)
+)  # fmt: skip
 def test_the_caption_of_a_picture_makes_it_again(
-    flags: str, scored: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the published folder, to the bit."""
     monkeypatch.chdir(tmp_path)
-    argv = ["--ckpt", str(scored[0]), *flags.split(), "--output", "grid.png", "--device", "cpu"]
+    path = save_digits_checkpoint(tmp_path / "run/checkpoints/0000001.safetensors", f"{model}-digits/2")
+    argv = ["--ckpt", str(path), *flags.split(), "--output", "grid.png", "--device", "cpu"]
     assert run(sample.main, "sample.py", argv) == 0
-    argv = ["--ckpt", str(scored[0]), "--output", "saved", *LICENSE, "--pictures", "grid.png"]
+    argv = ["--ckpt", str(path), "--output", "saved", *LICENSE, "--pictures", "grid.png"]
     assert run(publish.main, "publish.py", argv) == 0
     card = Path("saved/README.md").read_text()
     python, script, *command = shlex.split(card.partition("Made by `")[2].partition("`")[0])
     assert (python, script) == ("python", "sample.py") and command[:2] == ["--ckpt", "saved"]
     assert "`python sample.py --ckpt me/digits --" in renamed_card(card, "saved", "me/digits")
-    assert str(scored[0].parent) not in card + Path("grid.png").read_bytes().decode(errors="ignore")
+    assert str(path.parent) not in card + Path("grid.png").read_bytes().decode(errors="ignore")
     assert run(sample.main, "sample.py", [*command, "--output", "again.png", "--device", "cpu"]) == 0
     with Image.open("saved/grid.png") as first, Image.open("again.png") as again:
         assert np.array_equal(np.asarray(first), np.asarray(again)) and len(np.unique(np.asarray(first))) > 10
