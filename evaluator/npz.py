@@ -315,6 +315,8 @@ class ImageFile:
             forms = {4: "(N, H, W, 3)", 5: "(N, F, H, W, 3)"}
             expected = forms.get(len(shape)) or " or ".join(forms.values())
             first = " (channels come last: transpose it)" if len(shape) in forms and shape[-3] == 3 else ""
+            if len(shape) == 4 and shape[-1] == 1:
+                first = "; repeat the channel of grey images; digits and Fashion-MNIST: scripts/digits_report.py"
             raise BadImageFile(f"{where} is of shape {shape}; expected {expected}{first}")
         if min(shape) < 1:
             raise BadImageFile(f"{where} is empty: its shape is {shape}")

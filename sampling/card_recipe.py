@@ -80,7 +80,11 @@ def _recipe(document: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
         yield "labels dropped, for guidance", f"{dropped:.0%}"
     yield "optimizer", fields(document["optimizer"]) if "optimizer" in document else UNKNOWN
     if optimization := train.get("optimization"):
-        yield from _optimization(optimization, document.get("step"))
+        yield from _optimization(optimization, document.get("step"), document["data"].get("images"))
+    if at(train, "alignment", "align") is not None:
+        yield "features aligned with", fields(train["alignment"], "align")
+    if at(train, "optimization", "train_only") == "lora":
+        yield "rank of the low-rank updates (LoRA)", fields(train["lora"], "lora_rank")
     if compute := train.get("compute"):
         yield "precision, device", precision(compute)
     if (start := at(train, "run", "init_from")) is not None:
@@ -97,12 +101,15 @@ def _weights(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"an average over steps with decay {decay}"
 
 
-def _optimization(optimization: Mapping[str, Any], step: int | None) -> Iterator[tuple[object, ...]]:
+def _optimization(
+    optimization: Mapping[str, Any], step: int | None, images: int | None
+) -> Iterator[tuple[object, ...]]:
     """Rows about the optimization: learning rate, batch, length, seed, and what is not the default."""
     batch, warm_up = optimization.get("global_batch_size"), optimization.get("lr_warmup_steps")
     yield "learning rate", f"{optimization.get('lr')}, {optimization.get('lr_schedule')}, {warm_up} steps of warm-up"
-    seen = f"; {step * batch:,} samples seen" if step and batch else ""
-    yield "batch", f"{batch} samples a step{seen}"
+    seen = step * batch if step and batch else 0
+    epochs = f", {seen / images:.3g} epochs" if images else ""
+    yield "batch", f"{batch} samples a step" + (f"; {seen:,} samples seen{epochs}" if seen else "")
     for name, title in (
         ("grad_clip", "largest gradient norm"),
         ("skip_updates_above", "updates skipped above the norm"),

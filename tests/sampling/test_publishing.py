@@ -180,7 +180,8 @@ def test_a_recipe_says_what_decides_the_result_and_hides_what_does_not(tmp_path:
     for line in ["| seed | 3 |", "| precision, device | float32, on cpu |", "| labels dropped, for guidance | 10% |",
                  "prediction epsilon, loss weight constant |", "weight decay 0 |"]:  # fmt: skip
         assert line in recipe, line
-    for noise in ("num_workers", "dist", "epochs", "parallel", "route", "None", "gamma", "null"):
+    assert re.search(r"\| batch \| 256 samples a step; 256 samples seen, 0.197 epochs \|", recipe)
+    for noise in ("num_workers", "dist", "parallel", "route", "None", "gamma", "null"):
         assert noise not in recipe, noise
     assert '"num_workers": 0' in folded
     assert "scikit-learn's 8 x 8 handwritten digits" in card
