@@ -11,7 +11,7 @@ import torch
 
 from runtime.errors import UserError
 from runtime.hub import CARD
-from runtime.licences import UNKNOWN
+from runtime.licences import UNKNOWN, Origin
 from sampling.provenance import project_version
 
 LOAD = """{source}
@@ -120,6 +120,19 @@ def renamed_card(text: str, former: str, name: str) -> str:
         section = section.replace(line.format(former), line.format(name))
     text, command = f"{before}{heading}{section}{following}{rest}", "`python sample.py --ckpt {} "  # of captions
     return text.replace(command.format(shlex.quote(former)), command.format(shlex.quote(name)))
+
+
+def card_of_copy(text: str, origin: Origin) -> str:
+    """A card that names another owner's repository, which its weights are copied from, as `base_model` and in words."""
+    start = text.partition("---\n")[2].partition("\n---\n")[0]
+    lines, is_former = list[str](), False
+    for line in start.splitlines():
+        is_former = line.startswith("base_model:") or is_former and line.startswith((" ", "-"))
+        lines += [] if is_former else [line]
+    metadata = "\n".join([*lines, f"base_model: {origin.name}"])
+    text = text.replace(f"---\n{start}\n---\n", f"---\n{metadata}\n---\n", 1)
+    sentence = f"\n## Licence\n\nThese weights are those of {origin.name}.\n"
+    return text.replace("\n## Licence\n", sentence, 1)
 
 
 def licence_of_card(text: str, where: str) -> str | None:

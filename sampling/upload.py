@@ -9,9 +9,9 @@ from typing import Literal
 
 from runtime.errors import UserError
 from runtime.hub import CARD, CARD_DIGEST, PICTURE, Former, card_digest, check_repository, push_folder
-from runtime.licences import licence_to_publish, origin_of
+from runtime.licences import licence_to_publish, origin_of, origin_to_name
 from runtime.pretrained import CONFIG, DOCUMENT, pretrained_folder, read_weights
-from sampling.card_loading import licence_of_card, renamed_card
+from sampling.card_loading import card_of_copy, licence_of_card, renamed_card
 
 
 def push_saved(
@@ -52,11 +52,18 @@ def push_saved(
         raise UserError(
             f"{where}: no licence in its {CARD}; write one, such as license: apache-2.0, into its first lines"
         )
-    licence_to_publish(licence, origin_of(folder, meta), f"{where}: {CARD}: license")
+    origin = origin_of(folder, meta)
+    licence_to_publish(licence, origin, f"{where}: {CARD}: license")
+    origin = origin_to_name(origin, meta, repository)
     former = check_repository(repository, update=update, card=card, flag=flag)
     text = renamed_card(text, meta["name"], repository)
+    if (
+        origin is not None and origin.name == meta["name"]
+    ):  # copied from another owner; its card names an earlier one, or none
+        text = card_of_copy(text, origin)
     config = json.loads((inside / CONFIG).read_text())
     config[DOCUMENT] |= {"name": repository, "licence": licence, CARD_DIGEST: card_digest(text)}
+    config[DOCUMENT]["origin"] = None if origin is None else origin.as_json()
     changed = {CARD: text, (inside / CONFIG).relative_to(folder).as_posix(): json.dumps(config, indent=2) + "\n"}
     left_out = kept_files(card, former, PICTURE.findall(text))
     return push_folder(

@@ -33,7 +33,7 @@ PROGRAM = "encode_prompts.py"
 class EncodeSettings:
     """Settings of encode_prompts.py."""
 
-    ckpt: Path | None = setting(None, "checkpoint of the network: a file, or the name of a released one")
+    ckpt: Path | None = setting(None, "checkpoint of the network: a file, the name of a released one, or owner/name")
     weights: str = setting("ema", "weights of a training checkpoint: ema, model, or one of several averages by name")
     text: TextSettings = field(default_factory=TextSettings)
     output: Path = setting(Path("prompts.safetensors"), "the file")

@@ -119,6 +119,14 @@ def test_the_stand_in_answers_the_command_line_of_the_hub(tmp_path: Path) -> Non
         assert refused.returncode != 0 and not (tmp_path / "renamed/config.json").exists()
         done = in_process(hub, home, CLIENT, TOKEN, *download)
         assert done.returncode == 0, done.stderr
+        calls = [(["--folder", str(tmp_path / "renamed"), "--repo", name], token) for name in ("me/again", "lab/copy")]
+        done = in_process(hub, home, PUBLISHING, json.dumps(calls))
+        assert "statuses [0, 0]" in done.stdout, done.stderr
+        own, other = (hub.repositories[name].files for name in ("me/again", "lab/copy"))
+        assert b"base_model" not in own["README.md"] and b'"origin": null' in own["config.json"]
+        assert b"\nbase_model: me/digits\n---\n" in other["README.md"]
+        assert b"These weights are those of me/digits." in other["README.md"]
+        assert json.loads(other["config.json"])["dit_family"]["origin"]["name"] == "me/digits"
     copy = Pipeline.from_pretrained(tmp_path / "renamed", device="cpu")
     assert copy.info.origin == Origin("me/digits", "apache-2.0")
     card = (copy.save_pretrained(tmp_path / "you", name="you/digits") / "README.md").read_text()
