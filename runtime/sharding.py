@@ -66,17 +66,18 @@ def outline_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def receive(value: Tensor | None, target: Tensor) -> Tensor:
-    """This process's part, divided as `target` is, of a tensor that rank 0 has; a collective operation.
+    """A copy of this process's part, divided as `target` is, of a tensor that rank 0 has; a collective operation.
 
     Args:
         value: The whole tensor on rank 0, on any device; ignored on the others.
         target: A tensor of its shape, and of the result's dtype and device.
     """
     full = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-    if dist.get_rank() == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         assert value is not None
         full.copy_(value)
-    dist.broadcast(full, src=0)
+    if dist.is_initialized():
+        dist.broadcast(full, src=0)
     if not is_divided(target):
         return full
     from torch.distributed.tensor import DTensor, distribute_tensor

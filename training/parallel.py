@@ -7,11 +7,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,11 +23,7 @@ from models import Network
 from models.blank import has_other_tensors, without_values
 from models.layers import exact_parameters
 from runtime import distributed
-from runtime.checkpoint import check_weights, load_weights
-from runtime.groups import check_stored
-from runtime.parts import is_sharded
-from runtime.sharding import is_divided, local, place_of, receive
-from runtime.tensor_file import StoredTensor
+from runtime.sharding import local, receive
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -37,7 +32,13 @@ T = TypeVar("T")
 
 
 class Parallel(Protocol):
-    """Strategy of a run; all processes call its methods together."""
+    """Strategy of a run; all processes call its methods together.
+
+    Attributes:
+        divides: Processes hold parts of the state.
+    """
+
+    divides: ClassVar[bool]
 
     def build(self, make: Callable[[], DiffusionLoss]) -> DiffusionLoss:
         """Build the loss with its network, with values where this process needs them."""
@@ -50,15 +51,6 @@ class Parallel(Protocol):
 
     def wrap(self, loss: DiffusionLoss) -> nn.Module:
         """Return the module to call in place of a loss that was placed."""
-
-    def check(self, groups: Mapping[str, Mapping[str, StoredTensor]], path: Path, flag: str) -> None:
-        """Compare a checkpoint with its checksums, every process its share; a UserError on all of them."""
-
-    def load(self, module: nn.Module, weights: Mapping[str, StoredTensor], source: str) -> None:
-        """Fill a placed module; a UserError as of `load_weights`."""
-
-    def part_of(self, stored: StoredTensor, target: Tensor) -> Tensor:
-        """This process's part, divided as `target` is, of a stored tensor; a copy on the target's device."""
 
     def backward(self, *, last: bool) -> AbstractContextManager[None]:
         """Context of forward and backward pass of a micro-batch; gradients are averaged over processes in the last."""
@@ -78,6 +70,8 @@ class Replicated:
     Args:
         device: Device of this process.
     """
+
+    divides: ClassVar[bool] = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -103,18 +97,6 @@ class Replicated:
         self._wrapped = DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
         return self._wrapped
 
-    def check(self, groups: Mapping[str, Mapping[str, StoredTensor]], path: Path, flag: str) -> None:
-        """Compare all of it here, since processes may not share a disk."""
-        check_stored(groups, path, flag)
-
-    def load(self, module: nn.Module, weights: Mapping[str, StoredTensor], source: str) -> None:
-        """Fill a module."""
-        load_weights(module, {name: stored.all_rows() for name, stored in weights.items()}, source)
-
-    def part_of(self, stored: StoredTensor, target: Tensor) -> Tensor:
-        """Copy the tensor to the target's device, in its own dtype."""
-        return stored.all_rows().to(target.device, copy=True)
-
     def backward(self, *, last: bool) -> AbstractContextManager[None]:
         """Context without communication in all but the last micro-batch."""
         return nullcontext() if last or self._wrapped is None else self._wrapped.no_sync()
@@ -138,6 +120,8 @@ class Sharded:
         device: Device of this process.
         ranks: Number of processes that hold the weights together; each group of so many holds all of them.
     """
+
+    divides: ClassVar[bool] = True
 
     def __init__(self, device: torch.device, ranks: int) -> None:
         self._device, self._ranks = device, ranks
@@ -203,30 +187,6 @@ class Sharded:
     def wrap(self, loss: DiffusionLoss) -> nn.Module:
         """The loss itself: its parts average gradients."""
         return loss
-
-    def check(self, groups: Mapping[str, Mapping[str, StoredTensor]], path: Path, flag: str) -> None:
-        """Divide the work if all processes see the files, as those of a sharded checkpoint; else rank 0 does it."""
-        rank, ranks = distributed.place()
-        with distributed.raise_on_all_ranks():
-            if is_sharded(path):
-                check_stored(groups, path, flag, rank, ranks)
-            elif rank == 0:
-                check_stored(groups, path, flag)
-
-    def load(self, module: nn.Module, weights: Mapping[str, StoredTensor], source: str) -> None:
-        """Fill a divided module, tensor by tensor."""
-        expected = module.state_dict()
-        check_weights(expected, {name: stored.outline() for name, stored in weights.items()}, source)
-        for name, tensor in expected.items():
-            local(tensor).copy_(self.part_of(weights[name], tensor))
-
-    def part_of(self, stored: StoredTensor, target: Tensor) -> Tensor:
-        """Read this process's rows, and no others, from a sharded checkpoint; those of one file come from rank 0."""
-        if not stored.is_shared:
-            return receive(stored.all_rows() if dist.get_rank() == 0 else None, target)
-        own, start = local(target), place_of(target)[0] if is_divided(target) else 0
-        rows = stored.rows(start, start + len(own) if own.ndim else 1)
-        return rows.to(own.device, own.dtype, copy=True)
 
     @contextmanager
     def backward(self, *, last: bool) -> Iterator[None]:

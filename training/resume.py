@@ -12,6 +12,7 @@ from runtime.documents import defaults_of, flag_of, flatten, free_settings, sect
 from runtime.errors import UserError, error_prefix
 from runtime.groups import check_groups, open_groups
 from runtime.json_file import Json, parse_json
+from runtime.restoring import check_together
 from runtime.settings import flag_name, places
 from runtime.stores import parse_path
 from runtime.tensor_file import StoredTensor
@@ -70,22 +71,27 @@ class Changes(NamedTuple):
 
 
 def find_run(setup: Setup, mirror: RunMirror | None = None) -> ResumeState | None:
-    """The run that --resume means, all of it compared with its checksums; processes share that work where they can.
+    """The run that --resume means, as rank 0 finds it, compared with its checksums; all processes call this together.
 
     Raises:
         UserError: As `candidates`, or if a checkpoint was named that is damaged or has NaN or infinity.
     """
     found = candidates(setup, mirror)
-    while (state := setup.parallel.read(lambda: next(found, None), lambda state: state)) is not None:
+    while (state := distributed.on_rank0(lambda: next(found, None))) is not None:
         try:
-            setup.parallel.check(state.groups, state.path, "--resume")
+            check_together(state.groups, state.path, "--resume", divided=setup.parallel.divides)
             return state
         except UserError as error:
             if setup.config.run.resume != "auto":
                 raise
-            if distributed.place()[0] == 0:
-                print(f"skipped: {error}", file=sys.stderr)
+            note_skipped(error)
     return None
+
+
+def note_skipped(error: UserError) -> None:
+    """Say once which checkpoint --resume auto leaves out."""
+    if distributed.place()[0] == 0:
+        print(f"skipped: {error}", file=sys.stderr)
 
 
 def candidates(setup: Setup, mirror: RunMirror | None = None) -> Iterator[ResumeState]:
@@ -125,7 +131,7 @@ def candidates(setup: Setup, mirror: RunMirror | None = None) -> Iterator[Resume
             try:
                 state = open_resume_state(path if mirror is None else mirror.fetch(path))
             except UserError as error:
-                print(f"skipped: {error}", file=sys.stderr)
+                note_skipped(error)
                 continue
             changes = changes_since(setup, state.meta)
             if changes.other or other_data(setup, state.meta):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from data.dataset import digest_of, text_of
+from runtime.restoring import fill, part_of
 from runtime.settings import Values
 from runtime.sharding import leaf, like, local
 from training.optimization import EMA
@@ -99,7 +100,7 @@ class TrainingState:
         modules = {"model": self.network, self.ema.name: self.ema.network, PROJECTOR: self.alignment}
         for name, module in modules.items():
             if module is not None:
-                self._parallel.load(module, saved.groups.get(name, {}), f"--resume {saved.folder} as {name}")
+                fill(module, saved.groups.get(name, {}), f"--resume {saved.folder} as {name}")
         moments = saved.groups.get("optimizer", {})  # absent if the optimizer keeps no state
         for trained in self.trained.values():
             self.optimizer.state[trained] = {}
@@ -109,6 +110,6 @@ class TrainingState:
                 target: Tensor = self._parameters[parameter]
                 if stored.shape != target.shape:  # such as the count of steps
                     target = torch.empty(stored.shape, dtype=stored.dtype, device=target.device)
-                self.optimizer.state[self.trained[parameter]][key] = self._parallel.part_of(stored, target)
+                self.optimizer.state[self.trained[parameter]][key] = part_of(stored, target)
         self.step = saved.meta["step"]
         self.updates = self.ema.updates = saved.meta.get("updates", self.step)

@@ -16,7 +16,7 @@ import models
 from tests import runs
 from tests.networks import debug_name
 from tests.parallel_steps import train
-from tests.processes import run_ranks, run_script
+from tests.processes import folder_by_rank, run_ranks, run_script
 from tests.runs import CPU, DIGITS, checkpoint, state
 from training.dry_run import divide, predict_memory
 
@@ -140,6 +140,24 @@ def test_runs_go_on_under_another_strategy_from_one_file(tmp_path: Path) -> None
         assert actual.keys() == expected.keys()
         for key, tensor in expected.items():
             torch.testing.assert_close(actual[key], tensor, rtol=0, atol=2e-5)
+
+
+def test_processes_without_a_common_disk_resume_what_rank_0_has(tmp_path: Path) -> None:
+    argv = [*DIGITS, *"--model DiT-digits/2 --depth 2 --global-batch-size 12 --lr 2e-3 --ema-decay 0.9".split()]
+    argv += ["--ckpt-every", "2", "--resume", "auto"]
+
+    def two(*names: str, steps: int) -> None:
+        places = [tmp_path / name for name in names]
+        fault = folder_by_rank("--results-dir", places)
+        done = run_ranks("train.py", *argv, "--max-steps", str(steps), folder=tmp_path, fault=fault)
+        assert done.returncode == 0, done.stderr
+
+    two("whole", "whole", steps=4)
+    two("first", "second", steps=2)
+    two("first", "third", steps=4)
+    assert "at step 2" in runs.log(tmp_path / "first")
+    runs.assert_same(state(checkpoint(tmp_path / "first", 4)), state(checkpoint(tmp_path / "whole", 4)))
+    assert runs.losses(tmp_path / "first") == runs.losses(tmp_path / "whole")
 
 
 COUNT = """
