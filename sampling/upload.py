@@ -57,9 +57,7 @@ def push_saved(
     origin = origin_to_name(origin, meta, repository)
     former = check_repository(repository, update=update, card=card, flag=flag)
     text = renamed_card(text, meta["name"], repository)
-    if (
-        origin is not None and origin.name == meta["name"]
-    ):  # copied from another owner; its card names an earlier one, or none
+    if origin is not None and origin.name == meta["name"]:  # another owner's, and its card names an earlier one or none
         text = card_of_copy(text, origin)
     config = json.loads((inside / CONFIG).read_text())
     config[DOCUMENT] |= {"name": repository, "licence": licence, CARD_DIGEST: card_digest(text)}
