@@ -125,7 +125,7 @@ def test_images_are_streamed(tmp_path, compressed):
         (np.zeros((4, 6, 5, 3), np.float32), "arr_0 is float32; expected uint8 pixels, 0 to 255"),
         (np.zeros((4, 6, 5, 3), np.int64), "arr_0 is int64; expected uint8"),
         (np.zeros((4, 3, 6, 5), np.uint8), r"of shape \(4, 3, 6, 5\); expected \(N, H, W, 3\) \(channels come last"),
-        (np.zeros((4, 6, 5, 1), np.uint8), r"of shape \(4, 6, 5, 1\); expected \(N, H, W, 3\)$"),
+        (np.zeros((4, 6, 5, 1), np.uint8), r"of shape \(4, 6, 5, 1\); expected \(N, H, W, 3\); repeat the channel"),
         (np.zeros((6, 5, 3), np.uint8), r"of shape \(6, 5, 3\); expected"),
         (np.zeros((0, 6, 5, 3), np.uint8), "is empty"),
         (np.array([None, {}]), "arr_0 is object; expected uint8"),
