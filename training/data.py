@@ -5,7 +5,18 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
-from data import EMBEDDED, CaptionedDigits, Dataset, MovingDigits, open_dataset, open_digits
+import torch
+
+from data import (
+    EMBEDDED,
+    CaptionedDigits,
+    Dataset,
+    Encoder,
+    MovingDigits,
+    encoder_for,
+    open_dataset,
+    open_digits,
+)
 from data.renumbered import renumber
 from runtime.errors import UserError, error_prefix
 from training.config import TrainSettings
@@ -43,6 +54,18 @@ def open_and_listen(config: TrainSettings, joint_images: int) -> tuple[Dataset, 
         warnings.simplefilter("always", UserWarning)
         dataset = open_training_data(config, joint_images)
     return dataset, [str(warning.message) for warning in caught]
+
+
+def open_encoder(config: TrainSettings, dataset: Dataset, device: torch.device) -> tuple[str, Encoder, tuple[int, ...]]:
+    """Open the encoder between data and network: its name, itself, and the shape of its latents.
+
+    Raises:
+        UserError: If it cannot be had, or does not go with the data.
+    """
+    name = config.data.vae or dataset.vae
+    with error_prefix(f"--vae {name}"):
+        encoder = encoder_for(dataset, name, device)
+        return name, encoder, encoder.latent_shape(dataset.image_shape)
 
 
 def open_held_out(config: TrainSettings, dataset: Dataset, latents: tuple[int, ...]) -> Dataset | None:

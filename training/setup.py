@@ -11,22 +11,24 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from data import Dataset, encoder_for
+from data import Dataset
 from data.dataset import text_of
 from data.encoders import Encoder
 from diffusion import PREVIEW_SAMPLER, make_sampler
 from diffusion.loss import DiffusionLoss, row_noise
 from diffusion.sampling import Sampler
 from models import Network
+from models.sources import Located
 from runtime.averages import average_warning
+from runtime.checkpoint import Checkpoint
 from runtime.devices import slow_bf16
-from runtime.documents import document, to_dict
+from runtime.documents import document, sections_of
 from runtime.errors import UserError, error_prefix
 from runtime.given import Given
 from runtime.licences import Origin, origin_of
 from runtime.settings import Values, choose_owners
 from training.config import KINDS, PROGRAM, TrainSettings
-from training.data import open_and_listen, open_held_out
+from training.data import open_and_listen, open_encoder, open_held_out
 from training.fine_tuning import choose_trained
 from training.loss import build_loss, check_loss, open_vision_encoder
 from training.network import (
@@ -45,7 +47,7 @@ from training.network import (
     text_fields,
 )
 from training.optimization import OptimizerSettings
-from training.parallel import Parallel, Replicated, make_parallel
+from training.parallel import Parallel, make_parallel
 from training.scores import Scorer, open_scorer
 
 
@@ -140,6 +142,49 @@ class Setup:
         return lines
 
 
+class Choices(NamedTuple):
+    """Decisions by flags and by the weights to start from, before any data are opened.
+
+    Attributes:
+        config: General settings.
+        owners: Process, loss and optimizer: chosen name and settings.
+        fields: Fields of the network's config.
+        first: Place of the weights to start from; None without.
+        start: These weights, or their outline on processes that do not need them.
+        notes: Lines about what was taken from them.
+    """
+
+    config: TrainSettings
+    owners: dict[str, tuple[str, Any]]
+    fields: Values
+    first: Located | None
+    start: Checkpoint | None
+    notes: list[str]
+
+
+def choose(given: Given[TrainSettings], parallel: Parallel, *, has_data: bool) -> Choices:
+    """Choose the owners of settings, and read the weights to start from.
+
+    Args:
+        given: Settings of the run.
+        parallel: Strategy of several processes.
+        has_data: The data are given, and not opened as the settings say.
+
+    Raises:
+        UserError: For settings that do not fit each other or these weights.
+    """
+    config, names, notes = given.general, choose_owners(KINDS, vars(given.general)), list[str]()
+    given.check_owners(**names)
+    first = locate_start(config)
+    start = None if first is None else parallel.read(lambda: read_start(first.path), outline)
+    if start is not None and start.meta is not None and not has_data and config.data.dataset == "imagefolder":
+        config, notes = take_data_settings(config, start.meta)
+    fields = network_fields(given, names, start)
+    owners = {kind: (names[kind], given.build(kind, names[kind])) for kind in ("process", "loss", "optimizer")}
+    check_loss(given, *owners["loss"])
+    return Choices(config, owners, fields, first, start, notes)
+
+
 def set_up(
     given: Given[TrainSettings],
     device: torch.device,
@@ -161,34 +206,19 @@ def set_up(
     Raises:
         UserError: For settings or data that do not fit.
     """
-    config, names = given.general, choose_owners(KINDS, vars(given.general))
-    given.check_owners(**names)
-    parallel: Parallel = Replicated(device)  # in a dry run one process works alone
-    if fake is None:
-        parallel = make_parallel(config.compute.parallel, config.compute.holders, device)
-    first = locate_start(config)
-    start = None if first is None else parallel.read(lambda: read_start(first.path), outline)
+    compute = given.general.compute  # in a dry run one process works alone
+    parallel = make_parallel(compute.parallel if fake is None else "ddp", compute.holders, device)
+    config, owners, fields, first, start, start_notes = choose(given, parallel, has_data=dataset is not None)
     meta = None if start is None else start.meta
-    start_notes, lines = list[str](), list[str]()
-    if meta is not None and dataset is None and config.data.dataset == "imagefolder":
-        config, start_notes = take_data_settings(config, meta)
-    fields = network_fields(given, names, start)
-    owners = {kind: (names[kind], given.build(kind, names[kind])) for kind in ("process", "loss", "optimizer")}
-    check_loss(given, *owners["loss"])
-
     source = str(config.data.data_path or config.data.dataset) if dataset is None else type(dataset).__name__
-    if dataset is None:
-        dataset, lines = open_and_listen(config, owners["loss"][1].images_behind)
+    dataset, lines = (dataset, []) if dataset is not None else open_and_listen(config, owners["loss"][1].images_behind)
     dataset = keep_classes(config, start, dataset)
     fields |= text_fields(config, fields, dataset)
     check_classes(config, fields, dataset)
-    vae = config.data.vae or dataset.vae
-    with error_prefix(f"--vae {vae}"):
-        encoder = encoder_for(dataset, vae, device)
-        shape = encoder.latent_shape(dataset.image_shape)
+    vae, encoder, shape = open_encoder(config, dataset, device)
     if meta is not None:
         check_channels(config, meta, vae, shape[-3])
-        lines += start_warnings(config, meta, {"name": names["process"], **to_dict(owners["process"][1])}, encoder)
+        lines += start_warnings(config, meta, sections_of(owners)["process"], encoder)
     vision = open_vision_encoder(config, dataset, device)
     make = partial(build_loss, config, owners, fields, shape, vision)
     loss = parallel.build(make) if fake is None else build_without_values(make, device, fake)
@@ -196,18 +226,23 @@ def set_up(
         start_notes += parallel.read(partial(load_start, config, loss, start, dataset), list)
     choose_trained(config, loss.network, fake)
     digests = file_digests(config, first) if fake is None else {}
-    notes = [f"--align-ckpt: {note}" for note in vision.notes] if vision is not None and fake is None else []
-    notes += digest_notes(digests)
-    start_notes = [f"--init-from: {note}" for note in start_notes]
-
-    owners |= {"model": (config.model, loss.network.config)}
+    seen = vision.notes if vision is not None and fake is None else []
     channels, width = dataset.image_shape[-3], dataset.image_shape[-1]
     data = replace(config.data, vae=vae, image_size=width, channels=channels)
-    resolved = replace(config, process=names["process"], data=data)
-    steps = config.optimization.total_steps(len(dataset))
-    origin = None if first is None else origin_of(first.path, meta, first.repository)
     setup = Setup(
-        resolved, owners, dataset, source, encoder, loss, parallel, steps, notes, start_notes, lines, digests, origin
+        config=replace(config, process=owners["process"][0], data=data),
+        owners=owners | {"model": (config.model, loss.network.config)},
+        dataset=dataset,
+        source=source,
+        encoder=encoder,
+        loss=loss,
+        parallel=parallel,
+        total_steps=config.optimization.total_steps(len(dataset)),
+        notes=[*(f"--align-ckpt: {note}" for note in seen), *digest_notes(digests)],
+        start_notes=[f"--init-from: {note}" for note in start_notes],
+        setup_warnings=lines,
+        digests=digests,
+        origin=None if first is None else origin_of(first.path, meta, first.repository),
     )
     if config.validation.eval_every is not None:
         setup.validation = open_validation(setup, config.validation.eval_every, held_out, device)
