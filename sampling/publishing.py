@@ -20,10 +20,10 @@ from runtime.licences import licence_to_publish, origin_to_name
 from runtime.pretrained import ENCODER, SHARD_SIZE, check_shard_size, write_weights
 from runtime.weight_files import weights_sha256
 from sampling.bundle import write_bundle
-from sampling.card_pictures import check_names, check_pictures
-from sampling.card_scores import check_scores
-from sampling.card_text import without_places
-from sampling.cards import CardContent, model_card
+from sampling.cards.card import CardContent, model_card
+from sampling.cards.pictures import check_names, check_pictures
+from sampling.cards.scores import check_scores
+from sampling.cards.text import without_places
 from sampling.provenance import checkout_url
 from sampling.resolution import preset_of
 from sampling.upload import kept_files
@@ -100,7 +100,7 @@ def save_folder(
         shard_size: Largest size of a file of weights, in bytes or as "5GB".
         for_diffusers: Write a pipeline that diffusers loads without this code; it is loaded here, too.
         flag: Name of the folder in messages.
-        **known: Content of the card: fields of `sampling.cards.CardContent`; and `licence`, another name of `license`.
+        **known: Content of the card: fields of `sampling.cards.card.CardContent`; and `licence`, another name of `license`.
 
     Returns:
         The folder.

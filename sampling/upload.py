@@ -11,7 +11,7 @@ from runtime.errors import UserError
 from runtime.hub import CARD, CARD_DIGEST, PICTURE, Former, card_digest, check_repository, push_folder
 from runtime.licences import licence_to_publish, origin_of, origin_to_name
 from runtime.pretrained import CONFIG, DOCUMENT, pretrained_folder, read_weights
-from sampling.card_loading import card_of_copy, licence_of_card, renamed_card
+from sampling.cards.loading import card_of_copy, licence_of_card, renamed_card
 
 
 def push_saved(

@@ -25,10 +25,10 @@ from runtime.errors import run
 from runtime.hub import CARD, check_repository, latest_commit
 from runtime.pretrained import SHARD_SIZE, check_shard_size
 from runtime.settings import setting
-from sampling.card_pictures import CURVE, check_names
-from sampling.card_recipe import untrained
-from sampling.card_scores import read_scores
-from sampling.cards import read_losses
+from sampling.cards.card import read_losses
+from sampling.cards.pictures import CURVE, check_names
+from sampling.cards.recipe import untrained
+from sampling.cards.scores import read_scores
 from sampling.pipeline import Pipeline
 from sampling.upload import push_saved
 

@@ -15,8 +15,8 @@ from models.loading import resolve_checkpoint
 from runtime.errors import UserError
 from runtime.groups import save_checkpoint
 from runtime.pretrained import pretrained_folder
-from sampling.card_scores import read_scores
-from sampling.cards import read_losses
+from sampling.cards.card import read_losses
+from sampling.cards.scores import read_scores
 from sampling.pipeline import Pipeline
 from sampling.provenance import project_version
 from tests.checkpoints import write_network

@@ -13,7 +13,7 @@ import sample
 import sample_ddp
 from runtime.errors import run
 from runtime.groups import read_groups, save_checkpoint
-from sampling.card_loading import renamed_card
+from sampling.cards.loading import renamed_card
 from sampling.pipeline import Pipeline
 from scripts import digits_report, publish
 from tests.digits_checkpoints import save_digits_checkpoint

@@ -8,7 +8,7 @@ import pytest
 
 from data.pixels import save_png
 from runtime.errors import UserError
-from sampling.card_pictures import caption, check_names, check_pictures, read_note, show_pictures
+from sampling.cards.pictures import caption, check_names, check_pictures, read_note, show_pictures
 
 WEIGHTS = {"model": {"name": "DiT-digits/2"}, "weights": "ema-0.9999", "step": 4}
 NOTE = {

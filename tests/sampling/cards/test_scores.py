@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from runtime.errors import UserError
-from sampling.card_scores import check_scores, show_scores
+from sampling.cards.scores import check_scores, show_scores
 from tests.evaluator.test_compare import BASE as IMAGES
 from tests.evaluator.test_compare import CLIPS
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from runtime.averages import average_warning
 from runtime.licences import UNKNOWN
-from sampling.card_text import as_text, at, digest, fields, folded, precision, table
+from sampling.cards.text import as_text, at, digest, fields, folded, precision, table
 
 DIGITS = "the training split of scikit-learn's 8 x 8 handwritten digits (`sklearn.datasets.load_digits`)"
 SOURCES_OF_DATA = {

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from data.pixels import is_picture, note_in
 from runtime.errors import UserError
-from sampling.card_text import at
+from sampling.cards.text import at
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 CURVE = "loss.png"  # that publish.py draws

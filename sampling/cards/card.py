@@ -10,11 +10,11 @@ from urllib.parse import quote
 
 from models import family_name
 from runtime.licences import UNKNOWN, Origin, hub_name
-from sampling.card_loading import LOADING, loading, start_of
-from sampling.card_pictures import show_pictures
-from sampling.card_recipe import show_data, show_recipe, untrained
-from sampling.card_scores import show_scores
-from sampling.card_text import table, warning
+from sampling.cards.loading import LOADING, loading, start_of
+from sampling.cards.pictures import show_pictures
+from sampling.cards.recipe import show_data, show_recipe, untrained
+from sampling.cards.scores import show_scores
+from sampling.cards.text import table, warning
 
 LIBRARY = "dit-family"
 CURVE_ROWS = 8  # of the table of losses

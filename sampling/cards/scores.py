@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.errors import UserError, error_prefix
 from runtime.json_file import read_json
-from sampling.card_text import as_text, at, digest, fields, folded, precision, table, warning
+from sampling.cards.text import as_text, at, digest, fields, folded, precision, table, warning
 
 UNKNOWN_WEIGHTS = "from which weights is not recorded"
 WRITERS = "give the file that the evaluator, digits_report.py or clips_report.py wrote"

@@ -1,0 +1,1 @@
+"""Model cards: what is known about weights, as the README.md of their folder."""
