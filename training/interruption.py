@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+# sysexits.h: a temporary failure, try again. The state is saved; the same command resumes the run.
 INTERRUPTED_STATUS = 75
 
 

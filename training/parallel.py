@@ -112,9 +112,9 @@ class Sharded:
     Only rank 0 builds the network with values, in host memory; the others receive their parts of it.
 
     Under autocast a block's weights are gathered in its precision, which halves the traffic and changes no result: they
-    would be rounded anyway. Parameters that autocast does not round, such as the scales of norms, are few, and
-    whole on every process. Where a step has several forward passes, weights are gathered in float32: the gradients of
-    the passes would be added in low precision.
+    would be rounded anyway. Parameters that autocast does not round, such as the scales of norms, are few, and whole on
+    every process. Where a step has several forward passes, weights are gathered in float32: the gradients of the passes
+    would be added in low precision.
 
     Args:
         device: Device of this process.

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     pass
 
 DRAWS = 2  # version of the random numbers of a step; version 0.1 had 1
-# sysexits.h: a temporary failure, try again. The state is saved; the same command resumes the run.
 
 
 def create_run_folder(results: Path, name: str, first: int = 0) -> Path:
