@@ -100,7 +100,8 @@ def save_folder(
         shard_size: Largest size of a file of weights, in bytes or as "5GB".
         for_diffusers: Write a pipeline that diffusers loads without this code; it is loaded here, too.
         flag: Name of the folder in messages.
-        **known: Content of the card: fields of `sampling.cards.card.CardContent`; and `licence`, another name of `license`.
+        **known: Content of the card: fields of `sampling.cards.card.CardContent`; and `licence`, another name of
+            `license`.
 
     Returns:
         The folder.
