@@ -151,7 +151,7 @@ class StoredTensor(NamedTuple):
 
 
 def open_tensors(path: Path, key: str) -> tuple[dict[str, StoredTensor], Json]:
-    """Open a file of `write_tensors`, and check its header; no tensor is read yet.
+    """Open a file of `write_tensors`, and check its header; earlier versions wrote fewer checksums. No tensor is read.
 
     Args:
         path: Path of the file.
@@ -162,7 +162,7 @@ def open_tensors(path: Path, key: str) -> tuple[dict[str, StoredTensor], Json]:
 
     Raises:
         KeyError: If it is a safetensors file without such a document.
-        ValueError: If it is damaged.
+        ValueError: Naming the damaged part.
         OSError: If it cannot be read.
     """
     file = TensorFile(path)
@@ -190,20 +190,7 @@ def open_tensors(path: Path, key: str) -> tuple[dict[str, StoredTensor], Json]:
 
 
 def read_tensors(path: Path, key: str) -> tuple[dict[str, Tensor], Json]:
-    """Read a file of `write_tensors`, and compare its checksums; earlier versions wrote fewer of them.
-
-    Args:
-        path: Path of the file.
-        key: Name of its document.
-
-    Returns:
-        Tensors on the CPU, and the document.
-
-    Raises:
-        KeyError: If it is a safetensors file without such a document.
-        ValueError: Naming the damaged part.
-        OSError: If it cannot be read.
-    """
+    """Read a file of `write_tensors`, as `open_tensors` opens it, and compare the checksums of its tensors."""
     stored, document = open_tensors(path, key)
     return {name: tensor.read() for name, tensor in stored.items()}, document
 

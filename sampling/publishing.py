@@ -120,13 +120,7 @@ def save_folder(
     document = document_of(network, info, encoder, chosen, name)
     known.setdefault("code_url", checkout_url())
     card = CardContent(name, sum(p.numel() for p in network.parameters()), for_diffusers=for_diffusers, **known)
-    dashes = "--" * flag.startswith("--")
-    with error_prefix(""):
-        check_names(card.pictures, [curve.name for curve in card.curves], f"{dashes}pictures")
-        check_names(card.curves, (), "curves")
-    check_pictures(card.pictures, document, f"{dashes}pictures")
-    for file, scores in card.scores.items():
-        check_scores(scores, document, f"{dashes}scores {file}")
+    _check_content(card, document, "--" * flag.startswith("--"))
     text = model_card(document, card)
     document[CARD_DIGEST] = card_digest(text)
 
@@ -143,6 +137,16 @@ def save_folder(
 
     write_folder(folder, write, flag)
     return folder
+
+
+def _check_content(card: CardContent, document: dict[str, Any], dashes: str) -> None:
+    """Check the files of a card, by name and content; a UserError names their kind, with these dashes before it."""
+    with error_prefix(""):
+        check_names(card.pictures, [curve.name for curve in card.curves], f"{dashes}pictures")
+        check_names(card.curves, (), "curves")
+    check_pictures(card.pictures, document, f"{dashes}pictures")
+    for file, scores in card.scores.items():
+        check_scores(scores, document, f"{dashes}scores {file}")
 
 
 def push(

@@ -24,7 +24,7 @@ esac
 begin "${BASH_SOURCE[0]}" fashion_families_out "${FASHION_PYTHON:-}" "FASHION_STEPS" "$@"
 
 dataset=(--dataset idx --data-path "$data" --global-batch-size 128 --lr 1e-3 --ema-decay 0.999)
-gaussian+=(--prediction v)  # noise, predicted in patches of 4 x 4 pixels, leaves clothes that nobody recognises
+gaussian+=(--prediction v)  # with epsilon-prediction, few samples are recognised (docs/results.md)
 small=(--num-classes 10 --depth 6 --hidden-size 128 --num-heads 4 --ckpt-every 250 --keep-last 2)
 
 echo "== Training a DiT on 60,000 pictures"

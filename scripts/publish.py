@@ -24,7 +24,7 @@ from runtime.command_line import parse_config
 from runtime.errors import run
 from runtime.hub import CARD, check_repository, latest_commit
 from runtime.pretrained import SHARD_SIZE, check_shard_size
-from runtime.settings import setting
+from runtime.settings import flag_name, setting
 from sampling.cards.card import read_losses
 from sampling.cards.pictures import CURVE, check_names
 from sampling.cards.recipe import untrained
@@ -34,11 +34,8 @@ from sampling.upload import push_saved
 
 METRICS = "metrics.jsonl"
 # Settings that decide what is written from a checkpoint, and their flags
-OF_CHECKPOINTS = {
-    **{name: f"--{name.replace('_', '-')}" for name in ("weights", "model", "process", "num_classes", "vae", "scores")},
-    **{name: f"--{name.replace('_', '-')}" for name in ("pictures", "for_diffusers", "shard_size", "code_url")},
-    "licence": "--license",
-}
+NAMES = "weights model process num_classes vae scores pictures for_diffusers shard_size code_url"
+OF_CHECKPOINTS = {**{name: flag_name(name) for name in NAMES.split()}, "licence": "--license"}
 
 
 @dataclass(frozen=True, kw_only=True)

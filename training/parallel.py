@@ -55,8 +55,11 @@ class Parallel(Protocol):
     def backward(self, *, last: bool) -> AbstractContextManager[None]:
         """Context of forward and backward pass of a micro-batch; gradients are averaged over processes in the last."""
 
+    def average(self, whole: Sequence[Tensor]) -> None:
+        """Average gradients of parameters that are not divided over processes, in place, where nothing else does."""
+
     def norm(self, parts: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
-        """Norm of the gradient, a scalar that is equal everywhere; averages the gradients of parameters that are whole.
+        """Norm of the averaged gradient, a scalar that is equal everywhere.
 
         Args:
             parts: This process's parts of gradients.
@@ -101,8 +104,11 @@ class Replicated:
         """Context without communication in all but the last micro-batch."""
         return nullcontext() if last or self._wrapped is None else self._wrapped.no_sync()
 
+    def average(self, whole: Sequence[Tensor]) -> None:
+        """Nothing: DistributedDataParallel has averaged them."""
+
     def norm(self, parts: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
-        """Norm of all gradients, which are averaged already."""
+        """Norm of all gradients."""
         return get_total_norm([*parts, *whole])
 
 
@@ -195,12 +201,15 @@ class Sharded:
             root.set_requires_gradient_sync(last)  # type: ignore[operator]  # of what `fully_shard` makes of it
         yield
 
-    def norm(self, parts: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
-        """Norm of all parts, in float64 between processes; one operation averages what is whole."""
+    def average(self, whole: Sequence[Tensor]) -> None:
+        """Average them, by one operation; parts were averaged where they were made."""
         if whole:
             mean = distributed.mean_over_ranks(torch.cat([gradient.flatten() for gradient in whole]))
             for gradient, values in zip(whole, mean.split([gradient.numel() for gradient in whole]), strict=True):
                 gradient.copy_(values.view_as(gradient))
+
+    def norm(self, parts: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
+        """Norm of all parts, in float64 between processes, and of what is whole."""
         norm = get_total_norm(parts)
         squares = norm.double().square()
         dist.all_reduce(squares, group=self._mesh["shard"].get_group())

@@ -79,6 +79,7 @@ class TrainingState:
                 trained.grad, parameter.grad = local(parameter.grad), None
             if trained.grad is not None:
                 (whole if trained is parameter else parts).append(trained.grad)
+        self._parallel.average(whole)
         return self._parallel.norm(parts, whole)
 
     def groups(self) -> dict[str, dict[str, Tensor]]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from models import family_name
+from runtime.json_file import json_lines
 from runtime.licences import UNKNOWN, Origin, hub_name
-from sampling.cards.loading import LOADING, loading, start_of
+from sampling.cards.loading import LOADING, loading, makes_clips, start_of
 from sampling.cards.pictures import show_pictures
 from sampling.cards.recipe import show_data, show_recipe, untrained
 from sampling.cards.scores import show_scores
@@ -52,14 +52,12 @@ def read_losses(metrics: Path) -> tuple[tuple[int, float], ...]:
     """Steps and losses in a metrics.jsonl; none if there is no such file."""
     if not metrics.is_file():
         return ()
-    rows = []
-    for line in metrics.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            rows.append((int(row["step"]), float(row["loss"])))
-        except (ValueError, TypeError, KeyError):  # other lines, or one that a kill cut short
-            continue
-    return tuple(rows)
+    losses = []
+    for _, record in json_lines(metrics):
+        match record:  # others are of a validation, or damaged
+            case {"step": int() | float() as step, "loss": int() | float() as loss}:
+                losses.append((int(step), float(loss)))
+    return tuple(losses)
 
 
 def model_card(document: Mapping[str, Any], content: CardContent) -> str:
@@ -102,8 +100,7 @@ def _metadata(document: Mapping[str, Any], content: CardContent) -> str:
     """The YAML that the hub reads."""
     from huggingface_hub import ModelCardData  # heavy, and only published folders need it
 
-    shape, origin = document["data"]["image_shape"], document.get("origin")
-    kind = "video" if len(shape) == 4 and shape[0] > 1 else "image"
+    origin, kind = document.get("origin"), "video" if makes_clips(document) else "image"
     by_label = "unconditional-image-generation" if kind == "image" else None  # the hub has no task for labels
     task = f"text-to-{kind}" if "text_width" in document["model"] else by_label
     data = ModelCardData(

@@ -30,9 +30,9 @@ pipeline = Pipeline.from_pretrained("{name}")
 
 Published with dit-family {version} and PyTorch {torch}; Python 3.11 or newer.
 """
-SOURCE, NO_SOURCE = (
-    "By the code of dit-family:",
-    ("By the code of dit-family, in a clone of it; no public address of it was known where this card was written."),
+SOURCE = "By the code of dit-family:"
+NO_SOURCE = (
+    "By the code of dit-family, in a clone of it; no public address of it was known where this card was written."
 )
 LOAD_BY_DIFFUSERS = """The code is part of this repository; read it before you allow it to run. Python 3.11 or newer:
 
@@ -80,14 +80,19 @@ def loading(document: Mapping[str, Any], name: str, *, code_url: str | None, for
             diffusers=diffusers.__version__,
             where=f" ({url})" if url else "",
         )
-    clip = len(document["data"]["image_shape"]) == 4 and document["data"]["image_shape"][0] > 1
     return LOAD.format(
         **known,
         source=SOURCE if url else NO_SOURCE,
         clone=f"git clone {url} dit-family && cd dit-family\n" if url else "",
-        extras="base" + " text" * text + " video" * clip,
+        extras="base" + " text" * text + " video" * makes_clips(document),
         flags=' --prompt "a dog in the snow"' if text else "",
     )
+
+
+def makes_clips(document: Mapping[str, Any]) -> bool:
+    """True for weights of samples with several frames."""
+    frames = document["data"]["image_shape"][:-3]
+    return any(count > 1 for count in frames)
 
 
 def start_of(document: Mapping[str, Any]) -> str:
@@ -153,8 +158,7 @@ def licence_of_card(text: str, where: str) -> str | None:
 
 def _call(document: Mapping[str, Any], for_diffusers: bool) -> str:
     """Line that samples."""
-    clips = len(document["data"]["image_shape"]) == 4 and document["data"]["image_shape"][0] > 1
-    name, field = ("clips", "frames") if clips else ("images", "images")
+    name, field = ("clips", "frames") if makes_clips(document) else ("images", "images")
     if "text_width" in document["model"]:
         arguments = 'prompt=["a dog in the snow"]' if for_diffusers else "**rows, null=null"
         prepare = "" if for_diffusers else 'rows, null = pipeline.encode_prompts(["a dog in the snow"])\n'
