@@ -6,18 +6,19 @@ NOTICED = 0.05  # share of the first weights from which on samples show them
 NONE = 1e-9
 
 
-def first_share(decay: float, updates: int, *, ramp: bool = False) -> float:
-    """Share of the weights before the first update in the average after so many.
+def first_share(decay: float, updates: int, *, ramp: bool = False, start: int = 0) -> float:
+    """Share of the weights before the first of some updates in the average after them: the product of their decays.
 
     Args:
         decay: Weight of the past at each update.
         updates: Number of updates.
         ramp: The decay of update n is min(decay, (1 + n) / (10 + n)).
+        start: Number n of the first of them.
     """
     if not ramp:
         return float(decay**updates)
     share = 1.0
-    for n in range(updates):
+    for n in range(start, start + updates):
         share *= min(decay, (1 + n) / (10 + n))
         if share < NONE:
             return 0.0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime import distributed
+from runtime.averages import first_share
 from runtime.settings import setting
 from runtime.sharding import local
 
@@ -71,15 +72,21 @@ class EMA(Generic[N]):
         network: The network being trained; the average starts as a copy of it.
         decay: Weight of the past at each update.
         ramp: Start at a low decay, min(decay, (1 + n) / (10 + n)) at update n, so that short runs forget their start.
+        every: Updates that are made as one, with the product of their decays and the weights after the last.
         average: A copy of the network, divided over processes alike; None makes one.
 
     Attributes:
         network: The average, in eval mode, without gradients. Frozen parameters are copied once and left alone.
         name: Name of its group in checkpoints, by its decay.
+        updates: Number of updates asked for.
+        averaged: Number of those that the average holds.
     """
 
-    def __init__(self, network: N, decay: float, *, ramp: bool = False, average: N | None = None) -> None:
-        self.decay, self.ramp, self.updates, self.name = decay, ramp, 0, f"ema-{decay:g}"
+    def __init__(
+        self, network: N, decay: float, *, ramp: bool = False, every: int = 1, average: N | None = None
+    ) -> None:
+        self.decay, self.ramp, self.every, self.name = decay, ramp, every, f"ema-{decay:g}"
+        self.updates = self.averaged = 0
         self.network = (copy.deepcopy(network) if average is None else average).eval().requires_grad_(False)
         averaged = dict(self.network.named_parameters())
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -88,11 +95,14 @@ class EMA(Generic[N]):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the network: one fused operation over all weights."""
-        ramped = (1 + self.updates) / (10 + self.updates)
-        decay = min(self.decay, ramped) if self.ramp else self.decay
-        torch._foreach_lerp_(self._average, self._source, 1 - decay)
+        """Move the average towards the network if it is due: one fused operation over all weights."""
         self.updates += 1
+        pending = self.updates - self.averaged
+        if pending < self.every:
+            return
+        decay = first_share(self.decay, pending, ramp=self.ramp, start=self.averaged)
+        torch._foreach_lerp_(self._average, self._source, 1 - decay)
+        self.averaged = self.updates
 
 
 class FiniteGuard:

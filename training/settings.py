@@ -95,11 +95,12 @@ class OptimizationSettings:
     )
     ema_decay: float = setting(0.9999, "decay of the averaged weights (EMA)")
     ema_ramp: bool = setting(False, "average over few steps at first: decay min(ema_decay, (1 + n) / (10 + n))")
+    ema_every: int = setting(1, "steps between updates of the average, each with the decays of all these steps")
     global_seed: int = setting(0, "seed of weights, order, noise and dropped labels")
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        _at_least(self, 1, "epochs", "max_steps", "global_batch_size", "grad_accum")
+        _at_least(self, 1, "epochs", "max_steps", "global_batch_size", "grad_accum", "ema_every")
         _at_least(self, 0, "lr_warmup_steps", "grad_clip_start")
         _positive(self, "lr", "grad_clip", "skip_updates_above")
         for name in ("ema_decay", "lr_final_ratio"):

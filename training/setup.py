@@ -132,7 +132,7 @@ class Setup:
             lines.append("--caption-dropout-prob 0: guidance needs unconditional rows, and none are trained")
         average = average_warning(
             optimization.ema_decay,
-            self.total_steps,
+            self.total_steps - self.total_steps % optimization.ema_every,
             ramp=optimization.ema_ramp,
             from_weights=self.config.run.init_from is not None,
             when="at the end",
@@ -229,6 +229,9 @@ def set_up(
     seen = vision.notes if vision is not None and fake is None else []
     channels, width = dataset.image_shape[-3], dataset.image_shape[-1]
     data = replace(config.data, vae=vae, image_size=width, channels=channels)
+    total, every = config.optimization.total_steps(len(dataset)), config.optimization.ema_every
+    if every > total:
+        raise UserError(f"--ema-every {every}: the run ends before, after {total} steps; give at most {total}")
     setup = Setup(
         config=replace(config, process=owners["process"][0], data=data),
         owners=owners | {"model": (config.model, loss.network.config)},
@@ -237,7 +240,7 @@ def set_up(
         encoder=encoder,
         loss=loss,
         parallel=parallel,
-        total_steps=config.optimization.total_steps(len(dataset)),
+        total_steps=total,
         notes=[*(f"--align-ckpt: {note}" for note in seen), *digest_notes(digests)],
         start_notes=[f"--init-from: {note}" for note in start_notes],
         setup_warnings=lines,

@@ -17,17 +17,19 @@ from training.setup import Setup
 PROJECTOR = "projector"  # the alignment's group in checkpoints
 
 
-def checkpoint_meta(setup: Setup, step: int, updates: int | None = None) -> Values:
+def checkpoint_meta(setup: Setup, step: int, updates: int | None = None, averaged: int | None = None) -> Values:
     """The JSON document of a checkpoint: all settings, and what sampling has to know.
 
     Args:
         setup: Setup of the run.
         step: Number of steps taken.
         updates: Number of those that were not dropped; None for all.
+        averaged: Number of those that the average holds; None for all.
     """
     sections = setup.document()
     owners = {name: sections.pop(name) for name in ("model", "process", "loss", "optimizer")}
     decay = setup.config.optimization.ema_decay
+    behind = {} if averaged in (None, step if updates is None else updates) else {"updates": averaged}
     return {
         "format": 2,
         "step": step,
@@ -42,7 +44,7 @@ def checkpoint_meta(setup: Setup, step: int, updates: int | None = None) -> Valu
             "images": len(setup.dataset),
             "digest": digest_of(setup.dataset),
         },
-        "averages": {f"ema-{decay:g}": {"decay": decay}},
+        "averages": {f"ema-{decay:g}": {"decay": decay, **behind}},
         "train": sections,
         "draws": DRAWS,
         "origin": None if setup.origin is None else setup.origin.as_json(),
@@ -68,7 +70,13 @@ class TrainingState:
             self._parameters |= {f"{PROJECTOR}.{name}": p for name, p in self.alignment.named_parameters()}
         self.trained = {name: leaf(parameter) for name, parameter in self._parameters.items()}
         self.optimizer = setup.optimizer.make(self.trained.values(), optimization.lr)
-        self.ema = EMA(self.network, optimization.ema_decay, ramp=optimization.ema_ramp, average=average)
+        self.ema = EMA(
+            self.network,
+            optimization.ema_decay,
+            ramp=optimization.ema_ramp,
+            every=optimization.ema_every,
+            average=average,
+        )
 
     def collect_gradients(self) -> Tensor:
         """Hand the gradients of a step to the tensors that the optimizer steps on; returns their norm, a scalar."""
@@ -114,3 +122,4 @@ class TrainingState:
                 self.optimizer.state[self.trained[parameter]][key] = part_of(stored, target)
         self.step = saved.meta["step"]
         self.updates = self.ema.updates = saved.meta.get("updates", self.step)
+        self.ema.averaged = saved.meta.get("averages", {}).get(self.ema.name, {}).get("updates", self.updates)

@@ -247,8 +247,9 @@ class Trainer:
         """
         self.check_finite()
         self.wait_for_save()  # on all ranks, before any of them waits for another in `save`
-        step = self.state.step
-        self.saver.save(State(step, self.state.groups(), checkpoint_meta(self.setup, step, self.state.updates)))
+        state, step = self.state, self.state.step
+        meta = checkpoint_meta(self.setup, step, state.updates, state.ema.averaged)
+        self.saver.save(State(step, state.groups(), meta))
 
     def make_saver(self) -> Saver:
         """The saver of this process."""

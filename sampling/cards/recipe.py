@@ -35,6 +35,7 @@ def untrained(document: Mapping[str, Any]) -> str | None:
     decay = at(average, "decay") if average else None
     if decay is None or updates is None:
         return None
+    updates = average.get("updates", updates)  # an average every few steps may be behind
     ramp = bool(at(optimization, "ema_ramp"))
     trained_before = at(document, "train", "run", "init_from") is not None
     return average_warning(decay, updates, ramp=ramp, from_weights=trained_before, when=f"after {updates:,} updates")

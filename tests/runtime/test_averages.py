@@ -20,6 +20,12 @@ def test_the_share_is_that_of_the_average(decay: float, updates: int, ramp: bool
     assert first_share(decay, updates, ramp=ramp) == pytest.approx(average.network.weight.item(), rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.parametrize("ramp", [False, True])
+def test_shares_of_parts_multiply(ramp: bool) -> None:
+    parts = first_share(0.99, 5, ramp=ramp) * first_share(0.99, 7, ramp=ramp, start=5)
+    assert parts == pytest.approx(first_share(0.99, 12, ramp=ramp), rel=1e-12)
+
+
 def test_a_long_run_with_a_ramp_needs_no_long_sum() -> None:
     assert first_share(0.9999, 10**12, ramp=True) == 0
 

@@ -36,6 +36,35 @@ def test_average_follows_the_recurrence(decay, ramp):
     assert torch.allclose(ema.network.blocks[0].attn.qkv.weight.double(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("ramp", [False, True])
+def test_several_updates_as_one_have_the_product_of_their_decays(ramp):
+    model = create_model("DiT-debug/2", depth=1)
+    ema, weight = EMA(model, 0.8, ramp=ramp, every=4), model.blocks[0].attn.qkv.weight
+    decays = [min(0.8, (1 + n) / (10 + n)) if ramp else 0.8 for n in range(8)]
+    expected, seen = weight.detach().double(), []
+    for n, _ in enumerate(walk(model, 11), start=1):
+        ema.update()
+        if n in (4, 8):
+            share = math.prod(decays[n - 4 : n])
+            expected = share * expected + (1 - share) * weight.detach().double()
+        seen.append(ema.network.blocks[0].attn.qkv.weight.clone())
+    assert [n for n in range(1, 11) if not torch.equal(seen[n], seen[n - 1])] == [3, 7]
+    assert torch.allclose(seen[-1].double(), expected, atol=1e-6, rtol=0)
+    assert (ema.updates, ema.averaged) == (11, 8)
+
+
+@pytest.mark.parametrize("ramp", [False, True])
+def test_weights_that_rest_between_updates_have_the_average_of_every_step(ramp):
+    model = create_model("DiT-debug/2", depth=1)
+    each, fourth = EMA(model, 0.95, ramp=ramp), EMA(model, 0.95, ramp=ramp, every=4)
+    for _ in walk(model, 5):
+        for _ in range(4):
+            each.update()
+            fourth.update()
+    for a, b in zip(each.network.parameters(), fourth.network.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6, rtol=0)
+
+
 def test_frozen_positions_do_not_drift_and_the_average_has_no_gradients():
     model = create_model("DiT-debug/2", depth=1)
     ema = EMA(model, 0.999)

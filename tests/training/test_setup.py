@@ -15,6 +15,7 @@ from data.encoders import Encoder
 from models import create_model
 from runtime.checkpoint import read_checkpoint
 from runtime.distributed import World
+from runtime.errors import UserError
 from runtime.live_memory import LiveMemory
 from tests import runs
 from tests.runs import (
@@ -201,6 +202,13 @@ def test_a_data_set_object_is_trained_on(workers: int, tmp_path: Path) -> None:
     lines = metrics(tmp_path)
     assert [m["step"] for m in lines] == [1, 2, 3, 3] and lines[-1]["val_loss"] > 0
     assert (run_folder(tmp_path) / "samples" / "0000003.png").exists()
+
+
+def test_an_average_that_would_never_move_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"--ema-every 4: the run ends before, after 3 steps; give at most 3"):
+        open_setup(*TINY, "--ema-every", 4, dataset=Noise())
+    lines = open_setup(*TINY, "--ema-every", 2, "--ema-decay", 0.5, dataset=Noise()).warnings()
+    assert any("still holds 25% of the untrained weights" in line for line in lines)  # of two steps, not three
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,25 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(whole, tmp_path, how)
     assert "changed with version" not in runs.log(tmp_path)
 
 
+def test_an_average_every_few_steps_resumes_bit_by_bit_and_with_another_interval(tmp_path):
+    every = ["--ema-every", 4, "--ema-ramp", "--depth", 1, "--ckpt-every", 1]
+    assert start(tmp_path / "whole", *every, "--max-steps", 9) == 0
+    assert start(tmp_path / "cut", *every, "--max-steps", 6) == 0
+    one = ["--ema-every", 1, "--override", "ema-every", *every[2:], "--max-steps", 8]
+    shutil.copytree(tmp_path / "cut", tmp_path / "one")
+    assert start(tmp_path / "cut", *every, "--max-steps", 9, "--resume", "auto") == 0
+    for step in (7, 8, 9):
+        assert_same(state(checkpoint(tmp_path / "cut", step)), state(checkpoint(tmp_path / "whole", step)))
+    assert start(tmp_path / "one", "--resume", "auto", *one) == 0
+    sixth, seventh = (read_groups(checkpoint(tmp_path / "one", step), lambda present: present) for step in (6, 7))
+    assert sixth[1]["averages"] == {"ema-0.9": {"decay": 0.9, "updates": 4}}
+    assert seventh[1]["averages"] == {"ema-0.9": {"decay": 0.9}}
+    share = (5 / 14) * (6 / 15) * (7 / 16)  # of updates 4 to 6, from 0
+    for name, weight in seventh[0]["model"].items():
+        expected = torch.lerp(sixth[0]["ema-0.9"][name].double(), weight.double(), 1 - share)
+        torch.testing.assert_close(seventh[0]["ema-0.9"][name].double(), expected, rtol=0, atol=1e-6)
+
+
 def test_resume_with_flips_workers_and_a_stop_in_mid_epoch(tmp_path):
     """Of 1,297 images, 500 a step: the run is cut in its second epoch and ends in its third."""
     flips = ["--flip", "--num-workers", 2, "--global-batch-size", 500, "--depth", 1]
