@@ -98,10 +98,10 @@ class DDTBlock(nn.Module):
 
     def __init__(self, config: DDTConfig) -> None:
         super().__init__()
-        width, undivided = config.hidden_size, config.encoder_depth is None
-        self.norm1 = RMSNorm(width, scale_in_float32=undivided)  # the two releases round in different places
-        self.attn = RotaryAttention(width, config.num_heads, scale_in_float32=undivided)
-        self.norm2 = RMSNorm(width, scale_in_float32=undivided)
+        width = config.hidden_size
+        self.norm1 = RMSNorm(width)
+        self.attn = RotaryAttention(width, config.num_heads)
+        self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, config.mlp_width)
         self.adaLN_modulation = Modulation(width, 6)
 

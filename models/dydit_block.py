@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from models.dit import DiTBlock
 from models.layers import gated_add, modulate, without_autocast
+from models.masks import Mask, masked
 
 TEMPERATURE = 5.0  # of the gates' gradient in training
 TOKEN_ROUTER_RATIO = 16  # width of the network over the inner width of a token router
@@ -26,12 +27,13 @@ class Routing(NamedTuple):
     tokens: Tensor  # (N, L, T) tokens that go through the MLP
 
 
-def gate(logits: Tensor, noise: Tensor | None = None) -> Tensor:
+def gate(logits: Tensor, noise: Tensor | None = None, *, always_on: int = 0) -> Mask:
     """Make hard decisions with a soft gradient (straight-through Gumbel-sigmoid).
 
     Args:
         logits: Float32.
         noise: Logistic noise of that shape (the difference of two Gumbel variables), for training; or None.
+        always_on: Number of gates that are on without a decision, before the others.
 
     Returns:
         Exactly 1 where sigmoid(logits + noise) > 0.5, else 0. The gradient is that of sigmoid((logits + noise) / 5), or
@@ -40,7 +42,10 @@ def gate(logits: Tensor, noise: Tensor | None = None) -> Tensor:
     Source: arXiv 2410.03456, section 3; the temperature is the released code's.
     """
     soft = torch.sigmoid(logits if noise is None else (logits + noise) / TEMPERATURE)
-    return (soft > 0.5) + (soft - soft.detach())
+    if always_on:
+        soft = functional.pad(soft, (always_on, 0), value=1.0)
+    on = soft > 0.5
+    return Mask(on + (soft - soft.detach()), on)
 
 
 def float32_linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -58,11 +63,10 @@ class WidthRouter(nn.Module):
         self.always_on = groups - outputs
         self.router = nn.Linear(width, outputs)
 
-    def forward(self, e: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Map the timestep embedding (N or 1, D) and noise (N, R) to a mask (N or 1, H), float32."""
+    def forward(self, e: Tensor, noise: Tensor | None = None) -> Mask:
+        """Map the timestep embedding (N or 1, D) and noise (N, R) to a mask (N or 1, H)."""
         with without_autocast(e):
-            mask = gate(float32_linear(self.router, e), noise)
-        return functional.pad(mask, (self.always_on, 0), value=1.0)
+            return gate(float32_linear(self.router, e), noise, always_on=self.always_on)
 
 
 class TokenRouter(nn.Module):
@@ -82,8 +86,8 @@ class TokenRouter(nn.Module):
         assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
         return first, last
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Map the residual stream (N, T, D), not normalised, and noise (N, T) to a mask (N, T), float32."""
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Mask:
+        """Map the residual stream (N, T, D), not normalised, and noise (N, T) to a mask (N, T)."""
         first, last = self.layers
         with without_autocast(x):
             return gate(float32_linear(last, float32_linear(first, x).relu()).squeeze(-1), noise)
@@ -123,5 +127,5 @@ class DyDiTBlock(DiTBlock):
         tokens = self.token_selection(x, token_noise)
         groups = self.mlp_rate(e, group_noise)
         update = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp), groups)
-        x = gated_add(x, gate_mlp, update * tokens.unsqueeze(-1).to(update.dtype))
-        return x, Routing(heads, groups, tokens)
+        x = gated_add(x, gate_mlp, masked(update, tokens, 2))
+        return x, Routing(heads.values, groups.values, tokens.values)

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from models.dydit_block import DyDiTBlock, Routing, TokenRouter
 from models.layers import AdaLNModulation, attention_heads, gated_add, gelu, modulate
+from models.masks import Mask
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -129,8 +130,8 @@ class RoutingPlan:
         if not times:
             return
         e = torch.cat([embed(t) for t in times])  # (K, D)
-        heads = torch.stack([block.attn_rate(e) for block in self.blocks], dim=1)  # (K, L, H)
-        groups = torch.stack([block.mlp_rate(e) for block in self.blocks], dim=1)
+        heads = torch.stack([block.attn_rate(e).values for block in self.blocks], dim=1)  # (K, L, H)
+        groups = torch.stack([block.mlp_rate(e).values for block in self.blocks], dim=1)
         on = torch.stack([heads, groups], dim=2).tolist()  # (K, L, 2, H)
         for k, blocks in enumerate(on):
             active = tuple((_active(both[0]), _active(both[1])) for both in blocks)
@@ -156,8 +157,8 @@ class RoutingPlan:
         attention = self._weights((i, "attn"), block.attn.qkv, block.attn.proj, heads, dtype)
         x, tokens, modulation = self._attend(x, c, block.adaLN_modulation, attention, block.token_selection, head_dim)
         mlp = self._weights((i, "mlp"), block.mlp.fc1, block.mlp.fc2, groups, dtype)
-        x = self._run_mlp(x, tokens, modulation, mlp)
-        return x, Routing(width.heads[:, i], width.groups[:, i], tokens)
+        x = self._run_mlp(x, tokens.on, modulation, mlp)
+        return x, Routing(width.heads[:, i], width.groups[:, i], tokens.values)
 
     def _run_mlp(self, x: Tensor, tokens: Tensor, modulation: Modulation, weights: PairWeights) -> Tensor:
         """Apply the residual MLP to the tokens (N, T) that are on; may overwrite x (N, T, D)."""
@@ -218,7 +219,7 @@ def _active(mask: list[float]) -> Active:
 
 def attend(
     x: Tensor, c: Tensor, adaln: AdaLNModulation, weights: PairWeights, router: TokenRouter, head_dim: int
-) -> tuple[Tensor, Tensor, Modulation]:
+) -> tuple[Tensor, Mask, Modulation]:
     """Run a block up to the decision on its tokens: modulation, attention of the heads that are on, token router.
 
     With no head on, the output map's bias remains.
@@ -232,7 +233,7 @@ def attend(
         head_dim: Channels of a head.
 
     Returns:
-        Tokens (N, T, D), a new tensor; which of them go through the MLP, (N, T) float32; and the MLP's modulation.
+        Tokens (N, T, D), a new tensor; which of them go through the MLP, (N, T); and the MLP's modulation.
     """
     parts = adaln(c, x.dtype)
     modulation, num_heads = Modulation(*parts[:3]), weights.last.shape[1] // head_dim
@@ -246,10 +247,10 @@ def attend(
 
 
 def masked_mlp(x: Tensor, tokens: Tensor | None, modulation: Modulation, weights: PairWeights) -> Tensor:
-    """Add the gated MLP to the tokens that are on (None: to all): (N, T, D) -> (N, T, D)."""
+    """Add the gated MLP to the tokens that are on, (N, T) booleans (None: to all): (N, T, D) -> (N, T, D)."""
     update = _mlp(modulate(_normed(x), modulation.shift, modulation.scale), weights)
     if tokens is not None:
-        update = update * tokens.unsqueeze(-1).to(update.dtype)
+        update = update * tokens.unsqueeze(-1)
     return gated_add(x, modulation.gate, update)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.contract import Network
+from models.masks import Mask, masked
 from runtime.sharding import is_divided
 
 FREQUENCY_DIM = 256
@@ -294,11 +295,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
         """Attend over (N, T, D); a mask (N, H) or (1, H) multiplies the heads' outputs."""
         heads = attention_heads(self.qkv(x), self.num_heads)  # (N, T, H, D / H)
         if mask is not None:
-            heads = heads * mask[:, None, :, None].to(heads.dtype)
+            heads = masked(heads, mask, 1, 3)
         out: Tensor = self.proj(heads.flatten(2))
         return out
 
@@ -311,11 +312,11 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
         """Map (N, T, D) -> (N, T, D); a mask (N, H) or (1, H) multiplies H groups of neighbouring hidden channels."""
         inner = self.fc1(x)
         if mask is not None:  # before GELU, which keeps zeros: the position determines the gradient of the mask
-            inner = (inner.unflatten(2, (mask.shape[1], -1)) * mask[:, None, :, None].to(inner.dtype)).flatten(2)
+            inner = masked(inner.unflatten(2, (mask.on.shape[1], -1)), mask, 1, 3).flatten(2)
         out: Tensor = self.fc2(gelu(inner))
         return out
 

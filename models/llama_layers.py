@@ -14,30 +14,27 @@ from models.layers import without_autocast
 SPAN = 16.0  # of the positions along an axis, whatever the number of tokens: weights fit every resolution
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, scale_in_float32: bool) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """Divide by the root mean square of the last axis, taken in float32, and multiply by a weight (..., width).
+
+    The quotient is rounded to the dtype of x, the product is not: it has the wider dtype of both. (The released code of
+    the improved DiT rounds the product instead, which is as far from float32 and needs copies of x in both dtypes.)
 
     Args:
         x: (..., width).
         weight: Learned scale, float32 or lower.
-        scale_in_float32: Round to the input's dtype after the scale (the improved DiT), not before it (DDT; the result
-            then has the promoted dtype). In float32 both are the same.
 
     Source: Zhang and Sennrich, 2019.
     """
-    width = x.shape[-1:]
     with without_autocast(x):  # it would write a float32 copy; the kernel computes in float32 and rounds at the end
-        if scale_in_float32:
-            return (functional.rms_norm(x.float(), width, eps=1e-6) * weight).to(x.dtype)
-        return functional.rms_norm(x, width, eps=1e-6) * weight
+        return functional.rms_norm(x, x.shape[-1:], eps=1e-6) * weight
 
 
 class RMSNorm(nn.Module):
     """`rms_norm` with a learned scale of `width` numbers."""
 
-    def __init__(self, width: int, *, scale_in_float32: bool = False) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.scale_in_float32 = scale_in_float32
         self.weight = nn.Parameter(torch.ones(width))
 
     def reset_parameters(self) -> None:
@@ -46,7 +43,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., width)."""
-        return rms_norm(x, self.weight, scale_in_float32=self.scale_in_float32)
+        return rms_norm(x, self.weight)
 
 
 class SwiGLU(nn.Module):
@@ -107,12 +104,12 @@ class RotaryAttention(nn.Module):
     Rows of `qkv` are [q | k | v], heads contiguous; one learned scale serves all heads.
     """
 
-    def __init__(self, width: int, num_heads: int, *, scale_in_float32: bool = False) -> None:
+    def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm = RMSNorm(width // num_heads, scale_in_float32=scale_in_float32)
-        self.k_norm = RMSNorm(width // num_heads, scale_in_float32=scale_in_float32)
+        self.q_norm = RMSNorm(width // num_heads)
+        self.k_norm = RMSNorm(width // num_heads)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
@@ -120,7 +117,7 @@ class RotaryAttention(nn.Module):
         n, t, d = x.shape
         qkv = self.qkv(x).view(n, t, 3, self.num_heads, d // self.num_heads)
         scales = torch.stack([self.q_norm.weight, self.k_norm.weight]).unsqueeze(1)  # (2, 1, d)
-        both = rms_norm(qkv[:, :, :2], scales, scale_in_float32=self.q_norm.scale_in_float32)
+        both = rms_norm(qkv[:, :, :2], scales)
         both = rotate(both.float().flatten(2, 3), table).to(qkv.dtype)  # (N, T, 2 H, d), queries before keys
         q, k = both.transpose(1, 2).chunk(2, dim=1)
         heads = functional.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2))

@@ -121,7 +121,7 @@ def test_the_gate_equals_the_recorded_one_forward_and_backward() -> None:
     golden = arrays("dydit/v2_tiny/gumbel_sigmoid_unit")
     for mode, noise in (("train", golden["g1"] - golden["g2"]), ("eval", None)):
         logits = golden["logits"].clone().requires_grad_()
-        mask = gate(logits, noise)
+        mask = gate(logits, noise).values
         mask.backward(golden["upstream"])
         assert torch.equal(mask.detach(), golden[f"{mode}_mask"])
         torch.testing.assert_close(logits.grad, golden[f"{mode}_grad"], rtol=1e-6, atol=1e-8)
@@ -129,7 +129,7 @@ def test_the_gate_equals_the_recorded_one_forward_and_backward() -> None:
 
 def test_a_gate_is_exactly_0_or_1_and_closed_at_0() -> None:
     logits = torch.cat([torch.linspace(-100, 100, 10_001), torch.tensor([0.0, -torch.inf, torch.inf])])
-    mask = gate(logits)
+    mask = gate(logits).values
     assert set(mask.tolist()) == {0.0, 1.0}
     assert torch.equal(mask[-3:], torch.tensor([0.0, 0.0, 1.0]))
 
