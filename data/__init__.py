@@ -18,7 +18,7 @@ from data.encoders import Encoder, open_encoder
 from data.huggingface import open_huggingface
 from data.idx import open_idx
 from data.image_folder import open_image_folder
-from data.latents import open_latents
+from data.joint_latents import open_latents
 from data.moving_digits import MovingDigits, open_moving_digits
 from data.webdataset import open_webdataset
 

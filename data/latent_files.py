@@ -248,26 +248,31 @@ class ArrayFile:
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
-    def prefetch(self, row: int) -> None:
-        """Let the system begin to read a row, so that the disk works on all rows of a batch at once."""
+    def prefetch(self, row: int, count: int, part: int = 0) -> None:
+        """Let the system begin to read `count` bytes as `read_into` does, so that the disk works on a batch at once."""
         if self._advise is not None:
-            self._advise(self._descriptor, self._start + row * self._size, self._size, os.POSIX_FADV_WILLNEED)
+            self._advise(self._descriptor, self._place(row, count, part), count, os.POSIX_FADV_WILLNEED)
 
-    def read_into(self, row: int, out: Raw) -> None:
-        """Read a row into contiguous memory of its shape.
+    def read_into(self, row: int, out: Raw, part: int = 0) -> None:
+        """Read a row, or one of the parts of equal size that it consists of, into contiguous memory.
 
         Raises:
             ValueError: If the file cannot be read, or was cut short after it was opened.
         """
         if self._map is not None:
-            out[...] = self._map[divmod(row, self._flips)]
+            out[...] = self._map[divmod(row, self._flips)].reshape(-1, *out.shape)[part]
             return
-        start, done, target = self._start + row * self._size, 0, out.data.cast("B")
+        size, target = out.nbytes, out.data.cast("B")
+        start, done = self._place(row, size, part), 0
         try:
-            while done < self._size:
+            while done < size:
                 count = os.preadv(self._descriptor, [target[done:] if done else target], start + done)
                 if not count:
                     raise ValueError(f"{self._path}: cut short while in use; delete it and {REMEDY}")
                 done += count
         except OSError as error:
             raise ValueError(f"{self._path}: cannot be read ({error.strerror})") from error
+
+    def _place(self, row: int, size: int, part: int) -> int:
+        """First byte of a part of `size` bytes of a row."""
+        return self._start + row * self._size + part * size

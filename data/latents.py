@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.autoencoders import OFFICIAL_VAES
 from data.caption_files import NULL, StoredText
-from data.dataset import DatasetSettings, Example, Key
+from data.dataset import Example, Key
 from data.encoders import Encoder, LatentScaling, Shape, open_encoder
 from data.image_folder import is_flipped
 from data.latent_files import (
@@ -34,20 +34,6 @@ from data.latent_files import (
 from runtime.json_file import parse_json
 
 _ROWS_AT_A_TIME = 256
-
-
-def open_latents(settings: DatasetSettings) -> LatentShards:
-    """Open a latent store; a ValueError if there is none, or it is of images of another shape."""
-    folder = settings.require_path("a folder of latents")
-    latents = LatentShards(folder, flip=settings.flip, seed=settings.seed, trust_stamps=settings.trust_stamps)
-    frames = latents.image_shape[:-3] if settings.frames is None else (settings.frames,)
-    expected = (*frames, settings.channels, *(settings.size or latents.image_shape[-2:]))
-    if latents.image_shape != expected:
-        raise ValueError(f"the latents are of images {latents.image_shape}, not {expected}; check size and channels")
-    if settings.joint_images:
-        remedy = "leave out --joint-images" if latents._texts else "give the videos"
-        raise ValueError(f"{settings.joint_images} joint images: stored latents of clips have none; {remedy}")
-    return latents
 
 
 class LatentShards:
@@ -117,9 +103,7 @@ class LatentShards:
         raw, labels, indices = self.gather(keys)
         given: list[int | dict[str, Tensor]] = labels.tolist() if self.classes else [{}] * len(keys)
         if self._texts:
-            places = zip(*self._locate(indices.numpy()), strict=True)
-            rows = [self._texts[shard].rows([row]) for shard, row in places]
-            given = [{name: leaf[0] for name, leaf in row.items()} for row in rows]
+            given = [*self._captions(indices.numpy())]
         return list(zip(raw.unbind(), given, indices.tolist(), strict=True))
 
     def gather(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,23 +116,34 @@ class LatentShards:
         indices = np.array([index for _, index in keys], dtype=np.int64)
         if len(keys) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"indices must be in [0, {len(self)})")
+        raw = self._read(indices, [self._flip is True and is_flipped(key, self._seed) for key in keys])
+        return torch.from_numpy(raw), torch.from_numpy(self._labels[indices]), torch.from_numpy(indices)
+
+    def _read(self, indices: npt.NDArray[np.int64], flips: Sequence[bool], frames: Sequence[int] | None = None) -> Raw:
+        """Read raw latents of images or clips, or a frame of each of the clips; raises the errors of `gather`."""
         shards, rows = self._locate(indices)
         for position in {*shards.tolist()}:
             self._check_array(position)
-        raw = np.empty((len(keys), *self.raw_shape), np.float16)
-        flips = np.array([self._flip is True and is_flipped(key, self._seed) for key in keys], dtype=np.int64)
-        rows = rows * self._row_shape[0] + flips
-        places = [(self._files[shard], row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
-        for file, row in places:
-            file.prefetch(row)
-        for (file, row), out in zip(places, raw, strict=True):
-            file.read_into(row, out)
+        shape = self._row_shape[1 if frames is None else 2 :]
+        raw, parts = np.empty((len(indices), *shape), np.float16), frames or [0] * len(indices)
+        rows = rows * self._row_shape[0] + np.array(flips, dtype=np.int64)
+        files = [self._files[shard] for shard in shards.tolist()]
+        places = list(zip(files, rows.tolist(), raw, parts, strict=True))
+        for file, row, out, part in places:
+            file.prefetch(row, out.nbytes, part)
+        for file, row, out, part in places:
+            file.read_into(row, out, part)
         if not is_finite(raw):
             bad = next(i for i, row in enumerate(raw) if not is_finite(row))
             path = array_path(self._folder, self._shards[shards[bad]])
             name = self.path(int(indices[bad]))
             raise ValueError(f"{path}: the latents of {name} are not finite; delete the file and {REMEDY}")
-        return torch.from_numpy(raw), torch.from_numpy(self._labels[indices]), torch.from_numpy(indices)
+        return raw
+
+    def _captions(self, indices: npt.NDArray[np.int64]) -> Iterator[dict[str, Tensor]]:
+        """Encoded captions of images or clips, one by one: "text" (L, K) and "text_mask" (L,), float32."""
+        for shard, row in zip(*self._locate(indices), strict=True):
+            yield {name: leaf[0] for name, leaf in self._texts[shard].rows([row]).items()}
 
     def path(self, index: int) -> str:
         """Path of an image relative to the folder that it was extracted from."""

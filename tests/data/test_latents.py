@@ -105,6 +105,7 @@ def test_one_stored_flip_is_never_mirrored(tmp_path, raw):
 
 
 def test_files_are_opened_anew_in_a_worker_and_closed(folder):
+    gc.collect()  # what other tests have left
     count = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
     data = LatentShards(folder)
     copy = pickle.loads(pickle.dumps(data))
@@ -150,7 +151,7 @@ def test_systems_without_these_calls_read_the_same(missing, folder, monkeypatch)
 def test_arrays_in_columns_are_read_by_rows(raw, tmp_path):
     np.save(tmp_path / "x.npy", np.asfortranarray(raw))
     file, row = ArrayFile(tmp_path / "x.npy", raw.shape), np.empty(SHAPE[1:], np.float16)
-    file.prefetch(7)
+    file.prefetch(7, row.nbytes)
     file.read_into(7, row)
     assert np.array_equal(row, raw[3, 1])
 

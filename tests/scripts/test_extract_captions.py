@@ -81,11 +81,6 @@ def test_items_have_their_captions_and_the_empty_one_is_null(store: Path) -> Non
     data.verify()
 
 
-def test_joint_images_are_refused_with_a_remedy(store: Path) -> None:
-    with pytest.raises(ValueError, match="2 joint images: stored latents of clips have none; leave out --joint-images"):
-        open_dataset("latents", store, 16, 3, joint_images=2)
-
-
 def test_a_txt_beside_each_file_and_several_processes_make_the_same_bytes(
     folder: Path, store: Path, tmp_path: Path
 ) -> None:
