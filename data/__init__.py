@@ -70,6 +70,7 @@ def open_dataset(
     trust_stamps: bool = False,
     frames: int | None = None,
     joint_images: int = 0,
+    joint_list: Path | None = None,
     clips: ClipSettings = ClipSettings(),  # noqa: B008  # it is frozen
     columns: ColumnSettings = ColumnSettings(),  # noqa: B008
     held_out: bool = False,
@@ -90,8 +91,22 @@ def open_dataset(
                 raise ValueError(
                     f"{given} {what}: the data set {name} has images, not clips (those: {', '.join(CLIPS)})"
                 )
+    if joint_list is not None and not (name == "videofolder" and joint_images):
+        raise ValueError(f"--joint-image-list {joint_list}: needs --dataset videofolder and --joint-images")
     settings = DatasetSettings(
-        path, size, channels, flip, seed, strict, trust_stamps, frames, joint_images, clips, columns, held_out
+        path=path,
+        size=size,
+        channels=channels,
+        flip=flip,
+        seed=seed,
+        strict=strict,
+        trust_stamps=trust_stamps,
+        frames=frames,
+        joint_images=joint_images,
+        joint_list=joint_list,
+        clips=clips,
+        columns=columns,
+        held_out=held_out,
     )
     return DATASETS[name](settings)
 

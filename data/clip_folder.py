@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from data.clip_settings import FRAMES, ClipSettings
 from data.clips import count_places, crop_frame, frame_numbers, frames_needed
 from data.dataset import DatasetSettings, Example, Key, sides
 from data.image_folder import UnreadableImageError, decode_image, random_flip
+from data.image_list import ImageList
 from data.video_files import check_pyav, read_frames
 from data.video_listing import Video, digest_of_videos, list_videos
 from runtime.seeds import derive_seed
@@ -37,6 +39,7 @@ class ClipFolder:
         frames: Number of frames of a clip.
         settings: Cutting of clips.
         joint_images: Number of single frames of random videos behind every clip, with labels of their own.
+        joint_list: Text file of images that take the place of these frames, and are not mirrored.
         channels: 3 for RGB, 1 for grey.
         flip: Mirror at random, all frames of a clip alike.
         seed: Seed of places, flips and single frames.
@@ -57,6 +60,7 @@ class ClipFolder:
         frames: int = FRAMES,
         settings: ClipSettings = ClipSettings(),  # noqa: B008  # it is frozen
         joint_images: int = 0,
+        joint_list: Path | None = None,
         channels: int = 3,
         flip: bool = True,
         seed: int = 0,
@@ -77,6 +81,10 @@ class ClipFolder:
         self._ends = np.cumsum([video.length for video in self._videos])  # frames up to and with each video
         if any(not video.is_folder for video in self._videos):
             check_pyav()
+        self._images: ImageList | None = None
+        if joint_list is not None:
+            crop = settings.clip_crop
+            self._images = ImageList(joint_list, self.classes, size, crop=crop, channels=channels, strict=strict)
         # Shared with the loader's workers, as in `ImageFolder`
         self._damaged = torch.zeros(len(self._videos), dtype=torch.bool).share_memory_()
 
@@ -140,20 +148,33 @@ class ClipFolder:
         raise ValueError(f"{self._root}: none of its {len(self)} videos can be read")
 
     def _single_frames(self, epoch: int, index: int) -> tuple[Tensor, list[int]]:
-        """Frames (I, C, H, W) at random places among those of all videos, and their labels."""
+        """Frames (I, C, H, W) at random places among those of all videos, or listed images; and their labels."""
         draws = np.random.default_rng(derive_seed("joint images", self._seed, epoch, index))
+        count, read = int(self._ends[-1]), self._frame
+        if self._images is not None:
+            count, read = len(self._images), self._listed
         images, labels = list[Tensor](), list[int]()
         for _ in range(self._joint * TRIES):
-            place = int(draws.integers(self._ends[-1]))
-            video = int(np.searchsorted(self._ends, place, side="right"))
-            image = self._read_or_skip(video, [place - int(self._ends[video]) + self._videos[video].length])
+            image, label = read(int(draws.integers(count)))
             if image is not None:
-                images.append(image[0])
-                labels.append(self._labels[video])
+                images.append(image)
+                labels.append(label)
             if len(images) == self._joint:
-                clip = torch.stack(images)
-                return random_flip(clip, (epoch, index), self._seed + 1) if self._flip else clip, labels
+                frames = torch.stack(images)
+                mirrored = self._flip and self._images is None
+                return random_flip(frames, (epoch, index), self._seed + 1) if mirrored else frames, labels
         raise ValueError(f"{self._root}: hardly any of its frames can be read")
+
+    def _frame(self, place: int) -> tuple[Tensor | None, int]:
+        """The frame at a place among those of all videos, None if it cannot be read, and the label of its video."""
+        video = int(np.searchsorted(self._ends, place, side="right"))
+        image = self._read_or_skip(video, [place - int(self._ends[video]) + self._videos[video].length])
+        return None if image is None else image[0], self._labels[video]
+
+    def _listed(self, place: int) -> tuple[Tensor | None, int]:
+        """A listed image, None if it cannot be read, and its label."""
+        assert self._images is not None
+        return self._images.read(place), self._images.label(place)
 
     @property
     def unreadable(self) -> list[str]:
@@ -161,8 +182,11 @@ class ClipFolder:
         return [self.path(index) for index in self._damaged.nonzero().flatten().tolist()]
 
     def digest(self) -> str:
-        """Digest of the paths, sizes and numbers of frames of the videos that are used."""
-        return digest_of_videos(self._videos)
+        """Digest of the paths, sizes and numbers of frames of the videos that are used, and of a list of images."""
+        digest = digest_of_videos(self._videos)
+        return (
+            digest if self._images is None else hashlib.sha256(f"{digest} {self._images.sha256}".encode()).hexdigest()
+        )
 
     def path(self, index: int) -> str:
         """Path of a video relative to the root, with forward slashes."""
@@ -232,6 +256,7 @@ def open_clip_folder(settings: DatasetSettings) -> ClipFolder:
         frames=settings.frames or FRAMES,
         settings=settings.clips,
         joint_images=settings.joint_images,
+        joint_list=settings.joint_list,
         channels=settings.channels,
         flip=settings.flip is not False,
         seed=settings.seed,

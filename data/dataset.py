@@ -126,6 +126,7 @@ class DatasetSettings(NamedTuple):
     trust_stamps: bool = False  # use stored latents that are not newer than their index without checksums
     frames: int | None = None  # of a clip; None is what the data have, or the data set's own number
     joint_images: int = 0  # single frames of other clips behind every clip
+    joint_list: Path | None = None  # text file of images in the place of these
     clips: ClipSettings = ClipSettings()  # cutting of clips from videos
     columns: ColumnSettings = ColumnSettings()  # of tables and shards
     held_out: bool = False  # data of a validation

@@ -7,6 +7,7 @@
 #
 # The folder holds videos (pip install av) or folders of frames, of UCF101 in a folder for each class. The same command
 # again resumes the run. --init-from FILE starts from a plain Latte's weights; add --precision bf16 --compile for speed.
+# --joint-image-list FILE takes the single frames from images of a list, as published for FaceForensics and UCF101.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe_common.sh"
 begin_recipe "${BASH_SOURCE[0]}" 1 "/path/to/videos" "$@"

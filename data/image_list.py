@@ -1,0 +1,105 @@
+"""Images that a text file lists: the single frames that published recipes train behind the clips of UCF101."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.clip_settings import Crop
+from data.clips import crop_frame
+from data.image_folder import UnreadableImageError, decode_image
+
+
+class ImageList:
+    """Images of a text file with a path a line, relative to its folder, read one by one.
+
+    A label is the first folder of the path that is named like a class or, as published, the second word of the file's
+    name between underscores (`v_Archery_g01_c01_0001.jpg`). The lines are kept as bytes: UCF101 has 2.4 million frames.
+
+    Args:
+        path: The file.
+        classes: Names of classes, in the order of their labels; without any, images have the label 0.
+        size: (H, W) to which images are cropped; those of this size stay as they are.
+        crop: Kind of crop.
+        channels: 3 for RGB, 1 for grey.
+        strict: An image that cannot be read is an error.
+
+    Raises:
+        ValueError: Naming the file, and the line that has no class or whose image is not there.
+    """
+
+    def __init__(
+        self, path: Path, classes: Sequence[str], size: tuple[int, int], *, crop: Crop, channels: int, strict: bool
+    ) -> None:
+        self._flag = f"--joint-image-list {path}"
+        self._path, self._size, self._crop, self._channels, self._strict = path, size, crop, channels, strict
+        try:
+            content = path.read_bytes().replace(b"\r\n", b"\n").strip(b"\n") + b"\n"
+        except OSError as error:
+            raise ValueError(f"{self._flag}: cannot be read ({error.strerror})") from error
+        self._content, self.sha256 = content, hashlib.sha256(content).hexdigest()
+        self._ends = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n"))
+        numbers = {name: number for number, name in enumerate(classes)}
+        self._labels = np.array([self._find_label(i, numbers) for i in range(len(self))], np.int32)
+        if not self.file(0).is_file():
+            raise ValueError(f"{self._flag}: line 1: no file {self.file(0)}; paths are relative to the list's folder")
+        # Shared with the loader's workers, as in `ImageFolder`
+        self._damaged = torch.zeros(len(self), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._ends)
+
+    def line(self, index: int) -> str:
+        """Path of an image as it is listed."""
+        start = self._ends[index - 1] + 1 if index else 0
+        return self._content[start : self._ends[index]].decode(errors="surrogateescape").strip()
+
+    def file(self, index: int) -> Path:
+        """File of an image."""
+        return self._path.parent / self.line(index)
+
+    def label(self, index: int) -> int:
+        """Label of an image."""
+        return int(self._labels[index])
+
+    def read(self, index: int) -> Tensor | None:
+        """Decode and crop an image: (C, H, W), uint8, or float32 in [-1, 1] with published crops.
+
+        Returns:
+            The image; None, after a warning that names it once, if it cannot be read.
+
+        Raises:
+            UnreadableImageError: If it cannot be read and `strict` is set.
+        """
+        if self._damaged[index]:
+            return None
+        file = self.file(index)
+        try:
+            return crop_frame(decode_image(file.read_bytes(), self._channels), self._size, self._crop)
+        except (UnreadableImageError, OSError) as error:
+            reason = error.reason if isinstance(error, UnreadableImageError) else error.strerror
+            message = f"{file}: cannot be read: {reason}; replace the file, or take its line out of {self._path}"
+            if self._strict:
+                raise UnreadableImageError(message) from error
+            self._damaged[index] = True
+            warnings.warn(f"{message}; until then others replace it", stacklevel=2)
+            return None
+
+    def _find_label(self, index: int, numbers: Mapping[str, int]) -> int:
+        if not numbers:
+            return 0
+        path = PurePosixPath(self.line(index))
+        for name in (*path.parts[:-1], *path.name.split("_")[1:2]):
+            if name in numbers:
+                return numbers[name]
+        raise ValueError(
+            f"{self._flag}: line {index + 1}: {path}: no folder of it, and not the second word of its name, is a class "
+            "of the videos"
+        )
