@@ -31,7 +31,7 @@ class ImageList:
         strict: An image that cannot be read is an error.
 
     Raises:
-        ValueError: Naming the file, and the line that has no class or whose image is not there.
+        ValueError: Naming the file, and the line without a class, or the first image if there is no such file.
     """
 
     def __init__(

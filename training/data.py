@@ -43,6 +43,7 @@ def open_training_data(config: TrainSettings, joint_images: int = 0) -> Dataset:
             trust_stamps=config.run.trust_stamps,
             frames=data.num_frames,
             joint_images=joint_images,
+            joint_list=data.joint_image_list,
             clips=config.clips,
             columns=config.columns,
         )

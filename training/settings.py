@@ -38,6 +38,9 @@ class DataSettings:
     )
     image_size: int | None = setting(None, "side of the images in pixels", shown="256; the data's own, if it has one")
     num_frames: int | None = setting(None, "frames of a clip", shown="the data's own")
+    joint_image_list: Path | None = setting(
+        None, "text file of images, a path a line, for --joint-images in the place of frames of the videos"
+    )
     channels: int | None = setting(
         None,
         "channels without an autoencoder: 3 for RGB, 1 for grey",
