@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import warnings
+from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from data.packed_names import PackedNames
 
 # File names that are opened; the content may be any of `data.image_folder.FORMATS`
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
@@ -28,6 +32,51 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 Identity = tuple[int, int]  # device and inode of a folder
 
 
+class Samples:
+    """Paths and labels of images, in a fraction of the memory of a list of pairs.
+
+    Args:
+        root: Folder of all paths.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self._start, self._names, self._labels = os.path.join(root, ""), PackedNames(), array("i")
+
+    def append(self, path: str, label: int) -> None:
+        """Add an image, by its path under the root as `os.scandir` gives it."""
+        self._names.append(path.removeprefix(self._start))
+        self._labels.append(label)
+
+    def path(self, index: int) -> str:
+        """Path of an image, which starts with the root."""
+        return self._start + self._names[index]
+
+    def name(self, index: int) -> str:
+        """Path of an image relative to the root, with forward slashes."""
+        return self._names[index].replace(os.sep, "/")
+
+    def label(self, index: int) -> int:
+        """Label of an image."""
+        return self._labels[index]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._labels)
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        """Path and label of each image."""
+        return ((self._start + name, label) for name, label in zip(self._names, self._labels, strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        """True for the same paths and labels, in the same order, also in a list."""
+        return isinstance(other, Samples | list) and [*self] == [*other]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory in bytes."""
+        return self._names.nbytes + sys.getsizeof(self._labels)
+
+
 class Scan(NamedTuple):
     """Content of an image folder.
 
@@ -37,7 +86,7 @@ class Scan(NamedTuple):
     """
 
     classes: list[str]
-    samples: list[tuple[str, int]]
+    samples: Samples
 
 
 def scan(root: Path) -> Scan:
@@ -55,7 +104,7 @@ def scan(root: Path) -> Scan:
     loops = sorted(entry.path for entry in folders if is_loop(entry, around))
     names = sorted(entry.name for entry in folders if entry.path not in loops)
     check_splits(root, names)
-    samples: list[tuple[str, int]] = []
+    samples = Samples(root)
     left_out, empty = Counter({LOOP: len(loops)}), dict[str, str]()  # of the whole folder; classes without an image
     for label, name in enumerate(names):
         before, here = len(samples), Counter[str]()
@@ -63,7 +112,7 @@ def scan(root: Path) -> Scan:
             if reason == LOOP:
                 loops.append(path)
             if reason is None:
-                samples.append((path, label))
+                samples.append(path, label)
             else:
                 here[reason] += 1
         left_out += here

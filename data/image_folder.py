@@ -12,9 +12,8 @@ import itertools
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -325,15 +324,15 @@ class ImageFolder(EncodedImages):
 
     def content(self, index: int) -> bytes:
         """Bytes of an image file."""
-        return Path(self._samples[index][0]).read_bytes()
+        return Path(self._samples.path(index)).read_bytes()
 
     def path(self, index: int) -> str:
         """Path of an image relative to the root, with forward slashes."""
-        return Path(self._samples[index][0]).relative_to(self._root).as_posix()
+        return self._samples.name(index)
 
     def label(self, index: int) -> int:
         """Label of an image, without opening it."""
-        return self._samples[index][1]
+        return self._samples.label(index)
 
     def entry(self, index: int) -> str:
         """Line of an image in digests: its path, which shows its class."""
@@ -341,16 +340,16 @@ class ImageFolder(EncodedImages):
 
     def sizes(self) -> Iterator[int]:
         """Sizes of all files in bytes, in their order; -1 for one that is gone, which the reading of it will name."""
-        parts = (self._samples[start : start + 1000] for start in range(0, len(self), 1000))
+        every = range(len(self))
+        parts = (every[start : start + 1000] for start in range(0, len(self), 1000))
         with ThreadPoolExecutor(8) as pool:  # a file system on the network answers many at a time
-            for sizes in pool.map(_sizes, parts):
+            for sizes in pool.map(lambda part: [_size(self._samples.path(index)) for index in part], parts):
                 yield from sizes
 
 
-def _sizes(samples: Sequence[tuple[str, int]]) -> list[int]:
-    """Sizes of files in bytes; -1 for one that is gone."""
-    sizes = [-1] * len(samples)
-    for i, (path, _) in enumerate(samples):
-        with suppress(FileNotFoundError):
-            sizes[i] = os.stat(path).st_size
-    return sizes
+def _size(path: str) -> int:
+    """Size of a file in bytes; -1 for one that is gone."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return -1

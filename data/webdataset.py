@@ -11,6 +11,7 @@ import os
 import re
 import tarfile
 import warnings
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from data.columns import LABEL, NONE, Labels, labels_of
 from data.dataset import DatasetSettings
 from data.folder_scan import EXTENSIONS, OTHER_IMAGES, READ, counted, is_hidden, warn_of_numbers
 from data.image_folder import EncodedImages
+from data.packed_names import PackedNames
 from runtime.json_file import parse_json
 from runtime.settings import flag_name
 from runtime.stores import Address, fetch
@@ -246,8 +248,8 @@ class ShardImages(EncodedImages):
     def __init__(self, paths: list[Path], shards: list[Shard], labels: Labels, settings: DatasetSettings) -> None:
         root = Path(os.path.commonpath([path.parent for path in paths]))
         super().__init__(root, labels.classes, sum(len(s.names) for s in shards), settings, settings.size or (256, 256))
-        self._paths, self._labels = paths, labels.values
-        self._names = [name for shard in shards for name in shard.names]
+        self._paths, self._labels = paths, array("i", labels.values)
+        self._names = PackedNames(name for shard in shards for name in shard.names)
         self._places = np.concatenate([shard.places for shard in shards])
         self._shards = np.repeat(np.arange(len(paths)), [len(shard.names) for shard in shards])
 
