@@ -175,11 +175,18 @@ class GlobalBatches:
     def __iter__(self) -> Iterator[list[Key]]:
         """For each step, the (epoch, index) keys of this rank's rows, in order."""
         for step in self._steps:
-            yield [self._key(step * self._global_batch + row) for row in self._local]
+            first = step * self._global_batch
+            yield self._keys(first + self._local.start, first + self._local.stop)
 
-    def _key(self, position: int) -> Key:
-        epoch, place = divmod(position, self._length)
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(derive_seed("order", self._seed, epoch))
-            self._order = epoch, torch.randperm(self._length, generator=generator)
-        return epoch, int(self._order[1][place])
+    def _keys(self, start: int, stop: int) -> list[Key]:
+        """Keys of some positions in the stream, converted at once for each epoch that they are in."""
+        keys: list[Key] = []
+        while start < stop:
+            epoch, place = divmod(start, self._length)
+            if self._order[0] != epoch:
+                generator = torch.Generator().manual_seed(derive_seed("order", self._seed, epoch))
+                self._order = epoch, torch.randperm(self._length, generator=generator)
+            indices = self._order[1][place : place + stop - start].tolist()
+            keys += [(epoch, index) for index in indices]
+            start += len(indices)
+        return keys
