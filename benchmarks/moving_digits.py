@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from data.digits import NUM_CLASSES
 from data.moving_digits import DIRECTIONS, SPEEDS, MovingDigits
 from evaluator.metrics import frechet_distance_from_features
 from evaluator.small import MOVING_DIGITS, compute_features
@@ -95,6 +96,12 @@ class ClipScorer:
     def accuracy(self, clips: Clips, labels: npt.NDArray[np.int64]) -> float:
         """Share of clips in which the classifier finds the digits of these classes."""
         return float(np.mean(self.classifier.predict(vectors(clips)) == labels // len(DIRECTIONS)))
+
+    def labels_in_turn(self, count: int) -> npt.NDArray[np.int64]:
+        """Classes (count,) in which the digit changes fastest: the first ten are a picture of each."""
+        number = np.arange(count)
+        digit, direction = number % NUM_CLASSES, number + number // NUM_CLASSES
+        return digit * len(DIRECTIONS) + direction % len(DIRECTIONS)
 
     def real(self, data: MovingDigits, count: int | None = None) -> tuple[Clips, npt.NDArray[np.int64]]:
         """Clips and labels of a split, one of each digit, in every direction and at every speed in turn."""

@@ -1,4 +1,4 @@
-"""Small images sampled from checkpoints in every way that saves work, scored, and their work counted."""
+"""Small images and clips sampled from checkpoints in every way that saves work, scored, and their work counted."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks.counting import SamplingCost
+from benchmarks.moving_digits import ClipScorer, ClipScores
 from data.encoders import Pixels
-from data.pixels import Images, to_uint8
+from data.moving_digits import MovingDigits
+from data.pixels import Images
 from data.small import load_small
+from data.writers import writer_of
 from diffusion import SAMPLERS
 from diffusion.caching import takes_cache_depth
 from evaluator.small import DIGITS, SETS, SmallScorer, SmallScores, SmallSet
@@ -32,6 +36,8 @@ from sampling.run import PreparedRun
 
 BATCH = 250
 
+Scorer = SmallScorer | ClipScorer
+Scores = SmallScores | ClipScores
 
 # Default sampler and guidance scale of a process: those for which the training scripts were tuned
 PROTOCOLS = {"gaussian": ("ddim", 1.1), "flow": ("euler", 1.0)}
@@ -45,7 +51,7 @@ class TrainedModel(NamedTuple):
     seed: int  # of its training
     target: float | None  # share of the blocks' work that its routers were trained for; None without routers
     pipeline: Pipeline  # its network, so built that it keeps state if anything makes it
-    scorer: SmallScorer  # of the set that it was trained on
+    scorer: Scorer  # of the set that it was trained on
 
 
 def open_model(path: Path, cache_depth: int | None = None, device: torch.device | str = "cpu") -> TrainedModel:
@@ -53,7 +59,8 @@ def open_model(path: Path, cache_depth: int | None = None, device: torch.device 
 
     Args:
         path: File.
-        cache_depth: Blocks at an end that a cached evaluation runs; None is a quarter of the depth, and 4 at most.
+        cache_depth: Blocks at an end that a cached evaluation runs, of clips pairs of them; None is a quarter of the
+            depth, and 4 at most, of clips one pair.
         device: Device of the network.
 
     Raises:
@@ -63,12 +70,12 @@ def open_model(path: Path, cache_depth: int | None = None, device: torch.device 
     scorer = find_scorer(info)
     if info.meta is None or scorer is None:
         raise UserError(
-            f"--ckpt {path}: not a checkpoint of train.py that was trained on the digits or Fashion-MNIST; "
-            "clips_report.py takes those of moving digits"
+            f"--ckpt {path}: not a checkpoint that train.py trained on the digits, moving digits or Fashion-MNIST"
         )
     config, fields = model_config(info.model, **info.config), Values()
     if takes_cache_depth(config):
-        fields["cache_depth"] = cache_depth or default_cache_depth(config.depth)
+        usual = 1 if isinstance(scorer, ClipScorer) else default_cache_depth(config.depth)
+        fields["cache_depth"] = cache_depth or usual
     network = build_network(info, weights, device=device, **fields)
     pipeline = Pipeline(network, info, Pixels(), Given(SamplingSettings(model=info.model), KINDS))
     # Earlier versions kept the settings of training without sections
@@ -80,7 +87,7 @@ def open_model(path: Path, cache_depth: int | None = None, device: torch.device 
     return TrainedModel(path, name, train.get("optimization", train).get("global_seed", 0), target, pipeline, scorer)
 
 
-def find_scorer(info: CheckpointInfo) -> SmallScorer | None:
+def find_scorer(info: CheckpointInfo) -> Scorer | None:
     """The scorer of the set that a checkpoint was trained on; None if it is another, or unknown.
 
     Raises:
@@ -90,6 +97,9 @@ def find_scorer(info: CheckpointInfo) -> SmallScorer | None:
         return None
     if info.image_shape == (1, 8, 8):
         return open_scorer(DIGITS, None)
+    if info.meta.get("train", {}).get("data", {}).get("dataset") == "moving-digits" and info.image_shape:
+        frames, _, side, _ = info.image_shape
+        return open_clip_scorer(frames, side)
     digest = info.meta.get("data", {}).get("digest")
     for images in SETS.values():
         if digest and images.digest == digest:
@@ -103,6 +113,13 @@ def open_scorer(images: SmallSet, path: Path | None) -> SmallScorer:
     """Open a set once for all networks that were trained on it; a ValueError if its files are missing or damaged."""
     train, test = (load_small(images.name, split, path) for split in SPLITS)
     return SmallScorer(train, test, images)
+
+
+@cache
+def open_clip_scorer(frames: int, side: int) -> ClipScorer:
+    """The scorer of moving digits of a size, for all networks of it."""
+    train, test = (MovingDigits(split, frames=frames, side=side) for split in SPLITS)
+    return ClipScorer(train, test)
 
 
 def find_checkpoints(places: Sequence[Path]) -> Iterator[Path]:
@@ -183,26 +200,35 @@ class Result:
     macs: float  # executed MACs of one image, all its evaluations and both rows of guidance
     dense: float  # the same if nothing had been left out
     block_ratio: float  # executed share of the blocks' attention and MLP
-    scores: SmallScores
+    scores: Scores
     psnr: float | None  # peak signal-to-noise ratio to the images of the model's first setup, in dB; None for these
 
 
-def sample_images(pipeline: Pipeline, run: PreparedRun, count: int, seed: int) -> tuple[Images, SamplingCost]:
-    """Sample images (N, H, W, 1) uint8 of all classes in turn, and count the work."""
-    labels = torch.arange(count) % NUM_CLASSES
+def labels_in_turn(scorer: Scorer, count: int) -> npt.NDArray[np.int64]:
+    """Labels (count,) of all classes in turn."""
+    return scorer.labels_in_turn(count) if isinstance(scorer, ClipScorer) else np.arange(count) % NUM_CLASSES
+
+
+def sample_images(
+    pipeline: Pipeline, run: PreparedRun, labels: npt.NDArray[np.int64], seed: int
+) -> tuple[Images, SamplingCost]:
+    """Sample images (N, H, W, 1) or clips (N, F, H, W, 1), uint8, of these labels (N,), and count the work."""
+    classes = torch.from_numpy(labels)
     with SamplingCost().listening() as cost:
         latents = [
-            pipeline.denoise(run, seed, rows.tolist(), {"y": labels[rows]}) for rows in torch.arange(count).split(BATCH)
+            pipeline.denoise(run, seed, rows.tolist(), {"y": classes[rows]})
+            for rows in torch.arange(len(classes)).split(BATCH)
         ]
-    return to_uint8(pipeline.decode(torch.cat(latents))).cpu().numpy(), cost
+    writer = writer_of(pipeline.image_shape)
+    return writer.to_uint8(pipeline.decode(torch.cat(latents))).cpu().numpy(), cost
 
 
 def examine(model: TrainedModel, setups: Sequence[SamplingSetup], count: int, seed: int) -> Iterator[Result]:
     """Sample from one model by all setups, from the same noise; the others are compared with the first."""
-    labels, reference = np.arange(count) % NUM_CLASSES, None
+    labels, reference = labels_in_turn(model.scorer, count), None
     for setup in setups:
         run = model.pipeline.prepare(**setup.settings)
-        images, cost = sample_images(model.pipeline, run, count, seed)
+        images, cost = sample_images(model.pipeline, run, labels, seed)
         yield Result(
             name=model.name,
             seed=model.seed,

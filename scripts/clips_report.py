@@ -20,19 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from benchmarks.counting import SamplingCost
 from benchmarks.moving_digits import ClipScorer, ClipScores
 from benchmarks.report import aligned
-from benchmarks.small import PROTOCOLS, find_checkpoints, psnr
+from benchmarks.small import BATCH, PROTOCOLS, find_checkpoints, open_model, psnr, sample_images
 from benchmarks.timing import check_at_least
-from data.digits import NUM_CLASSES
-from data.moving_digits import DIRECTIONS, MovingDigits
 from data.pixels import Images, enlarge
 from data.writers import writer_of
-from diffusion.caching import takes_cache_depth
 from evaluator.report import write_document
 from evaluator.small import MOVING_DIGITS
 from evaluator.small.report import scores_document
@@ -45,7 +39,6 @@ from sampling.protocol import protocol_of
 from sampling.run import PreparedRun
 
 PROGRAM = "clips_report.py"
-BATCH = 50
 TILE = 4  # pixels of the picture for one of a clip
 
 
@@ -88,19 +81,16 @@ class Row(NamedTuple):
         return self.name.replace("/", "-") + ("" if self.interval == 1 else f"-N{self.interval}")
 
 
-def open_clip_network(path: Path) -> Pipeline:
-    """Open a checkpoint of a network that was trained on moving digits, built so that it keeps state.
+def open_clip_network(path: Path) -> tuple[Pipeline, ClipScorer]:
+    """Open a checkpoint of a network that was trained on moving digits, built so that it keeps state, and its scorer.
 
     Raises:
         UserError: If it is another.
     """
-    pipeline = Pipeline.from_pretrained(path, device="cpu")
-    meta = pipeline.info.meta or {}
-    if meta.get("train", {}).get("data", {}).get("dataset") != "moving-digits":
+    model = open_model(path)
+    if not isinstance(model.scorer, ClipScorer):
         raise UserError(f"--ckpt {path}: not a checkpoint of train.py --dataset moving-digits")
-    if not pipeline.network.keeps_state and takes_cache_depth(pipeline.network.config):
-        return Pipeline.from_pretrained(path, device="cpu", cache_depth=1)
-    return pipeline
+    return model.pipeline, model.scorer
 
 
 def prepare(pipeline: Pipeline, config: ClipReportSettings, interval: int) -> PreparedRun:
@@ -112,33 +102,13 @@ def prepare(pipeline: Pipeline, config: ClipReportSettings, interval: int) -> Pr
     return pipeline.prepare(sampler=sampler, num_sampling_steps=steps, cfg_scale=scale, **reuse)
 
 
-def sample_clips(pipeline: Pipeline, prepared: PreparedRun, config: ClipReportSettings) -> tuple[Images, float]:
-    """Sample clips of all classes in turn; returns them, and the MACs of one."""
-    labels = torch.from_numpy(classes_in_turn(config.num_clips))
-    with SamplingCost().listening() as cost:
-        latents = [
-            pipeline.denoise(prepared, config.seed, rows.tolist(), {"y": labels[rows]})
-            for rows in torch.arange(config.num_clips).split(BATCH)
-        ]
-    writer = writer_of(pipeline.image_shape)
-    clips = writer.to_uint8(pipeline.decode(torch.cat(latents))).numpy()
-    return clips, cost.executed.total() / config.num_clips
-
-
-def classes_in_turn(count: int) -> npt.NDArray[np.int64]:
-    """Classes (count,) int64 in which the digit changes fastest: the first ten are a picture of each."""
-    number = np.arange(count)
-    digit, direction = number % NUM_CLASSES, number + number // NUM_CLASSES
-    return digit * len(DIRECTIONS) + direction % len(DIRECTIONS)
-
-
 def examine(pipeline: Pipeline, scorer: ClipScorer, config: ClipReportSettings) -> list[Row]:
     """All rows of one network."""
-    rows: list[Row] = []
+    rows, labels = list[Row](), scorer.labels_in_turn(config.num_clips)
     for interval in (1, *(config.intervals if pipeline.network.keeps_state else ())):
         prepared = prepare(pipeline, config, interval)
-        clips, macs = sample_clips(pipeline, prepared, config)
-        scores = scorer.score(clips, classes_in_turn(len(clips)))
+        clips, cost = sample_images(pipeline, prepared, labels, config.seed)
+        macs, scores = cost.executed.total() / len(clips), scorer.score(clips, labels)
         difference = psnr(clips, rows[0].clips) if rows else None
         full, count = sum(evaluation.refresh for evaluation in prepared.table), len(prepared.table)
         job = {"num_fid_samples": len(clips), "global_seed": config.seed, "balanced_labels": True, "class_labels": None}
@@ -204,12 +174,10 @@ def main(argv: Sequence[str]) -> None:
     paths = [path for place in config.ckpt for path in find_checkpoints([place])]
     if not paths:
         raise UserError(f"--ckpt {config.ckpt[0]}: no checkpoint there; bash scripts/digits_video.sh makes some")
-    pipelines = [open_clip_network(path) for path in paths]
+    networks = [open_clip_network(path) for path in paths]
     check_writable(config.output_dir / "clips.md", "--output-dir")
     rows: list[Row] = []
-    for pipeline in pipelines:
-        frames, _, side, _ = pipeline.image_shape
-        scorer = ClipScorer(*(MovingDigits(split, frames=frames, side=side) for split in ("train", "test")))
+    for pipeline, scorer in networks:
         own = examine(pipeline, scorer, config)
         for row in own:
             write_document(describe(row, scorer), config.output_dir / f"{row.file}.scores.json")

@@ -1,31 +1,34 @@
-"""Compare networks for the digits or Fashion-MNIST, each with its way to save work: quality against executed MACs.
+"""Compare small networks, each with its way to save work: quality against executed MACs.
 
     python scripts/compare_families.py                             # everything that the digits' scripts have trained
     python scripts/compare_families.py --ckpt digits_ddt_out --intervals 2 4 10
 
-Every network is sampled with ever fewer steps and, where it can reuse state between evaluations, at several intervals:
-plain DiTs and Skip-DiTs by Skip-Cache, DDTs by sharing their encoder. Routed networks leave out what they leave out.
-All sample the same labels from the same noise. Runs that differ by their seed alone become one row, with their spread.
-Networks of moving digits have a table of their own, with scores of motion: clips_report.py.
+Networks are those trained on the digits, on moving digits or on Fashion-MNIST. Every one is sampled with ever fewer
+steps and, where it can reuse state between evaluations, at several intervals: under Gaussian diffusion by Skip-Cache, in
+a flow by sharing. Routed networks leave out what they leave out. All sample the same labels from the same noise. Runs
+that differ by their seed alone become one row, with their spread. Networks for clips have a table and a picture of their
+own, because their scores are those of motion, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from benchmarks import small
+from benchmarks.moving_digits import ClipScores
 from benchmarks.plotting import pyplot, save_figure, style
 from benchmarks.report import aligned, write_tables
 from benchmarks.small import Result, SamplingSetup, TrainedModel
 from benchmarks.timing import check_at_least
 from diffusion import SAMPLERS
+from evaluator.small import SmallScores
 from runtime.command_line import parse_config
 from runtime.devices import choose_device
 from runtime.documents import to_dict
@@ -42,6 +45,41 @@ MADE_BY = {
 }
 INTERVALS = (2, 4, 6)
 CLOSE = 0.02  # of a routed network's work to its target
+
+
+class Shown(NamedTuple):
+    """Scores of one kind in tables and pictures."""
+
+    columns: Mapping[str, tuple[str, str]]  # title -> field of the scores, form
+    distance: str  # field of the Frechet distance
+    axis: str  # what it is
+    file: str  # name of the picture
+
+
+KINDS: dict[type, Shown] = {
+    SmallScores: Shown(
+        {
+            "recognised": ("accuracy", ".3f"),
+            "Frechet distance": ("frechet_distance", ".2f"),
+            "recall": ("recall", ".3f"),
+            "nearest": ("nearest_ratio", ".2f"),
+        },
+        "frechet_distance",
+        "Frechet distance to the training split",
+        "families.png",
+    ),
+    ClipScores: Shown(
+        {
+            "recognised": ("accuracy", ".3f"),
+            "direction": ("direction", ".3f"),
+            "Frechet distance": ("frechet_ratio", ".2f"),
+            "nearest": ("nearest_ratio", ".2f"),
+        },
+        "frechet_ratio",
+        "Frechet distance to the training clips, over that of real held-out ones",
+        "families_of_clips.png",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,15 +163,22 @@ def spread(values: Sequence[float | None], form: str) -> str:
     return middle if len(known) == 1 else f"{middle} ({min(known):{form}} to {max(known):{form}})"
 
 
-def table(results: Sequence[Result]) -> str:
+def by_kind(results: Sequence[Result]) -> list[tuple[Shown, list[Result]]]:
+    """Results of images and of clips apart."""
+    kinds = [(shown, [row for row in results if isinstance(row.scores, kind)]) for kind, shown in KINDS.items()]
+    return [(shown, own) for shown, own in kinds if own]
+
+
+def table(results: Sequence[Result], shown: Shown) -> str:
     """Markdown, a row for each setup of a network; work against the network's first setup with nothing left out."""
+
+    def score(field: str) -> Callable[[Result], float | None]:
+        return lambda result: getattr(result.scores, field)
+
     columns: dict[str, tuple[Callable[[Result], float | None], str]] = {
         "M MACs": (lambda result: result.macs / 1e6, ",.0f"),
         "blocks' work": (lambda result: result.block_ratio, ".3f"),
-        "recognised": (lambda result: result.scores.accuracy, ".3f"),
-        "Frechet distance": (lambda result: result.scores.frechet_distance, ".2f"),
-        "recall": (lambda result: result.scores.recall, ".3f"),
-        "nearest": (lambda result: result.scores.nearest_ratio, ".2f"),
+        **{title: (score(field), form) for title, (field, form) in shown.columns.items()},
         "PSNR, dB": (lambda result: result.psnr, ".1f"),
     }
     dense = {result.name: result.dense for result in reversed(results)}  # of the first setup
@@ -141,17 +186,23 @@ def table(results: Sequence[Result]) -> str:
     for seeds in by_row(results):
         first = seeds[0]
         fewer = dense[first.name] / mean([result.macs for result in seeds])
-        shown = [spread(list(dict.fromkeys(map(value, seeds))), form) for value, form in columns.values()]
+        cells = [spread(list(dict.fromkeys(map(value, seeds))), form) for value, form in columns.values()]
         full = str(first.full) if first.full == first.evaluations else f"{first.full} of {first.evaluations}"
-        rows.append([first.name, first.setup, full, shown[0], f"{fewer:.2f} x", *shown[1:]])
+        rows.append([first.name, first.setup, full, cells[0], f"{fewer:.2f} x", *cells[1:]])
     titles = ["network", "sampled by", "full evaluations", "M MACs", "fewer by", *list(columns)[1:]]
     return aligned(titles, rows, left=2)
 
 
-def plot_line(axis: Any, rows: Sequence[Sequence[Result]], **options: object) -> tuple[float, float]:
+def distance_of_real(results: Sequence[Result]) -> float:
+    """Frechet distance of real held-out images; of clips 1, because theirs are ratios to it."""
+    scores = results[0].scores
+    return scores.frechet_distance_of_test if isinstance(scores, SmallScores) else 1.0
+
+
+def plot_line(axis: Any, rows: Sequence[Sequence[Result]], field: str, **options: object) -> tuple[float, float]:
     """Draw Frechet distances against work, with the range of seeds; returns the first point."""
     cost = np.array([mean([result.macs / 1e6 for result in seeds]) for seeds in rows])
-    scores = [[result.scores.frechet_distance for result in seeds] for seeds in rows]
+    scores = [[getattr(result.scores, field) for result in seeds] for seeds in rows]
     middle = np.array([mean(values) for values in scores])
     low = middle - [min(values) for values in scores]
     high = np.array([max(values) for values in scores]) - middle
@@ -169,7 +220,7 @@ def plot_line(axis: Any, rows: Sequence[Sequence[Result]], **options: object) ->
     return cost[0], middle[0]
 
 
-def plot_costs(results: Sequence[Result], path: Path) -> None:
+def plot_costs(results: Sequence[Result], shown: Shown, path: Path) -> None:
     """Draw Frechet distance against work: a colour a network; reuse in full lines, fewer steps in broken ones."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(9, 5.6), layout="constrained")
@@ -179,12 +230,14 @@ def plot_costs(results: Sequence[Result], path: Path) -> None:
         own = [seeds for seeds in rows if seeds[0].name == name]
         reusing = [seeds for seeds in own if seeds[0].interval > 1 or seeds is own[0]]
         fewer = [seeds for seeds in own if seeds[0].interval == 1]
-        first = plot_line(axis, reusing, linestyle="-", color=colour, markerfacecolor=colour, label=name)
-        plot_line(axis, fewer, linestyle="--", color=colour, markerfacecolor="white")
+        first = plot_line(
+            axis, reusing, shown.distance, linestyle="-", color=colour, markerfacecolor=colour, label=name
+        )
+        plot_line(axis, fewer, shown.distance, linestyle="--", color=colour, markerfacecolor="white")
         axis.plot(*first, "o", markersize=8, color=colour, zorder=5)
-    real = results[0].scores.frechet_distance_of_test
+    real = distance_of_real(results)
     axis.axhline(real, color="0.5", linewidth=1, linestyle=":")
-    axis.annotate("real held-out images", (0, real), (4, 4), xycoords=("axes fraction", "data"),
+    axis.annotate("real, held out", (0, real), (4, 4), xycoords=("axes fraction", "data"),
                   textcoords="offset points", fontsize=9, color="0.4")  # fmt: skip
     ticker = plt.matplotlib.ticker
     for scale, of in ((axis.set_xscale, axis.xaxis), (axis.set_yscale, axis.yaxis)):
@@ -194,7 +247,7 @@ def plot_costs(results: Sequence[Result], path: Path) -> None:
         of.set_minor_formatter(ticker.FormatStrFormatter("%g"))
     title = "full lines: state reused; broken lines: fewer steps; large dots: neither"
     axis.set_title(title, fontsize=10, color="0.35")
-    style(axis, "executed MACs of one image, millions", "Frechet distance to the training split", which="both")
+    style(axis, "executed MACs of one sample, millions", shown.axis, which="both")
     axis.legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.95))
     save_figure(figure, path)
 
@@ -219,11 +272,15 @@ def main(argv: Sequence[str]) -> None:
         for result in small.examine(model, setups, config.num_images, config.seed):
             results.append(result)
             print(f"{result.name}, seed {result.seed}: {result.setup}", file=sys.stderr, flush=True)
-    text = table(results)
-    text += f"\n\nReal held-out images have a Frechet distance of {results[0].scores.frechet_distance_of_test:.2f}."
+    parts = []
+    for shown, own in by_kind(results):
+        parts.append(table(own, shown))
+        parts.append(f"{shown.axis}: of real held-out ones {distance_of_real(own):.2f}.")
+    text = "\n\n".join(parts)
     document: Values = {"settings": to_dict(config), "rows": [dataclasses.asdict(result) for result in results]}
     write_tables(config.output_dir, "families", document, text)
-    plot_costs(results, config.output_dir / "families.png")
+    for shown, own in by_kind(results):
+        plot_costs(own, shown, config.output_dir / shown.file)
     print(text)
     missed = off_target(results)
     for line in missed:

@@ -31,11 +31,6 @@ def report(*argv: object) -> int:
     return run(clips_report.main, "clips_report.py", [str(value) for value in argv])
 
 
-def test_classes_come_in_turn_digits_first() -> None:
-    order = clips_report.classes_in_turn(40)
-    assert (order[:10] // 4).tolist() == list(range(10)) and sorted(order.tolist()) == list(range(40))
-
-
 def test_every_interval_is_a_row_and_the_work_falls(folder: Path, tmp_path: Path, capsys) -> None:
     argv = ["--num-sampling-steps", 4, "--intervals", 2, "--num-clips", 10, "--output-dir", tmp_path / "new"]
     assert report("--ckpt", folder, *argv) == 0

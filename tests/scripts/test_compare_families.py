@@ -10,8 +10,9 @@ from benchmarks.small import Result
 from evaluator.small import SmallScores
 from runtime.errors import run
 from scripts import compare_families
-from scripts.compare_families import off_target, spread, table
+from scripts.compare_families import KINDS, off_target, spread, table
 from tests.digits_checkpoints import save_digits_checkpoint
+from tests.runs import start
 
 FAMILY = {"DiT-digits/2": {}, "DyDiT-digits/2": {"flops_target": 0.9}, "DDT-digits/2": {}, "Skip-DiT-digits/2": {}}
 
@@ -50,6 +51,32 @@ def test_every_family_is_compared(folders, tmp_path, capsys):
         assert picture.width > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
 
 
+def test_clips_have_a_table_and_a_picture_of_their_own(folders, tmp_path, capsys):
+    argv = "--dataset moving-digits --device cpu --num-workers 0 --max-steps 1 --global-batch-size 2 --hidden-size 16"
+    for model, process in (("Skip-Latte", "flow"), ("Latte", "gaussian")):
+        flags = [*argv.split(), "--model", f"{model}-digits/4", "--process", process]
+        assert start(tmp_path / "runs" / model, *flags) == 0
+    steps = "--num-sampling-steps 4 3 --intervals 2 --num-images 12 --device cpu --output-dir".split()
+    capsys.readouterr()
+    assert main("--ckpt", folders[0], tmp_path / "runs", *steps, tmp_path / "out") == 0
+    images, clips = (part.splitlines() for part in capsys.readouterr().out.split("\n\n")[:3:2])
+    titles = [cell.strip() for cell in clips[0].split("|")[1:-1]]
+    assert "direction" in titles and "recall" not in titles and "recall" in images[0]
+    cells = [dict(zip(titles, map(str.strip, line.split("|")[1:-1]), strict=True)) for line in clips[2:]]
+    assert [(row["network"], row["sampled by"], row["full evaluations"]) for row in cells] == [
+        ("Latte-digits/4", "ddim, 4 steps, scale 1.1", "4"),
+        ("Latte-digits/4", "ddim, 3 steps, scale 1.1", "3"),
+        ("Latte-digits/4", "ddim, 4 steps, scale 1.1, N = 2", "2 of 4"),
+        ("Skip-Latte-digits/4, flow", "euler, 4 steps", "4"),
+        ("Skip-Latte-digits/4, flow", "euler, 3 steps", "3"),
+        ("Skip-Latte-digits/4, flow", "euler, 4 steps, R = 2", "2 of 4"),
+    ]
+    assert all(float(row["Frechet distance"]) > 2 for row in cells), "untrained"
+    for name in ("families.png", "families_of_clips.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
 def test_a_routed_network_off_its_target_fails_the_check(folders, tmp_path, capsys):
     argv = "--num-sampling-steps 5 --num-images 4 --device cpu --check --output-dir".split()
     with pytest.raises(SystemExit) as leaving:
@@ -72,7 +99,9 @@ def test_seeds_become_one_row_with_their_spread():
         result("A", 1, "N = 2", 2e6, 6.0, psnr=30.0, full=26),
         result("B", 0, "ddim", 1e6, 1.5),
     ]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(rows).splitlines()[2:]]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in table(rows, KINDS[SmallScores]).splitlines()[2:]
+    ]
     assert cells == [
         ["A", "ddim", "50", "4", "1.00 x", "1.000", "0.900", "1.50 (1.00 to 2.00)", "0.800", "1.00", ""],
         ["A", "N = 2", "26 of 50", "2", "2.00 x", "0.500", "0.900", "4.50 (3.00 to 6.00)", "0.800", "1.00",
