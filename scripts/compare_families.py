@@ -4,10 +4,10 @@
     python scripts/compare_families.py --ckpt digits_ddt_out --intervals 2 4 10
 
 Networks are those trained on the digits, on moving digits or on Fashion-MNIST. Every one is sampled with ever fewer
-steps and, where it can reuse state between evaluations, at several intervals: under Gaussian diffusion by Skip-Cache, in
-a flow by sharing. Routed networks leave out what they leave out. All sample the same labels from the same noise. Runs
-that differ by their seed alone become one row, with their spread. Networks for clips have a table and a picture of their
-own, because their scores are those of motion, too.
+steps and, where it can reuse state between evaluations, at several intervals: under Gaussian diffusion by Skip-Cache,
+in a flow by sharing. Routed networks leave out what they leave out. All sample the same labels from the same noise.
+Runs that differ by their seed alone become one row, with their spread. Networks for clips have a table and a picture
+of their own, because their scores are those of motion, too.
 """
 
 from __future__ import annotations
