@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -14,13 +13,15 @@ from torch import Tensor
 from data.clip_settings import Crop
 from data.clips import crop_frame
 from data.image_folder import UnreadableImageError, decode_image
+from data.packed_names import PackedNames
+from runtime.download import sha256_of
 
 
 class ImageList:
     """Images of a text file with a path a line, relative to its folder, read one by one.
 
     A label is the first folder of the path that is named like a class or, as published, the second word of the file's
-    name between underscores (`v_Archery_g01_c01_0001.jpg`). The lines are kept as bytes: UCF101 has 2.4 million frames.
+    name between underscores (`v_Archery_g01_c01_0001.jpg`). Empty lines count for nothing.
 
     Args:
         path: The file.
@@ -40,30 +41,27 @@ class ImageList:
         self._flag = f"--joint-image-list {path}"
         self._path, self._size, self._crop, self._channels, self._strict = path, size, crop, channels, strict
         try:
-            content = path.read_bytes().replace(b"\r\n", b"\n").strip(b"\n") + b"\n"
+            with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+                self._paths = PackedNames(line.strip() for line in lines if line.strip())
+            self.sha256 = sha256_of(path)
         except OSError as error:
             raise ValueError(f"{self._flag}: cannot be read ({error.strerror})") from error
-        self._content, self.sha256 = content, hashlib.sha256(content).hexdigest()
-        self._ends = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n"))
+        if not len(self):
+            raise ValueError(f"{self._flag}: names no image; give a path a line")
         numbers = {name: number for number, name in enumerate(classes)}
         self._labels = np.array([self._find_label(i, numbers) for i in range(len(self))], np.int32)
         if not self.file(0).is_file():
-            raise ValueError(f"{self._flag}: line 1: no file {self.file(0)}; paths are relative to the list's folder")
+            raise ValueError(f"{self._flag}: no file {self.file(0)}; paths are relative to the list's folder")
         # Shared with the loader's workers, as in `ImageFolder`
         self._damaged = torch.zeros(len(self), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         """Number of images."""
-        return len(self._ends)
-
-    def line(self, index: int) -> str:
-        """Path of an image as it is listed."""
-        start = self._ends[index - 1] + 1 if index else 0
-        return self._content[start : self._ends[index]].decode(errors="surrogateescape").strip()
+        return len(self._paths)
 
     def file(self, index: int) -> Path:
         """File of an image."""
-        return self._path.parent / self.line(index)
+        return self._path.parent / self._paths[index]
 
     def label(self, index: int) -> int:
         """Label of an image."""
@@ -95,11 +93,10 @@ class ImageList:
     def _find_label(self, index: int, numbers: Mapping[str, int]) -> int:
         if not numbers:
             return 0
-        path = PurePosixPath(self.line(index))
+        path = PurePosixPath(self._paths[index])
         for name in (*path.parts[:-1], *path.name.split("_")[1:2]):
             if name in numbers:
                 return numbers[name]
         raise ValueError(
-            f"{self._flag}: line {index + 1}: {path}: no folder of it, and not the second word of its name, is a class "
-            "of the videos"
+            f"{self._flag}: {path}: no folder of it, and not the second word of its name, is a class of the videos"
         )

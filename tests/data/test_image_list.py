@@ -48,7 +48,7 @@ def opened(path: Path, classes: tuple[str, ...] = ("cat", "dog"), *, strict: boo
 
 def test_lines_are_paths_and_name_their_classes(listed: Path) -> None:
     images = opened(listed)
-    assert len(images) == 4 and [images.line(i) for i in range(4)] == list(NAMES)
+    assert len(images) == 4 and [images.file(i) for i in range(4)] == [listed.parent / name for name in NAMES]
     assert [images.label(i) for i in range(4)] == [1, 0, 1, 0]
     for index, level in enumerate(LEVELS):
         image = images.read(index)
@@ -95,9 +95,9 @@ def test_damaged_images_are_named_once_and_replaced(videos: Path, listed: Path) 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("v_bird_1.png", "line 1: v_bird_1.png: no folder of it, and not the second word of its name, is a class"),
-        ("cat/none.png", "line 1: no file .*cat/none.png; paths are relative to the list's folder"),
-        ("", "line 1: "),
+        ("v_bird_1.png", "v_bird_1.png: no folder of it, and not the second word of its name, is a class"),
+        ("cat/none.png", "no file .*cat/none.png; paths are relative to the list's folder"),
+        ("\n \n", "names no image; give a path a line"),
         (None, r"--joint-image-list .*list.txt: cannot be read \(No such file or directory\)"),
     ],
 )
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_named(content: str | None, words: str, listed: Pat
     [
         ("--dataset videofolder", "--joint-image-list {list}: needs --dataset videofolder and --joint-images"),
         ("--dataset latents --joint-images 2", "--joint-image-list {list}: needs --dataset videofolder"),
-        ("--dataset videofolder --joint-images 2", "--joint-image-list {list}: line 1: v_bird_1.png: no folder of it"),
+        ("--dataset videofolder --joint-images 2", "--joint-image-list {list}: v_bird_1.png: no folder of it"),
     ],
 )
 def test_a_run_says_so_before_it_starts(
