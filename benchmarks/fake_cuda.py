@@ -1,9 +1,9 @@
 """Launches that a CUDA device would be given, without one: tensors with shapes, dtypes and a device, and no values.
 
 PyTorch's fake tensors run through the code as CUDA tensors do: autocast casts by CUDA's lists, a tensor that was left
-on the CPU meets one that was not, and whatever needs a value on the host fails. Stand-ins are needed for three
-things that ask the driver: autocast, which disables itself without one, generators, and the choice of an attention
-kernel. The backward pass needs the driver, too, and is not traced.
+on the CPU meets one that was not, and whatever needs a value on the host fails. Stand-ins are needed for what asks
+the driver: autocast, which disables itself without one, generators, the choice of an attention kernel, and the engine
+of the backward pass, which has a thread for every device.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.backward import backward
 from models import Network
 
 Kind = Literal["matrix product", "attention", "norm", "cast", "pointwise", "copy", "reduction", "creation"]
@@ -30,14 +31,27 @@ ATTENTION = {"_scaled_dot_product_flash_attention", "_scaled_dot_product_efficie
 NORMS = {"native_layer_norm", "_fused_rms_norm", "rms_norm"}
 COPIES = {"clone", "copy_", "cat", "stack", "index_select", "embedding", "gather", "index", "constant_pad_nd"}
 REDUCTIONS = {"sum", "mean", "amax", "norm", "any", "all", "var"}
-CREATIONS = {"arange", "full", "zeros", "ones", "randn", "rand", "normal_", "fill_", "zero_", "zeros_like", "ones_like"}
+CREATIONS = {
+    "arange",
+    "full",
+    "scalar_tensor",
+    "zeros",
+    "ones",
+    "randn",
+    "rand",
+    "normal_",
+    "fill_",
+    "zero_",
+    "zeros_like",
+    "ones_like",
+}
 NO_KERNEL = {"_unsafe_view", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty", "detach"}
 # Operations that hand a value, or a shape that depends on values, to the host
 READS = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique_consecutive", "_unique2",
     "bincount", "repeat_interleave", "allclose",
 }  # fmt: skip
-UPLOADS = {"lift", "lift_fresh", "lift_fresh_copy", "scalar_tensor"}  # of Python data
+UPLOADS = {"lift", "lift_fresh", "lift_fresh_copy"}  # of Python data
 
 
 class Kernel(NamedTuple):
@@ -50,6 +64,7 @@ class Kernel(NamedTuple):
         bytes: Read and written, each tensor once.
         dtype: Of its result.
         serves: For a cast, whether a matrix product or attention takes its result.
+        follows: For a cast, whether it takes the result of a matrix product or attention.
     """
 
     name: str
@@ -58,6 +73,7 @@ class Kernel(NamedTuple):
     bytes: int
     dtype: torch.dtype
     serves: bool = False
+    follows: bool = False
 
 
 class CudaTrace(TorchDispatchMode):
@@ -73,6 +89,7 @@ class CudaTrace(TorchDispatchMode):
         self.kernels: list[Kernel] = []
         self.faults: list[str] = []
         self._casts: dict[int, int] = {}  # storage of a cast's result -> its place in `kernels`
+        self._products: set[int] = set()  # storages of what matrix products and attention give
         self._alive: list[Tensor] = []  # results, so that no storage is given out twice
 
     def __torch_dispatch__(
@@ -103,17 +120,19 @@ class CudaTrace(TorchDispatchMode):
         return result
 
     def _note(self, name: str, before: Sequence[Tensor], after: Sequence[Tensor], macs: int) -> None:
-        kind = _kind(name, before, after)
+        kind, follows = _kind(name, before, after), False
         if kind in ("matrix product", "attention"):
             for tensor in before:
                 place = self._casts.get(_storage(tensor))
                 if place is not None:
                     self.kernels[place] = self.kernels[place]._replace(serves=True)
+            self._products |= {_storage(tensor) for tensor in after}
         elif kind == "cast":
             self._casts[_storage(after[0])] = len(self.kernels)
+            follows = _storage(before[0]) in self._products
         self._alive += after
         size = sum(tensor.numel() * tensor.element_size() for tensor in (*before, *after))
-        self.kernels.append(Kernel(name, kind, macs, size, after[0].dtype))
+        self.kernels.append(Kernel(name, kind, macs, size, after[0].dtype, follows=follows))
 
     def counts(self) -> Counter[str]:
         """Count launches by kind."""
@@ -185,6 +204,7 @@ def fake_cuda() -> Iterator[torch.device]:
             ("torch.cuda.is_bf16_supported", lambda *args, **options: True),
             ("torch.nn.functional.scaled_dot_product_attention", _attention),
             ("torch.Generator", _Generator),
+            ("torch.Tensor.backward", backward),
             ("torch.Tensor.exponential_", lambda tensor, *args, **options: tensor),  # takes no generator here
         ):
             stack.enter_context(patch(target, replacement))

@@ -4,10 +4,10 @@
     python scripts/count_kernels.py --model DiT-S/2 --rows 8 --kinds
 
 An evaluation in bf16 is traced with tensors that have no values: launches by kind, bytes and MACs. Weights are cast
-once, as for sampling; with --training they are trained, and autocast casts them. A launch takes as long as its
-operations at the rate of a large matrix product, or as its bytes at nine tenths of the data sheet's bandwidth, and 2 us
-at least; without CUDA graphs the host needs 6 us for each, and the longer of both counts. A DyDiT is counted by its
-masks, and compiled blocks, which have fewer launches, not at all.
+once, as for sampling; with --training they are trained, autocast casts them, and a backward pass follows. A launch
+takes as long as its operations at the rate of a large matrix product, or as its bytes at nine tenths of the data
+sheet's bandwidth, and 2 us at least; without CUDA graphs the host needs 6 us for each, and the longer of both counts. A
+DyDiT is counted by its masks, and compiled blocks, which have fewer launches, not at all.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class KernelSettings:
 
     model: tuple[str, ...] = setting(FAMILIES, "models to count")
     rows: tuple[int, ...] = setting((2, 64), "rows of an evaluation; a guided image is two")
-    training: bool = setting(False, "the forward pass of training, in which weights are cast every time")
+    training: bool = setting(False, "forward and backward pass of training, in which weights are cast every time")
     kinds: bool = setting(False, "also print launches, bytes and predicted time by kind")
     json: bool = setting(False, "print JSON instead of tables")
 
@@ -74,7 +74,7 @@ def seconds(kernel: Kernel, device: Device) -> float:
 
 
 def traced(model: str, rows: int, training: bool) -> CudaTrace:
-    """Trace one evaluation in bf16."""
+    """Trace one evaluation in bf16, with its backward pass in training."""
     with fake_cuda() as device:
         with device:
             network = create_model(model).requires_grad_(training).train(training)
@@ -82,7 +82,7 @@ def traced(model: str, rows: int, training: bool) -> CudaTrace:
         conditioning = network.blank_conditioning(rows)
         evaluate = AutocastNetwork(network, device, torch.bfloat16)
         if training:
-            return trace(lambda: evaluate(x, t, **conditioning))
+            return trace(lambda: evaluate(x, t, **conditioning).sample.square().mean().backward())
         with torch.no_grad():
             cast_weights_once(network, torch.bfloat16, lambda: evaluate(x, t, **conditioning))
             return trace(lambda: evaluate(x, t, **conditioning))

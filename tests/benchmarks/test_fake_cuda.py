@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import models
+from benchmarks.backward import backward
 from benchmarks.fake_cuda import CudaTrace, extra_casts, fake_cuda, trace, trace_block
 from data import Example, Key
 from diffusion import PROCESSES, SAMPLERS, Batch, evaluations, guided, make_sampler, sample_loop
@@ -17,11 +18,14 @@ from diffusion.caching import every_nth
 from models import DyDiT, Network, model_config
 from models.acceleration import AutocastNetwork, cast_weights_once
 from models.dydit_plan import Modulation, PairWeights, attend, masked_mlp, packed_update
+from models.layers import exact_parameters
 from runtime.command_line import parse
+from runtime.distributed import World
 from sampling.run import network_times
 from tests.networks import debug_name, labelled
 from training.config import KINDS, TrainSettings
 from training.setup import set_up
+from training.trainer import Trainer
 
 BF16 = torch.bfloat16
 
@@ -139,7 +143,7 @@ class OneBlackItem:
 
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("family", models.FAMILIES)
-def test_an_objective_waits_for_nothing(device: torch.device, family: str, process: str) -> None:
+def test_a_step_or_its_objective_waits_for_nothing(device: torch.device, family: str, process: str) -> None:
     config = model_config(debug_name(family))
     argv = ["--model", debug_name(family), "--process", process, "--precision", "bf16", "--global-batch-size", "4"]
     given = parse(
@@ -148,18 +152,30 @@ def test_an_objective_waits_for_nothing(device: torch.device, family: str, proce
     data = OneBlackItem(config.sample_shape, [str(k) for k in range(getattr(config, "num_classes", 0))])
     if not labelled(family):
         data.null_conditioning = {}  # as data with captions have; the batch below brings its own
-    loss = set_up(given, device, dataset=data, fake=nullcontext()).loss  # type: ignore[arg-type]  # one is active
+    setup = set_up(given, device, dataset=data, fake=nullcontext())  # type: ignore[arg-type]  # one is active
+    loss = setup.loss
     cond = loss.network.blank_conditioning(4)
     batch = Batch(torch.empty(4, *config.sample_shape, device=device), cond, torch.arange(4, device=device), null=cond)
     draws = loss.draw(0, 4, device=device)
 
-    def step() -> None:
+    trainer = Trainer(setup, World(0, 1, device), None, None)
+
+    def objective() -> None:
         assert loss(batch, draws, 0, loss.shared([(batch, draws)], 0))["loss"].device == device
 
-    trace(step)  # the first one uploads the tables of the schedule
+    def whole_step() -> None:
+        assert trainer.train_step(trainer.state.step, [(batch, draws)]).device == device
+        trainer.state.step += 1
+
+    step = whole_step if process == models.FAMILIES[family].process else objective
+    trace(step)  # the first one uploads the tables of the schedule and makes the optimizer's state
     recorded = trace(step)
     assert recorded.faults == []
     assert recorded.counts()["matrix product"] > 0 and BF16 in {kernel.dtype for kernel in recorded.kernels}
+    if step is whole_step:
+        passes = 2 if family == "DyDiT" else 1  # with masks, and complete
+        work = sum(kernel.macs for kernel in recorded.kernels) / (4 * passes * sum(loss.network.cost().values()))
+        assert 2.95 < work < 3.05, "a backward pass is twice the work of a forward pass"
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -180,6 +196,27 @@ def test_blocks_cast_for_matrix_products_and_attention_and_hardly_more(
         assert extra_casts(trace_block(network, index, evaluate)) == allowed
     units, outside = getattr(network, "num_units", 0), 1  # of skips; in the final layer or for the state
     assert extra_casts(trace(evaluate).kernels) <= allowed * len(network.blocks) + units + outside
+
+
+def backward_casts(name: str, depth: int, device: torch.device) -> int:
+    """Casts that neither serve nor follow a matrix product or attention, and are no gradients of biases."""
+    with device:
+        network = models.create_model(name, depth=depth).train()
+    x, t, cond = inputs(network, device)
+    with torch.autocast("cuda", BF16):
+        loss = network(x, t, **cond).sample.square().mean()
+    kernels = trace(lambda: backward(loss)).kernels
+    extra = sum(kernel.kind == "cast" and not kernel.serves and not kernel.follows for kernel in kernels)
+    exact = set(map(id, exact_parameters(network)))
+    return extra - sum(id(part) not in exact for key, part in network.named_parameters() if key.endswith("bias"))
+
+
+@pytest.mark.parametrize(("family", "a_block"), [("DiT", 0), ("DyDiT", 1), ("DDT", 8), ("LatteT2V", 1)])
+def test_casts_of_a_block_s_backward_pass(device: torch.device, family: str, a_block: int) -> None:
+    """Those of a DDT are of gradients in float32 that its additions in mixed precision give to bf16 tensors."""
+    depth = models.model_config(debug_name(family)).depth
+    fewer, more = (backward_casts(debug_name(family), blocks, device) for blocks in (depth, depth + 2))
+    assert (more - fewer) / 2 == a_block
 
 
 def test_a_plan_of_a_dydit_casts_one_tensor_a_block(device: torch.device) -> None:

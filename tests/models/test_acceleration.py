@@ -65,6 +65,31 @@ def test_blocks_are_compiled_once_for_all_steps_and_whole(network: Network, samp
 
 
 @torch.no_grad()
+def test_a_planted_graph_break_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = debug_network("DiT")
+    monkeypatch.setattr("models.dit.gated_add", lambda x, gate, update: update if update.max() > 0 else x)
+    network.compile_blocks("eager")
+    x, t, conditioning = inputs(network)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="branching"):
+        network(x, t, **conditioning)
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_planted_recompilation_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, seen, counter = debug_network("DiT"), [], CompileCounter()
+    torch._dynamo.reset()
+    monkeypatch.setattr("models.dit.gated_add", lambda x, gate, update: x + len(seen) * gate.unsqueeze(1) * update)
+    network.compile_blocks(counter)
+    x, t, conditioning = inputs(network)
+    for _ in range(2):
+        seen.append(0)  # a number that code is compiled for
+        network(x, t, **conditioning)
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
 def test_weights_cast_once_compute_the_same_to_the_bit(network: Network) -> None:
     x, t, conditioning = inputs(network)
     prepared = network.for_sampling([t])

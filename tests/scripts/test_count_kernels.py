@@ -37,6 +37,13 @@ def test_training_casts_weights_at_every_evaluation(capsys: pytest.CaptureFixtur
     assert casts[1]["launches"] > casts[0]["launches"] + 2 * 2 * 4, "weight and bias of each linear map"
 
 
+def test_training_is_three_times_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    """Gradients of inputs and of weights; attention's takes five products instead of two, the patches get none."""
+    flags = ("--model", "DiT-debug/2", "--rows", "2")
+    once, trained = (counted(capsys, *flags, *more)[0] for more in ((), ("--training",)))
+    assert 2.95 * once["macs"] < trained["macs"] < 3.05 * once["macs"] and trained["waits"] == []
+
+
 def test_a_launch_is_bound_by_its_work_its_bytes_or_the_least_time() -> None:
     kernel, device = Kernel("mm", "matrix product", 387 * 10**9, 1, torch.bfloat16), DEVICES["H200"]
     assert seconds(kernel, device) == pytest.approx(1e-3)
