@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from data.clip_settings import ClipSettings
 from data.columns import ColumnSettings
 from runtime import distributed
 from runtime.errors import RankError, UserError
+from runtime.json_file import Json
 from runtime.seeds import derive_seed
 from runtime.stores import fetch
 
@@ -56,7 +57,7 @@ def conditioning(labels: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"y": labels} if isinstance(labels, Tensor) else dict(labels)
 
 
-def text_of(dataset: Dataset) -> dict[str, Any] | None:
+def text_of(dataset: Dataset) -> Json | None:
     """Description of the encoder of a data set's captions: "name", "width", "length", "sha256"; None without any."""
     return getattr(dataset, "text", None)
 

@@ -10,13 +10,16 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from data.columns import LABEL, NONE, Labels, labels_of
 from data.dataset import DatasetSettings
 from data.folder_scan import warn_of_numbers
 from data.image_folder import EncodedImages
 from runtime.download import why_not_loaded
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")  # name of a data set on the hub
 FORMATS = {".parquet": "parquet", ".arrow": "arrow"}  # of single files
@@ -48,7 +51,7 @@ def open_huggingface(settings: DatasetSettings) -> TableImages:
     return TableImages(path, split, table, image, labels, settings)
 
 
-def load_splits(path: Path) -> dict[str, Any]:
+def load_splits(path: Path) -> dict[str, Dataset]:
     """Tables by split; a single table has the split "train".
 
     Raises:
@@ -62,7 +65,7 @@ def load_splits(path: Path) -> dict[str, Any]:
         datasets.disable_progress_bars()
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            loaded: Any = datasets.load_from_disk(str(path))
+            loaded = datasets.load_from_disk(str(path))
         elif path.is_file() and path.suffix in FORMATS:
             loaded = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))
         else:
@@ -75,7 +78,7 @@ def load_splits(path: Path) -> dict[str, Any]:
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
-def _choose_split(path: Path, splits: dict[str, Any], wanted: str | None, held_out: bool) -> tuple[str, Any]:
+def _choose_split(path: Path, splits: dict[str, Dataset], wanted: str | None, held_out: bool) -> tuple[str, Dataset]:
     """Name and table of the split that is meant; a ValueError if it is not there, or not clear."""
     flag = "--eval-split" if held_out else "--split"
     names = HELD_OUT if held_out else ("train",)
@@ -88,7 +91,7 @@ def _choose_split(path: Path, splits: dict[str, Any], wanted: str | None, held_o
     return name, splits[name]
 
 
-def _image_column(where: str, table: Any, wanted: str | None) -> str:
+def _image_column(where: str, table: Dataset, wanted: str | None) -> str:
     """The column of images: of type Image, or with bytes."""
     import datasets
 
@@ -106,7 +109,7 @@ def _image_column(where: str, table: Any, wanted: str | None) -> str:
     return wanted or found[0]
 
 
-def _read_labels(table: Any, column: str) -> Labels:
+def _read_labels(table: Dataset, column: str) -> Labels:
     """Classes and labels of a table; a ValueError without the column."""
     import datasets
 
@@ -132,7 +135,7 @@ class TableImages(EncodedImages):
     Args:
         root: Path or name of the data.
         split: Name of the table's split.
-        table: A `datasets.Dataset`.
+        table: The table.
         column: Column of images.
         labels: Classes and labels of all rows.
         settings: Settings of the data set.
@@ -141,7 +144,7 @@ class TableImages(EncodedImages):
     remedy = "replace or remove the row"
 
     def __init__(
-        self, root: Path, split: str, table: Any, column: str, labels: Labels, settings: DatasetSettings
+        self, root: Path, split: str, table: Dataset, column: str, labels: Labels, settings: DatasetSettings
     ) -> None:
         import datasets
 

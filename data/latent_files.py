@@ -21,7 +21,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ from data.layouts import describe_layout
 from data.npz_file import npy_header
 from runtime.download import sha256_of
 from runtime.files import atomic_path
-from runtime.json_file import is_intact, parse_json, read_json, write_json
+from runtime.json_file import Json, is_intact, parse_json, read_json, write_json
 from runtime.migrate import latent_index
 
 FORMAT = 2
@@ -41,7 +41,6 @@ _PART = r"\d{5}(\.text)?|null\.text"  # names of the parts of a store, without s
 _NOT_FINITE = 0x7C00  # float16 bits without the sign: infinity; NaNs are above it
 
 Raw = npt.NDArray[np.float16]
-Json = dict[str, Any]
 
 
 class Encoded(NamedTuple):

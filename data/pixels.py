@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +69,7 @@ def strips(texts: Sequence[str], width: int, channels: int) -> Images:
     return np.repeat(np.stack([np.asarray(picture) for picture in pictures])[..., None], channels, axis=-1)
 
 
-def _wrapped(text: str, font: Any, width: int) -> list[str]:
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Lines of a text that are no wider than `width` pixels; words that are wider are broken."""
     lines = [""]
     for word in text.split():

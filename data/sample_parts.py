@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -17,13 +17,13 @@ from data.sample_file import LISTING, SHARD
 from runtime.download import sha256_of
 from runtime.errors import UserError
 from runtime.files import atomic_path, new_folder, remove, remove_temporary
-from runtime.json_file import parse_json
+from runtime.json_file import Json, parse_json
 from runtime.shards import REMEDY, Part, Shard, order_parts
 
 ROWS = 256  # copied at a time
 
 
-def read_record(path: Path) -> tuple[Part, dict[str, Any]]:
+def read_record(path: Path) -> tuple[Part, Json]:
     """Read the JSON next to a part.
 
     Raises:
@@ -130,7 +130,7 @@ def _open_images(path: Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
         yield shape, stream
 
 
-def _describe(records: Sequence[dict[str, Any]], output: Path) -> dict[str, Any]:
+def _describe(records: Sequence[Json], output: Path) -> Json:
     """The JSON of the whole job, with the runs of all parts."""
     record = {name: value for name, value in records[0].items() if name not in (SHARD, "sha256", "run")}
     record["config"]["job"] |= {"output": str(output), SHARD: None}

@@ -9,12 +9,16 @@ from contextlib import contextmanager
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from data.image_folder import UnreadableImageError, check_size
+
+if TYPE_CHECKING:
+    from av import VideoFrame, VideoStream
+    from av.container import InputContainer
 
 EXTENSIONS = (
     ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv",
@@ -47,7 +51,7 @@ def check_pyav() -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Container and stream of the first video track, in one thread.
 
     Raises:
@@ -85,24 +89,26 @@ def inspect_video(path: Path) -> VideoInfo:
     with _opened(path) as (container, stream):
         check_size(stream.width, stream.height)
         count, rate = stream.frames, stream.average_rate
-        if count and rate and rate == stream.base_rate and stream.duration and stream.start_time is not None:
-            step = 1 / (rate * stream.time_base)
+        unit = stream.time_base
+        if count and rate and unit and rate == stream.base_rate and stream.duration and stream.start_time is not None:
+            step = 1 / (rate * unit)
             if abs(stream.duration - count * step) < Fraction(1, 2) * step:
                 return VideoInfo(count, (stream.start_time, float(step)))
         times = _packet_times(container, stream)
         if not times:
             raise ValueError("it has no frames")
         steps = np.diff(times)
-        step = float(steps.mean()) if len(steps) else 1.0
-        even = times[0] + step * np.arange(len(times))
-        constant = bool((np.abs(np.array(times) - even) < step / 2).all())
-        return VideoInfo(len(times), (times[0], step) if constant else None)
+        mean = float(steps.mean()) if len(steps) else 1.0
+        even = times[0] + mean * np.arange(len(times))
+        constant = bool((np.abs(np.array(times) - even) < mean / 2).all())
+        return VideoInfo(len(times), (times[0], mean) if constant else None)
 
 
-def _packet_times(container: Any, stream: Any) -> list[int]:
+def _packet_times(container: InputContainer, stream: VideoStream) -> list[int]:
     """Times of all frames in the order in which they are shown."""
     packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
-    return sorted(p.pts if p.pts is not None else p.dts for p in packets if (p.pts, p.dts) != (None, None))
+    times = (packet.dts if packet.pts is None else packet.pts for packet in packets)
+    return sorted(time for time in times if time is not None)
 
 
 def read_frames(path: Path, info: VideoInfo, numbers: Sequence[int], channels: int) -> Iterator[Image.Image]:
@@ -130,12 +136,14 @@ def read_frames(path: Path, info: VideoInfo, numbers: Sequence[int], channels: i
     raise UnreadableImageError(f"{path}: cannot be read: frame {numbers[0]} is missing; {REMEDY}", "a frame is missing")
 
 
-def _counts(container: Any, stream: Any) -> bool:
+def _counts(container: InputContainer, stream: VideoStream) -> bool:
     """True where the times of frames say nothing: AVI has none, and their order changes where frames look ahead."""
     return bool(container.format.name == "avi" and stream.codec_context.has_b_frames)
 
 
-def _wanted(container: Any, stream: Any, info: VideoInfo, numbers: Sequence[int]) -> tuple[list[float], float]:
+def _wanted(
+    container: InputContainer, stream: VideoStream, info: VideoInfo, numbers: Sequence[int]
+) -> tuple[list[float], float]:
     """Times of some frames, and how far those of decoded ones may be from them."""
     if _counts(container, stream):
         return [*map(float, numbers)], 0.5
@@ -148,7 +156,7 @@ def _wanted(container: Any, stream: Any, info: VideoInfo, numbers: Sequence[int]
     return [float(times[number]) for number in numbers], 0.5
 
 
-def _timed(container: Any, stream: Any, time: float | None) -> Iterator[tuple[float, Any]]:
+def _timed(container: InputContainer, stream: VideoStream, time: float | None) -> Iterator[tuple[float, VideoFrame]]:
     """Decoded frames with their times: from one at or before a time on, or from the first (None)."""
     if _counts(container, stream):
         yield from enumerate(container.decode(stream))
@@ -159,7 +167,7 @@ def _timed(container: Any, stream: Any, time: float | None) -> Iterator[tuple[fl
 
 
 def _chosen(
-    frames: Iterator[tuple[float, Any]], wanted: Sequence[float], slack: float, channels: int
+    frames: Iterator[tuple[float, VideoFrame]], wanted: Sequence[float], slack: float, channels: int
 ) -> Iterator[Image.Image]:
     """Pictures of the frames at the wanted times; a ValueError if one is missing."""
     position, shown = 0, None
@@ -175,7 +183,7 @@ def _chosen(
     raise ValueError(f"it ends after {position} of {len(wanted)} frames of a clip; it is truncated or damaged")
 
 
-def _upright(frame: Any, channels: int) -> Image.Image:
+def _upright(frame: VideoFrame, channels: int) -> Image.Image:
     check_size(frame.width, frame.height)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
