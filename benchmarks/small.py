@@ -29,6 +29,7 @@ from models.loading import CheckpointInfo, build_network, resolve_checkpoint
 from models.skip_dit import default_cache_depth
 from runtime.errors import UserError, error_prefix
 from runtime.given import Given
+from runtime.json_file import Json
 from runtime.settings import Values
 from sampling.config import KINDS, SamplingSettings
 from sampling.pipeline import Pipeline
@@ -79,7 +80,7 @@ def open_model(path: Path, cache_depth: int | None = None, device: torch.device 
     network = build_network(info, weights, device=device, **fields)
     pipeline = Pipeline(network, info, Pixels(), Given(SamplingSettings(model=info.model), KINDS))
     # Earlier versions kept the settings of training without sections
-    train = info.meta.get("train", {})
+    train: Json = info.meta.get("train", {})
     target = info.meta.get("loss", train).get("flops_target")
     name = info.model if info.process == family_of(info.model).process else f"{info.model}, {info.process}"
     if target is not None:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from models.sources import locate
 from models.transfer import LABEL_TABLE, fit_frames, without_variance
 from runtime.checkpoint import Checkpoint, load_weights, read_checkpoint
 from runtime.errors import UserError, error_prefix
+from runtime.json_file import Json
 from runtime.licences import Origin, origin_of
 from runtime.releases import Preset, Release, find_release
 
@@ -65,7 +65,7 @@ class CheckpointInfo:
     step: int | None = None
     release: Release | None = None
     preset: Preset | None = None
-    meta: Mapping[str, Any] | None = None
+    meta: Json | None = None
     time_convention: TimeConvention | None = None
     notes: tuple[str, ...] = ()
     repository: str | None = None
@@ -208,9 +208,9 @@ def _other_labels(info: CheckpointInfo, by_flag: bool) -> str:
     return f"by its name the file is the release {info.release.name}, which is {kind}: give that one, or rename this"
 
 
-def _own_info(path: Path, group: str, meta: Mapping[str, Any]) -> CheckpointInfo:
+def _own_info(path: Path, group: str, meta: Json) -> CheckpointInfo:
     """Describe one of our own files."""
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["model"].items()}
+    fields: Json = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["model"].items()}
     process, data = dict(meta["process"]), meta.get("data", {})
     classes, shape = data.get("classes"), data.get("image_shape")
     preset, foreign = meta.get("preset"), meta.get("foreign", False)  # of published folders
@@ -276,7 +276,7 @@ def _foreign_info(
     return info, weights
 
 
-def _grid(config: Mapping[str, Any] | None) -> int | None:
+def _grid(config: Json | None) -> int | None:
     """Tokens of a side, from the config that diffusers keeps with the weights."""
     size, patch = ((config or {}).get(key) for key in ("sample_size", "patch_size"))
     return size // patch if isinstance(size, int) and isinstance(patch, int) and patch > 0 else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from runtime.adapters import merge_adapters
 from runtime.errors import UserError
 from runtime.foreign import ForeignWeights, read_foreign
 from runtime.groups import FORMAT, is_ours, read_groups
+from runtime.json_file import Json
 from runtime.parts import is_sharded
 from runtime.pretrained import pretrained_folder, read_weights
 from runtime.stores import fetch
@@ -33,7 +34,7 @@ class Checkpoint(NamedTuple):
     """
 
     weights: dict[str, Tensor]
-    meta: dict[str, Any] | None
+    meta: Json | None
     group: str
     foreign: ForeignWeights | None = None
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from runtime.errors import UserError
-from runtime.json_file import parse_json
+from runtime.json_file import Json, parse_json
 from runtime.weight_files import file_in, read_content
 
 # Entries and prefixes with averaged weights, by their names in other projects; numbers may follow ("model_ema1")
@@ -59,7 +59,7 @@ class ForeignWeights(NamedTuple):
     entry: str
     notes: tuple[str, ...] = ()
     verified: bool = False
-    config: Mapping[str, Any] | None = None
+    config: Json | None = None
 
     @property
     def verification(self) -> str:
@@ -103,13 +103,13 @@ def read_foreign(path: Path, weights: str = "ema", flag: str = "--ckpt") -> Fore
             plain[short] = tensor
     verified = compare(plain.values())
     notes = [f"weights {entry!r}" if entry else "a plain state dict"]
-    notes += [f"{name} {int(content[name])}" for name in FACTS if isinstance(content.get(name), int)]
+    notes += [f"{name} {int(number)}" for name in FACTS if isinstance(number := content.get(name), int)]
     notes += [f"without {', '.join(sorted(set(left_out)))}"] if left_out else []
     group = weights if weights not in ("ema", "model") else "ema" if averaged else "model"
     return ForeignWeights(plain, group, entry, tuple(notes), verified, _config_next_to(path))
 
 
-def _config_next_to(path: Path) -> Mapping[str, Any] | None:
+def _config_next_to(path: Path) -> Json | None:
     """Content of the config.json in the folder of a file; None if there is none that can be read."""
     try:
         content = parse_json((path.parent / "config.json").read_text())
@@ -118,7 +118,7 @@ def _config_next_to(path: Path) -> Mapping[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def choose_entry(content: Mapping[str, Any], weights: str, where: str) -> tuple[str, dict[str, Tensor]]:
+def choose_entry(content: Mapping[str, object], weights: str, where: str) -> tuple[str, dict[str, Tensor]]:
     """Choose one set of weights of a file's content: an entry, or the names with one prefix.
 
     Returns:
@@ -128,21 +128,22 @@ def choose_entry(content: Mapping[str, Any], weights: str, where: str) -> tuple[
         UserError: If several averages are there, one is not understood, or the one asked for is missing.
     """
     for depth in range(3):
-        sets: dict[str, Mapping[str, Any]] = dict(_sets_of_tensors(content))
+        sets: dict[str, Mapping[str, object]] = dict(_sets_of_tensors(content))
         by_prefix = "" in sets
         if by_prefix:
-            tensors = {unwrapped(name, start=True): tensor for name, tensor in sets[""].items()}
+            tensors = {unwrapped(name, start=True): tensor for name, tensor in _tensors(content).items()}
             sets = {**_by_prefix(tensors)}
             if not sets:
                 return "", tensors
         name = choose_name([*sets], weights, where, by_prefix=by_prefix, nested=depth > 0)
         chosen = sets[name]
         if by_prefix or "" in dict(_sets_of_tensors(chosen)):
-            inner = _by_prefix({unwrapped(key, start=True): tensor for key, tensor in chosen.items()})
+            tensors = _tensors(chosen)
+            inner = _by_prefix({unwrapped(key, start=True): tensor for key, tensor in tensors.items()})
             if not by_prefix and inner:  # a state dict under its name, with two networks by prefix
                 content = chosen
                 continue
-            return name, {key: value for key, value in chosen.items() if isinstance(value, Tensor)}
+            return name, tensors
         content = chosen
     raise UserError(f"{where}: its weights are nested too deep")
 
@@ -188,7 +189,7 @@ def looks_like_average(name: str) -> bool:
     return not AVERAGE_WORDS.isdisjoint(word.lower() for word in WORDS.findall(name))
 
 
-def hidden_average(content: Mapping[str, Any]) -> str:
+def hidden_average(content: Mapping[str, object]) -> str:
     """Place of an average that cannot be chosen; empty if there is none.
 
     Such are lists without names (score_sde, diffusers' EMAModel), and what callbacks and optimizers keep.
@@ -196,8 +197,8 @@ def hidden_average(content: Mapping[str, Any]) -> str:
     return next(_averages_within(content, "", 3), "")
 
 
-def _averages_within(value: Any, place: str, depth: int) -> Iterator[str]:
-    inside = (
+def _averages_within(value: object, place: str, depth: int) -> Iterator[str]:
+    inside: Iterable[tuple[object, object]] = (
         value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
     )
     for key, inner in inside:
@@ -209,7 +210,7 @@ def _averages_within(value: Any, place: str, depth: int) -> Iterator[str]:
             yield from _averages_within(inner, here, depth - 1)
 
 
-def _has_numbers(value: Any) -> bool:
+def _has_numbers(value: object) -> bool:
     """True for tensors of more than single numbers, at any depth of mappings and lists."""
     if isinstance(value, Tensor):
         return value.ndim > 0
@@ -236,7 +237,7 @@ def unwrapped(name: str, *, start: bool = False) -> str:
     return ".".join(part for part in parts if part not in WRAPPERS) or name
 
 
-def _sets_of_tensors(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _sets_of_tensors(content: Mapping[str, object]) -> Iterator[tuple[str, Mapping[str, object]]]:
     """Entries that are, or hold, tensors by name; or all of it under the name "", if it is a state dict itself."""
     entries = [
         (name, value)
@@ -246,10 +247,15 @@ def _sets_of_tensors(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[
     if entries:
         yield from entries
     elif any(isinstance(value, Tensor) for value in content.values()):
-        yield "", {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        yield "", _tensors(content)
 
 
-def _holds(value: Mapping[str, Any], depth: int = 0) -> bool:
+def _tensors(content: Mapping[str, object]) -> dict[str, Tensor]:
+    """The tensors among entries."""
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _holds(value: Mapping[str, object], depth: int = 0) -> bool:
     """True for a mapping of names with tensors, directly or a level or two below."""
     if not all(isinstance(name, str) for name in value):
         return False

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from runtime.download import quiet_hub
 from runtime.errors import UserError
-from runtime.json_file import parse_json
+from runtime.json_file import Json, parse_json
 from runtime.pretrained import CONFIG, DOCUMENT, FOR_DIFFUSERS, pretrained_folder
 from runtime.weight_files import file_in
 
@@ -158,7 +158,7 @@ def _read_former(repository: str, files: frozenset[str]) -> tuple[Former, bool]:
     def read(name: str) -> str:
         return Path(hf_hub_download(repository, name)).read_text()
 
-    documents: list[Mapping[str, Any]] = []
+    documents: list[Json] = []
     for config in files & set(CONFIGS):
         with_ours = _document(read(config))
         documents += [] if with_ours is None else [with_ours]
@@ -167,7 +167,7 @@ def _read_former(repository: str, files: frozenset[str]) -> tuple[Former, bool]:
     return Former(files, card, edited), bool(documents)
 
 
-def _document(text: str) -> Mapping[str, Any] | None:
+def _document(text: str) -> Json | None:
     try:
         document = parse_json(text)[DOCUMENT]
     except (ValueError, TypeError, KeyError):

@@ -76,7 +76,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Json | None]]:
             yield line, record if isinstance(record, dict) else None
 
 
-def _members(pairs: list[tuple[str, Any]]) -> Json:
+def _members(pairs: list[tuple[str, object]]) -> Json:
     """Members of an object; without this the last one of a name would count, and the others be ignored."""
     members = dict(pairs)
     if len(members) < len(pairs):

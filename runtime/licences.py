@@ -6,12 +6,12 @@ of a folder that was published. Licences are identifiers of the Hugging Face hub
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from runtime.errors import UserError
+from runtime.json_file import Json
 from runtime.releases import find_release
 
 UNKNOWN = "unknown"  # for people; None in documents
@@ -48,7 +48,7 @@ class Origin(NamedTuple):
         return self._asdict()
 
 
-def origin_of(path: Path, meta: Mapping[str, Any] | None, repository: str | None = None) -> Origin | None:
+def origin_of(path: Path, meta: Json | None, repository: str | None = None) -> Origin | None:
     """Find the origin that a file of weights passes on; None for the user's own, trained from fresh weights.
 
     A published folder is an origin by its name on the hub; one that was never there is the user's own, and passes on
@@ -71,7 +71,7 @@ def origin_of(path: Path, meta: Mapping[str, Any] | None, repository: str | None
     return None if start is None else _of_file(Path(start))
 
 
-def origin_to_name(origin: Origin | None, meta: Mapping[str, Any] | None, name: str) -> Origin | None:
+def origin_to_name(origin: Origin | None, meta: Json | None, name: str) -> Origin | None:
     """Origin that a card of this name gives: for a copy of weights by the same owner, the one that those have.
 
     Args:

@@ -14,13 +14,12 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from runtime.errors import UserError, error_prefix
-from runtime.json_file import parse_json
+from runtime.json_file import Json, parse_json
 from runtime.tensor_file import CHECKSUMS, checksum
 from runtime.weight_files import file_in, read_content
 
@@ -83,7 +82,7 @@ def pretrained_folder(path: Path) -> Path | None:
     return None
 
 
-def read_weights(folder: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(folder: Path, where: str) -> tuple[dict[str, Tensor], Json]:
     """Read a folder of ours, and compare every tensor with its checksum.
 
     Args:
@@ -103,7 +102,7 @@ def read_weights(folder: Path, where: str) -> tuple[dict[str, Tensor], dict[str,
         raise UserError(f"{where}: has a config.json, and no weights; download or save it again") from error
     with error_prefix(where):
         content, _ = read_content(file, where)
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in content.items()}
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     known = document.pop(CHECKSUMS, {})
     for name in sorted(tensors.keys() | known.keys()):
         if name not in tensors or known.get(name) != checksum(tensors[name]):
@@ -116,7 +115,7 @@ def read_weights(folder: Path, where: str) -> tuple[dict[str, Tensor], dict[str,
     return tensors, document
 
 
-def _document(config: Path) -> dict[str, Any] | None:
+def _document(config: Path) -> Json | None:
     """Document of a config.json; None if it is not ours, cannot be read, or is absent."""
     try:
         document = parse_json(config.read_text())[DOCUMENT]

@@ -11,9 +11,10 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from runtime.errors import UserError
+from runtime.json_file import Json
 
 HUB = "https://huggingface.co"
 # Official model names that stand for a model of the registry and a sampling setting.
@@ -49,12 +50,12 @@ class Preset(NamedTuple):
     text_encoder: str | None = None
     options: Mapping[str, float] = MappingProxyType({})
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Json:
         """JSON values of the fields."""
         return {**self._asdict(), "options": dict(self.options)}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Preset:
+    def from_json(cls, values: Json) -> Preset:
         """The preset of these values."""
         interval = values.get("interval")
         return cls(**{**values, "interval": None if interval is None else tuple(interval)})

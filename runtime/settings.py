@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from runtime.errors import error_prefix
 
-T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
 Values = dict[str, Any]  # JSON values, or what flags were parsed to
 
 
 def setting(
-    default: Any,
+    default: T,
     help: str,
     choices: Sequence[str] | None = None,
     *,
@@ -32,7 +32,7 @@ def setting(
     sampling: bool = False,
     repeats: bool = False,
     remote: bool = False,
-) -> Any:
+) -> T:
     """Make a dataclass field that is a setting.
 
     Args:
@@ -121,7 +121,7 @@ class Flag(NamedTuple):
     """
 
     path: tuple[str, ...]
-    field: dataclasses.Field[Any]
+    field: dataclasses.Field[object]
     hint: object
 
     @property

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_divided(tensor: Tensor) -> bool:
+
+def is_divided(tensor: Tensor) -> TypeGuard[DTensor]:
     """True for a tensor of which this process holds a part."""
     return hasattr(tensor, "placements")  # PyTorch's class would be imported with its compiler
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, in the same memory; a whole tensor is its own part."""
-    divided: Any = tensor
-    part: Tensor = divided.detach().to_local() if is_divided(tensor) else tensor
-    return part
+    detached = tensor.detach()
+    return detached.to_local() if is_divided(detached) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; a collective operation if processes hold parts of it."""
-    divided: Any = tensor
-    full: Tensor = divided.detach().full_tensor() if is_divided(tensor) else tensor
-    return full
+    detached = tensor.detach()
+    return detached.full_tensor() if is_divided(detached) else tensor
 
 
 def place_of(tensor: Tensor) -> tuple[int, bool]:

@@ -15,11 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from filelock import FileLock
 
 from runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 T = TypeVar("T")
 
@@ -99,7 +102,7 @@ def is_there(path: Path, flag: str) -> bool:
         return bool(attempt_request(lambda: store.exists(name)))
 
 
-def connect(path: Path | str) -> tuple[Any, str]:
+def connect(path: Path | str) -> tuple[AbstractFileSystem, str]:
     """The file system of an address, and the name of the file there."""
     from fsspec.core import url_to_fs  # heavy for programs that read local files
 
@@ -108,7 +111,7 @@ def connect(path: Path | str) -> tuple[Any, str]:
     return store, str(name)
 
 
-def list_files(store: Any, root: str) -> dict[str, int]:
+def list_files(store: AbstractFileSystem, root: str) -> dict[str, int]:
     """Names of all files at and below a name, and their sizes in bytes."""
     info = store.info(root)
     found = {root: info} if info["type"] == "file" else store.find(root, detail=True)
@@ -123,7 +126,7 @@ def _local_name(name: str) -> str:
     return "/".join(["files", *parts])  # apart from the cache's records
 
 
-def _copy_missing(store: Any, files: dict[str, int], folder: Path) -> None:
+def _copy_missing(store: AbstractFileSystem, files: dict[str, int], folder: Path) -> None:
     """Copy files that are not in the cache, or have changed in the store."""
     from fsspec.core import OpenFile, OpenFiles
     from fsspec.implementations.cached import WholeFileCacheFileSystem
@@ -211,7 +214,7 @@ def upload(local: Path, path: Path, flag: str, last: str = "") -> None:
         local.parent.rmdir()
 
 
-def put(local: Path, store: Any, name: str) -> tuple[int, str]:
+def put(local: Path, store: AbstractFileSystem, name: str) -> tuple[int, str]:
     """Upload one file, and compare it with what can be read back; returns size and SHA-256."""
     attempt_request(lambda: store.put_file(str(local), name))
     store.invalidate_cache()
@@ -222,13 +225,13 @@ def put(local: Path, store: Any, name: str) -> tuple[int, str]:
     return expected
 
 
-def remote_digest(store: Any, name: str) -> tuple[int, str]:
+def remote_digest(store: AbstractFileSystem, name: str) -> tuple[int, str]:
     """Size and SHA-256 of a file in a store."""
     with store.open(name, "rb") as file:
         return digest(file)
 
 
-def digest(file: Any) -> tuple[int, str]:
+def digest(file: IO[bytes]) -> tuple[int, str]:
     """Size and SHA-256 of an open file."""
     size, total = 0, hashlib.sha256()
     while block := file.read(BLOCK):

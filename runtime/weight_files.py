@@ -11,7 +11,6 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from runtime.stores import fetch
 from runtime.zip_checksums import PartChecksums
 
 # Harmless classes in files of weights; everything else is refused
-PLAIN_CLASSES: list[Any] = [
+PLAIN_CLASSES: list[Callable[..., object] | tuple[Callable[..., object], str]] = [
     argparse.Namespace, collections.OrderedDict, dict, list, int, float, set, str,
     (lambda *_: {}, "collections.defaultdict"),
     pathlib.PosixPath, pathlib.PurePosixPath, np.dtype, np.ndarray,
@@ -76,7 +75,7 @@ def weights_sha256(path: Path, flag: str = "--ckpt") -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def read_content(path: Path, where: str) -> tuple[Mapping[str, Any], Compare]:
+def read_content(path: Path, where: str) -> tuple[Mapping[str, object], Compare]:
     """Read what a file holds by name, and the function that compares its checksums.
 
     Raises:
@@ -129,7 +128,7 @@ def read_shards(index: Path, where: str) -> dict[str, Tensor]:
     return tensors
 
 
-def read_pickle(path: Path, where: str) -> tuple[Mapping[str, Any], Compare]:
+def read_pickle(path: Path, where: str) -> tuple[Mapping[str, object], Compare]:
     """Content of a PyTorch file, without running code in it, and the function that compares its checksums.
 
     Raises:
