@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from data.encoders import Encoder, Pixels
 from models import FAMILIES, Network, family_name
 from runtime.errors import UserError
+from runtime.json_file import Json
 from runtime.pretrained import ENCODER, FOR_DIFFUSERS, PREFIX, SHARD_SIZE, write_weights
 from sampling.flatten import flatten
 
@@ -71,7 +70,7 @@ def pipeline_source() -> str:
 def write_bundle(
     folder: Path,
     network: Network,
-    document: Mapping[str, Any],
+    document: Json,
     encoder: Encoder,
     shard_size: int | str = SHARD_SIZE,
 ) -> None:

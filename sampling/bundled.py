@@ -22,6 +22,7 @@ from diffusion.registry import PROCESSES, SAMPLERS, make_sampler
 from diffusion.sampling import ImageNoise, Sampler, evaluations, sample_loop
 from diffusion.schedules import convert_time
 from models.contract import ModelOutput, Network
+from runtime.json_file import Json
 
 DECODED_AT_A_TIME = 16
 
@@ -34,10 +35,10 @@ class FamilyTransformer(ModelMixin, ConfigMixin):
     """
 
     network_class: ClassVar[type[Network]]
-    config_class: ClassVar[type[Any]]
+    config_class: ClassVar[type]
 
     @register_to_config
-    def __init__(self, dit_family: dict[str, Any]) -> None:
+    def __init__(self, dit_family: Json) -> None:
         super().__init__()
         fields = {name: value for name, value in dit_family["model"].items() if name != "name"}
         self.network = self.network_class(self.config_class(**fields)).requires_grad_(False)
@@ -80,7 +81,7 @@ class FamilyPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] | None = None,
         sampler: str | None = None,
         output_type: str = "pil",
-        **settings: Any,
+        **settings: object,
     ) -> SimpleNamespace:
         """Sample; where nothing else is given, as the weights were published.
 
@@ -195,11 +196,10 @@ class FamilyPipeline(DiffusionPipeline):
         is_clip = pixels.ndim == 5 and pixels.shape[1] > 1
         if pixels.ndim == 5 and not is_clip:
             pixels = pixels[:, 0]
-        samples: Any = pixels
+        samples: object = pixels
         if output_type in ("np", "pt"):
-            samples = (pixels / 2 + 0.5).clamp(0, 1)
-        if output_type == "np":
-            samples = samples.movedim(-3, -1).cpu().numpy()
+            unit = (pixels / 2 + 0.5).clamp(0, 1)
+            samples = unit if output_type == "pt" else unit.movedim(-3, -1).cpu().numpy()
         if output_type == "pil":
             samples = pictures((to_picture if is_clip else to_uint8)(pixels).cpu().numpy())
         return SimpleNamespace(**{"frames" if is_clip else "images": samples})
@@ -215,11 +215,11 @@ class FamilyPipeline(DiffusionPipeline):
 
 
 def own_sampler(
-    document: Mapping[str, Any],
+    document: Json,
     network: Network,
     name: str | None,
     steps: int | str | None,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     *,
     pixels: bool,
 ) -> Sampler:
@@ -278,7 +278,7 @@ def encoded(text: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tenso
     return rows, null
 
 
-def pictures(samples: np.ndarray) -> Any:
+def pictures(samples: np.ndarray) -> Image.Image | list[object]:
     """Pictures of (..., H, W, C) uint8, in lists as deep as the axes in front.
 
     Raises:

@@ -10,7 +10,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def enable_skip_cache(
     return SkipCache(transformer, layout, _rule(interval, high, low), depth)
 
 
-def parse_skip_cache(text: str) -> dict[str, Any]:
+def parse_skip_cache(text: str) -> dict[str, int]:
     """Arguments of `enable_skip_cache` in the released code's notation, such as "N2-700-50".
 
     Raises:
@@ -170,7 +170,7 @@ class SkipCache:
         self.remove()
 
     @torch.compiler.disable
-    def _begin(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, transformer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Choose the blocks that run, before an evaluation."""
         last, tokens = self._last, self._tokens
         self.reset()  # an evaluation that fails leaves nothing
@@ -245,18 +245,19 @@ class _Block:
 class _Inputs:
     """Copies of what an evaluation was given, apart from `CHANGING`: conditioning, masks, tables, and the shape."""
 
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, arguments: Mapping[str, object]) -> None:
         leaves, self._form = self._flatten(arguments)
         self._leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-    def equal(self, arguments: Mapping[str, Any]) -> bool:
+    def equal(self, arguments: Mapping[str, object]) -> bool:
         """True for the same form and the same values."""
         leaves, form = self._flatten(arguments)
         return form == self._form and all(map(_equal, leaves, self._leaves))
 
     @staticmethod
-    def _flatten(arguments: Mapping[str, Any]) -> tuple[list[Any], object]:
+    def _flatten(arguments: Mapping[str, object]) -> tuple[list[object], object]:
         samples = arguments["hidden_states"]
+        assert isinstance(samples, Tensor)
         constant = {name: value for name, value in arguments.items() if name not in CHANGING and name != "self"}
         leaves, form = pytree.tree_flatten(constant)
         return leaves, (form, samples.shape, samples.dtype, samples.device)

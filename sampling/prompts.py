@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,7 @@ from models.loading import CheckpointInfo
 from runtime import distributed
 from runtime.errors import UserError, error_prefix
 from runtime.files import read_utf8
+from runtime.json_file import Json
 from runtime.settings import flag_name, setting
 
 NULL = "null_"  # prefix of the unconditional rows in files of encoded prompts
@@ -97,7 +98,7 @@ class Prompts(NamedTuple):
     texts: tuple[str, ...]
     rows: dict[str, Tensor]
     null: dict[str, Tensor] | None
-    record: dict[str, Any]
+    record: Json
 
     @property
     def size(self) -> int:
@@ -171,7 +172,7 @@ def encode_prompts(
     Raises:
         UserError: If the encoder is not known, cannot be loaded or refuses a prompt.
     """
-    recorded: dict[str, Any] = (info.meta or {}).get("text", {})
+    recorded: Json = (info.meta or {}).get("text", {})
     published = None if info.preset is None else info.preset.text_encoder
     name = settings.text_encoder or recorded.get("name") or published
     if name is None:

@@ -16,6 +16,7 @@ from runtime.errors import UserError, error_prefix
 from runtime.files import check_folder, new_folder
 from runtime.groups import FORMAT
 from runtime.hub import CARD, CARD_DIGEST, card_digest, check_repository, push_folder
+from runtime.json_file import Json
 from runtime.licences import licence_to_publish, origin_to_name
 from runtime.pretrained import ENCODER, SHARD_SIZE, check_shard_size, write_weights
 from runtime.weight_files import weights_sha256
@@ -33,9 +34,7 @@ SOURCES = "sources"  # member of a document: the files that the weights are from
 HISTORY = ("step", "updates", "loss", "optimizer", "averages", "train", "text", "draws")
 
 
-def document_of(
-    network: Network, info: CheckpointInfo, encoder: Encoder, licence: str | None, name: str
-) -> dict[str, Any]:
+def document_of(network: Network, info: CheckpointInfo, encoder: Encoder, licence: str | None, name: str) -> Json:
     """Describe a network and its history as JSON values, without places on this machine.
 
     Args:
@@ -49,7 +48,7 @@ def document_of(
     origin = origin_to_name(info.origin, info.meta, name)
     vae = ENCODER if Path(encoder.name).is_dir() else encoder.name
     image_shape = info.image_shape or encoder.image_shape(network.sample_shape)
-    document: dict[str, Any] = {
+    document: Json = {
         "format": FORMAT,
         "name": name,
         "weights": info.weights,
@@ -139,7 +138,7 @@ def save_folder(
     return folder
 
 
-def _check_content(card: CardContent, document: dict[str, Any], dashes: str) -> None:
+def _check_content(card: CardContent, document: Json, dashes: str) -> None:
     """Check the files of a card, by name and content; a UserError names their kind, with these dashes before it."""
     with error_prefix(""):
         check_names(card.pictures, [curve.name for curve in card.curves], f"{dashes}pictures")

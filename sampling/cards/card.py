@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote
 
 from models import family_name
-from runtime.json_file import json_lines
+from runtime.json_file import Json, json_lines
 from runtime.licences import UNKNOWN, Origin, hub_name
 from sampling.cards.loading import LOADING, loading, makes_clips, start_of
 from sampling.cards.pictures import show_pictures
@@ -40,7 +40,7 @@ class CardContent(NamedTuple):
 
     name: str
     parameters: int
-    scores: Mapping[str, Mapping[str, Any]] = {}
+    scores: Mapping[str, Json] = {}
     losses: tuple[tuple[int, float], ...] = ()
     curves: tuple[Path, ...] = ()
     pictures: tuple[Path, ...] = ()
@@ -60,7 +60,7 @@ def read_losses(metrics: Path) -> tuple[tuple[int, float], ...]:
     return tuple(losses)
 
 
-def model_card(document: Mapping[str, Any], content: CardContent) -> str:
+def model_card(document: Json, content: CardContent) -> str:
     """Write the card of weights.
 
     Args:
@@ -96,7 +96,7 @@ def model_card(document: Mapping[str, Any], content: CardContent) -> str:
     return "\n".join(parts)
 
 
-def _metadata(document: Mapping[str, Any], content: CardContent) -> str:
+def _metadata(document: Json, content: CardContent) -> str:
     """The YAML that the hub reads."""
     from huggingface_hub import ModelCardData  # heavy, and only published folders need it
 
@@ -113,7 +113,7 @@ def _metadata(document: Mapping[str, Any], content: CardContent) -> str:
     return data.to_yaml()
 
 
-def _samples(document: Mapping[str, Any]) -> str:
+def _samples(document: Json) -> str:
     """Phrase about the samples and their conditioning."""
     *frames, channels, height, width = document["data"]["image_shape"]
     size = f"{height} x {width} pixels" + {1: ", grey", 3: ""}.get(channels, f" in {channels} channels")

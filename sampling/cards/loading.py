@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from runtime.errors import UserError
 from runtime.hub import CARD
+from runtime.json_file import Json
 from runtime.licences import UNKNOWN, Origin
 from sampling.provenance import project_version
 
@@ -58,7 +57,7 @@ ARGUMENTS = (
 )
 
 
-def loading(document: Mapping[str, Any], name: str, *, code_url: str | None, for_diffusers: bool) -> str:
+def loading(document: Json, name: str, *, code_url: str | None, for_diffusers: bool) -> str:
     """Lines that install the code and load the weights, with the versions that they were published with."""
     url, text = code_url, "text_width" in document["model"]
     known = {
@@ -89,13 +88,13 @@ def loading(document: Mapping[str, Any], name: str, *, code_url: str | None, for
     )
 
 
-def makes_clips(document: Mapping[str, Any]) -> bool:
+def makes_clips(document: Json) -> bool:
     """True for weights of samples with several frames."""
     frames = document["data"]["image_shape"][:-3]
     return any(count > 1 for count in frames)
 
 
-def start_of(document: Mapping[str, Any]) -> str:
+def start_of(document: Json) -> str:
     """Sentence about the weights of others that these are, or that their training started from."""
     origin, first = document.get("origin"), document.get("train", {}).get("run", {}).get("init_from")
     if origin is None:
@@ -156,7 +155,7 @@ def licence_of_card(text: str, where: str) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def _call(document: Mapping[str, Any], for_diffusers: bool) -> str:
+def _call(document: Json, for_diffusers: bool) -> str:
     """Line that samples."""
     name, field = ("clips", "frames") if makes_clips(document) else ("images", "images")
     if "text_width" in document["model"]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from data.pixels import is_picture, note_in
 from runtime.errors import UserError
+from runtime.json_file import Json
 from sampling.cards.text import at
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
@@ -36,7 +36,7 @@ def check_names(paths: Sequence[Path], taken: Sequence[str] = (CURVE,), flag: st
             raise ValueError(f"{flag} {path}: two pictures are named {path.name}; rename one")
 
 
-def check_pictures(paths: Sequence[Path], weights: Mapping[str, Any], flag: str) -> None:
+def check_pictures(paths: Sequence[Path], weights: Json, flag: str) -> None:
     """Check that files are pictures, and of these weights as far as they say it.
 
     Args:
@@ -57,7 +57,7 @@ def check_pictures(paths: Sequence[Path], weights: Mapping[str, Any], flag: str)
             raise UserError(f"{flag} {path}: of {checkpoint.get('file')} ({of}), not of these weights")
 
 
-def read_note(path: Path) -> dict[str, Any]:
+def read_note(path: Path) -> Json:
     """Settings that sample.py noted in a picture; none in others."""
     try:
         note = json.loads(note_in(path) or "{}")
@@ -66,7 +66,7 @@ def read_note(path: Path) -> dict[str, Any]:
     return note if at(note, "checkpoint") and isinstance(at(note, "flags"), list) else {}
 
 
-def show_pictures(paths: Sequence[Path], name: str, preset: Mapping[str, Any]) -> Iterator[str]:
+def show_pictures(paths: Sequence[Path], name: str, preset: Json) -> Iterator[str]:
     """Pictures with the commands that make them again.
 
     Args:
@@ -79,7 +79,7 @@ def show_pictures(paths: Sequence[Path], name: str, preset: Mapping[str, Any]) -
         yield caption(read_note(path), name, preset) + "\n"
 
 
-def caption(note: Mapping[str, Any], name: str, preset: Mapping[str, Any]) -> str:
+def caption(note: Json, name: str, preset: Json) -> str:
     """Describe how a picture was made."""
     if not note:
         return "The file does not say by which settings it was made."

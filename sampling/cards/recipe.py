@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from runtime.averages import average_warning
+from runtime.json_file import Json
 from runtime.licences import UNKNOWN
 from sampling.cards.text import as_text, at, digest, fields, folded, precision, table
 
@@ -24,7 +24,7 @@ SOURCES_OF_DATA = {
 FOLDED = ("model", "process", "loss", "optimizer", "averages", "train", "autoencoder", "text", "preset")
 
 
-def untrained(document: Mapping[str, Any]) -> str | None:
+def untrained(document: Json) -> str | None:
     """Warning of an average that still holds the weights of before its training; None without one.
 
     Args:
@@ -41,14 +41,14 @@ def untrained(document: Mapping[str, Any]) -> str | None:
     return average_warning(decay, updates, ramp=ramp, from_weights=trained_before, when=f"after {updates:,} updates")
 
 
-def show_recipe(document: Mapping[str, Any], parameters: int) -> Iterator[str]:
+def show_recipe(document: Json, parameters: int) -> Iterator[str]:
     """Tables of the recipe and of sampling's defaults, and all settings folded."""
     yield table([("network", f"{document['model']['name']}, {parameters:,} parameters"), *_recipe(document)])
     rest = {name: document[name] for name in FOLDED if name in document}
     yield folded("All settings", rest)
 
 
-def show_data(document: Mapping[str, Any]) -> Iterator[str]:
+def show_data(document: Json) -> Iterator[str]:
     """Table of the training data."""
     data, name = document["data"], at(document, "train", "data", "dataset")
     rows: list[tuple[object, ...]] = [("data set", f"{name}: {SOURCES_OF_DATA.get(name, name)}" if name else UNKNOWN)]
@@ -62,11 +62,11 @@ def show_data(document: Mapping[str, Any]) -> Iterator[str]:
     yield table(rows)
 
 
-def _axes(shape: Any) -> str:
+def _axes(shape: Sequence[int]) -> str:
     return "channels, height, width" if len(shape) == 3 else "frames, channels, height, width"
 
 
-def _recipe(document: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
+def _recipe(document: Json) -> Iterator[tuple[object, ...]]:
     """Rows of the recipe that decide the result, also where they are defaults."""
     process, preset, train = document["process"], document["preset"], document.get("train") or {}
     yield "process", fields(process, but=[] if process.get("loss_weight") == "min_snr" else ["min_snr_gamma"])
@@ -94,7 +94,7 @@ def _recipe(document: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
     yield "sampling by default, of Pipeline and sample_ddp.py", fields(shown, "sampler")
 
 
-def _weights(document: Mapping[str, Any]) -> Iterator[str]:
+def _weights(document: Json) -> Iterator[str]:
     """Name of the set of weights, the step that they are of, and the average that they are."""
     yield str(document["weights"])
     yield f"step {document['step']:,}" if "step" in document else f"step {UNKNOWN}"
@@ -102,9 +102,7 @@ def _weights(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"an average over steps with decay {decay}"
 
 
-def _optimization(
-    optimization: Mapping[str, Any], step: int | None, images: int | None
-) -> Iterator[tuple[object, ...]]:
+def _optimization(optimization: Json, step: int | None, images: int | None) -> Iterator[tuple[object, ...]]:
     """Rows about the optimization: learning rate, batch, length, seed, and what is not the default."""
     batch, warm_up = optimization.get("global_batch_size"), optimization.get("lr_warmup_steps")
     yield "learning rate", f"{optimization.get('lr')}, {optimization.get('lr_schedule')}, {warm_up} steps of warm-up"

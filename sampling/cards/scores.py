@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from runtime.errors import UserError, error_prefix
-from runtime.json_file import read_json
+from runtime.json_file import Json, read_json
 from sampling.cards.text import as_text, at, digest, fields, folded, precision, table, warning
 
 UNKNOWN_WEIGHTS = "from which weights is not recorded"
@@ -16,7 +15,7 @@ REUSE = ("cache_interval", "sharing_interval", "cache_forecast", "forecast")
 FEW = 2048  # images: the features of Inception have as many dimensions
 
 
-def read_scores(path: Path, flag: str = "--scores") -> dict[str, Any]:
+def read_scores(path: Path, flag: str = "--scores") -> Json:
     """Read a document of scores.
 
     Raises:
@@ -31,7 +30,7 @@ def read_scores(path: Path, flag: str = "--scores") -> dict[str, Any]:
     return document
 
 
-def check_scores(document: Mapping[str, Any], weights: Mapping[str, Any], where: str) -> None:
+def check_scores(document: Json, weights: Json, where: str) -> None:
     """Check that scores are of these weights, as far as both say which file they are from.
 
     Args:
@@ -56,7 +55,7 @@ def check_scores(document: Mapping[str, Any], weights: Mapping[str, Any], where:
         raise UserError(f"{where}: of {checkpoint.get('file')} ({of}), not of these weights{instead}")
 
 
-def show_scores(scores: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def show_scores(scores: Mapping[str, Json]) -> Iterator[str]:
     """Tables of scores, each with its protocol."""
     if not scores:
         yield "None are known for these weights. Scores without their protocol are not comparable.\n"
@@ -70,14 +69,14 @@ def show_scores(scores: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield folded("The whole document", document)
 
 
-def _warnings(document: Mapping[str, Any]) -> Iterator[str]:
+def _warnings(document: Json) -> Iterator[str]:
     lines, count = document.get("warnings") or (), _count(document, "samples")
     if not lines and isinstance(count, int) and count <= FEW:
         yield f"{count:,} samples are few, and such scores say little"
     yield from map(str, lines)
 
 
-def _protocol(document: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+def _protocol(document: Json) -> Iterator[tuple[str, object]]:
     """Rows of the table: what was compared with what, and how the samples were made."""
     reference, protocol = (document.get(name) or {} for name in ("reference", "protocol"))
     yield "samples", _amount(document, "samples") or "number not recorded"
@@ -98,7 +97,7 @@ def _protocol(document: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
             yield title, _network(network)
 
 
-def _sampling(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+def _sampling(config: Json) -> Iterator[tuple[str, object]]:
     """Rows about the sampling job; none where its settings are not known."""
     if not config:
         yield "settings of the samples", "not recorded"
@@ -126,7 +125,7 @@ def _sampling(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
         yield "precision of sampling", precision(compute)
 
 
-def _network(network: Mapping[str, Any]) -> str:
+def _network(network: Json) -> str:
     named = [
         network.get("features"),
         network.get("weights") and Path(network["weights"]).name,
@@ -136,19 +135,19 @@ def _network(network: Mapping[str, Any]) -> str:
     return ", ".join(str(each) for each in named if each) + (f"; {digest(sha)}" if sha else "")
 
 
-def _group(document: Mapping[str, Any]) -> str | None:
+def _group(document: Json) -> str | None:
     """Set of weights that was scored, as far as it is recorded."""
     recorded = at(document, "protocol", "checkpoint", "weights")
     return recorded or at(document, "protocol", "config", "checkpoint", "weights")
 
 
-def _count(document: Mapping[str, Any], title: str) -> Any:
+def _count(document: Json, title: str) -> int | None:
     """Number of images or clips of the samples or the reference; None if it is not recorded."""
     places = ((title, "images"), ("video_network", title, "clips"), (title, "clips_in_file"))
     return next((count for place in places if (count := at(document, *place)) is not None), None)
 
 
-def _amount(document: Mapping[str, Any], title: str) -> str:
+def _amount(document: Json, title: str) -> str:
     """Number, length and size of the samples or the reference; empty if the number is not recorded."""
     count, size, frames = _count(document, title), at(document, title, "image_size"), at(document, title, "frames")
     if count is None:

@@ -8,17 +8,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from runtime.json_file import Json
+
 DIGITS = 12  # of a digest that are shown
 
 
-def without_places(value: Any) -> Any:
+def without_places(value: object) -> object:
     """JSON values with the last part of each path."""
     if isinstance(value, Mapping):
         return {key: without_places(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [without_places(each) for each in value]
-    is_place = isinstance(value, str) and (os.path.isabs(value) or Path(value).exists()) and os.sep in value
-    return Path(value).name if is_place else value
+    if isinstance(value, str) and os.sep in value and (os.path.isabs(value) or Path(value).exists()):
+        return Path(value).name
+    return value
 
 
 def at(document: object, *names: str) -> Any:
@@ -28,7 +31,7 @@ def at(document: object, *names: str) -> Any:
     return document
 
 
-def fields(values: Mapping[str, Any], first: str = "name", *, but: Iterable[str] = ()) -> str:
+def fields(values: Json, first: str = "name", *, but: Iterable[str] = ()) -> str:
     """A name, then the other values that are set: "adamw, weight decay 0.1"."""
     unset = (key for key, value in values.items() if value is None or value is False or value in ({}, []))
     hidden = {first, *but, *unset}
@@ -44,7 +47,7 @@ def as_text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def precision(compute: Mapping[str, Any]) -> str:
+def precision(compute: Json) -> str:
     """Precision and device of settings; a CPU has no TF32."""
     device, name = compute.get("device") or "CUDA if there was a device, else the CPU", compute.get("precision")
     return f"{'float32' if (name, device) == ('tf32', 'cpu') else name}, on {device}"
