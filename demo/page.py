@@ -7,9 +7,11 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from demo.controls import Control, Opened, command_line, controls_for, defaults_for
 from demo.generation import Cost, Result, Step, generate, predict
@@ -185,12 +187,12 @@ def is_whole(control: Control, value: object) -> bool:
     return whole and value is not None
 
 
-def rgb(picture: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def rgb(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """A picture (H, W, 1 or 3) with three channels."""
     return picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture
 
 
-def component(gr: Any, control: Control, opened: Sequence[Opened], value: object) -> Any:
+def component(gr: ModuleType, control: Control, opened: Sequence[Opened], value: object) -> Any:
     """The component of a control."""
     options = {"label": control.label, "info": control.info, "value": value, "elem_id": control.name}
     if control.choices is not None:

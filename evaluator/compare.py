@@ -6,17 +6,16 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from evaluator.report import name_layout
 from evaluator.scores import METRICS
 from evaluator.small.report import MEANINGS
 from runtime.documents import flatten
 from runtime.errors import UserError
-from runtime.json_file import parse_json
+from runtime.json_file import Json, parse_json
 from runtime.settings import positional
 
-Document = Mapping[str, Any]
 SCORES = {"inception_score": "is", "precision": "pr", "recall": "pr"}  # metrics of scores with another name
 OF_IMAGES = tuple(name for name, metric in METRICS.items() if not metric.clips)
 OF_CLIPS = tuple(name for name, metric in METRICS.items() if metric.clips)
@@ -46,15 +45,15 @@ class Point(NamedTuple):
 
     name: str
     metrics: Collection[str]
-    read: Callable[[Document], object]
+    read: Callable[[Json], object]
     required: bool = True
 
 
-def _at(*path: str) -> Callable[[Document], object]:
+def _at(*path: str) -> Callable[[Json], object]:
     """Read a nested value; None where there is none."""
 
-    def read(document: Document) -> object:
-        value: Any = document
+    def read(document: Json) -> object:
+        value: object = document
         for name in path:
             value = value.get(name) if isinstance(value, Mapping) else None
         return value
@@ -62,13 +61,13 @@ def _at(*path: str) -> Callable[[Document], object]:
     return read
 
 
-def _count(document: Document) -> object:
+def _count(document: Json) -> object:
     """Number of samples: images, or clips."""
     images = _at("samples", "images")(document)
     return _at("samples", "clips_in_file")(document) if images is None else images
 
 
-def _labels(document: Document) -> object:
+def _labels(document: Json) -> object:
     """Labels of the samples as the sampling job chose them."""
     job = _at("protocol", "config", "job")(document)
     if not isinstance(job, Mapping) or "balanced_labels" not in job:
@@ -77,7 +76,7 @@ def _labels(document: Document) -> object:
     return f"{kind}, of {job['class_labels']} only" if job.get("class_labels") else kind
 
 
-def _compression(document: Document) -> object:
+def _compression(document: Json) -> object:
     """Lossy formats of the samples; arrays have none."""
     formats = _at("samples", "formats")(document)
     return ", ".join(sorted({*formats} - {"PNG", "BMP", "PPM"})) or "none" if isinstance(formats, Mapping) else "none"
@@ -147,7 +146,7 @@ def compare(config: CompareConfig) -> None:
         raise UserError(f"{paths[0]} and {paths[1]}: not comparable: {', '.join(refused)}")
 
 
-def find_differences(a: Document, b: Document) -> Iterator[Difference]:
+def find_differences(a: Json, b: Json) -> Iterator[Difference]:
     """Yield the points in which the protocols of two results differ; those of metrics that neither has are left out."""
     used = {SCORES.get(name, name) for name in {*a["scores"]} & {*b["scores"]}}
     affected = [name for name in OF_REFERENCE if name in used and not _same_reference(a, b, name)]
@@ -162,7 +161,7 @@ def find_differences(a: Document, b: Document) -> Iterator[Difference]:
             yield Difference(point.name, () if harmless else metrics, f"{_shown(first)} against {_shown(second)}")
 
 
-def _same_reference(a: Document, b: Document, metric: str) -> bool:
+def _same_reference(a: Json, b: Json, metric: str) -> bool:
     """True for one file, or for the same statistics where the metric reads no images."""
     first, second = a["reference"], b["reference"]
     if first.get("sha256") and first.get("sha256") == second.get("sha256"):
@@ -173,7 +172,7 @@ def _same_reference(a: Document, b: Document, metric: str) -> bool:
     return read(first) is not None and read(first) == read(second)
 
 
-def _sampling_differences(a: Document, b: Document) -> Iterator[str]:
+def _sampling_differences(a: Json, b: Json) -> Iterator[str]:
     """Yield settings in which the sampling jobs differ, which is what scores are compared for."""
     protocols = [document.get("protocol") for document in (a, b)]
     for document, protocol in zip((a, b), protocols, strict=True):
@@ -190,7 +189,7 @@ def _sampling_differences(a: Document, b: Document) -> Iterator[str]:
             yield f"{name.removeprefix('config.')}: {_shown(first.get(name))} against {_shown(second.get(name))}"
 
 
-def _shown_reference(document: Document) -> str:
+def _shown_reference(document: Json) -> str:
     reference = document["reference"]
     layout = name_layout(reference.get("keys", ()))
     return f"{reference.get('path')} ({f'keys: {layout}; ' * bool(layout)}sha256 {_shown(reference.get('sha256'))})"
@@ -205,7 +204,7 @@ def _shown(value: object) -> str:
     return json.dumps(value)
 
 
-def _read_result(path: Path) -> Document:
+def _read_result(path: Path) -> Json:
     """Read a result.
 
     Raises:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,6 +26,7 @@ from runtime.distributed import World
 from runtime.documents import to_dict
 from runtime.errors import error_prefix
 from runtime.files import remove_temporary
+from runtime.json_file import Json
 from runtime.shards import Shard
 
 FORMAT = 2  # of the result; format 1 called the warnings "remarks"
@@ -63,7 +63,7 @@ def write_result(
     """Print scores and warnings, and write the document; its arguments are what `score_files` returned."""
     warnings = [each for stage in job.stages for each in list_warnings(stage, job.protocol)]
     warnings = [*dict.fromkeys(warnings), *rounding]
-    document: dict[str, Any] = {
+    document: Json = {
         "format": FORMAT,
         "scores": {name.lower().replace(" ", "_"): value for name, value in scores.items()},
         **{

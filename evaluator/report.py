@@ -8,11 +8,11 @@ import platform
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from evaluator.npz import BadImageFile
 from runtime.errors import UserError
 from runtime.files import atomic_path
+from runtime.json_file import Json
 from runtime.stores import staged, upload
 
 
@@ -76,7 +76,7 @@ def name_layout(keys: Collection[str]) -> str:
     return "those of JiT's references and of pytorch-fid" if {"mu", "sigma"} <= {*keys} else ""
 
 
-def describe_in_line(title: str, described: Mapping[str, Any]) -> str:
+def describe_in_line(title: str, described: Json) -> str:
     """Say in one line which file a result is about.
 
     Args:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from runtime.errors import UserError
 from runtime.json_file import Json, read_json, write_json
@@ -120,7 +120,7 @@ class TensorBoard(Tracker):
         self._writer.close()
 
 
-def media(package: Any, path: Path) -> dict[str, object]:
+def media(package: types.ModuleType, path: Path) -> dict[str, object]:
     """A picture of samples, or an animation of clips, under its name, as wandb and Trackio take them."""
     if path.suffix == ".png":
         return {"samples": package.Image(str(path))}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING
 
 from evaluator.report import library_versions
 from evaluator.small.sets import SmallSet
 from runtime.download import sha256_of
 from runtime.settings import Values
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FORMAT = 2  # of the evaluator's results
 ENOUGH = 500  # samples; as many held-out digits have the distance that is the goal
@@ -28,7 +31,7 @@ MEANINGS = {
 
 
 def scores_document(
-    scores: Any, of: SmallSet, *, reference: Values, samples: Values, protocol: object, config: Values
+    scores: DataclassInstance, of: SmallSet, *, reference: Values, samples: Values, protocol: object, config: Values
 ) -> Values:
     """Describe scores as the evaluator describes its own.
 

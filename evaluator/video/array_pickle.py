@@ -6,7 +6,7 @@ import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -42,11 +42,12 @@ class _Dtype:
             raise ValueError(f"an array of {code}; expected real numbers")
         self.code, self.order = code, "|"
 
-    def __setstate__(self, state: Sequence[Any]) -> None:
+    def __setstate__(self, state: Sequence[object]) -> None:
         """Take the byte order, the second entry."""
-        if state[1] not in ("<", ">", "|"):
-            raise ValueError(f"{state[1]!r} is no byte order")
-        self.order = state[1]
+        order = state[1]
+        if not isinstance(order, str) or order not in ("<", ">", "|"):
+            raise ValueError(f"{order!r} is no byte order")
+        self.order = order
 
 
 class _Array:
@@ -77,13 +78,13 @@ class ArrayUnpickler(pickle.Unpickler):
         ("numpy", "dtype"): _Dtype,
     }
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> type:
         """Look a name up among the admitted ones."""
         if (module, name) not in self.ADMITTED:
             raise ForbiddenName(f"{module}.{name}")
         return self.ADMITTED[module, name]
 
-    def persistent_load(self, pid: object) -> Any:
+    def persistent_load(self, pid: object) -> NoReturn:
         """Refuse references to anything outside the file."""
         raise ForbiddenName("a reference to something outside the file")
 
