@@ -17,7 +17,7 @@ from benchmarks import small
 from data.pixels import Images, to_uint8
 from diffusion import SAMPLERS
 from diffusion.time_grids import TimeGrid
-from evaluator.small import SmallScores
+from evaluator.small import SmallScorer, SmallScores
 from models.loading import resolve_checkpoint
 from runtime.errors import UserError
 from runtime.settings import Values
@@ -112,12 +112,13 @@ def open_network(path: Path, device: torch.device) -> Opened:
         UserError: For anything wrong with the file.
     """
     info, _ = resolve_checkpoint(path)
-    if small.find_scorer(info) is None:
+    scorer = small.find_scorer(info)
+    if not isinstance(scorer, SmallScorer):
         pipeline = Pipeline.from_pretrained(path, device=device)
         check_takes_no_text(pipeline, path)
         return Opened(info.model, 0, pipeline, None)
     model = small.open_model(path, device=device)
-    return Opened(model.name, model.seed, model.pipeline, model.scorer.score)
+    return Opened(model.name, model.seed, model.pipeline, scorer.score)
 
 
 def solvers(process: str, evaluations: int) -> Iterator[Setup]:
