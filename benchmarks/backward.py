@@ -47,7 +47,7 @@ def backward(loss: Tensor) -> None:
 
 
 def _apply(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """Gradients of a node's inputs; none of a leaf, whose own is added to."""
+    """Compute the gradients of a node's inputs; a leaf has none, and its own is added to."""
     if not node.next_functions and hasattr(node, "variable"):
         (gradient,), leaf = gradients, node.variable
         if gradient is not None:
