@@ -111,8 +111,10 @@ def open_dataset(
     return DATASETS[name](settings)
 
 
-def encoder_for(dataset: Dataset, vae: str, device: torch.device | str = "cpu") -> Encoder:
-    """Encoder of the items of a data set by a value of `--vae`; latents need no encoding.
+def encoder_for(
+    dataset: Dataset, vae: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Encoder:
+    """Encoder of the items of a data set by a value of `--vae`, in a precision; latents need no encoding.
 
     Raises:
         ValueError: If the encoder cannot be loaded, or does not fit the data.
@@ -120,4 +122,4 @@ def encoder_for(dataset: Dataset, vae: str, device: torch.device | str = "cpu") 
     if hasattr(dataset, "encoder"):  # of latents
         encoder: Encoder = dataset.encoder(vae, device)
         return encoder
-    return open_encoder(vae, dataset.image_shape, device)
+    return open_encoder(vae, dataset.image_shape, device, dtype)

@@ -9,7 +9,8 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from data.encoders import Encoder, LatentScaling
+from data.encoders import FP32, Encoder, LatentScaling
 from runtime.download import quiet_hub, why_not_loaded
 from runtime.errors import UserError
 from runtime.json_file import Json, parse_json
@@ -32,6 +33,20 @@ _WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.(safetensors|bin)
 _NORMALISATION = re.compile("scal|shift|mean|std|offset|whiten")  # in keys of a config
 _NOT_ENCODING = re.compile("decoder|up|out_|use_post|sample_size|force_upcast")  # starts of keys of a config
 _LONGEST = 1000  # characters of a value: longer lists are buffers of the module, which the fingerprint covers
+
+
+@contextmanager
+def fastest_convolutions(chosen: bool) -> Iterator[None]:
+    """Let cuDNN time its algorithms for each new shape and take the fastest, inside of the block, if that is chosen.
+
+    The choice may differ from run to run, and rounding with it, so the networks that are trained are left out.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or chosen
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class Autoencoder(Encoder):
@@ -48,7 +63,7 @@ class Autoencoder(Encoder):
     scaling_keys: ClassVar[tuple[str, ...]] = tuple(field.name for field in fields(LatentScaling))  # applied here
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(name)
+        super().__init__(name, device, dtype)
         for package in self.packages:
             if importlib.util.find_spec(package) is None:
                 raise ValueError(f"{self.class_name} needs the package {package}; install it with pip")
@@ -86,8 +101,13 @@ class Autoencoder(Encoder):
 
     def encode_rows(self, pixels: Tensor) -> Tensor:
         """Raw latents, float32."""
-        raw: Tensor = getattr(self.module.encode(pixels.to(self.module.dtype)), self.latents)
+        raw: Tensor = getattr(self.encode_images(pixels), self.latents)
         return raw.float()
+
+    def encode_images(self, pixels: Tensor) -> Any:
+        """The module's encoding of images, in its precision."""
+        with fastest_convolutions(self.precision != FP32):
+            return self.module.encode(pixels.to(self.module.dtype))
 
     def decode_rows(self, z: Tensor) -> Tensor:
         """Images of latents that are neither shifted nor scaled."""
@@ -124,7 +144,7 @@ class KLAutoencoder(Autoencoder, folder_class="AutoencoderKL"):
 
     def encode_rows(self, pixels: Tensor) -> Tensor:
         """Posterior parameters: C channels of means, then C of standard deviations."""
-        posterior = self.module.encode(pixels.to(self.module.dtype)).latent_dist
+        posterior = self.encode_images(pixels).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from torch import Tensor
 from data.pixels import from_uint8
 from runtime.json_file import Json, parse_json
 
+FP32: Final = "fp32"
+PRECISIONS = {FP32: torch.float32, "bf16": torch.bfloat16}  # values of `--vae-precision`
 UNVERIFIED = "unverified: no digest of its weights is known"
 Shape = tuple[int, ...]
 
@@ -101,6 +103,7 @@ class Encoder:
     stochastic = False  # raw latents are posterior parameters, and `to_latents` needs noise
     scaling = LatentScaling()
     settings: Mapping[str, object] = MappingProxyType({})  # JSON values that, with the weights, fix raw latents
+    precision = FP32  # of weights and computations
     weight_bytes = 0  # on the device
     image_channels = 3
     image_size: tuple[int, int] | None = None  # (H, W), if the encoder takes no other
@@ -118,6 +121,7 @@ class Encoder:
         self, name: str = "none", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         self.name = name
+        self.precision = next((own for own, known in PRECISIONS.items() if known == dtype), str(dtype))
 
     def latent_shape(self, image_shape: Shape) -> Shape:
         """Shape of the latents of an image or clip.
@@ -173,6 +177,19 @@ class Encoder:
         """JSON values that fix raw latents, and how they become latents."""
         identity = {"name": self.name, "class": self.class_name or type(self).__name__, "sha256": self.encoder_sha256()}
         return {**identity, "stochastic": self.stochastic, **asdict(self.scaling), "settings": dict(self.settings)}
+
+    def describe_latents(self) -> dict[str, object]:
+        """`describe`, and the precision of encoding if that is not float32."""
+        return {**self.describe(), **({} if self.precision == FP32 else {"precision": self.precision})}
+
+    def check_precision(self, recorded: Json) -> None:
+        """Raise a ValueError if a description of latents is of those that were encoded in another precision."""
+        theirs = recorded.get("precision", FP32)
+        if theirs != self.precision:
+            raise ValueError(
+                f"the autoencoder {self.name!r} encodes in {self.precision} (--vae-precision), and these latents were "
+                f"encoded in {theirs}"
+            )
 
     def check_same(self, recorded: Json) -> None:
         """Raise a ValueError if a description is that of another encoder; it may lack entries.

@@ -61,7 +61,7 @@ def make_manifest(
         "classes": images.classes,
         "image_shape": images.image_shape,
         **({"clips": images.describe()} if isinstance(images, ClipWindows) else {}),
-        "encoder": encoder.describe(),
+        "encoder": encoder.describe_latents(),
         "row_shape": row_shape,
         "batch_size": batch_size,
         "shard_size": shard_size,
@@ -80,6 +80,7 @@ def difference_between(manifest: Json, encoder: Encoder, other: Json) -> tuple[s
         if name == "encoder" and isinstance(theirs, dict):  # its folder may have moved
             try:
                 encoder.check_same(theirs)
+                encoder.check_precision(theirs)
             except ValueError as error:
                 return flag, f"(other encoder): {error}"
         elif ours != theirs and (name, theirs) != ("sizes_sha256", None):  # older manifests have no sizes

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.autoencoders import OFFICIAL_VAES
 from data.caption_files import NULL, StoredText
 from data.dataset import Example, Key
-from data.encoders import Encoder, LatentScaling, Shape, open_encoder
+from data.encoders import FP32, Encoder, LatentScaling, Shape, open_encoder
 from data.image_folder import is_flipped
 from data.latent_files import (
     INDEX,
@@ -264,6 +264,7 @@ class StoredEncoder(Encoder):
         self._recorded, self._raw_shape, self._image_shape = recorded, raw_shape, image_shape
         self._device = device
         self._decoder: Encoder | None = None
+        self.precision = recorded.get("precision", FP32)
         self.stochastic, self.settings = recorded["stochastic"], recorded.get("settings", {})
         self.scaling = LatentScaling.from_config(recorded, self.latent_shape(image_shape)[-3])
 
@@ -293,6 +294,11 @@ class StoredEncoder(Encoder):
         """The description in the store, with the name of the autoencoder that decodes."""
         kept = {key: value for key, value in self._recorded.items() if key != "decoder_sha256"}
         return dict(self._recorded) if self.name == self._recorded["name"] else {**kept, "name": self.name}
+
+    def check_same(self, recorded: Json) -> None:
+        """Raise a ValueError if a description is that of another encoder, or of latents in another precision."""
+        super().check_same(recorded)
+        self.check_precision(recorded)
 
     def load(self) -> Encoder:
         """Load the autoencoder.

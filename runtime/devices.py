@@ -36,17 +36,15 @@ def cpu_fields() -> dict[str, str]:
     return {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
-def slow_bf16(device: torch.device | str) -> str | None:
-    """Return a warning if bf16 makes this device slower, as it does a CPU without units for it; None if not."""
+def slow_bf16(device: torch.device | str, flag: str = "--precision") -> str | None:
+    """Return a warning of a flag if bf16 makes this device slower, as it does a CPU without its units; None if not."""
     if torch.device(device).type != "cpu":
         return None
     fields = cpu_fields()
     features = {*fields.get("flags", "").split(), *fields.get("features", "").split()}
     if not features or features & BF16_UNITS:
         return None
-    return (
-        "--precision bf16: this CPU has no units for bf16 and takes several times as long with it; use --precision fp32"
-    )
+    return f"{flag} bf16: this CPU has no units for bf16 and takes several times as long with it; use {flag} fp32"
 
 
 def float64_device(device: torch.device | str) -> torch.device:

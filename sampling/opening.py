@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from data.autoencoders import OFFICIAL_CHANNELS, OFFICIAL_VAES
-from data.encoders import UNVERIFIED, Encoder, open_encoder
+from data.encoders import PRECISIONS, UNVERIFIED, Encoder, open_encoder
 from models import FAMILIES, Network, family_name, model_config
 from models.loading import CheckpointInfo, build_network, resolve_checkpoint
 from runtime.errors import UserError, error_prefix
@@ -147,7 +147,7 @@ def open_its_encoder(
             f"{source}: the network's channels are {channels}, those of {OFFICIAL_VAES[name]} {OFFICIAL_CHANNELS}; "
             "for a network on pixels give --vae none, else the folder of its autoencoder"
         )
-    dtype = torch.float32 if config.encoder.vae_precision == "fp32" else torch.bfloat16
+    dtype = PRECISIONS[config.encoder.vae_precision]
     with error_prefix(f"--vae {name}"):
         encoder = open_encoder(name, known or (() if size is None else (size, size)), device, dtype)
     compare_encoder(encoder, info, chosen=config.encoder.vae is not None)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, fields
 
 from data import COLUMNS, EMBEDDED, ClipSettings
 from data.columns import ColumnSettings
+from data.encoders import FP32
 from diffusion import PROCESSES
 from models import FAMILIES, family_name, family_of
 from runtime import migrate
 from runtime.command_line import parse
+from runtime.devices import check_mps
 from runtime.given import Given
 from runtime.launch import world_size
 from runtime.releases import ALIASES
@@ -59,6 +61,7 @@ class TrainSettings:
                 raise ValueError(f"{flag_name(own.name)} {value}: has no effect without --dataset videofolder")
         self.columns.check_used(data.dataset in COLUMNS, f"--dataset {' or '.join(COLUMNS)}")
         self.lora.check(self.optimization.train_only == "lora")
+        check_mps(self.compute.device, {"--vae-precision bf16": data.vae_precision != FP32})
         parallel = self.compute.parallel
         if parallel != "ddp" and world_size() == 1 and not self.run.dry_run:
             raise ValueError(

@@ -17,6 +17,7 @@ from data import (
     open_dataset,
     open_digits,
 )
+from data.encoders import FP32, PRECISIONS
 from data.renumbered import renumber
 from runtime.errors import UserError, error_prefix
 from training.config import TrainSettings
@@ -63,9 +64,12 @@ def open_encoder(config: TrainSettings, dataset: Dataset, device: torch.device) 
     Raises:
         UserError: If it cannot be had, or does not go with the data.
     """
-    name = config.data.vae or dataset.vae
+    name, precision = config.data.vae or dataset.vae, config.data.vae_precision
+    if precision != FP32 and (name == "none" or hasattr(dataset, "encoder")):
+        reason = "these data are not encoded" if name == "none" else "these latents were encoded by extract_latents.py"
+        raise UserError(f"--vae-precision {precision}: has no effect, because {reason}; leave it out")
     with error_prefix(f"--vae {name}"):
-        encoder = encoder_for(dataset, name, device)
+        encoder = encoder_for(dataset, name, device, PRECISIONS[precision])
         return name, encoder, encoder.latent_shape(dataset.image_shape)
 
 

@@ -59,7 +59,7 @@ class Changes(NamedTuple):
     @property
     def other(self) -> bool:
         """True for another model or other data: another run is meant."""
-        return any(path.startswith(OTHER_RUN) for path in self.refused)
+        return any(_is_of(path, OTHER_RUN) for path in self.refused)
 
     def __str__(self) -> str:
         """Name the first three refused ones, and how to resume with them where that is possible."""
@@ -148,7 +148,12 @@ def candidates(setup: Setup, mirror: RunMirror | None = None) -> Iterator[Resume
 
 def can_change(path: str) -> bool:
     """True if a run may be resumed with another value of a setting, "section.field"."""
-    return not path.startswith(UNCHANGEABLE)
+    return not _is_of(path, UNCHANGEABLE)
+
+
+def _is_of(path: str, settings: Sequence[str]) -> bool:
+    """True if a setting is one of some, or a field of one."""
+    return any(path == name or path.startswith(f"{name}.") for name in settings)
 
 
 def overridden(names: Sequence[str]) -> set[str]:

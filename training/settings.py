@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from data import DATASETS, EMBEDDED
+from data.encoders import FP32
 from models.acceleration import can_compile
 from models.frame_positions import FramePositions
 from runtime.devices import DeviceName, check_mps
@@ -51,6 +52,9 @@ class DataSettings:
         None,
         "autoencoder: ema, mse, a local folder, or none for pixels",
         shown="ema; latents: theirs; (moving) digits and idx: none",
+    )
+    vae_precision: Literal["fp32", "bf16"] = setting(
+        FP32, "of the autoencoder; bf16 encodes faster on CUDA, and rounds latents"
     )
     flip: bool | None = setting(None, "mirror images at random", shown="yes, but not for digits and idx")
     caption_dropout_prob: float = setting(0.0, "share of captions replaced by the empty one, for guidance")

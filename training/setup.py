@@ -126,8 +126,9 @@ class Setup:
     def warnings(self) -> list[str]:
         """Lines about data and settings that a user may regret, for the log and the dry run."""
         lines, optimization = [*self.setup_warnings, *self.loss.warnings(self.total_steps)], self.config.optimization
-        if self.config.compute.precision == "bf16" and (slow := slow_bf16(next(self.network.parameters()).device)):
-            lines.append(slow)
+        precisions = {"--precision": self.config.compute.precision, "--vae-precision": self.config.data.vae_precision}
+        lower = [flag for flag, precision in precisions.items() if precision == "bf16"]
+        lines += filter(None, (slow_bf16(next(self.network.parameters()).device, flag) for flag in lower))
         if text_of(self.dataset) and self.network.conditioning and not self.loss.dropout_prob:
             lines.append("--caption-dropout-prob 0: guidance needs unconditional rows, and none are trained")
         average = average_warning(

@@ -37,7 +37,7 @@ def checkpoint_meta(setup: Setup, step: int, updates: int | None = None, average
         **owners,
         "encoder": {"name": setup.config.data.vae},
         **({} if (text := text_of(setup.dataset)) is None else {"text": text}),
-        "autoencoder": setup.encoder.describe(),
+        "autoencoder": setup.encoder.describe_latents(),
         "data": {
             "image_shape": list(setup.loss.settings.network_shape(tuple(setup.dataset.image_shape))),
             "classes": list(setup.dataset.classes),

@@ -99,6 +99,33 @@ def test_in_bf16_it_decodes_to_the_same_pixels_within_its_precision(vae_folder):
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
+def test_in_bf16_it_encodes_to_the_same_posterior_within_a_percent(vae_folder):
+    plain, half = (open_encoder(str(vae_folder[0]), IMAGE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    pixels = torch.rand(16, *IMAGE) * 2 - 1
+    expected, actual = plain.encode_pixels(pixels), half.encode_pixels(pixels)
+    for part, limit in ((slice(0, 4), 0.01), (slice(4, 8), 0.005)):  # means, standard deviations
+        error = (actual - expected)[:, part].norm() / expected[:, part].norm()
+        assert 1e-4 < error < limit
+    assert half.describe() == plain.describe() == plain.describe_latents()  # one autoencoder, whatever it computes in
+    assert half.describe_latents() == {**half.describe(), "precision": "bf16"}
+    plain.check_precision(half.describe())
+    with pytest.raises(ValueError, match=r"in fp32 \(--vae-precision\), and these latents were encoded in bf16"):
+        plain.check_precision(half.describe_latents())
+
+
+@pytest.mark.parametrize(("dtype", "chosen"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_convolutions_are_timed_while_it_encodes_in_bf16_alone(vae_folder, dtype, chosen, monkeypatch):
+    encoder, seen = open_encoder(str(vae_folder[0]), IMAGE, dtype=dtype), []
+    encode = encoder.module.encode
+    monkeypatch.setattr(encoder.module, "encode", lambda x: seen.append(torch.backends.cudnn.benchmark) or encode(x))
+    encoder.encode_pixels(torch.zeros(1, *IMAGE))
+    assert seen == [chosen] and not torch.backends.cudnn.benchmark
+    monkeypatch.setattr(encoder.module, "encode", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encoder.encode_pixels(torch.zeros(1, *IMAGE))
+    assert not torch.backends.cudnn.benchmark
+
+
 def small_tiny():
     from diffusers import AutoencoderTiny
 

@@ -130,6 +130,29 @@ def test_decoding_goes_through_the_same_autoencoder(extracted, vae, tmp_path):
         encoder_for(stored, str(tmp_path / "encoder")).decode(latents)
 
 
+def test_latents_in_bf16_say_so_and_are_not_mixed_with_others(extracted, images, vae, tmp_path, capsys):
+    output = tmp_path / "latents"
+    argv = flags(images, vae, output)
+    assert extract(*argv, "--vae-precision", "bf16") == 0
+    lower, exact = LatentShards(output), LatentShards(extracted)
+    for own, other in zip(lower.shards, exact.shards, strict=True):
+        error = np.linalg.norm(own.astype(float) - other) / np.linalg.norm(other.astype(float))
+        assert 1e-4 < error < 0.01
+    for name in ("index.json", "manifest.json"):
+        own, other = (read_json(folder / name)["encoder"] for folder in (output, extracted))
+        assert own == {**other, "precision": "bf16"}
+    assert encoder_for(lower, lower.vae).decode(torch.randn(1, 4, 8, 8)).shape == (1, *IMAGE)
+    before = files(output)
+    (output / "00001.npy").unlink()
+    capsys.readouterr()
+    assert extract(*argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("extract_latents.py: error: --vae: ") and error.count("\n") == 1
+    assert "encodes in fp32 (--vae-precision), and these latents were encoded in bf16; give the same" in error
+    assert extract(*argv, "--vae-precision", "bf16") == 0
+    assert files(output) == before
+
+
 def test_two_processes_write_the_same_bytes(extracted, images, vae, tmp_path):
     argv = [*flags(images, vae, tmp_path / "latents"), "--num-workers", "1"]
     done = run_script("scripts/extract_latents.py", *argv, ranks=2, folder=tmp_path)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from runtime.checkpoint import read_checkpoint
 from runtime.errors import UserError
 from sampling.pipeline import Pipeline
 from tests import runs
@@ -93,3 +94,36 @@ def test_its_own_autoencoder_may_move_and_be_rounded(trained: Path, tmp_path: Pa
         warnings.simplefilter("error")
         Pipeline.from_pretrained(ckpt, device="cpu", vae_precision="bf16")
         Pipeline.from_pretrained(ckpt, device="cpu", vae=shutil.copytree(trained / "vae", tmp_path / "moved"))
+
+
+def test_a_run_with_images_encoded_in_bf16_says_so(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*argv(trained), "--log-every", 1, "--max-steps", 4, "--lr", 0.01]
+    assert runs.start(tmp_path / "exact", *flags) == 0
+    assert runs.start(tmp_path / "lower", *flags, "--vae-precision", "bf16") == 0
+    exact, lower = (read_checkpoint(runs.checkpoint(tmp_path / name, 4)).meta for name in ("exact", "lower"))
+    assert exact is not None and lower is not None
+    assert lower["autoencoder"] == {**exact["autoencoder"], "precision": "bf16"}
+    assert runs.losses(tmp_path / "lower") != runs.losses(tmp_path / "exact")
+    for step, loss in runs.losses(tmp_path / "exact").items():
+        assert runs.losses(tmp_path / "lower")[step] == pytest.approx(loss, rel=0.01)
+    capsys.readouterr()
+    assert runs.start(tmp_path / "lower", *flags, "--resume", "auto") == 2
+    assert "--vae-precision (bf16, fp32)" in runs.the_error(capsys)
+    Pipeline.from_pretrained(runs.checkpoint(tmp_path / "lower", 4), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("", "--vae-precision bf16: has no effect, because these data are not encoded"),
+        ("--device mps", "--vae-precision bf16: not with --device mps"),
+    ],
+)
+def test_a_precision_without_an_encoder_is_one_line(
+    flags: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"--dataset digits --model DiT-digits/2 --vae-precision bf16 --device cpu {flags}"
+    assert runs.start(tmp_path, *line.split()) == 2
+    assert words in runs.the_error(capsys) and not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Training on latents that are damaged, or of another autoencoder."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,10 @@ def test_trusted_stamps_train_on_it(latents: Path, tmp_path: Path) -> None:
     [
         ({"sha256": "1"}, "the autoencoder 'ema' is not the one that made these latents"),
         ({"scaling_factor": 1.0}, "the autoencoder 'ema' has LatentScaling(scaling_factor=1.0"),
+        (
+            {"precision": "bf16"},
+            "the autoencoder 'ema' encodes in bf16 (--vae-precision), and these latents were encoded",
+        ),
         ({"name": "/moved"}, ""),
     ],
 )
@@ -100,6 +105,10 @@ def test_held_out_latents_are_of_the_same_autoencoder(
             "--dataset latents --data-path {latents} --vae {images}",
             "--vae {images}: has no config.json that names a class",
         ),
+        (
+            "--dataset latents --data-path {latents} --vae-precision bf16",
+            "--vae-precision bf16: has no effect, because these latents were encoded by extract_latents.py",
+        ),
     ],
 )
 def test_a_folder_of_another_kind_is_one_line(
@@ -111,3 +120,14 @@ def test_a_folder_of_another_kind_is_one_line(
     more = "--model DiT-debug/2 --num-classes 2 --device cpu".split()
     assert runs.start(tmp_path / "a", *argv.format(**places).split(), *more) == 2
     assert words.format(**places) in runs.the_error(capsys)
+
+
+def test_a_run_is_not_resumed_with_latents_of_another_precision(
+    latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*DATA, "--data-path", latents, "--num-workers", 0]
+    assert runs.start(tmp_path / "a", *argv) == 0
+    shutil.rmtree(latents)
+    make(latents, precision="bf16")
+    assert runs.start(tmp_path / "a", *argv, "--max-steps", 4, "--resume", "auto") == 2
+    assert "trained with another autoencoder: the autoencoder 'ema' encodes in bf16" in runs.the_error(capsys)
