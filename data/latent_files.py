@@ -202,7 +202,12 @@ def check_size(path: Path, expected: int) -> None:
 
 def check_sha256(path: Path, shard: Json) -> None:
     """Raise a ValueError unless a file of a shard is the one that was written."""
-    if sha256_of(path) != shard["files"][path.name]["sha256"]:
+    compare_sha256(path, shard, sha256_of(path))
+
+
+def compare_sha256(path: Path, shard: Json, actual: str) -> None:
+    """Raise a ValueError unless this is the checksum of a file of a shard."""
+    if actual != shard["files"][path.name]["sha256"]:
         raise ValueError(f"{path}: not what was written (sha256); delete it and {REMEDY}")
 
 

@@ -27,6 +27,7 @@ from data.latent_files import (
     check_index,
     check_sha256,
     check_size,
+    compare_sha256,
     is_finite,
     map_array,
     read_index,
@@ -225,22 +226,24 @@ class LatentShards:
         self._digest = hashlib.sha256("\n".join([self._digest, self.text["sha256"], *digests]).encode()).hexdigest()
 
     def _read_labels(self) -> npt.NDArray[np.int64]:
-        labels: list[int] = []
+        labels: list[npt.NDArray[np.int64]] = []
         digest = hashlib.sha256(self._encoder["sha256"].encode())
         for position, shard in enumerate(self._shards):
             path = self._description(position)
+            content = path.read_bytes()
             try:
-                description = parse_json(path.read_text())
-                part = description["labels"]
-                digest.update("\n".join([*description["paths"], ""]).encode(errors="surrogateescape"))
+                description = parse_json(content)
+                part, paths = description["labels"], "\n".join(description["paths"])
+                digest.update(paths.encode(errors="surrogateescape"))
+                digest.update(b"\n" if description["paths"] else b"")
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}: not the description of a shard; delete it and {REMEDY}") from error
             if len(part) != shard["count"]:
                 raise ValueError(f"{path}: {len(part)} labels instead of {shard['count']}; delete it and {REMEDY}")
-            check_sha256(path, shard)
-            labels += part
+            compare_sha256(path, shard, hashlib.sha256(content).hexdigest())
+            labels.append(np.array(part, dtype=np.int64))
         self._digest = digest.hexdigest()
-        return np.array(labels, dtype=np.int64)
+        return np.concatenate(labels)
 
     def _description(self, position: int) -> Path:
         return array_path(self._folder, self._shards[position]).with_suffix(".json")

@@ -61,6 +61,19 @@ def folder(tmp_path, raw):
     return tmp_path / "latents"
 
 
+def test_the_digest_is_of_the_encoder_and_of_all_paths_in_their_order(folder):
+    lines = "".join(f"{'cat' if i % 2 else 'ant'}/{i}.png\n" for i in range(10))
+    assert LatentShards(folder).digest() == hashlib.sha256(f"{ENCODER['sha256']}{lines}".encode()).hexdigest()
+
+
+def test_a_description_is_read_once(folder, monkeypatch):
+    read, seen = type(folder).read_bytes, []
+    monkeypatch.setattr(type(folder), "read_bytes", lambda path: seen.append(path.name) or read(path))
+    monkeypatch.setattr("data.latent_files.sha256_of", None)  # which would read it again
+    LatentShards(folder)
+    assert seen == [f"0000{number}.json" for number in range(4)]
+
+
 def test_rows_come_back_in_order_from_whatever_shard(folder, raw):
     data = LatentShards(folder, flip=False)
     assert len(data) == 10 and data.classes == ["ant", "cat"] and data.image_shape == (3, 8, 8)
