@@ -18,6 +18,7 @@ from runtime.errors import error_prefix
 
 T = TypeVar("T")
 Values = dict[str, Any]  # JSON values, or what flags were parsed to
+Owners = Mapping[str, tuple[str, Any]]  # kind of owner -> chosen name and its settings
 
 
 def setting(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from data import Dataset
@@ -16,7 +13,7 @@ from runtime.errors import UserError, error_prefix
 from runtime.given import Given
 from runtime.launch import world_size
 from runtime.seeds import derive_seed
-from runtime.settings import Values
+from runtime.settings import Owners, Values
 from training.config import TrainSettings
 from training.losses import LOSSES
 
@@ -57,7 +54,7 @@ def open_vision_encoder(config: TrainSettings, dataset: Dataset, device: torch.d
 
 def build_loss(
     config: TrainSettings,
-    owners: Mapping[str, tuple[str, Any]],
+    owners: Owners,
     fields: Values,
     shape: tuple[int, ...],
     vision: VisionEncoder | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from data import Dataset
 from data.dataset import text_of
 from data.encoders import Encoder
+from data.vision_encoder import VisionEncoder
 from diffusion import PREVIEW_SAMPLER, make_sampler
 from diffusion.loss import DiffusionLoss, row_noise
 from diffusion.sampling import Sampler
@@ -26,7 +27,7 @@ from runtime.documents import document, sections_of
 from runtime.errors import UserError, error_prefix
 from runtime.given import Given
 from runtime.licences import Origin, origin_of
-from runtime.settings import Values, choose_owners
+from runtime.settings import Owners, Values, choose_owners
 from training.config import KINDS, PROGRAM, TrainSettings
 from training.data import open_and_listen, open_encoder, open_held_out
 from training.fine_tuning import choose_trained
@@ -89,7 +90,7 @@ class Setup:
     """
 
     config: TrainSettings
-    owners: dict[str, tuple[str, Any]]
+    owners: Owners
     dataset: Dataset
     source: str
     encoder: Encoder
@@ -156,7 +157,7 @@ class Choices(NamedTuple):
     """
 
     config: TrainSettings
-    owners: dict[str, tuple[str, Any]]
+    owners: Owners
     fields: Values
     first: Located | None
     start: Checkpoint | None
@@ -211,9 +212,7 @@ def set_up(
     parallel = make_parallel(compute.parallel if fake is None else "ddp", compute.holders, device)
     config, owners, fields, first, start, start_notes = choose(given, parallel, has_data=dataset is not None)
     meta = None if start is None else start.meta
-    source = str(config.data.data_path or config.data.dataset) if dataset is None else type(dataset).__name__
-    dataset, lines = (dataset, []) if dataset is not None else open_and_listen(config, owners["loss"][1].images_behind)
-    dataset = keep_classes(config, start, dataset)
+    dataset, source, lines = open_images(config, owners, start, dataset)
     fields |= text_fields(config, fields, dataset)
     check_classes(config, fields, dataset)
     vae, encoder, shape = open_encoder(config, dataset, device)
@@ -227,22 +226,17 @@ def set_up(
         start_notes += parallel.read(partial(load_start, config, loss, start, dataset), list)
     choose_trained(config, loss.network, fake)
     digests = file_digests(config, first) if fake is None else {}
-    seen = vision.notes if vision is not None and fake is None else []
-    channels, width = dataset.image_shape[-3], dataset.image_shape[-1]
-    data = replace(config.data, vae=vae, image_size=width, channels=channels)
-    total, every = config.optimization.total_steps(len(dataset)), config.optimization.ema_every
-    if every > total:
-        raise UserError(f"--ema-every {every}: the run ends before, after {total} steps; give at most {total}")
+    data = replace(config.data, vae=vae, image_size=dataset.image_shape[-1], channels=dataset.image_shape[-3])
     setup = Setup(
         config=replace(config, process=owners["process"][0], data=data),
-        owners=owners | {"model": (config.model, loss.network.config)},
+        owners={**owners, "model": (config.model, loss.network.config)},
         dataset=dataset,
         source=source,
         encoder=encoder,
         loss=loss,
         parallel=parallel,
-        total_steps=total,
-        notes=[*(f"--align-ckpt: {note}" for note in seen), *digest_notes(digests)],
+        total_steps=run_length(config, dataset),
+        notes=list_weights(vision, digests) if fake is None else [],
         start_notes=[f"--init-from: {note}" for note in start_notes],
         setup_warnings=lines,
         digests=digests,
@@ -251,6 +245,36 @@ def set_up(
     if config.validation.eval_every is not None:
         setup.validation = open_validation(setup, config.validation.eval_every, held_out, device)
     return setup
+
+
+def open_images(
+    config: TrainSettings, owners: Owners, start: Checkpoint | None, dataset: Dataset | None
+) -> tuple[Dataset, str, list[str]]:
+    """Open the training data, unless they are given; their classes become those of the weights to start from.
+
+    Returns:
+        The data, their name in the log, and lines about them.
+    """
+    if dataset is None:
+        source = str(config.data.data_path or config.data.dataset)
+        dataset, lines = open_and_listen(config, owners["loss"][1].images_behind)
+    else:
+        source, lines = type(dataset).__name__, []
+    return keep_classes(config, start, dataset), source, lines
+
+
+def run_length(config: TrainSettings, dataset: Dataset) -> int:
+    """Number of steps of a run; a UserError if it ends before weights are averaged for the first time."""
+    total, every = config.optimization.total_steps(len(dataset)), config.optimization.ema_every
+    if every > total:
+        raise UserError(f"--ema-every {every}: the run ends before, after {total} steps; give at most {total}")
+    return total
+
+
+def list_weights(vision: VisionEncoder | None, digests: Mapping[str, str]) -> list[str]:
+    """Lines about the files of weights that a run uses."""
+    notes = () if vision is None else vision.notes
+    return [*(f"--align-ckpt: {note}" for note in notes), *digest_notes(digests)]
 
 
 def build_without_values(
