@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -34,6 +34,9 @@ from runtime.command_line import parse_config
 from runtime.errors import UserError, run
 from runtime.files import check_writable
 from runtime.settings import positional, setting
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Metric -> label and scale of its axis; drawn where a run has them
 METRICS = {
@@ -94,7 +97,7 @@ def grids(run: RunCurves) -> dict[int, Path]:
     return {steps[i]: run.samples[steps[i]] for i in chosen}
 
 
-def draw_metric(axis: Any, name: str, runs: Sequence[RunCurves], expected: Sequence[Expected]) -> None:
+def draw_metric(axis: Axes, name: str, runs: Sequence[RunCurves], expected: Sequence[Expected]) -> None:
     """Draw one metric of all runs, over the bands that are expected."""
     for band in expected:
         if name in band.curves:

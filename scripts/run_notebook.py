@@ -16,12 +16,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from runtime.command_line import parse_config
 from runtime.errors import UserError, run
 from runtime.files import atomic_path
 from runtime.settings import setting
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
@@ -52,19 +55,19 @@ class NotebookSettings:
         return {name: int(number) for name, _, number in (text.partition("=") for text in self.set)}
 
 
-def read_notebook(path: Path = NOTEBOOK) -> Any:
+def read_notebook(path: Path = NOTEBOOK) -> NotebookNode:
     """Read a notebook."""
     import nbformat  # an extra
 
     return nbformat.read(path, as_version=4)
 
 
-def tags(cell: Any) -> set[str]:
+def tags(cell: NotebookNode) -> set[str]:
     """Tags of a cell."""
     return set(cell.metadata.get("tags", ()))
 
 
-def execute(notebook: Any, folder: Path, values: Mapping[str, int]) -> None:
+def execute(notebook: NotebookNode, folder: Path, values: Mapping[str, int]) -> None:
     """Execute a notebook's cells in a folder, in place; cells that install or need the network stay as they are.
 
     Args:
@@ -109,7 +112,7 @@ def _variables() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def clean(notebook: Any) -> None:
+def clean(notebook: NotebookNode) -> None:
     """Remove what belongs to a machine from a notebook, in place: times, execution data, versions."""
     notebook.metadata = METADATA
     for cell in notebook.cells:
