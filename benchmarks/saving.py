@@ -6,8 +6,8 @@
 Saving: weights, average and two moments of a model are saved, in turn by the trainer's two ways (one file, and a folder
 to which each process adds its part) and by `save_checkpoint`, which returns when the file is whole, as
 version 0.1 did, and compared with a copy of the same bytes into a ready buffer. Times are wall time, the median of five
-saves after the first, which allocates the copy. The file has been written before the next save, so that nothing waits
-for the disk.
+saves after the first; that one allocates the copy, unless its memory was prepared, as the trainer does it. The file has
+been written before the next save, so that nothing waits for the disk.
 
 Loading: `load_network` of files in the page cache, in turn with and without checksums, and the SHA-256 of each file,
 which is recorded and compared where a format has no checksums. Times are medians of five after the first.
@@ -41,7 +41,7 @@ Times = tuple[float, float]  # seconds of CPU time and of wall time
 
 
 def measure(model: str, folder: Path) -> dict[str, float]:
-    """Median seconds of a copy, of the pause of a save, of a whole save, and of the first pause; the bytes."""
+    """Median seconds of a copy, of the pause of a save, of a whole save, and of first pauses; the bytes."""
     weights = create_model(model).state_dict()
     groups = {name: {k: v.clone() for k, v in weights.items()} for name in ("model", "ema", "moment1", "moment2")}
     tensors = [tensor for group in groups.values() for tensor in group.values()]
@@ -56,7 +56,13 @@ def measure(model: str, folder: Path) -> dict[str, float]:
         sharded.wait()
         times["whole save"].append(wall_seconds(lambda: save_checkpoint(folder / "0000002.safetensors", groups, {})))
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    return {**medians, "first pause": times["pause"][0], "bytes": float(sum(t.nbytes for t in tensors))}
+    firsts = {"first pause, not prepared": times["pause"][0]}
+    prepared = BackgroundSaver(folder, lambda path, step: remove(path))
+    prepared.prepare(groups)
+    prepared.wait()  # as long as the steps before the first save take
+    firsts["first pause"] = wall_seconds(lambda: prepared.save(State(4, groups, {})))
+    prepared.wait()
+    return {**medians, **firsts, "bytes": float(sum(t.nbytes for t in tensors))}
 
 
 def print_saving(model: str, folder: Path) -> None:
@@ -64,7 +70,7 @@ def print_saving(model: str, folder: Path) -> None:
     result = measure(model, folder)
     print(f"{model}: {result.pop('bytes') / 1e9:.2f} GB")
     for name, value in result.items():
-        print(f"{name:<14}{value:>9.3f} s{value / result['copy']:>8.2f} x copy")
+        print(f"{name:<26}{value:>9.3f} s{value / result['copy']:>8.2f} x copy")
 
 
 def write_files(model: str, folder: Path) -> dict[str, Path]:

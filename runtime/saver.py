@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -20,6 +22,7 @@ from runtime.parts import SUFFIX, Part
 from runtime.sharding import is_divided, local, place_of, whole
 
 Groups = Mapping[str, Mapping[str, Tensor]]
+Buffers = dict[tuple[str, str], Tensor]  # copies of tensors by group and name
 
 
 class State(NamedTuple):
@@ -43,6 +46,12 @@ class Saver(Protocol):
     def failed(self) -> bool:
         """True if the save that `wait` would wait for has ended with an error."""
 
+    def prepare(self, groups: Groups) -> None:
+        """Get the memory of the first save ready in the background, given a state with the tensors that it will have.
+
+        Without it, or after a save, that is a part of the save; nothing is sent between processes.
+        """
+
     def save(self, state: State) -> None:
         """Wait for the save in flight, then start another; the state may change once this returns.
 
@@ -51,7 +60,7 @@ class Saver(Protocol):
         """
 
     def wait(self) -> None:
-        """Wait for the save in flight.
+        """Wait for the save in flight, or for the memory of the first one.
 
         Raises:
             UserError: If it failed; earlier checkpoints are intact.
@@ -62,14 +71,27 @@ class _Background(ABC):
     """Keeps a copy of this process's share of the state in host memory between saves, and writes it in a thread."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._buffers: Buffers = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._preparing: Future[Buffers] | None = None
 
     @property
     def failed(self) -> bool:
         """True if the save that `wait` would wait for has ended with an error."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def prepare(self, groups: Groups) -> None:
+        """Allocate the copy in the background; after the first save there is one."""
+        if self._buffers or self._writing is not None or self._preparing is not None:
+            return
+        outlines = {
+            (group, name): (shape, tensor.dtype)
+            for group, tensors in groups.items()
+            for name, tensor in tensors.items()
+            if (shape := self._shape(group, name, tensor)) is not None
+        }
+        self._preparing = self._thread.submit(allocate, outlines)
 
     def save(self, state: State) -> None:
         """Wait for the save in flight, copy the state to host memory, and start to write the copy.
@@ -87,6 +109,8 @@ class _Background(ABC):
         Raises:
             UserError: If it failed: the numbers are not finite, or the file cannot be written, as on a full disk.
         """
+        if self._preparing is not None:
+            self._buffers, self._preparing = self._preparing.result(), None
         writing, self._writing = self._writing, None  # an error is raised once
         if writing is not None:
             writing.result()
@@ -109,6 +133,11 @@ class _Background(ABC):
     @abstractmethod
     def _share(self, group: str, name: str, tensor: Tensor) -> Tensor | None:
         """This process's share of a tensor of the state; None for nothing."""
+
+    def _shape(self, group: str, name: str, tensor: Tensor) -> torch.Size | None:
+        """Shape of this process's share of a tensor, without communication; None for nothing."""
+        own = self._share(group, name, tensor)
+        return None if own is None else own.shape
 
     @abstractmethod
     def _write(self, state: State) -> None:
@@ -133,6 +162,9 @@ class BackgroundSaver(_Background):
     def _share(self, group: str, name: str, tensor: Tensor) -> Tensor | None:
         full = whole(tensor)
         return None if self._folder is None else full
+
+    def _shape(self, group: str, name: str, tensor: Tensor) -> torch.Size | None:
+        return None if self._folder is None else tensor.shape  # of a divided tensor, that of the whole
 
     def _write(self, state: State) -> None:
         if self._folder is None:
@@ -207,6 +239,20 @@ class ShardedSaver(_Background):
             raise
         if self._rank == 0:
             self._finished(path, state.step)
+
+
+def allocate(outlines: Mapping[tuple[str, str], tuple[torch.Size, torch.dtype]]) -> Buffers:
+    """Memory for tensors of these shapes, which the system has given: it maps a page when that is first written to.
+
+    Where there is not enough, those that were made; a save needs the others, and reports that.
+    """
+    buffers: Buffers = {}
+    with suppress(RuntimeError, MemoryError):
+        for name, (shape, dtype) in outlines.items():
+            buffer = torch.empty(shape, dtype=dtype)
+            buffer.view(-1).view(torch.uint8).numpy()[:: mmap.PAGESIZE] = 0  # NumPy: in this thread alone
+            buffers[name] = buffer
+    return buffers
 
 
 def unsaved(state: State) -> str:

@@ -129,6 +129,7 @@ class Trainer:
             UserError: On every rank, if a checkpoint could not be saved.
         """
         state, total, run = self.state, self.setup.total_steps, self.config.run
+        first = state.step
         self.introduce()
         traces = self.folder / "profile" if run.profile and self.folder is not None else None
         with (
@@ -154,6 +155,8 @@ class Trainer:
                     self.save()
                 if state.step == total or stopping:
                     self.wait_for_save()
+                elif step == first:  # from now on the optimizer has its state
+                    self.saver.prepare(state.groups())
                 if stopping and state.step < total:
                     self.log.line(f"Stopped by a signal at step {state.step}; --resume auto resumes here")
                     raise SystemExit(INTERRUPTED_STATUS)

@@ -40,5 +40,5 @@ def test_saves_are_timed_in_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(saving, "ROUNDS", 2)
     result = saving.measure(MODEL, tmp_path)
     assert result["bytes"] > 1e5
-    assert all(result[name] > 0 for name in ("copy", "pause", "sharded pause", "whole save"))
+    assert all(result[name] > 0 for name in ("copy", "pause", "sharded pause", "whole save", "first pause"))
     assert not (tmp_path / "0000003.sharded").exists(), "each save is one of its own"

@@ -1,6 +1,8 @@
 """Saving in the background: a real copy, kept buffers, order, and errors."""
 
+import mmap
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +63,46 @@ def test_a_save_copies_into_the_buffers_of_the_one_before_once_that_is_written(t
     saver.save(State(3, {"model": {"x": torch.ones(2)}}, {}))
     saver.wait()
     assert len(saver._buffers) == 1, "tensors that are gone keep no memory"
+
+
+@pytest.mark.parametrize("kind", [BackgroundSaver, ShardedSaver])
+def test_the_first_save_copies_into_memory_that_was_prepared(kind, tmp_path):
+    saver, now = kind(tmp_path, lambda path, step: None), state(1)
+    saver.prepare(now.groups)
+    saver.wait()
+    places = {name: buffer.data_ptr() for name, buffer in saver._buffers.items()}
+    assert places.keys() == {("model", "x"), ("optimizer", "x/step")}
+    saver.save(now)
+    saver.prepare(now.groups)  # too late, and without effect
+    saver.wait()
+    assert {name: buffer.data_ptr() for name, buffer in saver._buffers.items()} == places
+    (path,) = tmp_path.iterdir()
+    assert torch.equal(read_groups(path, list)[0]["model"]["x"], now.groups["model"]["x"])
+
+
+def test_a_process_that_writes_nothing_prepares_nothing():
+    saver = BackgroundSaver(None, lambda path, step: None)
+    saver.prepare(state(1).groups)
+    saver.wait()
+    assert saver._buffers == {}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory of the process is read in /proc")
+def test_prepared_memory_is_there_before_it_is_written_to():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    size, before = 1 << 26, resident()
+    buffers = module.allocate({("model", "x"): (torch.Size([size]), torch.uint8)})
+    assert resident() - before > 0.9 * size and buffers["model", "x"].numel() == size
+
+
+def test_memory_that_cannot_be_prepared_is_left_to_the_save(tmp_path):
+    saver = BackgroundSaver(tmp_path, lambda path, step: None)
+    saver.prepare({"model": {"x": torch.zeros(1).expand(1 << 50)}})
+    saver.save(state(1))
+    saver.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["0000001.safetensors"]
 
 
 def test_an_error_is_raised_once_by_the_next_call_and_nothing_else_is_written(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from diffusion.loss import DiffusionLoss
 from runtime.checkpoint import read_checkpoint
 from runtime.groups import read_groups
+from runtime.saver import BackgroundSaver
 from tests import runs
 from tests.processes import fork_script, run_ranks
 from tests.runs import DIGITS, assert_same, checkpoint, losses, metrics, run_folder, state
@@ -63,6 +64,24 @@ def test_an_average_every_few_steps_resumes_bit_by_bit_and_with_another_interval
     for name, weight in seventh[0]["model"].items():
         expected = torch.lerp(sixth[0]["ema-0.9"][name].double(), weight.double(), 1 - share)
         torch.testing.assert_close(seventh[0]["ema-0.9"][name].double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("saves", [1, 3])
+def test_memory_of_the_first_save_is_prepared_once_the_optimizer_has_its_state(saves, tmp_path, monkeypatch):
+    prepared, plain = [], BackgroundSaver.prepare
+
+    def prepare(self, groups):
+        prepared.append({name: len(tensors) for name, tensors in groups.items()})
+        plain(self, groups)
+        copies.append(self._preparing is not None)
+
+    copies = []
+    monkeypatch.setattr(BackgroundSaver, "prepare", prepare)
+    assert start(tmp_path, "--max-steps", 3, "--depth", 1, "--ckpt-every", saves) == 0
+    (counts,) = prepared
+    groups, _ = read_groups(checkpoint(tmp_path, 3), lambda present: present)
+    assert counts == {name: len(tensors) for name, tensors in groups.items()} and counts["optimizer"] > 10
+    assert copies == [saves > 1], "after a save at the first step there is nothing to prepare"
 
 
 def test_resume_with_flips_workers_and_a_stop_in_mid_epoch(tmp_path):
