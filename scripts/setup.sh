@@ -32,6 +32,13 @@ if [ -x .venv/bin/python ] && [ "$(cat .venv/.stamp 2>/dev/null)" = "$stamp" ] &
     exit 0
 fi
 
+# A link to the .venv of another checkout, whose project and versions this would replace by its own
+if [ -L .venv ] && [ -f .venv/../pyproject.toml ]; then
+    echo "setup: .venv is that of $(cd -P .venv/.. && pwd), set up for other lock files or another pyproject.toml;" \
+        "run scripts/setup.sh there, or remove the link" >&2
+    exit 2
+fi
+
 find_python() {
     local candidate
     for candidate in ${PYTHON:-} python3 python3.14 python3.13 python3.12 python3.11 python; do

@@ -90,6 +90,23 @@ class Sandbox:
         return [line for line in (self.folder / "calls").read_text().splitlines() if "pip install" in line]
 
 
+def test_the_environment_of_another_checkout_is_left_as_it_is(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one, two = Sandbox(tmp_path / "one", "uv"), Sandbox(tmp_path / "two", "uv")
+    assert one.run("setup.sh").returncode == 0
+    (two.folder / ".venv").symlink_to(one.folder / ".venv")
+    assert two.run("setup.sh").returncode == 0  # the same pins
+    (two.folder / "pyproject.toml").write_text("other")
+    done = two.run("setup.sh")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f".venv is that of {one.folder.resolve()}, " in done.stderr and not (two.folder / "calls").exists()
+    (two.folder / ".venv").unlink()
+    (tmp_path / "disk").mkdir()
+    (two.folder / ".venv").symlink_to(tmp_path / "disk")  # on a larger disk
+    assert two.run("setup.sh").returncode == 0 and two.installs()
+
+
 @pytest.mark.parametrize("installer", ["uv", "pip"])
 def test_both_environments_are_installed_with_hashes_and_the_project_without_dependencies(
     installer: str, tmp_path: Path
