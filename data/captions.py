@@ -38,6 +38,12 @@ def read_captions(source: str, root: Path, paths: Sequence[str]) -> list[str]:
     return [captions[file] or "" for file in files]
 
 
+def check_captions(source: str) -> None:
+    """Raise the ValueError of `read_captions` for a file that cannot be read as captions at all."""
+    if source != BESIDE:
+        _read_table(Path(source))
+
+
 def _beside(root: Path) -> Callable[[str], str | None]:
     """Reader of the .txt of a file's name with the suffix replaced or added, as one line."""
 
@@ -52,29 +58,29 @@ def _beside(root: Path) -> Callable[[str], str | None]:
 
 def _read_table(path: Path) -> Mapping[str, str]:
     """Captions of a JSON or CSV file by path."""
-    text = _decoded(path)
+    text = read_utf8(path)
     if path.suffix.lower() == ".csv":
-        return _by_path(path, csv.DictReader(text.splitlines()))
+        return _by_path(csv.DictReader(text.splitlines()))
     if path.suffix.lower() != ".json":
         raise ValueError("must end in .json or .csv, or be txt for a .txt next to each file")
     try:
         document = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+        raise ValueError(f"not JSON ({error})") from error
     if isinstance(document, dict) and all(isinstance(value, str) for value in document.values()):
         return document
     if not isinstance(document, list) or not all(isinstance(row, dict) for row in document):
-        raise ValueError(f"{path}: must be an object of path -> caption, or a list of objects with both")
-    return _by_path(path, document)
+        raise ValueError("must be an object of path -> caption, or a list of objects with both")
+    return _by_path(document)
 
 
-def _by_path(path: Path, rows: Iterable[Mapping[str, object]]) -> dict[str, str]:
+def _by_path(rows: Iterable[Mapping[str, object]]) -> dict[str, str]:
     captions: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
         file = next((row[name] for name in PATHS if row.get(name)), None)
         caption = next((row[name] for name in TEXTS if row.get(name) is not None), None)
         if not isinstance(file, str) or not isinstance(caption, str):
-            raise ValueError(f"{path}: entry {number} needs a {PATHS[0]} and a {TEXTS[0]}; it has {', '.join(row)}")
+            raise ValueError(f"entry {number} needs a {PATHS[0]} and a {TEXTS[0]}; it has {', '.join(row)}")
         captions[file] = caption
     return captions
 

@@ -12,6 +12,7 @@ import hashlib
 import html
 import importlib.util
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from data.words import Words
 from runtime.download import quiet_hub, why_not_loaded
 
 ROWS = 8  # prompts that T5 encodes at a time
+LENGTH = 120  # tokens of a T5, as the published networks take them
 NEEDED = ("transformers", "sentencepiece")
 
 
@@ -113,6 +115,9 @@ class T5:
 
 def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load tokenizer and encoder; a ValueError of one line for any failure, and for weights that do not fill it."""
+    for part in ("text_encoder", "tokenizer") if Path(name).is_dir() else ():
+        if not (Path(name) / part).is_dir():
+            raise ValueError(f"{name} has no folder {part}; give a folder of diffusers with text_encoder and tokenizer")
     from transformers import AutoTokenizer, T5EncoderModel  # heavy, and only prompts of T5 need it
     from transformers.utils import logging
 
@@ -152,8 +157,16 @@ def open_text_encoder(
     """
     encoder: TextEncoder = Words() if name == Words.name else T5(name, length, device, dtype)
     if encoder.length != length:
-        raise ValueError(f"the text encoder {name} makes {encoder.length} tokens, the network takes {length}")
+        raise ValueError(
+            f"the text encoder {name} makes {encoder.length} tokens, and the network takes {length}; give the one that "
+            "it was trained with"
+        )
     return encoder
+
+
+def default_length(name: str) -> int:
+    """Tokens of a caption where nothing says otherwise: the only number of `words`, that of published networks."""
+    return Words.length if name == Words.name else LENGTH
 
 
 def check_encoded(text: Mapping[str, Tensor], width: int, length: int) -> None:

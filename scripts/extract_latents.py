@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import COLUMNS, open_dataset
 from data.caption_files import NULL, finished_text, write_text
-from data.captions import read_captions
+from data.captions import check_captions, read_captions
 from data.clip_settings import FRAMES, ClipSettings
 from data.clip_windows import ClipWindows
 from data.columns import ColumnSettings
@@ -50,7 +50,8 @@ from data.latent_files import (
 )
 from data.latent_manifest import check_ranks, check_settings, make_manifest
 from data.latent_parts import index_store, write_part
-from data.text_encoders import TextEncoder, open_text_encoder
+from data.text_encoders import TextEncoder, default_length, open_text_encoder
+from data.words import Words
 from runtime import distributed
 from runtime.command_line import parse_config
 from runtime.devices import DeviceName, check_mps, slow_bf16
@@ -92,7 +93,9 @@ class ExtractConfig:
     text_encoder: str | None = setting(
         None, "encoder of the captions: a folder of diffusers or repository on the hub with a T5, or words"
     )
-    text_length: int = setting(120, "tokens of a caption: it is cut or filled up (words: 8)")
+    text_length: int | None = setting(
+        None, "tokens of a caption of a T5: it is cut or filled up", shown="120; words has 8"
+    )
     image_size: tuple[int, ...] = setting((256,), "side of square images in pixels, or height and width")
     both_flips: bool = setting(True, "store every image plain and mirrored (twice the bytes)")
     batch_size: int = setting(32, "images or frames per batch, on each process; at least one clip")
@@ -128,8 +131,11 @@ class ExtractConfig:
         if (self.captions is None) != (self.text_encoder is None):
             given, needed = ("captions", "text_encoder") if self.captions else ("text_encoder", "captions")
             raise ValueError(f"{flag_name(given)} {getattr(self, given)}: needs {flag_name(needed)}")
-        if self.text_length < 1:
-            raise ValueError(f"--text-length {self.text_length}: must be at least 1")
+        if self.text_length is not None:
+            if self.text_length < 1:
+                raise ValueError(f"--text-length {self.text_length}: must be at least 1")
+            if self.text_encoder == Words.name and self.text_length != Words.length:
+                raise ValueError(f"--text-length {self.text_length}: words has {Words.length} tokens; leave it out")
         if self.shard is not None:
             Shard.parse(self.shard)
         if self.num_workers < 0:
@@ -167,12 +173,13 @@ def set_up(config: ExtractConfig, device: torch.device) -> Job:
     """Load the encoder and list the images, without writing anything."""
     assert config.data_path is not None
     size = config.image_size[0], config.image_size[-1]
+    config = replace(config, data_path=fetch(config.data_path, "--data-path"))
+    assert config.data_path is not None
+    check_sources(config, config.data_path)  # before an autoencoder is downloaded
     with error_prefix(f"--vae {config.vae}"):
         encoder = open_encoder(config.vae, (3, *size), device, PRECISIONS[config.vae_precision])
     if config.vae_precision != FP32 and (slow := slow_bf16(device, "--vae-precision")) and is_first():
         print(f"warning: {slow}", file=sys.stderr)
-    config = replace(config, data_path=fetch(config.data_path, "--data-path"))
-    assert config.data_path is not None
     channels = encoder.image_channels
     with error_prefix("--image-size"):
         encoder.raw_shape((channels, *size))
@@ -186,6 +193,15 @@ def set_up(config: ExtractConfig, device: torch.device) -> Job:
     if config.shard is not None:
         numbers = Shard.parse(config.shard).range(len(numbers), f"files of {config.shard_size:,} (--shard-size)")
     return Job(config, images, encoder, row_shape, manifest, numbers, text_encoder, captions)
+
+
+def check_sources(config: ExtractConfig, data_path: Path) -> None:
+    """Check that folder and captions can be read; a UserError if not."""
+    if config.dataset not in COLUMNS and not data_path.is_dir():
+        raise UserError(f"--data-path {data_path}: no such folder")
+    if config.captions is not None:
+        with error_prefix(f"--captions {config.captions}"):
+            check_captions(config.captions)
 
 
 def open_captions(
@@ -203,7 +219,8 @@ def open_captions(
     with error_prefix(f"--captions {config.captions}"):
         captions = dict(zip(paths, read_captions(config.captions, config.data_path, paths), strict=True))
     with error_prefix(f"--text-encoder {config.text_encoder}"):
-        encoder = open_text_encoder(config.text_encoder, config.text_length, device)
+        length = config.text_length or default_length(config.text_encoder)
+        encoder = open_text_encoder(config.text_encoder, length, device)
     with error_prefix(f"--captions {config.captions}"):
         cut = sum(encoder.read_part(caption) is not None for caption in captions.values())
     if cut and is_first():

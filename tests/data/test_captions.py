@@ -59,7 +59,7 @@ def test_an_image_without_a_caption_is_named(kind: str, tmp_path: Path) -> None:
         ("a.csv", b"name,caption\na,b\n", "entry 1 needs a path and a caption; it has name, caption"),
         ("a.json", b"\xff", "not text in UTF-8"),
         ("a.yaml", b"", "must end in .json or .csv, or be txt for a .txt next to each file"),
-        ("none.csv", None, r"none.csv: cannot be read \(No such file"),
+        ("none.csv", None, r"cannot be read \(No such file"),
     ],
 )
 def test_other_files_are_refused(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_descriptions_tell_weights_apart(encoder: T5, tmp_path: Path) -> None:
 
 def test_encoders_open_by_name(folder: Path) -> None:
     assert open_text_encoder("words", 8).name == "words" and open_text_encoder(str(folder), 5).length == 5
-    with pytest.raises(ValueError, match="words makes 8 tokens, the network takes 120"):
+    with pytest.raises(ValueError, match="words makes 8 tokens, and the network takes 120; give the one"):
         open_text_encoder("words", 120)
 
 

@@ -53,7 +53,7 @@ def flags(folder: Path, output: Path, *more: str) -> list[str]:
     return [*argv.split(), *"--shard-size 2 --num-workers 0 --device cpu".split(), *more]
 
 
-CAPTIONS = "--text-encoder words --text-length 8 --captions".split()
+CAPTIONS = "--text-encoder words --captions".split()
 
 
 def extract(folder: Path, output: Path, *more: str) -> int:
@@ -155,8 +155,10 @@ def test_networks_with_labels_do_not(store: Path, tmp_path: Path, capsys: pytest
     [
         (["--captions", "txt"], "--captions txt: needs --text-encoder"),
         (["--text-encoder", "words"], "--text-encoder words: needs --captions"),
-        ([*CAPTIONS, "none.json"], "none.json: cannot be read"),
-        ([*CAPTIONS[:2], "--captions", "txt"], "words makes 8 tokens, the network takes 120"),
+        ([*CAPTIONS, "none.json", "--vae", "none/vae"], "error: --captions none.json: cannot be read"),
+        ([*CAPTIONS, "txt", "--data-path", "none", "--vae", "none/vae"], "error: --data-path none: no such folder"),
+        ([*CAPTIONS, "txt", "--text-length", "9"], "--text-length 9: words has 8 tokens; leave it out"),
+        (["--captions", "txt", "--text-encoder", "{folder}/vae"], "vae has no folder text_encoder; give a folder of"),
         ([*CAPTIONS, "{folder}/unknown.json"], "unknown word 'purple'"),
         ([*CAPTIONS, "{folder}/few.json"], "no caption of ant/1.png, nor have 3 others"),
     ],

@@ -510,7 +510,7 @@ def test_latents_that_are_not_finite_are_never_written(images, vae, tmp_path, mo
         ("--batch-size 0", "--batch-size 0: must be at least 1"),
         ("--shard-size 0", "--shard-size 0: must be at least 1"),
         ("--num-workers -1", "--num-workers -1: must not be negative"),
-        ("--data-path {tmp}/nothing", "--data-path {tmp}/nothing: {tmp}/nothing: no such folder"),
+        ("--data-path {tmp}/nothing", "--data-path {tmp}/nothing: no such folder"),
         ("--data-path {tmp}", "--data-path {tmp}: {tmp}: expected class folders"),
         ("--output {tmp}/file", "--output {tmp}/file/index.json: cannot write there"),
         ("--output {tmp}/other", "--output {tmp}/other: 00000.npy is there, but no manifest.json; give the same"),
