@@ -363,7 +363,8 @@ def main(argv: Sequence[str]) -> None:
         named = dict.fromkeys(f"{i} {names[i]}" for i in made.labels if names and names[i] != str(i))
         classes = f"; classes: {', '.join(named)}" if named else ""
         count = len(made.moments[-1])
-        print(f"Saved {count} {writer.unit}s to {', '.join(map(str, paths))}{classes}")
+        plural = "" if count == 1 else "s"
+        print(f"Saved {count} {writer.unit}{plural} to {', '.join(map(str, paths))}{classes}")
         if settings.trajectory is not None:
             save_trajectory(made.moments, made.columns, settings.trajectory, writer)
             print(f"Saved {len(made.moments)} moments of them to {settings.trajectory}")

@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
                     "seconds_before": round(ready - started, 2),
                 }
             )
-            print(f"Saved {job.total:,} {samples} to {path}")
+            print(f"Saved {job.total:,} {samples if job.total != 1 else job.writer.unit} to {path}")
         distributed.barrier()
 
 

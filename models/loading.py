@@ -156,7 +156,7 @@ def resolve_checkpoint(
     if checkpoint.meta is not None:
         actual = str(checkpoint.meta["model"]["name"])
     if model is not None and actual not in (None, model):
-        raise UserError(f"--model {model}: {flag} {source} was trained with {actual}")
+        raise UserError(f"--model {model}: {flag} {source} was trained with {actual}; leave --model out")
     if checkpoint.meta is not None:
         info = _own_info(path, checkpoint.group, checkpoint.meta)
         if process not in (None, info.process):

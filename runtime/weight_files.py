@@ -56,7 +56,10 @@ def file_in(path: Path, flag: str) -> Path:
                 raise UserError(f"{flag} {path}: is a folder; give a file in it: {names}, ...")
             if found:
                 return found[0]
-        raise UserError(f"{flag} {path}: is a folder; give a file in it, such as checkpoints/0050000.safetensors")
+        runs = (file for above in ("", "*/", "*/*/") for file in path.glob(f"{above}checkpoints/*.safetensors"))
+        newest = max(runs, key=lambda file: file.stat().st_mtime, default=None)
+        example = "checkpoints/0050000.safetensors" if newest is None else newest.relative_to(path)
+        raise UserError(f"{flag} {path}: is a folder; give a file in it, such as {example}")
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
     return path

@@ -68,6 +68,12 @@ class TextSettings:
         """Values by flag of what says something about text."""
         return {flag_name(k): v for k, v in vars(self).items() if v not in (None, (), "fp32")}
 
+    def first_chosen(self) -> str | None:
+        """The first flag that says something about text, with its value as it is typed; None if none does."""
+        for flag, value in self.chosen().items():
+            return f"{flag} {value[0] if isinstance(value, tuple) else value}"
+        return None
+
     def read(self) -> tuple[str, ...]:
         """The prompts; none with `prompt_embeds`.
 
@@ -143,9 +149,9 @@ def open_prompts(
         UserError: For prompts without such a network or the reverse, and for whatever cannot be read or encoded.
     """
     if "text" not in network.conditioning:
-        for flag, value in settings.chosen().items():
+        if (chosen := settings.first_chosen()) is not None:
             takes = "labels; give --class-labels" if network.conditioning else "no text"
-            raise UserError(f"{flag} {value}: has no effect, because the network of --ckpt takes {takes}")
+            raise UserError(f"{chosen}: has no effect, because the network of --ckpt takes {takes}")
         return None
     if settings.negative_prompt is not None and not guided:
         raise UserError(
@@ -225,7 +231,8 @@ def cut_prompts(encoder: TextEncoder, flag: str, prompts: Sequence[str]) -> Iter
         with error_prefix(f"{flag} {shown}"):
             part = encoder.read_part(prompt)
         if part is not None:
-            yield f"{flag} {shown}: longer than {encoder.length} tokens; it is read up to '... {part[-40:]}'"
+            end = part if len(part) <= 40 else f"... {part[-40:]}"
+            yield f"{flag} {shown}: longer than {encoder.length} tokens; it is read up to '{end}'"
 
 
 def release_memory(device: torch.device) -> None:
@@ -254,8 +261,11 @@ def read_embeds(path: Path, network: Network) -> Prompts:
     null = {name: tensors[NULL + name].float() for name in names} if NULL + "text" in tensors else None
     config = network.config
     for leaves in (rows, null or rows):
-        with error_prefix(where):
+        try:
             check_encoded(leaves, config.text_width, config.text_length)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}; scripts/encode_prompts.py makes a file for this --ckpt") from error
+        with error_prefix(where):
             if leaves["text"].ndim != 3 or not len(leaves["text"]):
                 raise ValueError(f"text is {tuple(leaves['text'].shape)}, and needs one row a prompt: (P, L, K)")
     count = len(rows["text"])

@@ -70,9 +70,10 @@ def main(argv: Sequence[str]) -> None:
     check_writable(config.output, "--output")
     texts, device = config.text.read(), choose_device(config.device)
     network, info = load_network(config.ckpt, weights=config.weights)
+    if "text" not in network.conditioning:
+        raise UserError(f"--ckpt {config.ckpt}: its network takes no text; give a checkpoint of one that does")
     prompts = open_prompts(config.text, network, info, device, texts)
-    if prompts is None:
-        raise UserError(f"--ckpt {config.ckpt}: its network takes no text")
+    assert prompts is not None  # of a network that takes text
     with atomic_path(config.output, alone=True) as path:
         save_file(as_tensors(prompts), path)
     unit = "prompt" if prompts.size == 1 else "prompts"

@@ -178,8 +178,8 @@ def text_fields(config: TrainSettings, fields: Values, dataset: Dataset) -> Valu
     """
     text, source = text_of(dataset), config.data.data_path or f"--dataset {config.data.dataset}"
     takes = {"text_width", "text_length"} <= family_of(config.model).config.__dataclass_fields__.keys()
-    if config.data.caption_dropout_prob and not takes:
-        raise UserError(f"--caption-dropout-prob: has no effect, because --model {config.model} takes no text")
+    if (dropped := config.data.caption_dropout_prob) and not takes:
+        raise UserError(f"--caption-dropout-prob {dropped}: has no effect: --model {config.model} takes no text")
     if text is None:
         if takes and not hasattr(dataset, "null_conditioning"):
             raise UserError(

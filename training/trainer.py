@@ -168,7 +168,8 @@ class Trainer:
         """Log what is trained on what, and the warnings."""
         parameters = sum(p.numel() for p in self.state.network.parameters())
         self.log.line(f"{family_name(self.config.model)} Parameters: {parameters:,}")
-        self.log.line(f"Dataset contains {len(self.setup.dataset):,} images ({self.setup.source})")
+        unit = "clips" if len(self.setup.dataset.image_shape) == 4 else "images"
+        self.log.line(f"Dataset contains {len(self.setup.dataset):,} {unit} ({self.setup.source})")
         epochs = "" if self.config.optimization.max_steps else f"{self.config.optimization.epochs} epochs, "
         step, total = self.state.step, self.setup.total_steps
         ended = f"Already at step {step:,} of {total:,}: nothing to train; a larger --max-steps or --epochs continues"

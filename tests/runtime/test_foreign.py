@@ -282,7 +282,12 @@ def test_shards_load_from_their_index_or_folder(tmp_path: Path) -> None:
 
 
 def test_folders_hold_one_file_of_weights(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a folder; give a file"):
+    with pytest.raises(UserError, match="is a folder; give a file in it, such as checkpoints/0050000.safetensors"):
+        read_foreign(tmp_path)
+    run = tmp_path / "runs" / "000-DiT" / "checkpoints"
+    run.mkdir(parents=True)
+    save_file(EMA, run / "0000100.safetensors")
+    with pytest.raises(UserError, match="such as runs/000-DiT/checkpoints/0000100.safetensors"):
         read_foreign(tmp_path)
     save_file(EMA, tmp_path / "a.safetensors")
     (tmp_path / "config.json").write_text('{"sample_size": 8}')

@@ -75,7 +75,7 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path: Path, capsys: pytest.
         (["--ckpt", ckpt, "--prompt-embeds", "x"], "--prompt-embeds x: is encoded; give --prompt or --prompt-file"),
         (["--ckpt", ckpt, "--prompt-file", tmp_path / "empty.txt"], "empty.txt: no prompts in it"),
         (["--ckpt", ckpt, "--prompt", "a purple one"], "--prompt a purple one: unknown word 'purple'"),
-        (["--ckpt", labels, "--prompt", "a one"], "takes labels; give --class-labels"),
+        (["--ckpt", labels, "--prompt", "a one"], f"--ckpt {labels}: its network takes no text"),
         (["--ckpt", ckpt, "--prompt", "a one", "--output", tmp_path / "e.pt"], "must end in .safetensors"),
     ):
         assert encode("--output", output, *argv) == 2

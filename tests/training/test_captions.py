@@ -58,6 +58,7 @@ def test_the_share_of_dropped_captions_is_the_one_asked_for() -> None:
 def test_a_checkpoint_remembers_the_encoder_and_a_run_resumes_bit_by_bit(tmp_path: Path) -> None:
     argv = [*RUN, "--caption-dropout-prob", 0.1, "--ckpt-every", 2]
     assert start(tmp_path / "a", *argv) == 0
+    assert "clips (captioned-digits)" in runs.log(tmp_path / "a")
     assert start(tmp_path / "b", *argv, "--max-steps", 2) == start(tmp_path / "b", *argv, "--resume", "auto") == 0
     meta = read_checkpoint(last_checkpoint(tmp_path / "a")).meta
     assert meta is not None and meta["text"] == Words().describe() and meta["data"]["classes"] == []
@@ -95,7 +96,7 @@ def test_a_dry_run_predicts_memory_and_warns(capsys: pytest.CaptureFixture[str],
         ([*CAPTIONED, "--model", "Latte-debug/2"], "Latte-debug/2: takes labels, and --dataset captioned-digits"),
         ([*runs.MOVING_DIGITS, "--model", NAME], "takes text, and --dataset moving-digits has no captions; give"),
         ([*runs.MOVING_DIGITS, "--model", "Latte-digits/4", "--caption-dropout-prob", 0.1],
-         "--caption-dropout-prob: has no effect, because --model Latte-digits/4 takes no text"),
+         "--caption-dropout-prob 0.1: has no effect: --model Latte-digits/4 takes no text"),
         ([*RUN, "--text-length", 120], "--text-length 120: the captions of --dataset captioned-digits have 8"),
         ([*RUN, "--caption-dropout-prob", 1], "--caption-dropout-prob 1.0: must lie in [0, 1)"),
         ([*CAPTIONED, "--model", NAME, "--data-path", "x"], "--data-path x: has no effect with --dataset captioned"),
