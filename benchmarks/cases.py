@@ -70,7 +70,8 @@ def forward(network: nn.Module, inputs: Inputs, autocast: torch.dtype | None = N
     """Evaluate our network or an official one."""
     with torch.autocast(inputs.x.device.type, autocast, enabled=autocast is not None):
         out = network(inputs.x, inputs.t, **inputs.conditioning)
-    return out if isinstance(out, Tensor) else out.sample
+    sample: Tensor = out if isinstance(out, Tensor) else out[0]
+    return sample
 
 
 def forward_flop(network: Network, rows: int) -> float:
@@ -199,8 +200,8 @@ class TrainLoop:
 
         The bias of keys adds the same to all scores of a query, which changes no attention weight.
         """
-        named = self.network.named_parameters()
-        return [p.grad for name, p in named if p.grad is not None and not name.endswith("to_k.bias")]
+        named = dict(self.network.named_parameters())
+        return [p.grad for name, p in sorted(named.items()) if p.grad is not None and not name.endswith("to_k.bias")]
 
 
 def make_optimizer(parameters: Iterable[Tensor], *, plain: bool) -> torch.optim.Optimizer:

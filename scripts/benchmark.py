@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py --model DiT-S/2 --batch-size 8
     python scripts/benchmark.py --only forward,train_step,sampling --against ../DiT  # facebookresearch/DiT
+    python scripts/benchmark.py --model DDT-S/2 --only forward,train_step --against ../DDT --precision fp32 --rounds 15
     python scripts/benchmark.py --against-version ../older-checkout                  # this project, at another commit
 
 Cases that are compared run in turn (A B C, A B C, ...) in one process on the same weights and inputs, and must agree
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -43,7 +45,9 @@ class BenchmarkSettings(TimingSettings):
     model: str = setting("DiT-S/2", "name in the registry (models.list_models())")
     batch_size: int = setting(8, "images of a forward pass and of a training step")
     only: str = setting(",".join(GROUPS), "groups to run, separated by commas")
-    against: Path | None = setting(None, "also time a checkout of facebookresearch/DiT (its models.py needs timm)")
+    against: Path | None = setting(None, "also time a checkout of the official code, such as facebookresearch/DiT")
+    precision: Literal["fp32", "bf16"] | None = setting(None, "of forward pass and training step", shown="both")
+    compiled: bool = setting(True, "also time compiled blocks")
     against_version: Path | None = setting(
         None, "only compare with another checkout of this project: forward, training step, sampling step"
     )
@@ -71,15 +75,21 @@ def network_rows(config: BenchmarkSettings, device: torch.device, clock: Clock) 
     network = cases.random_network(config.model, device)
     inputs = cases.make_inputs(network, config.batch_size, device)
     peer = official_network(config.against, network, config.model) if config.against else None
-    compiler = cases.find_compiler(device)
-    skipped = [] if compiler else ["compiled blocks: no C++ compiler (on a GPU: no Triton)"]
+    compiler = cases.find_compiler(device) if config.compiled else None
+    skipped = [] if compiler or not config.compiled else ["compiled blocks: no C++ compiler (on a GPU: no Triton)"]
     peaks = cases.peak_cases(network, config.batch_size, device)
     makers: dict[str, Callable[[], list[Case]]] = {
         "forward": lambda: cases.forward_cases(network, inputs, peer, compiler) + peaks,
         "train_step": lambda: cases.train_cases(network, inputs, peer, compiler) + peaks,
         "optimizer": lambda: cases.optimizer_cases(network),
     }
-    return [row for group in groups for row in measure(group, makers[group](), config.rounds, clock)], skipped
+    rows = []
+    for group in groups:
+        made = makers[group]()
+        first = made[0]  # others are compared with it
+        chosen = [case for case in made if case is first or config.precision in (None, case.precision)]
+        rows += measure(group, chosen, config.rounds, clock)
+    return rows, skipped
 
 
 def loader_rows(rounds: int) -> Rows:

@@ -215,6 +215,77 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert str(tmp_path) not in output.read_text()  # whose machine it was is nobody's business
 
 
+STAND_INS = {
+    "DyDiT": """
+from models.dydit import DyDiT as Ours, DyDiTConfig
+from dynamic_stand_in import PART
+
+class DiT(Ours):
+    def __init__(self, in_channels, input_size, **config):
+        super().__init__(DyDiTConfig(**config, sample_shape=(in_channels, input_size, input_size)))
+
+    def forward(self, x, t, y):
+        return super().forward(x, t, y=y)[0], PART
+""",
+    "DDT": """
+from models.ddt import DDT as Ours, DDTConfig
+
+class DDT(Ours):
+    def __init__(self, in_channels, num_groups, hidden_size, num_blocks, num_encoder_blocks, patch_size, num_classes):
+        super().__init__(DDTConfig(
+            sample_shape=(in_channels, 8, 8), num_heads=num_groups, hidden_size=hidden_size, depth=num_blocks,
+            encoder_depth=num_encoder_blocks, patch_size=patch_size, num_classes=num_classes,
+        ))
+
+    def forward(self, x, t, y):
+        return tuple(super().forward(x, t, y=y))[:2]
+""",
+    "Skip-DiT": """
+from models.skip_dit import SkipDiT, SkipDiTConfig
+
+class DiT_skip(SkipDiT):
+    def __init__(self, in_channels, input_size, **config):
+        super().__init__(SkipDiTConfig(**config, sample_shape=(in_channels, input_size, input_size)))
+
+    def forward(self, x, t, y):
+        return super().forward(x, t, y=y)[0]
+""",
+}
+
+
+@pytest.mark.parametrize("family", STAND_INS)
+def test_every_family_is_compared_with_its_official_network(
+    tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(benchmark_cases.GEMM_SIDE, "cpu", 16)
+    path = tmp_path / official.OFFICIAL[family].file
+    path.parent.mkdir(parents=True)
+    path.write_text(STAND_INS[family])
+    (path.parent / "dynamic_stand_in.py").write_text("PART = None")
+    argv = f"--model {family}-debug/2 --batch-size 2 --rounds 5 --device cpu --only forward,train_step".split()
+    argv += ["--precision", "fp32", "--no-compiled", "--output", str(tmp_path / "result.json")]
+    assert run(main, "benchmark.py", [*argv, "--against", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    compared = [row for row in rows if row["reference"] == "official, fp32"]
+    assert [row["group"] for row in compared] == ["forward", "train_step", "train_step"]
+    assert all(row["error"] < 1e-6 and row["speedup_interval"][0] < row["speedup_interval"][1] for row in compared)
+    assert {row["precision"] for row in rows} == {"fp32"} and "95 %" in capsys.readouterr().out
+    assert "dynamic_stand_in" not in sys.modules and str(path.parent) not in sys.path
+
+
+def test_the_interval_is_student_s() -> None:
+    before, after = [0.9, 1.1] * 7 + [2.0], [1.0] * 14 + [2.0]
+    half = 2.1448 * (0.14 / 14) ** 0.5 / 15**0.5
+    assert benchmark_report.interval(before, after) == pytest.approx((1 - half, 1 + half), abs=1e-5)
+    assert benchmark_report.interval(before[:4], after[:4]) is benchmark_report.interval(before, after[1:]) is None
+
+
+def test_a_family_without_an_official_network_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model", "Latte-debug/2", "--only", "forward", "--device", "cpu", "--against", "."]
+    assert run(main, "benchmark.py", argv) == 2
+    assert "Latte-debug/2 has no official network here; families: DiT, DyDiT, DDT, Skip-DiT" in capsys.readouterr().err
+
+
 def test_the_official_network_lives_beside_ours_and_takes_our_weights(tmp_path: Path) -> None:
     ours = benchmark_cases.random_network("DiT-debug/2", torch.device("cpu"))
     before = sys.modules["models"]
