@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
@@ -109,7 +111,9 @@ def report(settings: object, machine: Values, rows: Sequence[Row], skipped: Sequ
                 "images_per_second": row.images / row.seconds or None,
                 "seconds_per_step": row.seconds / row.steps if row.steps else None,
                 "speedup": before / row.seconds if before else None,
-                "speedup_interval": interval(rounds[row.group, row.reference], row.rounds) if before else None,
+                "speedup_interval": interval(rounds[row.group, row.reference], row.rounds)
+                if row.reference and before
+                else None,
             }
         )
     known = {**best, "bf16_datasheet": datasheet}
@@ -178,6 +182,11 @@ def headline(document: Values) -> str:
     line = f"{where}, {machine['threads']} CPU thread(s), torch {machine['torch']}, {machine['clock']}"
     known = [f"{name.replace('_', ' ')} {value / 1e9:,.0f}" for name, value in best.items() if value]
     return f"{line}\nPeak in GFLOP/s: {', '.join(known)}" if known else line
+
+
+def file_stem(device_name: str, date: datetime.date) -> str:
+    """Return the name of the results: "NVIDIA H200", 1 May -> "nvidia-h200-2026-05-01"."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}-{date.isoformat()}"
 
 
 def write_tables(folder: Path, name: str, document: Values, text: str) -> None:

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import forward_flop, random_network
 from benchmarks.official import load_official_diffusion
-from benchmarks.timing import BF16, Case, failure
+from benchmarks.timing import BF16, Case, Work, failure
 from data.encoders import Pixels
 from data.pixels import to_uint8
 from data.sample_file import SampleFile
@@ -211,7 +211,8 @@ def guided_case(
         return run._replace(prepared=run.prepared._replace(evaluate=GraphedNetwork(run.prepared.evaluate, capture)))
 
     title, fields = _title(name, images), _of_guided_steps(pipeline.network, images, name, steps)
-    return Case(title + kind, make, SamplingRun.latents, reference=title if kind else None, **fields)
+    work = None if "compiled" in kind else Work("sampling", 2 * images, steps, graphs=capture is not None)
+    return Case(title + kind, make, SamplingRun.latents, reference=title if kind else None, work=work, **fields)
 
 
 def _title(name: str, images: int) -> str:

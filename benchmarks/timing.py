@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,22 @@ def check_at_least(settings: object, least: int, *names: str) -> None:
             raise ValueError(f"{flag_name(name)} {value}: must be at least {least}")
 
 
+class Work(NamedTuple):
+    """Evaluations of a network, of which a time can be predicted.
+
+    Attributes:
+        kind: In sampling, weights were cast before.
+        rows: Of an evaluation.
+        times: Number of evaluations, or of training steps.
+        graphs: Launched by CUDA graphs.
+    """
+
+    kind: Literal["training", "forward", "sampling"]
+    rows: int
+    times: int
+    graphs: bool = False
+
+
 @dataclass(frozen=True)
 class Case:
     """One thing to be timed."""
@@ -83,6 +99,7 @@ class Case:
     steps: int = 0  # of one run; 0 if a step is not what counts
     precision: str = "fp32"  # of the GEMM peak that is the limit, "fp32" or "bf16"
     is_peak: bool = False  # a bare matrix product, which sets that peak
+    work: Work | None = None
     predicted_memory: Callable[[Any], int] | None = None  # function of the state that predicts its peak memory in bytes
 
 
@@ -103,6 +120,7 @@ class Row:
     steps: int = 0
     memory: int | None = None
     predicted_memory: int | None = None
+    work: Work | None = None
 
 
 def interleave(runs: Mapping[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, list[float]]:
@@ -182,7 +200,7 @@ def measure(
         if case.outcome is not None:
             outcomes[case.name] = case.outcome(state, result)
         runs[case.name] = partial(case.run, state)
-        copied = ("name", "flop", "images", "precision", "is_peak", "reference", "steps")
+        copied = ("name", "flop", "images", "precision", "is_peak", "reference", "steps", "work")
         fields = {name: getattr(case, name) for name in copied}
         rows.append(
             Row(group=group, seconds=0, rounds=[], error=check(case, outcomes), predicted_memory=predicted, **fields)

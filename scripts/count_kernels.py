@@ -16,37 +16,16 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import get_args
 
-import torch
-
-from benchmarks.fake_cuda import CudaTrace, Kernel, Kind, fake_cuda, trace
+from benchmarks.fake_cuda import CudaTrace, Kind
 from benchmarks.report import aligned
-from models import create_model
-from models.acceleration import AutocastNetwork, cast_weights_once
+from benchmarks.roofline import DEVICES, LAUNCH, seconds, traced
 from runtime.command_line import parse_config
 from runtime.errors import error_prefix, run
 from runtime.settings import flag_name, setting
 
-LAUNCH, SHORTEST = 6e-6, 2e-6  # seconds of the host for a launch, of a device for the smallest kernel
 FAMILIES = ("DiT-XL/2", "DyDiT-XL/2", "Skip-DiT-XL/2", "DDT-XL/2")
-
-
-class Device(NamedTuple):
-    """A GPU's rates.
-
-    Attributes:
-        low: FLOP/s of a large matrix product in bf16, as measured on an H200.
-        full: The same in float32, without TF32.
-        bandwidth: Bytes/s, nine tenths of the data sheet's.
-    """
-
-    low: float
-    full: float
-    bandwidth: float
-
-
-DEVICES = {"H100": Device(774e12, 51e12, 0.9 * 3.35e12), "H200": Device(774e12, 51e12, 0.9 * 4.8e12)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,27 +44,6 @@ class KernelSettings:
                 raise ValueError(f"{flag_name(name)}: give at least one")
         if min(self.rows) < 1:
             raise ValueError(f"--rows {min(self.rows)}: must be at least 1")
-
-
-def seconds(kernel: Kernel, device: Device) -> float:
-    """Predict a launch's time on a device."""
-    rate = device.full if kernel.dtype == torch.float32 else device.low
-    return max(2 * kernel.macs / rate, kernel.bytes / device.bandwidth, SHORTEST)
-
-
-def traced(model: str, rows: int, training: bool) -> CudaTrace:
-    """Trace one evaluation in bf16, with its backward pass in training."""
-    with fake_cuda() as device:
-        with device:
-            network = create_model(model).requires_grad_(training).train(training)
-        x, t = torch.empty(rows, *network.sample_shape, device=device), torch.empty(rows, device=device)
-        conditioning = network.blank_conditioning(rows)
-        evaluate = AutocastNetwork(network, device, torch.bfloat16)
-        if training:
-            return trace(lambda: evaluate(x, t, **conditioning).sample.square().mean().backward())
-        with torch.no_grad():
-            cast_weights_once(network, torch.bfloat16, lambda: evaluate(x, t, **conditioning))
-            return trace(lambda: evaluate(x, t, **conditioning))
 
 
 def document(model: str, rows: int, recorded: CudaTrace) -> dict[str, object]:
@@ -140,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
     for model in config.model:
         for rows in config.rows:
             with error_prefix(f"--model {model}"):
-                documents.append(document(model, rows, traced(model, rows, config.training)))
+                documents.append(document(model, rows, traced(model, rows, training=config.training)))
     print(json.dumps(documents, indent=2) if config.json else tables(documents, config.kinds))
 
 

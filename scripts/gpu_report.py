@@ -15,7 +15,6 @@ import dataclasses
 import datetime
 import gc
 import importlib.util
-import re
 import subprocess
 import sys
 import time
@@ -34,9 +33,10 @@ from benchmarks import cases
 from benchmarks.evaluation import GROUP as EVALUATOR
 from benchmarks.evaluation import PUBLISHED, TINY, EvaluatorSizes, evaluator_cases, extrapolated_seconds
 from benchmarks.families import family_groups
-from benchmarks.report import headline, machine_info, markdown, report, write_json
+from benchmarks.report import file_stem, headline, machine_info, markdown, report, write_json
+from benchmarks.roofline import predictions, predictions_table
 from benchmarks.sampling import sampling_groups, sampling_shares
-from benchmarks.timing import BF16, Case, Clock, Row, choose_clock, failure, measure
+from benchmarks.timing import BF16, Case, Clock, Row, Work, choose_clock, failure, measure
 from data.array_images import ArrayImages
 from diffusion import Batch
 from models import create_model, model_config
@@ -160,6 +160,7 @@ def training_case(sizes: Sizes, rows: int, steps: int, device: torch.device, com
         flop=flop,
         images=steps * rows,
         precision="bf16",
+        work=None if compiler else Work("training", rows, steps),
         predicted_memory=lambda training: predicted_memory(sizes.model, rows, device),
     )
     return [case]
@@ -171,7 +172,8 @@ def one_forward_case(sizes: Sizes, device: torch.device, bf16: bool, compiler: s
     name = f"{'bf16 autocast' if bf16 else 'fp32'}, {rows} rows{', blocks compiled' if compiler else ''}"
     flop, inputs = cases.forward_flop(network, rows), cases.make_inputs(network, rows, device)
     make = partial(cases.compiled, network, compiler) if compiler else lambda: network
-    return [cases.forward_case(name, flop, inputs, make, f"fp32, {rows} rows", bf16=bf16)]
+    case = cases.forward_case(name, flop, inputs, make, f"fp32, {rows} rows", bf16=bf16)
+    return [case if compiler else replace(case, work=Work("forward", rows, 1))]
 
 
 def measurements(sizes: Sizes, device: torch.device, compiler: str | None) -> Iterator[Measurement]:
@@ -244,11 +246,6 @@ def run_gpu_tests() -> str:
     return lines[-1].strip("= ")
 
 
-def file_stem(device_name: str, date: datetime.date) -> str:
-    """Name of the results: "NVIDIA H200", 1 May -> "nvidia-h200-2026-05-01"."""
-    return f"{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}-{date.isoformat()}"
-
-
 def as_text(document: Values) -> str:
     """Content of the Markdown file."""
     lines = [f"Tests marked gpu: {document['gpu_tests']}"]
@@ -256,7 +253,8 @@ def as_text(document: Values) -> str:
     seconds, images = document["evaluator_seconds"], document["settings"]["evaluator"]["samples"]
     if seconds is not None:
         lines.append(f"evaluating {images:,} images, extrapolated, without reading: {seconds:.1f} s")
-    return "\n\n".join([headline(document), "\n".join(lines), markdown(document)]) + "\n"
+    parts = [headline(document), "\n".join(lines), markdown(document), predictions_table(document["predictions"])]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -280,9 +278,9 @@ def main(argv: Sequence[str]) -> None:
     rows: list[Row] = []
     skipped = [] if compiler is not None else ["compiled blocks: Triton is not installed"]
 
-    def write(shares: Mapping[str, float], lacking: Sequence[str]) -> str:
+    def write(shares: Mapping[str, float], lacking: Sequence[str], predicted: Sequence[Values] = ()) -> str:
         document = report(settings, machine, rows, [*skipped, *lacking]) | {"gpu_tests": tests, "sampling": shares}
-        document["evaluator_seconds"] = extrapolated_seconds(rows, sizes.evaluator)
+        document |= {"evaluator_seconds": extrapolated_seconds(rows, sizes.evaluator), "predictions": list(predicted)}
         write_json(document, path)
         with atomic_path(path.with_suffix(".md")) as temporary:
             temporary.write_text(as_text(document))
@@ -292,7 +290,8 @@ def main(argv: Sequence[str]) -> None:
         rows += more
         skipped += missing
         write({}, ["what follows: the report was ended early"])  # so that nothing is lost if it is
-    print(write(*sampling_shares(sizes.model, device, sizes.images, sizes.steps, sizes.spec, deadline)))
+    shares = sampling_shares(sizes.model, device, sizes.images, sizes.steps, sizes.spec, deadline)
+    print(write(*shares, predictions(rows, sizes.model, "H200" if config.smoke else machine["device"])))
 
 
 if __name__ == "__main__":

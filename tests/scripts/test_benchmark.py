@@ -370,6 +370,9 @@ def test_gpu_report_smoke(gpu_report: ModuleType, tmp_path: Path, capsys: pytest
     evaluated = [r["seconds"] for r in rows if r["group"] == "evaluator"]
     assert document["evaluator_seconds"] == pytest.approx(evaluated[0] / 4 * (40 + 60) + sum(evaluated[1:]))
     assert document["skipped"] == [] and document["gpu_tests"].startswith("not run")
+    predicted = [entry["group"] for entry in document["predictions"]]
+    assert predicted == ["peak"] * 2 + ["training"] * 2 + ["forward"] * 2 + ["sampling"] * 4
+    assert "measured / predicted" in (tmp_path / "smoke.md").read_text()
     assert (tmp_path / "smoke.md").read_text().strip() == capsys.readouterr().out.strip()
 
 

@@ -3,11 +3,9 @@
 import json
 
 import pytest
-import torch
 
-from benchmarks.fake_cuda import Kernel
 from runtime.errors import run
-from scripts.count_kernels import DEVICES, SHORTEST, main, seconds
+from scripts.count_kernels import main
 
 
 def counted(capsys: pytest.CaptureFixture[str], *flags: str) -> list[dict]:
@@ -42,13 +40,6 @@ def test_training_is_three_times_the_work(capsys: pytest.CaptureFixture[str]) ->
     flags = ("--model", "DiT-debug/2", "--rows", "2")
     once, trained = (counted(capsys, *flags, *more)[0] for more in ((), ("--training",)))
     assert 2.95 * once["macs"] < trained["macs"] < 3.05 * once["macs"] and trained["waits"] == []
-
-
-def test_a_launch_is_bound_by_its_work_its_bytes_or_the_least_time() -> None:
-    kernel, device = Kernel("mm", "matrix product", 387 * 10**9, 1, torch.bfloat16), DEVICES["H200"]
-    assert seconds(kernel, device) == pytest.approx(1e-3)
-    assert seconds(kernel._replace(macs=0, bytes=432 * 10**7), device) == pytest.approx(1e-3)
-    assert seconds(kernel._replace(macs=0), device) == SHORTEST
 
 
 def test_tables_and_wrong_flags(capsys: pytest.CaptureFixture[str]) -> None:
