@@ -39,6 +39,7 @@ USABLE = 0.9  # share of memory: the rest for context, fragments and workspaces
 LINK_SHARE = 0.8  # share of a link's bandwidth that collectives reach
 HOP = 5e-6  # seconds from node to node
 BUCKET = 25 * 2**20  # bytes that DDP reduces at a time, PyTorch's default
+FIRST_BUCKET = 2**20  # the same of the first ones, so that communication begins early
 STORE = 2e9  # bytes/s that one process writes to a store
 RESTART = 600.0  # seconds from a failure to the first new step
 DECODE_SHARE = 0.35  # share of the peak that the autoencoder's decoder reaches
@@ -164,6 +165,27 @@ def images_that_fit(size: Size, parallel: Parallel, gpus: int, *, recompute: boo
     """Images of a GPU's micro-batch that fit an H100; 0 if not even the state does."""
     free = USABLE * MEMORY - state_bytes(size, parallel, gpus)
     return max(0, math.floor(free / (size.recomputed if recompute else size.kept)))
+
+
+def buckets(name: str, cap: int = BUCKET) -> list[int]:
+    """Bytes of DDP's all-reduces of a step, from the last layers to the first.
+
+    A bucket ends at the tensor that fills it. After the first step DDP orders tensors as their gradients arrive, which
+    differs within blocks.
+
+    Args:
+        name: Network of `NETWORKS`.
+        cap: Bytes that fill a bucket; the first one is full with `FIRST_BUCKET`.
+    """
+    with torch.device("meta"):
+        network = create_model("DiT-XL/2", **NETWORKS[name])
+    full, last = list[int](), 0
+    for size in reversed([p.nbytes for p in network.parameters() if p.requires_grad]):
+        last += size
+        if last >= (cap if full else FIRST_BUCKET):
+            full.append(last)
+            last = 0
+    return [*full, *([last] if last else [])]
 
 
 class Traffic(NamedTuple):

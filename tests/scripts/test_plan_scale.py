@@ -3,8 +3,10 @@
 import re
 
 import pytest
+import torch
 
 from benchmarks import scaling
+from models import create_model
 from runtime.errors import run
 from scripts.plan_scale import PlanSettings, main, tables
 from tests.processes import ROOT
@@ -28,6 +30,24 @@ def test_numbers_in_sentences_are_the_scripts() -> None:
     assert f"sampling: {rates} and {recorded.images['DPM-Solver++-20']:.1f} guided images/s" in DOCUMENT
     assert f"{recorded.rate / 1e12:.0f} TFLOP/s" in DOCUMENT and f"{recorded.optimizer * 1e3:.1f} ms" in DOCUMENT
     assert f"{scaling.GPU_HOURS_TO_FAILURE:,.0f} hours" in DOCUMENT
+
+
+def test_buckets_are_those_of_pytorch_and_of_the_document() -> None:
+    with torch.device("meta"):
+        gradients = [p for p in create_model("DiT-XL/2").parameters() if p.requires_grad][::-1]
+    counts, lasts = [], []
+    for cap in (25, 50, 100, 400):
+        made, limits = scaling.buckets("XL/2", cap * 2**20), [scaling.FIRST_BUCKET, cap * 2**20]
+        expected, _ = torch.distributed._compute_bucket_assignment_by_size(gradients, limits)
+        assert made == [sum(gradients[i].nbytes for i in bucket) for bucket in expected]
+        counts.append(str(len(made)))
+        lasts.append(f"{made[-1] / 2**20:.0f}")
+    text = " ".join(DOCUMENT.split())
+    assert f"make {', '.join(counts[:-1])} and {counts[-1]} all-reduces" in text
+    assert f"the last of which, {', '.join(lasts[:-1])} and {lasts[-1]} MiB," in text
+    median = sorted(scaling.buckets("XL/2"))[len(scaling.buckets("XL/2")) // 2]
+    milliseconds = 2 * 7 / 8 * median / (scaling.NVLINK * scaling.LINK_SHARE) * 1e3
+    assert f"median, {median / 2**20:.0f} MiB, takes {milliseconds:.2f} ms in a node" in text
 
 
 def test_other_numbers_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
