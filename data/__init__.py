@@ -86,10 +86,10 @@ def open_dataset(
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     size = None if image_size is None else sides(image_size)
     if name not in CLIPS:
-        for given, what in ((frames, "frames"), (joint_images, "joint images")):
+        for given, flag in ((frames, "--num-frames"), (joint_images, "--joint-images")):
             if given:
                 raise ValueError(
-                    f"{given} {what}: the data set {name} has images, not clips (those: {', '.join(CLIPS)})"
+                    f"{flag} {given}: the data set {name} has images, not clips (those: {', '.join(CLIPS)})"
                 )
     if joint_list is not None and not (name == "videofolder" and joint_images):
         raise ValueError(f"--joint-image-list {joint_list}: needs --dataset videofolder and --joint-images")

@@ -76,7 +76,7 @@ class CaptionedDigits:
         if frames < 1 or side < least:
             raise ValueError(f"{frames} frames of {side} pixels: digits would leave the square; {least} are enough")
         if joint_images and frames == 1:
-            raise ValueError(f"{joint_images} joint images: follow clips, and these are pictures, of one frame")
+            raise ValueError(f"--joint-images {joint_images}: follow clips, and these are pictures, of one frame")
         digits, labels = load_digits(split)
         self._digits = {size: np.stack([_resized(digit, n) for digit in digits]) for size, n in SIZES.items()}
         self._labels, self._split, self._frames, self._side = labels, split, frames, side

@@ -44,7 +44,7 @@ class JointLatents(LatentShards):
     ) -> None:
         super().__init__(folder, flip=flip, seed=seed, trust_stamps=trust_stamps)
         if len(self.raw_shape) != 4:
-            raise ValueError(f"{joint_images} joint images: follow clips, and {folder} holds latents of images")
+            raise ValueError(f"--joint-images {joint_images}: follow clips, and {folder} holds latents of images")
         self._joint, (self._frames, *_) = joint_images, self.raw_shape
         self.image_shape, self.raw_shape = (
             (self._frames + joint_images, *shape[1:]) for shape in (self.image_shape, self.raw_shape)
@@ -81,6 +81,8 @@ def open_latents(settings: DatasetSettings) -> LatentShards:
     folder, joint = settings.require_path("a folder of latents"), settings.joint_images
     kind: Callable[..., LatentShards] = partial(JointLatents, joint_images=joint) if joint else LatentShards
     latents = kind(folder, flip=settings.flip, seed=settings.seed, trust_stamps=settings.trust_stamps)
+    if settings.frames == 1 and not joint:
+        latents.make_clips()
     frames = latents.image_shape[:-3] if settings.frames is None else (settings.frames + joint,)
     expected = (*frames, settings.channels, *(settings.size or latents.image_shape[-2:]))
     if latents.image_shape != expected:

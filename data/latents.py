@@ -82,6 +82,7 @@ class LatentShards:
             )
         self._flip = flips == 2 and self._flip is not False
         self._row_shape = (flips, *raw_shape)
+        self._frame_axis: tuple[int, ...] = ()  # in front of a row: (1,) where images are clips of one frame
         self._ends = np.cumsum([shard["count"] for shard in self._shards])
         # Shared with the loader's workers, which share the pages of the file, too
         self._checked = torch.zeros(len(self._shards), dtype=torch.bool).share_memory_()
@@ -118,7 +119,14 @@ class LatentShards:
         if len(keys) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"indices must be in [0, {len(self)})")
         raw = self._read(indices, [self._flip is True and is_flipped(key, self._seed) for key in keys])
+        raw = raw.reshape(len(raw), *self._frame_axis, *raw.shape[1:])
         return torch.from_numpy(raw), torch.from_numpy(self._labels[indices]), torch.from_numpy(indices)
+
+    def make_clips(self) -> None:
+        """Give images as clips of one frame, which networks for clips take."""
+        if len(self.raw_shape) == 3:
+            self._frame_axis = (1,)
+            self.raw_shape, self.image_shape = (1, *self.raw_shape), (1, *self.image_shape)
 
     def _read(self, indices: npt.NDArray[np.int64], flips: Sequence[bool], frames: Sequence[int] | None = None) -> Raw:
         """Read raw latents of images or clips, or a frame of each of the clips; raises the errors of `gather`."""

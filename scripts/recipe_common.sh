@@ -34,5 +34,11 @@ begin_recipe() {
         echo "$name: no torchrun here; bash scripts/setup.sh makes an environment with one" >&2
         exit 2
     fi
+    local python=${torchrun%torchrun}python
+    if [ -z "${GPUS:-}" ] && [ -x "$python" ] &&
+        ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+        echo "$name: PyTorch finds no GPU here; GPUS=1 starts one process on the CPU" >&2
+        exit 2
+    fi
     launch=("$torchrun" --standalone --nproc-per-node "${GPUS:-gpu}")
 }

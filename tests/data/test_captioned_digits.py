@@ -110,7 +110,7 @@ def test_splits_and_settings_have_digests(clips: CaptionedDigits, pictures: Capt
         ({"image_size": 13}, "8 frames of 13 pixels: digits would leave the square; 15 are enough"),
         ({"image_size": (16, 20)}, "are square, not 16 x 20"),
         ({"flip": True}, "--flip: the captioned digits are not mirrored"),
-        ({"frames": 1, "joint_images": 2}, "2 joint images: follow clips, and these are pictures"),
+        ({"frames": 1, "joint_images": 2}, "--joint-images 2: follow clips, and these are pictures"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(options: dict, message: str) -> None:

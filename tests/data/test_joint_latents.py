@@ -108,7 +108,7 @@ def test_a_store_is_opened_with_its_shape_and_images_have_none(folder: Path, tmp
     write_json(pictures / "manifest.json", {"format": 2, "classes": [], "encoder": ENCODER, **shape})
     write_shard(pictures, 0, shape["row_shape"], [Encoded(np.zeros((1, 1, 6, 2, 2), np.float16), [0], ["a"], [])])
     write_index(pictures, 1)
-    with pytest.raises(ValueError, match="2 joint images: follow clips, and .*pictures holds latents of images"):
+    with pytest.raises(ValueError, match="--joint-images 2: follow clips, and .*pictures holds latents of images"):
         open_dataset("latents", pictures, 4, 3, joint_images=2)
 
 

@@ -82,7 +82,7 @@ def test_sizes_that_do_not_fit_are_refused(options: dict, message: str) -> None:
 
 
 def test_image_data_have_no_frames() -> None:
-    with pytest.raises(ValueError, match="8 frames: the data set digits has images, not clips"):
+    with pytest.raises(ValueError, match="--num-frames 8: the data set digits has images, not clips"):
         open_dataset("digits", None, None, 1, frames=8)
-    with pytest.raises(ValueError, match="2 joint images: the data set digits has images, not clips"):
+    with pytest.raises(ValueError, match="--joint-images 2: the data set digits has images, not clips"):
         open_dataset("digits", None, None, 1, joint_images=2)

@@ -135,6 +135,10 @@ def test_text_networks_train_from_stored_captions(store: Path, tmp_path: Path) -
     argv += "--num-workers 0 --max-steps 2 --process flow --log-every 1 --caption-dropout-prob 0.3".split()
     with pytest.raises(Exception, match="takes clips, and these data are images"):
         open_setup(*argv)
+    one_frame = open_setup(*argv, "--num-frames", 1)
+    (batch, _), *_ = next(batches(one_frame, CPU, 0))[1]
+    assert batch.x_start.shape == (2, 1, 4, 8, 8) and one_frame.network.sample_shape == (1, 4, 8, 8)
+    assert start(tmp_path / "clips", *argv, "--num-frames", 1) == 0, "pictures are clips of one frame"
     with captions.registered(frames=False):
         setup = open_setup(*argv)
         (batch, _), *_ = next(batches(setup, CPU, 0))[1]

@@ -79,6 +79,17 @@ def test_a_recipe_starts_train_py_with_flags_that_it_knows(name: str, tmp_path: 
 CLIPS = {"ffs": "ffs-skip", "sky": "skytimelapse-skip", "taichi": "taichi-skip", "ucf101": "ucf101-skip"}
 
 
+def test_a_recipe_says_in_one_line_that_there_is_no_gpu(tmp_path: Path) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    done = recipe("train_latte_sky", tmp_path, "videos")
+    assert done.returncode == 2 and not (tmp_path / "recorded").exists()
+    assert done.stderr == "train_latte: PyTorch finds no GPU here; GPUS=1 starts one process on the CPU\n"
+    assert recipe("train_latte_sky", tmp_path, "videos", GPUS="1").returncode == 0
+
+
 @pytest.mark.parametrize("name", CLIPS)
 def test_a_recipe_for_clips_starts_train_py_as_published(name: str, tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
