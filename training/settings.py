@@ -54,7 +54,7 @@ class DataSettings:
         shown="ema; latents: theirs; (moving) digits and idx: none",
     )
     vae_precision: Literal["fp32", "bf16"] = setting(
-        FP32, "of the autoencoder; bf16 encodes faster on CUDA, and rounds latents"
+        FP32, "of the autoencoder; bf16 decodes about three times as fast, and rounds latents"
     )
     flip: bool | None = setting(None, "mirror images at random", shown="yes, but not for digits and idx")
     caption_dropout_prob: float = setting(0.0, "share of captions replaced by the empty one, for guidance")
