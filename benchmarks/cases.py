@@ -50,13 +50,22 @@ def fill_zeros(network: Network) -> Network:
     return network
 
 
+def blank_conditioning(network: Network, rows: int) -> dict[str, Tensor]:
+    """Conditioning of the right shapes and types, on the network's device: the first class, or texts of zeros."""
+    weights = next(network.parameters())
+    if "text" in network.conditioning:
+        text = weights.new_zeros(rows, network.config.text_length, network.config.text_width)
+        return {"text": text, "text_mask": text.new_ones(text.shape[:2])}
+    return {name: weights.new_zeros(rows, dtype=torch.int64) for name in network.conditioning}
+
+
 def make_inputs(network: Network, rows: int, device: torch.device) -> Inputs:
     """Random inputs of the right shapes, the same at every call."""
     generator = torch.Generator(device).manual_seed(1)
     randn = partial(torch.randn, generator=generator, device=device)
     *frames, channels, height, width = network.sample_shape
     t = torch.randint(1000, (rows,), generator=generator, device=device)
-    conditioning = network.blank_conditioning(rows)
+    conditioning = blank_conditioning(network, rows)
     if "y" in conditioning:
         conditioning["y"] = torch.randint(network.config.num_classes, (rows,), generator=generator, device=device)
     if "text" in conditioning:  # blank words are all the same, and nothing then depends on what attends to them

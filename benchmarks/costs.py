@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.cases import blank_conditioning
 from models import DDT, Network
 from models.contract import State
 from models.dydit_block import Routing
@@ -92,5 +93,5 @@ def _on_meta(network: Network) -> tuple[Network, Callable[[Network, State], Stat
     with torch.device("meta"):
         empty = network if next(network.parameters()).is_meta else type(network)(network.config)
         x = torch.empty(1, *network.sample_shape)
-    conditioning = empty.blank_conditioning(1)
+    conditioning = blank_conditioning(empty, 1)
     return empty, lambda empty, state: empty(x, 0.0, state=state, **conditioning).state

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.cases import blank_conditioning
 from benchmarks.fake_cuda import CudaTrace, Kernel, fake_cuda, trace
 from benchmarks.report import aligned
 from benchmarks.timing import Row
@@ -62,7 +63,7 @@ def traced(model: str, rows: int, *, training: bool, precision: str = "bf16", ca
         with device:
             network = create_model(model).requires_grad_(training).train(training)
         x, t = torch.empty(rows, *network.sample_shape, device=device), torch.empty(rows, device=device)
-        conditioning = network.blank_conditioning(rows)
+        conditioning = blank_conditioning(network, rows)
         evaluate = network if precision == "fp32" else AutocastNetwork(network, device, torch.bfloat16)
         if training:
             return trace(lambda: evaluate(x, t, **conditioning).sample.square().mean().backward())

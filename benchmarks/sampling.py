@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import forward_flop, random_network
+from benchmarks.cases import blank_conditioning, forward_flop, random_network
 from benchmarks.official import load_official_diffusion
 from benchmarks.timing import BF16, Case, Work, failure
 from data.encoders import Pixels
@@ -180,7 +180,7 @@ def conditioning_in_turn(pipeline: Pipeline, images: int) -> tuple[Conditioning,
     """Conditional rows of all classes in turn, or blank texts; and unconditional ones, None for the network's own."""
     if pipeline.num_classes:
         return {"y": torch.arange(images) % pipeline.num_classes}, None
-    blank = pipeline.network.blank_conditioning(images)
+    blank = blank_conditioning(pipeline.network, images)
     return blank, blank
 
 

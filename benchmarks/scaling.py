@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch._subclasses import FakeTensorMode
 
+from benchmarks.cases import blank_conditioning
 from models import create_model
 from runtime.live_memory import LiveMemory
 from training.trainer import recompute_activations
@@ -113,7 +114,7 @@ def kept_bytes(overrides: dict[str, object], *, recompute: bool = False) -> int:
             if recompute:
                 recompute_activations(network)
             x, t = torch.empty(rows, *network.sample_shape), torch.empty(rows)
-            conditioning = network.blank_conditioning(rows)
+            conditioning = blank_conditioning(network, rows)
             with LiveMemory(network.parameters()) as memory, torch.autocast("cpu", torch.bfloat16):
                 before = memory.live
                 sample = network(x, t, **conditioning).sample

@@ -101,10 +101,6 @@ class Network(nn.Module):
         """
         raise ValueError(f"{type(self).__name__} has no unconditional rows and cannot be guided")
 
-    def blank_conditioning(self, rows: int) -> dict[str, Tensor]:
-        """Return conditioning of the right shapes and types for measurements, on the network's device."""
-        return self.null_conditioning(rows) if self.conditioning else {}
-
     def embedded_time(self, t: float) -> Tensor | None:
         """Return what `forward` takes in the place of t and alone depends on it; None if there is no such tensor.
 

@@ -125,11 +125,6 @@ class LatteT2V(PairedTransformer, TimeConditional):
             "this network takes texts: its unconditional rows are the encoded empty text, or a negative one"
         )
 
-    def blank_conditioning(self, rows: int) -> dict[str, Tensor]:
-        """Return texts of zeros, nothing masked."""
-        text = self.scale_shift_table.new_zeros(rows, self.config.text_length, self.config.text_width)
-        return {"text": text, "text_mask": text.new_ones(text.shape[:2])}
-
     def for_sampling(self, times: Iterable[float]) -> Self:
         """Embed all times of a schedule in one call, and compute positions; parameters are shared with this network."""
         self.positions(self.config.frames, self.config.grid)

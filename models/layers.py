@@ -276,11 +276,6 @@ class ClassConditional(TimeConditional):
         """Return labels of the null class; a ValueError if the network was built without label dropout."""
         return {"y": self.y_embedder.null_labels(rows)}
 
-    def blank_conditioning(self, rows: int) -> dict[str, Tensor]:
-        """Return labels of the first class."""
-        device = next(self.parameters()).device
-        return {name: torch.zeros(rows, dtype=torch.int64, device=device) for name in self.conditioning}
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Block parts

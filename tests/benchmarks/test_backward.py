@@ -5,13 +5,14 @@ import torch
 
 import models
 from benchmarks.backward import backward
+from benchmarks.cases import blank_conditioning
 from tests.networks import debug_name, randomise
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_gradients_are_those_of_the_engine(family: str) -> None:
     network = models.create_model(debug_name(family)).train()
-    x, t, cond = torch.randn(2, *network.sample_shape), torch.rand(2), network.blank_conditioning(2)
+    x, t, cond = torch.randn(2, *network.sample_shape), torch.rand(2), blank_conditioning(network, 2)
     gradients = []
     for run in (torch.Tensor.backward, backward):
         run(network.zero_grad() or randomise(network, 1)(x, t, **cond).sample.square().mean())

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import models
 from benchmarks.backward import backward
+from benchmarks.cases import blank_conditioning
 from benchmarks.fake_cuda import CudaTrace, extra_casts, fake_cuda, trace, trace_block
 from data import Example, Key
 from diffusion import PROCESSES, SAMPLERS, Batch, evaluations, guided, make_sampler, sample_loop
@@ -43,7 +44,7 @@ def network_of(family: str, device: torch.device) -> Network:
 
 def inputs(network: Network, device: torch.device, rows: int = 2) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     x, t = torch.empty(rows, *network.sample_shape, device=device), torch.empty(rows, device=device)
-    return x, t, network.blank_conditioning(rows)
+    return x, t, blank_conditioning(network, rows)
 
 
 def casts_of(work: Any) -> int:
@@ -154,7 +155,7 @@ def test_a_step_or_its_objective_waits_for_nothing(device: torch.device, family:
         data.null_conditioning = {}  # as data with captions have; the batch below brings its own
     setup = set_up(given, device, dataset=data, fake=nullcontext())  # type: ignore[arg-type]  # one is active
     loss = setup.loss
-    cond = loss.network.blank_conditioning(4)
+    cond = blank_conditioning(loss.network, 4)
     batch = Batch(torch.empty(4, *config.sample_shape, device=device), cond, torch.arange(4, device=device), null=cond)
     draws = loss.draw(0, 4, device=device)
 

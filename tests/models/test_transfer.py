@@ -10,7 +10,7 @@ from models.transfer import LABEL_TABLE, adapt_weights, rank_by_magnitude, witho
 from runtime.checkpoint import load_weights
 from runtime.errors import UserError
 from tests.golden_data import assert_close
-from tests.networks import debug_name, debug_network, randomise
+from tests.networks import conditioning, debug_name, debug_network, randomise
 
 SKIP_UNITS = FAMILIES["Skip-DiT"].added_parts
 
@@ -197,6 +197,6 @@ def test_outputs_without_a_variance_are_those_of_the_other_channels(family: str)
     name, shape = debug_name(family), whole.sample_shape
     cut = create_model(name, **{**vars(whole.config), "learn_sigma": False})
     cut.load_state_dict(without_variance(whole.state_dict()))
-    x, conditioning = torch.randn(2, *shape), whole.blank_conditioning(2)
-    expected = whole(x, 5.0, **conditioning).sample[..., : shape[-3], :, :]
-    assert torch.allclose(cut(x, 5.0, **conditioning).sample, expected, atol=1e-6) and bool(expected.std() > 0)
+    x, rows = torch.randn(2, *shape), conditioning(whole, range(2))
+    expected = whole(x, 5.0, **rows).sample[..., : shape[-3], :, :]
+    assert torch.allclose(cut(x, 5.0, **rows).sample, expected, atol=1e-6) and bool(expected.std() > 0)
