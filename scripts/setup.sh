@@ -32,7 +32,7 @@ if [ -x .venv/bin/python ] && [ "$(cat .venv/.stamp 2>/dev/null)" = "$stamp" ] &
     exit 0
 fi
 
-# A link to the .venv of another checkout, whose project and versions this would replace by its own
+# A link to the .venv of another checkout: its project and versions would be replaced by those of this one
 if [ -L .venv ] && [ -f .venv/../pyproject.toml ]; then
     echo "setup: .venv is that of $(cd -P .venv/.. && pwd), set up for other lock files or another pyproject.toml;" \
         "run scripts/setup.sh there, or remove the link" >&2
