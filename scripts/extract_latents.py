@@ -20,12 +20,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import COLUMNS, open_dataset
@@ -34,8 +33,9 @@ from data.captions import check_captions, read_captions
 from data.clip_settings import FRAMES, ClipSettings
 from data.clip_windows import ClipWindows
 from data.columns import ColumnSettings
+from data.decoded_batches import Decoded, DecodedBatches
 from data.encoders import FP32, PRECISIONS, Encoder, open_encoder
-from data.image_folder import EncodedImages, UnreadableImageError
+from data.image_folder import EncodedImages
 from data.latent_files import (
     INDEX,
     MANIFEST,
@@ -266,49 +266,6 @@ def fail(world: World, message: str) -> NoReturn:
     if not world.is_main:
         print(f"{PROGRAM}: error: {message}", file=sys.stderr, flush=True)
     raise UserError(message)
-
-
-class Decoded(NamedTuple):
-    """A batch from a loader process.
-
-    Attributes:
-        images: (n, C, H, W) uint8, those that could be read.
-        indices: n indices in the image folder.
-        skipped: (path, reason) of the others.
-        fatal: The first error that must end the work, in one line; empty if there is none.
-    """
-
-    images: Tensor
-    indices: list[int]
-    skipped: list[tuple[str, str]]
-    fatal: str
-
-
-class DecodedBatches(Dataset[Decoded]):
-    """Batches of images or clips, by ranges of indices. Errors are returned as values, so that workers survive them."""
-
-    def __init__(self, images: EncodedImages | ClipWindows, batches: list[range], strict: bool) -> None:
-        self._images, self._batches, self._strict = images, batches, strict
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return len(self._batches)
-
-    def __getitem__(self, position: int) -> Decoded:
-        """Decode one batch."""
-        images: list[Tensor] = []
-        result = Decoded(torch.empty(0), [], [], "")
-        for index in self._batches[position]:
-            try:
-                images.append(self._images.read(index))
-                result.indices.append(index)
-            except UnreadableImageError as error:
-                result.skipped.append((self._images.path(index), error.reason))
-                if self._strict:
-                    return result._replace(fatal=f"--strict: {error}")
-            except (OSError, ValueError) as error:
-                return result._replace(fatal=f"--data-path: {error}")
-        return result._replace(images=torch.stack(images)) if images else result
 
 
 def encode(job: Job, batch: Decoded, world: World) -> Encoded:
