@@ -183,7 +183,7 @@ def test_every_release_of_a_family_here_has_a_model_of_its_size() -> None:
         ("tinny", None, r"^--ckpt tinny: no such file; released, and close to it: tiny$"),
         ("nothing.pt", None, r"^--ckpt nothing.pt: no such file$"),
         ("DiT-S/2", None, r"^--model DiT-S/2: no checkpoint of it for 256 pixels was released; give one with --ckpt"),
-        ("tiny", "DiT-S/2", r"^--model DiT-S/2: --ckpt tiny was trained with DiT-debug/2$"),
+        ("tiny", "DiT-S/2", r"^--model DiT-S/2: --ckpt tiny was trained with DiT-debug/2; leave --model out$"),
         ("tiny", "DiT-XXL/2", r"^--model DiT-XXL/2: unknown model 'DiT-XXL/2'; close to it: DiT-XL/2"),
     ],
 )
@@ -248,7 +248,7 @@ def test_a_foreign_file_that_does_not_fit_is_one_line(
 @pytest.mark.parametrize(
     ("model", "overrides", "message"),
     [
-        ("DiT-S/2", {}, r"^--model DiT-S/2: --ckpt FILE was trained with DiT-debug/2$"),
+        ("DiT-S/2", {}, r"^--model DiT-S/2: --ckpt FILE was trained with DiT-debug/2; leave --model out$"),
         (None, {"num_classes": 5}, r"^--num-classes 5: --ckpt FILE was trained with 10$"),
         (None, {"cache_depth": 3}, r"^--ckpt FILE: cache_depth 3 must lie in 1\.\.2"),
     ],
