@@ -150,12 +150,9 @@ class ClipFolder:
     def _single_frames(self, epoch: int, index: int) -> tuple[Tensor, list[int]]:
         """Frames (I, C, H, W) at random places among those of all videos, or listed images; and their labels."""
         draws = np.random.default_rng(derive_seed("joint images", self._seed, epoch, index))
-        count, read = int(self._ends[-1]), self._frame
-        if self._images is not None:
-            count, read = len(self._images), self._listed
         images, labels = list[Tensor](), list[int]()
         for _ in range(self._joint * TRIES):
-            image, label = read(int(draws.integers(count)))
+            image, label = self._single_frame(draws)
             if image is not None:
                 images.append(image)
                 labels.append(label)
@@ -165,16 +162,15 @@ class ClipFolder:
                 return random_flip(frames, (epoch, index), self._seed + 1) if mirrored else frames, labels
         raise ValueError(f"{self._root}: hardly any of its frames can be read")
 
-    def _frame(self, place: int) -> tuple[Tensor | None, int]:
-        """The frame at a place among those of all videos, None if it cannot be read, and the label of its video."""
+    def _single_frame(self, draws: np.random.Generator) -> tuple[Tensor | None, int]:
+        """A random frame or listed image (C, H, W), None if it cannot be read; and its label."""
+        if self._images is not None:
+            place = int(draws.integers(len(self._images)))
+            return self._images.read(place), self._images.label(place)
+        place = int(draws.integers(self._ends[-1]))
         video = int(np.searchsorted(self._ends, place, side="right"))
-        image = self._read_or_skip(video, [place - int(self._ends[video]) + self._videos[video].length])
-        return None if image is None else image[0], self._labels[video]
-
-    def _listed(self, place: int) -> tuple[Tensor | None, int]:
-        """A listed image, None if it cannot be read, and its label."""
-        assert self._images is not None
-        return self._images.read(place), self._images.label(place)
+        clip = self._read_or_skip(video, [place - int(self._ends[video]) + self._videos[video].length])
+        return None if clip is None else clip[0], self._labels[video]
 
     @property
     def unreadable(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.dataset import DatasetSettings, Example, Key
 from data.image_folder import is_flipped
-from data.latents import LatentShards
+from data.latents import LatentShards, unstack
 from runtime.seeds import derive_seed
 
 
@@ -64,15 +64,12 @@ class JointLatents(LatentShards):
         flips = np.repeat([self._flip is True and is_flipped(key, self._seed + 1) for key in keys], self._joint)
         images = torch.from_numpy(self._read(others.ravel(), flips.tolist(), frames.ravel().tolist()))
         raw = torch.cat([clips, images.view(len(keys), self._joint, *images.shape[1:])], 1)
-        given: list[dict[str, Tensor]] = [{} for _ in keys]
+        given: Iterable[dict[str, Tensor]] = [{}] * len(keys)
         if self.classes:
-            behind = torch.from_numpy(self._labels[others])
-            given = [{"y": y, "image_labels": own} for y, own in zip(labels, behind, strict=True)]
+            given = unstack({"y": labels, "image_labels": torch.from_numpy(self._labels[others])})
         elif self._texts:
-            given = []
-            for index, own in zip(indices.tolist(), others, strict=True):
-                captions = list(self._captions(np.array([index, *own])))
-                given.append({name: torch.stack([each[name] for each in captions]) for name in captions[0]})
+            captions = self._captions(np.column_stack([indices.numpy(), others]).ravel())
+            given = unstack({name: leaf.unflatten(0, (len(keys), -1)) for name, leaf in captions.items()})
         return list(zip(raw.unbind(), given, indices.tolist(), strict=True))
 
 

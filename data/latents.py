@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +105,7 @@ class LatentShards:
         raw, labels, indices = self.gather(keys)
         given: list[int | dict[str, Tensor]] = labels.tolist() if self.classes else [{}] * len(keys)
         if self._texts:
-            given = [*self._captions(indices.numpy())]
+            given = [*unstack(self._captions(indices.numpy()))]
         return list(zip(raw.unbind(), given, indices.tolist(), strict=True))
 
     def gather(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,10 +149,15 @@ class LatentShards:
             raise ValueError(f"{path}: the latents of {name} are not finite; delete the file and {REMEDY}")
         return raw
 
-    def _captions(self, indices: npt.NDArray[np.int64]) -> Iterator[dict[str, Tensor]]:
-        """Encoded captions of images or clips, one by one: "text" (L, K) and "text_mask" (L,), float32."""
-        for shard, row in zip(*self._locate(indices), strict=True):
-            yield {name: leaf[0] for name, leaf in self._texts[shard].rows([row]).items()}
+    def _captions(self, indices: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+        """Encoded captions of images or clips: "text" (n, L, K) and "text_mask" (n, L), float32."""
+        shards, rows = self._locate(indices)
+        found: dict[str, Tensor] = {}
+        for shard in np.unique(shards):  # each file is mapped once
+            places = np.flatnonzero(shards == shard)
+            for name, leaf in self._texts[shard].rows(rows[places].tolist()).items():
+                found.setdefault(name, leaf.new_empty(len(indices), *leaf.shape[1:]))[places] = leaf
+        return found
 
     def path(self, index: int) -> str:
         """Path of an image relative to the folder that it was extracted from."""
@@ -260,6 +265,11 @@ class LatentShards:
         """Shards and rows of images."""
         shards = np.searchsorted(self._ends, indices, side="right")
         return shards, indices - np.concatenate([[0], self._ends])[shards]
+
+
+def unstack(leaves: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Rows of tensors by name, one by one."""
+    return (dict(zip(leaves, row, strict=True)) for row in zip(*leaves.values(), strict=True))
 
 
 class StoredEncoder(Encoder):
