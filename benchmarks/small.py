@@ -23,7 +23,7 @@ from data.writers import writer_of
 from diffusion import SAMPLERS
 from diffusion.caching import takes_cache_depth
 from evaluator.small import DIGITS, SETS, SmallScorer, SmallScores, SmallSet
-from evaluator.small.sets import NUM_CLASSES, SPLITS
+from evaluator.small.sets import SPLITS
 from models import family_of, model_config
 from models.loading import CheckpointInfo, build_network, resolve_checkpoint
 from models.skip_dit import default_cache_depth
@@ -205,11 +205,6 @@ class Result:
     psnr: float | None  # peak signal-to-noise ratio to the images of the model's first setup, in dB; None for these
 
 
-def labels_in_turn(scorer: Scorer, count: int) -> npt.NDArray[np.int64]:
-    """Labels (count,) of all classes in turn."""
-    return scorer.labels_in_turn(count) if isinstance(scorer, ClipScorer) else np.arange(count) % NUM_CLASSES
-
-
 def sample_images(
     pipeline: Pipeline, run: PreparedRun, labels: npt.NDArray[np.int64], seed: int
 ) -> tuple[Images, SamplingCost]:
@@ -226,7 +221,7 @@ def sample_images(
 
 def examine(model: TrainedModel, setups: Sequence[SamplingSetup], count: int, seed: int) -> Iterator[Result]:
     """Sample from one model by all setups, from the same noise; the others are compared with the first."""
-    labels, reference = labels_in_turn(model.scorer, count), None
+    labels, reference = model.scorer.labels_in_turn(count), None
     for setup in setups:
         run = model.pipeline.prepare(**setup.settings)
         images, cost = sample_images(model.pipeline, run, labels, seed)

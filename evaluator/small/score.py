@@ -12,7 +12,7 @@ import torch
 from evaluator.metrics import frechet_distance_from_features, inception_score, precision_recall
 from evaluator.small.classifier import IndependentClassifier
 from evaluator.small.network import compute_features
-from evaluator.small.sets import DIGITS, LabelledImages, SmallSet, check_labels
+from evaluator.small.sets import DIGITS, NUM_CLASSES, LabelledImages, SmallSet, check_labels
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ class SmallScorer:
             recall=manifold.recall,
             nearest_ratio=self._nearest(samples) / self.nearest_of_test,
         )
+
+    def labels_in_turn(self, count: int) -> npt.NDArray[np.int64]:
+        """Labels (count,) of all classes in turn."""
+        return np.arange(count) % NUM_CLASSES
 
     def accuracy(self, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> float:
         """Share of images that the independent classifier gives their labels."""
