@@ -3,11 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import sample_ddp
+from diffusion import PREVIEW_SAMPLER, FlowMatching, create_diffusion, make_sampler
+from diffusion.solver_search import teacher_path
 from runtime.errors import run
 from scripts import search_solver
+from tests.diffusion.test_solver_search import denoise
 from tests.digits_checkpoints import save_digits_checkpoint
 
 FEW = "--evaluations 3 --teacher-evaluations 6 --batch-size 2 --device cpu".split()
@@ -83,6 +88,20 @@ def test_sampling_follows_the_table_and_records_it(ckpt, tmp_path, capsys):
         assert run(sample_ddp.main, "sample_ddp.py", [*argv, *more]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("process", [create_diffusion(learn_sigma=False), FlowMatching()], ids=lambda each: each.name)
+def test_the_teacher_is_close_to_the_solution(process):
+    # Data of deviation 0.5 around 0.3, whose ODE keeps every point at its quantile
+    x = torch.randn(64, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    level = process.alphas_cumprod_at(np.array([999.0]))[0] if process.name == "gaussian" else 0.0
+    solution = 0.3 + 0.5 * (x - 0.3 * level**0.5) / (0.25 * level + 1 - level) ** 0.5
+    errors = {}
+    for name in (search_solver.TEACHERS[process.name], PREVIEW_SAMPLER[process.name]):
+        end = teacher_path(denoise(process), make_sampler(name, process, "100"), x).points[-1]
+        errors[name] = float((end - solution).square().mean().sqrt())
+    teacher, first_order = errors.values()
+    assert teacher < first_order / 5 and teacher < 2e-3, errors
 
 
 @pytest.mark.parametrize(
