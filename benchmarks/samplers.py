@@ -26,14 +26,14 @@ from sampling.resolution import chosen_table
 
 # Settings to compare of a sampler of the registry; all others once, with their defaults
 VARIANTS: dict[str, Sequence[Values]] = {
-    **{name: ({"solver_order": 2}, {"solver_order": 3}) for name in ("unipc", "deis")},
+    **{name: ({"solver_order": 2}, {"solver_order": 3}) for name in ("unipc", "deis", "flow-unipc")},
     "dpm++": ({"solver_order": 2}, {"solver_order": 3}, {"sde": "sde"}),
     "heun": ({}, {"heun_exact": True}),
     "adams": ({"adams_order": 2}, {"adams_order": 3}, {"adams_order": 4}),
 }
 SPACINGS: dict[str, Sequence[Values]] = {
     "gaussian": [{"time_grid": grid} for grid in get_args(TimeGrid)],
-    "flow": [{"time_shift": shift} for shift in (1.0, 2.0)],
+    "flow": [{"time_grid": "uniform"}, {"time_grid": "uniform", "time_shift": 2.0}, {"time_grid": "chebyshev"}],
 }
 TWICE = ({"sampler": "edm"}, {"heun_exact": True})  # settings of samplers that evaluate twice a step
 STOCHASTIC = ({"sampler": "ddpm"}, {"sde": "sde"})
@@ -128,23 +128,22 @@ def solvers(process: str, evaluations: int) -> Iterator[Setup]:
             continue
         for variant in VARIANTS.get(name, ({},)):
             fixed = {"sampler": name, **variant}
-            own = make_default(process, fixed)
+            own = {"time_grid": default_grid(fixed)}
             twice, stochastic = (any(each.items() <= fixed.items() for each in kinds) for kinds in (TWICE, STOCHASTIC))
             steps = (evaluations + 1) // 2 if twice else evaluations
             label = " ".join([name, *(f"{key.split('_')[-1]} {value}" for key, value in variant.items())])
             for spacing in SPACINGS[process]:
-                (value,) = spacing.values()
+                shift = f", shift {spacing['time_shift']:g}" if "time_shift" in spacing else ""
                 settings = {**fixed, **spacing, "num_sampling_steps": str(steps)}
-                yield Setup(label, f"{value}", settings, value == own, not stochastic)
+                yield Setup(label, spacing["time_grid"] + shift, settings, spacing == own, not stochastic)
 
 
-def make_default(process: str, settings: Values) -> object:
-    """Spacing that a sampler takes by itself."""
-    if process == "flow":
-        return 1.0
+def default_grid(settings: Values) -> str:
+    """Time grid that a sampler takes by itself."""
     kind: Any = SAMPLERS[settings["sampler"]].sampler
     pair = getattr(kind, "few_evaluations", None)
-    return kind.default_grid if pair is None else pair[settings.get("solver_order", 2) > 2]
+    grid: str = kind.default_grid if pair is None else pair[settings.get("solver_order", 2) > 2]
+    return grid
 
 
 def searched(opened: Opened, tables: Sequence[str]) -> Iterator[Setup]:

@@ -3,7 +3,8 @@
 from diffusion.caching import skip_cache
 from diffusion.calibration import Calibration
 from diffusion.flow import FlowMatching
-from diffusion.flow_samplers import AdamsSampler, EulerSampler, HeunSampler
+from diffusion.flow_multistep import AdamsSampler, FlowUniPCSampler
+from diffusion.flow_samplers import EulerSampler, HeunSampler
 from diffusion.gaussian import GaussianDiffusion, create_diffusion
 from diffusion.gaussian_samplers import AncestralSampler, DDIMSampler, EDMSampler
 from diffusion.guidance import guided
@@ -30,6 +31,7 @@ __all__ = [
     "EulerSampler",
     "Evaluation",
     "FlowMatching",
+    "FlowUniPCSampler",
     "GaussianDiffusion",
     "HeunSampler",
     "ImageNoise",

@@ -1,9 +1,8 @@
-"""Samplers of flow matching: times from noise (0) to data (1), a velocity at each, host numbers alone in between."""
+"""One-step samplers of flow matching: times from noise (0) to data (1), a velocity at each, host numbers in between."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypedDict, Unpack, get_args
 
@@ -13,12 +12,11 @@ from torch import Tensor
 
 from diffusion.flow import FlowMatching
 from diffusion.sampling import NoiseFn
-from diffusion.schedules import unit_grid
+from diffusion.schedules import FlowGrid, unit_grid
 from models.contract import TimeConvention
 from runtime.settings import setting
 
 FlowKind = Literal["ode", "sde", "sde_mean", "sde_preserve"]
-MAX_ADAMS_ORDER = 4
 
 
 def flow_steps(spec: int | str) -> int:
@@ -28,9 +26,10 @@ def flow_steps(spec: int | str) -> int:
     return int(spec)
 
 
-class Grid(TypedDict, total=False):
+class Spacing(TypedDict, total=False):
     """Arguments of every sampler of flows, as in `FlowSampler`."""
 
+    grid: FlowGrid | None
     shift: float
     last_step: float | None
     start: int
@@ -44,11 +43,12 @@ class FlowSampler:
         steps: N, a number or its string.
         shift: Shift of the times, above 1 for more steps near the noise.
         last_step: Length of the last step before the shift; None makes all equally long.
+        grid: Spacing of the times before the shift; None takes the sampler's own, `default_grid`.
         start: Leave out this many of the first steps: x starts as `process.q_sample` at `times[0]`.
 
     Attributes:
         process: The process.
-        grid: Flow times from the start to 1, one more than steps.
+        points: Flow times from the start to 1, one more than steps.
         times: Flow time of each evaluation.
 
     Raises:
@@ -56,6 +56,7 @@ class FlowSampler:
     """
 
     time_convention: ClassVar[TimeConvention] = FlowMatching.time_convention
+    default_grid: ClassVar[FlowGrid] = "uniform"
     times: tuple[float, ...]
 
     def __init__(
@@ -64,14 +65,15 @@ class FlowSampler:
         steps: int | str,
         shift: float = 1.0,
         last_step: float | None = None,
+        grid: FlowGrid | None = None,
         start: int = 0,
     ) -> None:
-        grid = unit_grid(flow_steps(steps), shift, last_step)
-        if not 0 <= start < len(grid) - 1:
-            raise ValueError(f"the start must be in 0..{len(grid) - 2}, not {start}")
-        self.process, self.grid = process, grid[start:]
-        self.times = self.grid[:-1]
-        self._lengths: list[float] = np.diff(self.grid).tolist()
+        points = unit_grid(flow_steps(steps), shift, last_step, grid or self.default_grid)
+        if not 0 <= start < len(points) - 1:
+            raise ValueError(f"the start must be in 0..{len(points) - 2}, not {start}")
+        self.process, self.points = process, points[start:]
+        self.times = self.points[:-1]
+        self._lengths: list[float] = np.diff(self.points).tolist()
 
     def _velocity(self, i: int, x: Tensor, sample: Tensor) -> Tensor:
         """Velocity of the raw output of evaluation i, in the dtype of x."""
@@ -82,6 +84,13 @@ class FlowSampler:
 class FlowSamplerSettings:
     """Settings of every sampler of flows."""
 
+    grid: FlowGrid | None = setting(
+        None,
+        "spacing of a flow's times before the shift",
+        get_args(FlowGrid),
+        flag="--time-grid",
+        shown="chebyshev for flow-unipc, uniform for the others",
+    )
     shift: float = setting(1.0, "shift of a flow's times, above 1 for more steps near the noise", flag="--time-shift")
     last_step: float | None = setting(None, "length of a flow's last step before the shift", shown="as all others")
 
@@ -108,9 +117,9 @@ class EulerSampler(FlowSampler):
     """
 
     def __init__(
-        self, process: FlowMatching, steps: int | str, *, kind: FlowKind = "ode", **grid: Unpack[Grid]
+        self, process: FlowMatching, steps: int | str, *, kind: FlowKind = "ode", **spacing: Unpack[Spacing]
     ) -> None:
-        super().__init__(process, steps, **grid)
+        super().__init__(process, steps, **spacing)
         if kind not in get_args(FlowKind):
             raise ValueError(f"{kind!r} is not one of {', '.join(get_args(FlowKind))}")
         # (drift by the score, variance of the noise), in units of w dt
@@ -143,10 +152,12 @@ class HeunSampler(FlowSampler):
     the first one of the next step: N evaluations.
     """
 
-    def __init__(self, process: FlowMatching, steps: int | str, *, exact: bool = False, **grid: Unpack[Grid]) -> None:
-        super().__init__(process, steps, **grid)
+    def __init__(
+        self, process: FlowMatching, steps: int | str, *, exact: bool = False, **spacing: Unpack[Spacing]
+    ) -> None:
+        super().__init__(process, steps, **spacing)
         self.exact = exact
-        self.times = (self.grid[0], *(t for t in self.grid[1:-1] for _ in range(2 if exact else 1)))
+        self.times = (self.points[0], *(t for t in self.points[1:-1] for _ in range(2 if exact else 1)))
         self._start: tuple[Tensor, Tensor] | None = None  # x and velocity at the start of the current step
 
     def step(self, i: int, x: Tensor, sample: Tensor, noise_fn: NoiseFn) -> Tensor:
@@ -163,66 +174,3 @@ class HeunSampler(FlowSampler):
         if number < len(self._lengths) - 1:
             self._start = x, velocity
         return torch.add(x, velocity, alpha=self._lengths[number])
-
-
-@dataclass(frozen=True)
-class AdamsSettings(FlowSamplerSettings):
-    """Settings of the Adams-Bashforth sampler."""
-
-    order: int = setting(2, "number of velocities that a step uses, 1 to 4", flag="--adams-order")
-
-
-class AdamsSampler(FlowSampler):
-    """Adams-Bashforth: the velocities of the last evaluations, extrapolated over the step by a polynomial in time.
-
-    The first steps have fewer earlier velocities, and a lower order. For 5 to 12 evaluations, order 2 with a shift of 2
-    is best in the few-step results of arXiv 2504.05741.
-
-    Args:
-        order: Number of velocities that a step uses, 1 to 4.
-        in_log_snr: Extrapolate in the logarithm of the signal-to-noise ratio instead of in time.
-
-    Attributes:
-        weights: Weights of the velocities of each step, oldest first; they sum to 1.
-    """
-
-    def __init__(
-        self, process: FlowMatching, steps: int | str, *, order: int = 2, in_log_snr: bool = False, **grid: Unpack[Grid]
-    ) -> None:
-        super().__init__(process, steps, **grid)
-        if not 1 <= order <= MAX_ADAMS_ORDER:
-            raise ValueError(f"the order must be in 1..{MAX_ADAMS_ORDER}, not {order}")
-        nodes = [log_snr(t) for t in self.grid] if in_log_snr else list(self.grid)
-        self.weights = [
-            adams_weights(nodes[max(0, i + 1 - order) : i + 1], nodes[i + 1]) for i in range(len(self.times))
-        ]
-        self._history: list[Tensor] = []
-
-    def step(self, i: int, x: Tensor, sample: Tensor, noise_fn: NoiseFn) -> Tensor:
-        """One step from the remembered velocities."""
-        weights = self.weights[i]
-        earlier = self._history[len(self._history) + 1 - len(weights) :]  # none at i = 0
-        self._history = [*earlier, self._velocity(i, x, sample)]
-        for velocity, weight in zip(self._history, weights, strict=True):
-            x = torch.add(x, velocity, alpha=weight * self._lengths[i])
-        return x
-
-
-def adams_weights(nodes: Sequence[float], end: float) -> tuple[float, ...]:
-    """Weights of values at nodes in the mean, from the last node to `end`, of the polynomial through them.
-
-    Nodes are distinct and ascending, and `end` is above them. The weights are exact but for rounding, and sum to 1.
-    """
-    # Distances from the last node in units of the step: antiderivatives at absolute times would cancel.
-    places = (np.asarray(nodes, dtype=np.float64) - nodes[-1]) / (end - nodes[-1])
-    weights = []
-    for j, place in enumerate(places):
-        others = np.delete(places, j)
-        basis = np.poly1d(others, r=True) / np.prod(place - others)
-        weights.append(float(np.polyint(basis)(1.0)))
-    return tuple(weight / sum(weights) for weight in weights)
-
-
-def log_snr(t: float) -> float:
-    """Logarithm of t / (1 - t), kept finite at both ends as the released samplers do."""
-    return math.log(max(t, 1e-3) / (1 - t + 1e-3))

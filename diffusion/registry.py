@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple, Protocol
 
+from diffusion import flow_multistep, multistep
 from diffusion import flow_samplers as flow
 from diffusion import gaussian_samplers as gaussian
-from diffusion import multistep
 from diffusion.flow import FlowMatching
 from diffusion.gaussian import GaussianSettings
 from diffusion.loss import Process
@@ -52,7 +52,8 @@ SAMPLERS: dict[str, SamplerRow] = {
     "edm": SamplerRow("gaussian", "25", gaussian.EDMSampler, gaussian.GaussianSamplerSettings),
     "euler": SamplerRow("flow", "250", flow.EulerSampler, flow.EulerSettings),
     "heun": SamplerRow("flow", "50", flow.HeunSampler, flow.HeunSettings),
-    "adams": SamplerRow("flow", "50", flow.AdamsSampler, flow.AdamsSettings),
+    "adams": SamplerRow("flow", "50", flow_multistep.AdamsSampler, flow_multistep.AdamsSettings),
+    "flow-unipc": SamplerRow("flow", "20", flow_multistep.FlowUniPCSampler, flow_multistep.FlowUniPCSettings),
 }
 # Deterministic sampler of equal steps of each process, for previews in training.
 PREVIEW_SAMPLER = {"gaussian": "ddim", "flow": "euler"}

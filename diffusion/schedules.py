@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from models.contract import TimeConvention
 
 Array = npt.NDArray[np.float64]
 Time = TypeVar("Time", float, Tensor, float | Tensor)
+FlowGrid = Literal["uniform", "chebyshev"]
 
 BETA_SCHEDULES = ("linear", "squaredcos_cap_v2")
 
@@ -131,13 +132,16 @@ def shift_time(t: Time, shift: float) -> Time:
     return t / (t + (1 - t) * shift)
 
 
-def unit_grid(num_steps: int, shift: float = 1.0, last_step: float | None = None) -> tuple[float, ...]:
-    """Flow times from noise to data: `num_steps` starts at equal distances, then 1; all shifted.
+def unit_grid(
+    num_steps: int, shift: float = 1.0, last_step: float | None = None, kind: FlowGrid = "uniform"
+) -> tuple[float, ...]:
+    """Flow times from noise to data: `num_steps` starts, then 1; all shifted.
 
     Args:
         num_steps: N.
         shift: Shift of all times.
         last_step: Length of the last step before the shift; None, or a single step, makes all steps equally long.
+        kind: "uniform", equal steps; or "chebyshev", (1 - cos(pi u)) / 2 of equal steps u, close at both ends.
 
     Returns:
         N + 1 times, the first 0 and the last 1.
@@ -148,12 +152,18 @@ def unit_grid(num_steps: int, shift: float = 1.0, last_step: float | None = None
     if num_steps < 1:
         raise ValueError(f"the number of steps must be at least 1, not {num_steps}")
     check_shift(shift)
+    if kind not in get_args(FlowGrid):
+        raise ValueError(f"unknown time grid {kind!r} of a flow; choose from {', '.join(get_args(FlowGrid))}")
+    if kind == "chebyshev" and last_step is not None:
+        raise ValueError(f"a last step of {last_step} needs equal steps before it: the uniform grid")
     if last_step is None or num_steps == 1:
         last_step = 1 / num_steps
     elif not 0 < last_step < 1:
         raise ValueError(f"the last step must be in (0, 1), not {last_step}")
-    starts = np.linspace(0, 1 - last_step, num_steps).tolist()
-    return tuple(shift_time(t, shift) for t in (*starts, 1.0))
+    starts = np.linspace(0, 1 - last_step, num_steps)
+    if kind == "chebyshev":
+        starts = (1 - np.cos(np.pi * starts)) / 2
+    return tuple(shift_time(t, shift) for t in (*starts.tolist(), 1.0))
 
 
 def check_shift(shift: float) -> None:

@@ -44,7 +44,7 @@ class SweepSettings:
     intervals: tuple[str, ...] = setting(("all",), "intervals of timesteps LOW:HIGH, or all")
     guide_ckpts: tuple[str, ...] = setting(("none",), "weaker networks of autoguidance, or none for unconditional rows")
     guidance_schedule: ScaleSchedule = setting("constant", "scale over time")
-    sampler: str | None = setting(None, "sampler", tuple(SAMPLERS), shown="unipc; adams for flows")
+    sampler: str | None = setting(None, "sampler", tuple(SAMPLERS), shown="unipc; flow-unipc for flows")
     num_sampling_steps: int = setting(20, "number of steps")
     num_images: int = setting(1000, "images of every combination, of all classes in turn")
     seed: int = setting(0, "seed of the noise")
@@ -122,7 +122,7 @@ def score(
 ) -> SweepResult:
     """Sample by one combination and score the images."""
     assert plain.scores is not None
-    sampler = config.sampler or {"gaussian": "unipc", "flow": "adams"}[pipeline.info.process]
+    sampler = config.sampler or {"gaussian": "unipc", "flow": "flow-unipc"}[pipeline.info.process]
     fixed: Values = {"sampler": sampler, "num_sampling_steps": str(config.num_sampling_steps)}
     latents, _, _ = samplers.sample(pipeline, fixed | settings, config.num_images, config.seed)
     images, labels = samplers.pictures(pipeline, latents), samplers.labels_of(pipeline, config.num_images)

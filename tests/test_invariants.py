@@ -31,6 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "euler": {"kind": "sde_preserve", "shift": 1.5},
     "heun": {"exact": True},
     "adams": {"order": 3},
+    "flow-unipc": {"order": 3},
 }
 
 

@@ -13,6 +13,7 @@ from diffusion import (
     AdamsSampler,
     EulerSampler,
     FlowMatching,
+    FlowUniPCSampler,
     HeunSampler,
     ImageNoise,
     evaluations,
@@ -20,7 +21,8 @@ from diffusion import (
     sample_loop,
 )
 from diffusion.caching import every_nth
-from diffusion.flow_samplers import adams_weights, flow_steps, log_snr
+from diffusion.flow_multistep import adams_weights, log_snr
+from diffusion.flow_samplers import flow_steps
 from diffusion.sampling import Sampler
 from models import ModelOutput
 from tests.dispatch_trace import DispatchTrace
@@ -76,7 +78,7 @@ def test_every_recorded_trajectory_is_repeated() -> None:
 @pytest.mark.parametrize("name", RECORDED)
 def test_sampling_repeats_the_recorded_trajectory(name: str) -> None:
     golden, meta, sampler = arrays(f"ddt/samplers/{name}"), META[name], RECORDED[name]
-    assert_within(torch.tensor(sampler.grid, dtype=torch.float64), golden["timesteps"], 1e-6)
+    assert_within(torch.tensor(sampler.points, dtype=torch.float64), golden["timesteps"], 1e-6)
     assert_within(torch.tensor(sampler.times, dtype=torch.float64), golden["t_evals"], 1e-6)
     interval = None
     if "guidance_interval_min" in meta:
@@ -119,7 +121,7 @@ def test_weights_equal_the_recorded_ones(name: str) -> None:
     grid, transform, order = name.split(".")[0], name.split(".")[1], int(name[-1])
     steps, shift, last_step = GRIDS[grid]
     sampler = adams(steps, order=order, shift=shift, last_step=last_step, in_log_snr=transform == "t2logsnr")
-    assert_within(torch.tensor(sampler.grid, dtype=torch.float64), golden[f"{grid}.t"], 1e-6)
+    assert_within(torch.tensor(sampler.points, dtype=torch.float64), golden[f"{grid}.t"], 1e-6)
     rows = [[0.0] * (order - len(weights)) + list(weights) for weights in sampler.weights]
     # The release's float32 antiderivatives cancel, the more the higher the order.
     tolerance = {1: FORWARD, 2: FORWARD, 3: 5e-4, 4: 2e-3}[order]
@@ -131,7 +133,7 @@ def test_a_trajectorys_weights_and_steps_equal_the_recorded_ones(order: int) -> 
     golden, sampler = arrays(f"ddt/samplers/ddt_a_adams{order}"), adams(10, order=order, shift=1.5)
     rows = [[0.0] * (order - len(weights)) + list(weights) for weights in sampler.weights]
     assert_within(torch.tensor(rows), golden["coeffs"], {2: FORWARD, 3: 5e-4, 4: 2e-3}[order])
-    assert_within(torch.tensor(np.diff(sampler.grid)), golden["timedeltas"], 1e-6)
+    assert_within(torch.tensor(np.diff(sampler.points)), golden["timedeltas"], 1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -233,7 +235,7 @@ def test_a_step_of_adams_has_its_order_after_an_exact_history(order: int) -> Non
             x = exact_flow(X, sampler.times[i])
             end = sampler.step(i, x, exact_velocity(x, sampler.times[i]), torch.zeros_like)
         assert len(sampler.weights[i]) == order
-        errors.append(float((end - exact_flow(X, sampler.grid[i + 1])).abs().max()))
+        errors.append(float((end - exact_flow(X, sampler.points[i + 1])).abs().max()))
     assert errors[0] / errors[1] == pytest.approx(2 ** (order + 1), rel=0.3)
 
 
@@ -242,12 +244,12 @@ def test_a_step_of_adams_has_its_order_after_an_exact_history(order: int) -> Non
 
 
 def test_evaluations_and_their_times() -> None:
-    assert euler(4).times == euler("4").times == (0, 0.25, 0.5, 0.75) and euler(4).grid[-1] == 1
+    assert euler(4).times == euler("4").times == (0, 0.25, 0.5, 0.75) and euler(4).points[-1] == 1
     assert heun(3).times == pytest.approx((0, 1 / 3, 2 / 3))
     assert heun(3, exact=True).times == pytest.approx((0, 1 / 3, 1 / 3, 2 / 3, 2 / 3))
     assert [len(heun(9, exact=exact).times) for exact in (False, True)] == [9, 17]
     for sampler in (euler(1, last_step=0.04), heun(1), heun(1, exact=True), adams(1, order=4)):
-        assert sampler.grid == (0, 1) and sampler.times == (0,) and sampler.time_convention == "unit"
+        assert sampler.points == (0, 1) and sampler.times == (0,) and sampler.time_convention == "unit"
 
 
 @pytest.mark.parametrize(
@@ -258,7 +260,7 @@ def test_evaluations_and_their_times() -> None:
 def test_a_run_can_start_at_a_later_step(make: Make) -> None:
     """As from a noised image: with the times of the whole run from there, and nothing before them."""
     whole, part = make(60, shift=2.0), make(60, shift=2.0, start=20)
-    assert part.grid == whole.grid[20:] and part.times == whole.times[-len(part.times) :]
+    assert part.points == whole.points[20:] and part.times == whole.times[-len(part.times) :]
     x = exact_flow(X, part.times[0])
     assert (run(exact_velocity, part, x) - exact_flow(X, 1)).abs().max() < 0.1
 
@@ -277,10 +279,11 @@ SAMPLERS: dict[str, Make] = {
     "sde": partial(euler, kind="sde"),
     "heun": heun,
     "adams4": partial(adams, order=4),
+    "unipc": partial(FlowUniPCSampler, FlowMatching()),
 }
 
 
-@pytest.mark.parametrize(("sampler", "draws"), [("ode", 0), ("sde", 4), ("heun", 0), ("adams4", 0)])
+@pytest.mark.parametrize(("sampler", "draws"), [("ode", 0), ("sde", 4), ("heun", 0), ("adams4", 0), ("unipc", 0)])
 def test_only_stochastic_kinds_draw_and_not_in_the_last_step(sampler: str, draws: int) -> None:
     drawn: list[Tensor] = []
 
@@ -337,7 +340,7 @@ def test_the_log_snr_is_finite_and_rises() -> None:
     assert np.isfinite(values).all() and values == sorted(values)
 
 
-@pytest.mark.parametrize(("name", "budget"), [("ode", 5), ("sde", 8), ("heun", 8), ("adams4", 8)])
+@pytest.mark.parametrize(("name", "budget"), [("ode", 5), ("sde", 8), ("heun", 8), ("adams4", 8), ("unipc", 7)])
 def test_operations_per_step(name: str, budget: int) -> None:
     steps, network = 32, Toy((4, 8, 8), "unit")
     sampler = SAMPLERS[name](steps)

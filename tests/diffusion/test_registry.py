@@ -20,7 +20,13 @@ PROCESS_PREDICTIONS = [(p, kind) for p in PROCESSES for kind in PREDICTIONS if (
 CASES = [(name, kind) for name, row in SAMPLERS.items() for p, kind in PROCESS_PREDICTIONS if p == row.process]
 PLAIN = {"gaussian": "epsilon", "flow": "velocity"}
 # Settings that make a sampler stochastic, multistep, or evaluate more often.
-VARIED = {"ddim": {"eta": 0.5}, "euler": {"kind": "sde"}, "heun": {"exact": True}, "adams": {"order": 4}}
+VARIED = {
+    "ddim": {"eta": 0.5},
+    "euler": {"kind": "sde"},
+    "heun": {"exact": True},
+    "adams": {"order": 4},
+    "flow-unipc": {"order": 3},
+}
 
 
 def sampler_of(name: str, prediction: str | None = None, steps: str = "6", *, varied: bool = False) -> Any:
@@ -148,7 +154,12 @@ def test_predictions_are_clipped_for_pixels_unless_said_otherwise(
     ("name", "process", "steps", "message"),
     [
         ("odd", "flow", "5", "unknown sampler 'odd'; known: ddpm, ddim, "),
-        ("ddim", "flow", "5", r"sampler 'ddim' is of process 'gaussian', not 'flow'; choose from euler, heun, adams"),
+        (
+            "ddim",
+            "flow",
+            "5",
+            r"sampler 'ddim' is of process 'gaussian', not 'flow'; choose from euler, heun, adams, flow-unipc",
+        ),
         ("ddpm", "gaussian", "fast", "step spec 'fast' is not understood"),
         ("heun", "flow", "ddim50", "step spec 'ddim50': a flow is sampled in a number of steps"),
     ],

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import samplers
-from diffusion import SAMPLERS, make_sampler
+from diffusion import SAMPLERS, FlowMatching, make_sampler
 from diffusion.gaussian import GaussianSettings
 from evaluator.small import SmallScorer, SmallScores
 from runtime.errors import run
@@ -47,12 +47,14 @@ def test_every_solver_of_the_registry_is_compared(checkpoints, tmp_path, capsys,
         assert picture.width > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
 
 
-def test_own_spacings_are_those_of_the_samplers():
-    process = GaussianSettings().make(False)
-    for setup in samplers.solvers("gaussian", 9):
+@pytest.mark.parametrize("process", [GaussianSettings().make(False), FlowMatching()], ids=lambda each: each.name)
+def test_own_spacings_are_those_of_the_samplers(process):
+    for setup in samplers.solvers(process.name, 9):
         name, order = setup.settings["sampler"], setup.settings.get("solver_order")
-        settings = SAMPLERS[name].settings(**({} if order is None else {"order": order}))
-        same = SAMPLERS[name].settings(grid=setup.spacing, **({} if order is None else {"order": order}))
+        chosen = {} if order is None else {"order": order}
+        shift = {"shift": setup.settings["time_shift"]} if "time_shift" in setup.settings else {}
+        settings = SAMPLERS[name].settings(**chosen)
+        same = SAMPLERS[name].settings(grid=setup.settings["time_grid"], **chosen, **shift)
         spec = setup.settings["num_sampling_steps"]
         times = [make_sampler(name, process, spec, each).times for each in (settings, same)]
         assert setup.default == (times[0] == times[1]), setup
