@@ -1,6 +1,7 @@
 """Files of a latent store: raw latents of an encoder, extracted once.
 
-A folder holds `manifest.json` (the settings), shards, and `index.json`, which is written last. Shard 7 is
+A folder holds `manifest.json` (the settings), shards, `labels.npy`, the labels of all shards, and `index.json`, which
+is written last. Shard 7 is
 
 - `00007.npy`, float16 (images, flips, *raw shape): raw latents as an `Encoder` makes them, not scaled; one or two
   flips, the plain image first;
@@ -14,6 +15,7 @@ mean. A log-variance near -17 would be off by 0.4 %.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -34,10 +36,10 @@ from runtime.json_file import Json, is_intact, parse_json, read_json, write_json
 from runtime.migrate import latent_index
 
 FORMAT = 2
-INDEX, MANIFEST = "index.json", "manifest.json"
+INDEX, MANIFEST, LABELS = "index.json", "manifest.json", "labels.npy"
 PART = "part.json"  # instead of the index, in a part of a store that --shard cut; with it the part is finished
 REMEDY = "run scripts/extract_latents.py again with the same settings: it makes what is missing"
-_PART = r"\d{5}(\.text)?|null\.text"  # names of the parts of a store, without suffix
+_PART = r"\d{5}(\.text)?|null\.text|labels"  # names of the parts of a store, without suffix
 _NOT_FINITE = 0x7C00  # float16 bits without the sign: infinity; NaNs are above it
 
 Raw = npt.NDArray[np.float16]
@@ -91,6 +93,22 @@ def write_shard(folder: Path, number: int, row_shape: Sequence[int], parts: Iter
     write_json(description_path, description, indent=None)
 
 
+class PathsDigest:
+    """Digest of the encoder and of the paths of all images, shard by shard, in their order."""
+
+    def __init__(self, encoder_sha256: str) -> None:
+        self._digest = hashlib.sha256(encoder_sha256.encode())
+
+    def update(self, paths: Sequence[str]) -> None:
+        """Take in the paths of the next shard."""
+        self._digest.update("\n".join(paths).encode(errors="surrogateescape"))
+        self._digest.update(b"\n" if paths else b"")
+
+    def hexdigest(self) -> str:
+        """The digest as text."""
+        return self._digest.hexdigest()
+
+
 def finished_shard(folder: Path, number: int) -> Json | None:
     """The description of a shard that is complete, judged by the size of its array; None for any other."""
     array, description_path = shard_paths(folder, number)
@@ -104,7 +122,9 @@ def finished_shard(folder: Path, number: int) -> Json | None:
 def write_index(
     folder: Path, shard_count: int, more_files: Callable[[str], Json] = lambda name: {}, **more: object
 ) -> Json:
-    """Write index.json from the manifest and the descriptions of all shards.
+    """Write labels.npy and index.json from the manifest and the descriptions of all shards.
+
+    The index has a digest of all paths, so that opening a store parses no description.
 
     Args:
         folder: Folder of the shards.
@@ -115,7 +135,8 @@ def write_index(
     Raises:
         ValueError: If a shard is not finished.
     """
-    shards = []
+    manifest = latent_index(read_json(folder / MANIFEST))
+    shards, labels, digest = [], list[int](), PathsDigest(manifest["encoder"]["sha256"])
     for number in range(shard_count):
         array, path = shard_paths(folder, number)
         description = finished_shard(folder, number)
@@ -127,8 +148,14 @@ def write_index(
             **more_files(array.stem),
         }
         shards.append({"count": description["count"], "skipped": len(description["skipped"]), "files": files})
+        labels += description["labels"]
+        digest.update(description["paths"])
+    with atomic_path(folder / LABELS) as temporary:
+        np.save(temporary, np.array(labels, dtype=np.int64))
+        record = {"bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
+    more |= {"labels": record, "digest": digest.hexdigest()}
     totals = {name: sum(shard[name] for shard in shards) for name in ("count", "skipped")}
-    index = {**latent_index(read_json(folder / MANIFEST)), **totals, **more, "shards": shards}
+    index = {**manifest, **totals, **more, "shards": shards}
     write_json(folder / INDEX, index)
     return index
 

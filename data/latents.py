@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +20,11 @@ from data.encoders import FP32, Encoder, LatentScaling, Shape, open_encoder
 from data.image_folder import is_flipped
 from data.latent_files import (
     INDEX,
+    LABELS,
     REMEDY,
     ArrayFile,
     Json,
+    PathsDigest,
     Raw,
     array_path,
     check_index,
@@ -87,7 +90,8 @@ class LatentShards:
         # Shared with the loader's workers, which share the pages of the file, too
         self._checked = torch.zeros(len(self._shards), dtype=torch.bool).share_memory_()
         self._open_arrays()
-        self._labels = self._read_labels()
+        self._labels = self._read_labels(index.get("labels"))
+        self._digest = index.get("digest", self._digest)
         self._texts: list[StoredText] = []
         if "text" in index:
             self._open_text(index["text"])
@@ -238,25 +242,26 @@ class LatentShards:
         digests = [text.sha256 for text in self._texts]
         self._digest = hashlib.sha256("\n".join([self._digest, self.text["sha256"], *digests]).encode()).hexdigest()
 
-    def _read_labels(self) -> npt.NDArray[np.int64]:
-        labels: list[npt.NDArray[np.int64]] = []
-        digest = hashlib.sha256(self._encoder["sha256"].encode())
+    def _read_labels(self, record: Json | None) -> npt.NDArray[np.int64]:
+        """Read the labels of all images, of stores without labels.npy from the descriptions, which have the paths too.
+
+        A description is compared with its checksum in either case.
+        """
+        labels, digest = list[npt.NDArray[np.int64]](), PathsDigest(self._encoder["sha256"])
         for position, shard in enumerate(self._shards):
             path = self._description(position)
             content = path.read_bytes()
-            try:
-                description = parse_json(content)
-                part, paths = description["labels"], "\n".join(description["paths"])
-                digest.update(paths.encode(errors="surrogateescape"))
-                digest.update(b"\n" if description["paths"] else b"")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}: not the description of a shard; delete it and {REMEDY}") from error
-            if len(part) != shard["count"]:
-                raise ValueError(f"{path}: {len(part)} labels instead of {shard['count']}; delete it and {REMEDY}")
+            if record is None:
+                labels.append(parse_labels(path, content, shard["count"], digest))
             compare_sha256(path, shard, hashlib.sha256(content).hexdigest())
-            labels.append(np.array(part, dtype=np.int64))
         self._digest = digest.hexdigest()
-        return np.concatenate(labels)
+        if record is None:
+            return np.concatenate(labels)
+        path = self._folder / LABELS
+        content = path.read_bytes() if path.exists() else b""
+        compare_sha256(path, {"files": {LABELS: record}}, hashlib.sha256(content).hexdigest())
+        found: npt.NDArray[np.int64] = np.lib.format.read_array(io.BytesIO(content))
+        return found
 
     def _description(self, position: int) -> Path:
         return array_path(self._folder, self._shards[position]).with_suffix(".json")
@@ -265,6 +270,19 @@ class LatentShards:
         """Shards and rows of images."""
         shards = np.searchsorted(self._ends, indices, side="right")
         return shards, indices - np.concatenate([[0], self._ends])[shards]
+
+
+def parse_labels(path: Path, content: bytes, count: int, digest: PathsDigest) -> npt.NDArray[np.int64]:
+    """Labels in the description of a shard, and its paths into the digest; a ValueError names a damaged file."""
+    try:
+        description = parse_json(content)
+        labels = description["labels"]
+        digest.update(description["paths"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the description of a shard; delete it and {REMEDY}") from error
+    if len(labels) != count:
+        raise ValueError(f"{path}: {len(labels)} labels instead of {count}; delete it and {REMEDY}")
+    return np.array(labels, dtype=np.int64)
 
 
 def unstack(leaves: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

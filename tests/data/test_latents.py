@@ -71,7 +71,27 @@ def test_a_description_is_read_once(folder, monkeypatch):
     monkeypatch.setattr(type(folder), "read_bytes", lambda path: seen.append(path.name) or read(path))
     monkeypatch.setattr("data.latent_files.sha256_of", None)  # which would read it again
     LatentShards(folder)
-    assert seen == [f"0000{number}.json" for number in range(4)]
+    assert seen == [*(f"0000{number}.json" for number in range(4)), "labels.npy"]
+
+
+def without_labels(folder):
+    """Make a store one of before labels.npy: its labels and paths are in the descriptions alone."""
+    index = json.loads((folder / "index.json").read_text())
+    kept = {name: value for name, value in index.items() if name not in ("labels", "digest", "crc32")}
+    write_json(folder / "index.json", kept)
+    (folder / "labels.npy").unlink()
+
+
+def test_opening_parses_no_description_and_finds_what_it_says(folder, monkeypatch):
+    now = LatentShards(folder)
+    monkeypatch.setattr("data.latents.parse_labels", None)
+    assert LatentShards(folder).digest() == now.digest()
+    monkeypatch.undo()
+    without_labels(folder)
+    before = LatentShards(folder)
+    keys = [(0, index) for index in (9, 0, 4)]
+    assert before.digest() == now.digest() and before.path(5) == now.path(5)
+    assert before.gather(keys)[1].tolist() == now.gather(keys)[1].tolist() == [1, 0, 0]
 
 
 def test_rows_come_back_in_order_from_whatever_shard(folder, raw):
@@ -304,6 +324,11 @@ def edit_index(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def replace_description(folder, text):
+    without_labels(folder)
+    (folder / "00000.json").write_text(text)
+
+
 DAMAGES = {
     "no folder": (lambda f: f.rename(f.with_name("moved")), "latents: no such folder"),
     "no index": (lambda f: (f / "index.json").unlink(), "index.json: missing; .* run scripts/extract_latents.py again"),
@@ -331,13 +356,15 @@ DAMAGES = {
         "00000.npy: not a NumPy array .* delete it",
     ),
     "not a description": (
-        lambda f: (f / "00000.json").write_text("[" + " " * ((f / "00000.json").stat().st_size - 2) + "]"),
+        lambda f: replace_description(f, "[" + " " * ((f / "00000.json").stat().st_size - 2) + "]"),
         "00000.json: not the description of a shard; delete it",
     ),
     "other labels": (
-        lambda f: (f / "00000.json").write_text((f / "00000.json").read_text().replace("[0, 1, 0, 1]", "[0, 1, 0   ]")),
+        lambda f: replace_description(f, (f / "00000.json").read_text().replace("[0, 1, 0, 1]", "[0, 1, 0   ]")),
         "00000.json: 3 labels instead of 4; delete it",
     ),
+    "no labels": (lambda f: (f / "labels.npy").unlink(), r"labels.npy: not what was written \(sha256\); delete it and"),
+    "a bit of the labels": (lambda f: flip_bit(f / "labels.npy"), "labels.npy: not what was written"),
 }
 
 

@@ -24,7 +24,9 @@ from tests.processes import folder_by_rank, run_ranks, run_script
 
 IMAGE = (3, 16, 16)
 COUNT = 8  # shards of 3, 3 and 2 images
-MADE = sorted(["index.json", "manifest.json", *(f"{n:05d}.{end}" for n in range(3) for end in ("npy", "json"))])
+MADE = sorted(
+    ["index.json", "labels.npy", "manifest.json", *(f"{n:05d}.{end}" for n in range(3) for end in ("npy", "json"))]
+)
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +169,12 @@ def test_a_rerun_makes_only_what_is_missing(extracted, images, vae, copy):
     (copy / ".00001.123.tmp.npy").write_bytes(b"half a shard")
     assert extract(*flags(images, vae, copy)) == 0
     assert files(copy) == files(extracted)
-    remade = {"00001.npy", "00001.json", "00002.npy", "00002.json", "index.json"}
+    remade = {"00001.npy", "00001.json", "00002.npy", "00002.json", "index.json", "labels.npy"}
     assert {name for name, time in times(copy).items() if time != 1} == remade
+    (copy / "labels.npy").unlink()
+    with pytest.raises(ValueError, match=r"labels.npy: not what was written \(sha256\); delete it and run"):
+        LatentShards(copy)
+    assert extract(*flags(images, vae, copy)) == 0 and files(copy) == files(extracted)
 
 
 def test_a_killed_extraction_goes_on_where_it_was(extracted, images, vae, tmp_path, monkeypatch):
