@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.contract import mark_rows
 from models.dydit_block import DyDiTBlock, Routing, TokenRouter
 from models.layers import AdaLNModulation, attention_heads, gated_add, gelu, modulate
 from models.masks import Mask
@@ -154,6 +155,8 @@ class RoutingPlan:
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         head_dim = block.attn.qkv.in_features // self.num_heads
+        if self.compiles:
+            mark_rows(x, c)
         attention = self._weights((i, "attn"), block.attn.qkv, block.attn.proj, heads, dtype)
         x, tokens, modulation = self._attend(x, c, block.adaLN_modulation, attention, block.token_selection, head_dim)
         mlp = self._weights((i, "mlp"), block.mlp.fc1, block.mlp.fc2, groups, dtype)
@@ -162,6 +165,8 @@ class RoutingPlan:
 
     def _run_mlp(self, x: Tensor, tokens: Tensor, modulation: Modulation, weights: PairWeights) -> Tensor:
         """Apply the residual MLP to the tokens (N, T) that are on; may overwrite x (N, T, D)."""
+        if self.compiles:
+            mark_rows(x, tokens, modulation)
         if tokens.numel() < self.pack_from:
             return self._mlp(x, tokens, modulation, weights)
         rows = tokens.flatten().nonzero().squeeze(1)  # the one read, of their number

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from models import dit
 from models.config import BackboneConfig
-from models.contract import ModelOutput
+from models.contract import ModelOutput, for_any_rows
 from models.dit import DiT, DiTConfig
 from models.token_route import Detour, TokenRoute, choose_blocks
 from models.transformer import Transformer
@@ -108,14 +108,17 @@ class SkipUnits(Transformer):
     def fuse(self, unit: int, x: Tensor, skip: Tensor) -> Tensor:
         """Apply a skip unit to tokens and skipped tokens (N, ..., D) each, -> (N, ..., D) in the tokens' dtype."""
         apply = skip_unit if self._compiled_unit is None else self._compiled_unit
-        # The first unit joins the middle's output with itself; one tensor given twice would be compiled for on its own.
-        skip = skip.view_as(skip) if skip is x else skip
+        # The first unit joins the middle's output with itself; one tensor given twice would be compiled for on its own,
+        # and without gradients so would a view.
+        if skip is x:
+            skip = x.view_as(x) if torch.is_grad_enabled() else x.detach()
         return apply(x, skip, self.skip_norms[unit], self.skip_linears[unit])
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile every block, and the skip units."""
         super().compile_blocks(backend)
-        self._compiled_unit = torch.compile(skip_unit, dynamic=False, fullgraph=True, backend=backend)
+        unit = torch.compile(skip_unit, dynamic=False, fullgraph=True, backend=backend)
+        self._compiled_unit = for_any_rows(unit)
 
     def blocks_to_run(self, *, reused: bool) -> Sequence[int]:
         """Return the indices of the blocks that an evaluation runs, with or without state, in order."""

@@ -65,6 +65,22 @@ def test_blocks_are_compiled_once_for_all_steps_and_whole(network: Network, samp
 
 
 @torch.no_grad()
+def test_one_compilation_serves_every_number_of_rows(network: Network) -> None:
+    """Guidance in an interval doubles the rows of an evaluation, and the last batch is smaller."""
+    torch._dynamo.reset()
+    counter, after = CompileCounter(), []
+    network.compile_blocks(counter)
+    x, t, conditioning = inputs(network)
+    prepared = network.for_sampling([t])
+    for rows in (4, 2, 4, 3, 7):
+        repeated = {name: value.repeat(4, *[1] * (value.ndim - 1))[:rows] for name, value in conditioning.items()}
+        prepared(x.repeat(4, *[1] * (x.ndim - 1))[:rows], t, **repeated)
+        after.append(counter.frame_count)
+    assert len(set(after)) == 1 and after[0] > 0
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
 def test_a_planted_graph_break_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     network = debug_network("DiT")
     monkeypatch.setattr("models.dit.gated_add", lambda x, gate, update: update if update.max() > 0 else x)
