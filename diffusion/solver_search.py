@@ -3,8 +3,8 @@
 The network is sampled by the table and, from the same noise, by many small steps (the teacher). The loss is the mean
 square distance of the table's points from the teacher's path, and a Huber loss of their ends.
 
-Source: Wang et al., 2025 (arXiv 2505.21114), also for loss and optimizer. The search begins at a second-order
-solver instead of Euler's steps, and ends at the best table on held-out noise, not at the last.
+Source: Wang et al., 2025 (arXiv 2505.21114), also for loss and optimizer. The search begins at UniPC instead
+of Euler's steps, and ends at the best table on held-out noise, not at the last.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion.flow import FlowMatching
+from diffusion.flow_multistep import FlowUniPCSampler
 from diffusion.gaussian import GaussianDiffusion
+from diffusion.multistep import UniPCSampler
 from diffusion.predictions import conversion
 from diffusion.sampling import Denoiser, Evaluation, Sampler, evaluations, inside_interval, sample_loop
 from diffusion.solver_table import SolverTable
@@ -138,20 +140,24 @@ Interval = tuple[float, float] | None
 
 
 def first_guess(process: Process, count: int) -> tuple[list[float], list[list[float]]]:
-    """Step sizes and weights of a second-order solver, where the search begins: (N,) shares, and (N, N) weights."""
-    if isinstance(process, FlowMatching):
-        sizes = np.full(count, 1 / count)
-        places = np.arange(count + 1) / count
-    else:
-        total = process.timesteps[-1] - CLEAN
-        times = np.append(total * (1 - (1 - np.cos(np.pi * np.arange(count) / count)) / 2) + CLEAN, CLEAN)
-        sizes = -np.diff(times) / total
-        log_abar = np.log(process.alphas_cumprod_at(times[:-1]))
-        places = (log_abar - np.log(-np.expm1(log_abar))) / 2  # half log-SNR; none at the clean end
+    """Step sizes and weights of UniPC, where the search begins: (N,) shares, and (N, N) weights below the diagonal.
+
+    Both of its forms are tables: each step adds a weighted sum of the predictions so far.
+    """
     earlier = np.zeros((count, count))
-    for i in range(1, len(places) - 1):  # extrapolated to the middle of the step
-        earlier[i, i - 1] = -(places[i + 1] - places[i]) / (places[i] - places[i - 1]) / 2
-    return sizes.tolist(), earlier.tolist()
+    if isinstance(process, FlowMatching):
+        flow = FlowUniPCSampler(process, count, order=min(2, count))
+        for i, weights in enumerate(flow.weights):
+            earlier[i, i + 1 - len(weights) : i + 1] = weights
+        sizes = np.diff(flow.points)
+    else:
+        gaussian = UniPCSampler(process, str(count), order=min(2, count))
+        for i, step in enumerate(gaussian.table):
+            newest_first = np.trim_zeros(np.array(step.weights), "b")
+            earlier[i, i + 1 - len(newest_first) : i + 1] = newest_first[::-1] / newest_first.sum()
+        times = [*gaussian.times, CLEAN]
+        sizes = -np.diff(times) / (times[0] - CLEAN)
+    return sizes.tolist(), np.tril(earlier, -1).tolist()
 
 
 def teacher_path(denoise: Denoiser, sampler: Sampler, x: Tensor, scale: float = 1.0, interval: Interval = None) -> Path:

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion import AdamsSampler, DDIMSampler, EulerSampler, FlowMatching, create_diffusion, evaluations, sample_loop
+from diffusion import (
+    DDIMSampler,
+    EulerSampler,
+    FlowMatching,
+    FlowUniPCSampler,
+    UniPCSampler,
+    create_diffusion,
+    evaluations,
+    sample_loop,
+)
 from diffusion.sampling import Evaluation
 from diffusion.solver_search import Lion, Path, SearchedSolver, search_loss, teacher_path
 from diffusion.solver_table import TableSampler
@@ -45,11 +54,14 @@ def test_the_table_samples_as_the_search_did(process: Any) -> None:
     assert torch.allclose(path.points[-1], end, atol=1e-9) and len(path.points) == 7
 
 
-def test_the_search_of_a_flow_begins_at_adams_bashforth() -> None:
-    x, solver = torch.randn(4, 1, 2, 2, dtype=torch.float64), SearchedSolver(FLOW, 6)
-    adams = AdamsSampler(FLOW, 6, order=2)
-    end = sample_loop(denoise(FLOW), adams, x, evaluations(adams.times))
-    assert torch.allclose(solver(denoise(FLOW), x).points[-1], end, atol=1e-9)
+@pytest.mark.parametrize("count", [2, 3, 6, 9])
+@pytest.mark.parametrize("process", [GAUSSIAN, FLOW], ids=["gaussian", "flow"])
+def test_the_search_begins_at_unipc(process: Any, count: int) -> None:
+    x, solver = torch.randn(4, 1, 2, 2, dtype=torch.float64), SearchedSolver(process, count)
+    unipc: Any = UniPCSampler(GAUSSIAN, str(count)) if process is GAUSSIAN else FlowUniPCSampler(FLOW, count)
+    end = sample_loop(denoise(process), unipc, x, evaluations(unipc.times))
+    assert torch.allclose(solver(denoise(process), x).points[-1], end, atol=1e-6)
+    assert torch.allclose(solver.times()[:-1], torch.tensor(unipc.times, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("process", [GAUSSIAN, FLOW], ids=["gaussian", "flow"])
