@@ -74,6 +74,7 @@ def open_dataset(
     clips: ClipSettings = ClipSettings(),  # noqa: B008  # it is frozen
     columns: ColumnSettings = ColumnSettings(),  # noqa: B008
     held_out: bool = False,
+    captioned: bool = False,
 ) -> Dataset:
     """Open a training set by the value of `--dataset`, one of `DATASETS`; the rest becomes its `DatasetSettings`.
 
@@ -107,6 +108,7 @@ def open_dataset(
         clips=clips,
         columns=columns,
         held_out=held_out,
+        captioned=captioned,
     )
     return DATASETS[name](settings)
 

@@ -131,6 +131,7 @@ class DatasetSettings(NamedTuple):
     clips: ClipSettings = ClipSettings()  # cutting of clips from videos
     columns: ColumnSettings = ColumnSettings()  # of tables and shards
     held_out: bool = False  # data of a validation
+    captioned: bool = False  # captions take the place of labels, and a folder needs no classes
 
     def require_path(self, content: str, *, is_pattern: bool = False) -> Path:
         """The folder, copied here from an object store, unless it is a pattern; a ValueError if none is given."""

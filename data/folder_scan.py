@@ -89,8 +89,10 @@ class Scan(NamedTuple):
     samples: Samples
 
 
-def scan(root: Path) -> Scan:
+def scan(root: Path, *, captioned: bool = False) -> Scan:
     """Find the classes of a folder, and their images in a fixed order; the same as torchvision's ImageFolder.
+
+    With captions, which take the place of labels, no folder of a class is needed: there are no classes then.
 
     Hidden files and folders, and those that file systems and archives add, are not seen. What else is left out is said
     in a warning. Links to folders are followed, but for those to a folder that holds them.
@@ -121,6 +123,8 @@ def scan(root: Path) -> Scan:
     for name, kinds in empty.items() if samples else ():
         raise ValueError(f"{root}: the class folder {name} has no image{kinds}; remove it, or add images")
     if not samples and any(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(root)):
+        if captioned:
+            return scan_flat(root)
         above = root.parent if root.name else root.resolve().parent
         raise ValueError(
             f"{root}: holds images, and no class folders with images; give the folder above, {above}, or put the "
@@ -131,6 +135,16 @@ def scan(root: Path) -> Scan:
         warnings.warn(f"{root}: left out {counted(left_out)}{first}; {READ}", stacklevel=3)
     warn_of_numbers(root, names)
     return Scan(names, samples)
+
+
+def scan_flat(root: Path) -> Scan:
+    """Find the images of a folder without classes; what is left out is said in a warning."""
+    samples, (images, left_out) = Samples(root), find_images(root)
+    for path in images:
+        samples.append(path, 0)
+    if +left_out:
+        warnings.warn(f"{root}: left out {counted(left_out)}; {READ}", stacklevel=4)
+    return Scan([], samples)
 
 
 def find_images(root: Path) -> tuple[list[str], Counter[str]]:

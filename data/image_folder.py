@@ -162,8 +162,15 @@ def random_flip(image: Tensor, key: Key, seed: int) -> Tensor:
 def open_image_folder(settings: DatasetSettings) -> ImageFolder:
     """Open an image folder, by default with 256 x 256 pixels and mirrored at random; a ValueError without a path."""
     root, size = settings.require_path("an image folder"), settings.size or (256, 256)
-    flip = settings.flip is not False
-    return ImageFolder(root, size, channels=settings.channels, flip=flip, seed=settings.seed, strict=settings.strict)
+    return ImageFolder(
+        root,
+        size,
+        channels=settings.channels,
+        flip=settings.flip is not False,
+        seed=settings.seed,
+        strict=settings.strict,
+        captioned=settings.captioned,
+    )
 
 
 class EncodedImages(ABC):
@@ -299,6 +306,7 @@ class ImageFolder(EncodedImages):
         flip: Mirror at random.
         seed: Seed of the flips.
         strict: An image that cannot be decoded is an error.
+        captioned: Captions take the place of labels, and images may be in the folder itself.
 
     Raises:
         ValueError: If the folder is missing, or has no class folder with an image.
@@ -313,10 +321,11 @@ class ImageFolder(EncodedImages):
         flip: bool = True,
         seed: int = 0,
         strict: bool = False,
+        captioned: bool = False,
     ) -> None:
         if not root.is_dir():
             raise ValueError(f"{root}: {'not a' if root.exists() else 'no such'} folder")
-        classes, self._samples = scan(root)
+        classes, self._samples = scan(root, captioned=captioned)
         if not self._samples:
             raise ValueError(describe_layout(root) or f"{root}: expected class folders with images in them")
         settings = DatasetSettings(root, sides(image_size), channels, flip, seed, strict)

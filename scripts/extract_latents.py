@@ -233,7 +233,10 @@ def open_images(config: ExtractConfig, size: tuple[int, int], channels: int) -> 
     """The images or clips of the folder; a ValueError if there are none."""
     assert config.data_path is not None
     if config.dataset != "videofolder":
-        images = open_dataset(config.dataset, config.data_path, size, channels, flip=False, columns=config.columns)
+        captioned = config.captions is not None
+        images = open_dataset(
+            config.dataset, config.data_path, size, channels, flip=False, columns=config.columns, captioned=captioned
+        )
         assert isinstance(images, EncodedImages)
         return images
     frames, settings = config.num_frames or FRAMES, config.clips

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from shutil import copytree
+from shutil import copy, copytree
 
 import numpy as np
 import pytest
@@ -89,6 +89,19 @@ def test_a_txt_beside_each_file_and_several_processes_make_the_same_bytes(
     done = run_ranks("scripts/extract_latents.py", *argv, ranks=2, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert contents(store) == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+def test_pictures_may_be_in_the_folder_itself(folder: Path, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for path in sorted((folder / "images").rglob("*.*")):
+        copy(path, tmp_path / "images")
+    (tmp_path / "vae").symlink_to(folder / "vae")
+    assert extract(tmp_path, tmp_path / "latents", *CAPTIONS, "txt") == 0
+    flat, nested = (LatentShards(path) for path in (tmp_path / "latents", store))
+    keys = [(0, index) for index in range(5)]
+    assert torch.equal(flat.gather(keys)[0], nested.gather(keys)[0]) and flat.path(4) == "4.png"
+    assert all(torch.equal(flat[key][1]["text"], nested[key][1]["text"]) for key in keys)
+    assert extract(tmp_path, tmp_path / "plain") == 2, "labels need folders"
 
 
 def test_captions_can_be_added_to_latents_and_only_what_is_missing_is_made(
