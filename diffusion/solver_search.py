@@ -151,7 +151,9 @@ def first_guess(process: Process, count: int) -> tuple[list[float], list[list[fl
             earlier[i, i + 1 - len(weights) : i + 1] = weights
         sizes = np.diff(flow.points)
     else:
-        gaussian = UniPCSampler(process, str(count), order=min(2, count))
+        # As UniPC's own grid, but without an evaluation at t = 0, where a table has nothing to gain
+        falling = (1 + np.cos(np.pi * np.arange(count) / count)) / 2 * (process.timesteps[-1] - CLEAN) + CLEAN
+        gaussian = UniPCSampler(process.restricted(falling[::-1].tolist()), order=min(2, count))
         for i, step in enumerate(gaussian.table):
             newest_first = np.trim_zeros(np.array(step.weights), "b")
             earlier[i, i + 1 - len(newest_first) : i + 1] = newest_first[::-1] / newest_first.sum()

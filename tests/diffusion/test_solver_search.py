@@ -58,7 +58,11 @@ def test_the_table_samples_as_the_search_did(process: Any) -> None:
 @pytest.mark.parametrize("process", [GAUSSIAN, FLOW], ids=["gaussian", "flow"])
 def test_the_search_begins_at_unipc(process: Any, count: int) -> None:
     x, solver = torch.randn(4, 1, 2, 2, dtype=torch.float64), SearchedSolver(process, count)
-    unipc: Any = UniPCSampler(GAUSSIAN, str(count)) if process is GAUSSIAN else FlowUniPCSampler(FLOW, count)
+    unipc: Any = FlowUniPCSampler(FLOW, count)
+    if process is GAUSSIAN:
+        grid = sorted(solver.times()[:-1].tolist())
+        unipc = UniPCSampler(process.restricted(grid))
+        assert grid[-1] == 999 and 0 < grid[0] < 1000 / count
     end = sample_loop(denoise(process), unipc, x, evaluations(unipc.times))
     assert torch.allclose(solver(denoise(process), x).points[-1], end, atol=1e-6)
     assert torch.allclose(solver.times()[:-1], torch.tensor(unipc.times, dtype=torch.float64))
