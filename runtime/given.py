@@ -6,7 +6,9 @@ import dataclasses
 import json
 import types
 import typing
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -41,17 +43,17 @@ class Given(Generic[T_co]):
             UserError: For an unknown name, or a value of another type or out of range.
         """
         general, flags, nested = flags_of(type(self.general)), dict(self._flags), Values()
-        owned = {
-            name: flag
-            for kind in self._kinds.values()
-            for owner in kind.owners
-            for name, flag in kind.flags(owner).items()
-        }
+        owned = defaultdict[str, list[Flag]](list)  # several owners may have a flag of one name
+        for kind in self._kinds.values():
+            for owner in kind.owners:
+                for name, flag in kind.flags(owner).items():
+                    owned[name].append(flag)
         for name, value in values.items():
-            flag = {**owned, **general}.get(flag_name(name))
-            if flag is None:
+            own = flag_name(name)
+            possible = [general[own]] if own in general else owned.get(own)
+            if possible is None:
                 raise UserError(f"{name}: unknown setting")
-            value = from_json(json.loads(json.dumps(value, default=str)), flag, name)
+            flag, value = from_any(json.loads(json.dumps(value, default=str)), possible, name)
             if flag.name in general:
                 put(nested, flag.path, value)
             else:
@@ -159,6 +161,14 @@ def from_json(value: object, flag: Flag, where: str) -> object:
         as_text = items[0] is str  # numbers are names, too
         return tuple(_scalar(str(v) if as_text and type(v) is int else v, items[0], where, flag) for v in value)
     return _scalar(value, kind, where, flag)
+
+
+def from_any(value: object, flags: Sequence[Flag], where: str) -> tuple[Flag, object]:
+    """Convert a JSON value for the first of these flags that takes it; raises the UserError of the last one."""
+    for flag in flags[:-1]:
+        with suppress(UserError):
+            return flag, from_json(value, flag, where)
+    return flags[-1], from_json(value, flags[-1], where)
 
 
 def path_parser(flag: Flag) -> Callable[[str], Path]:
