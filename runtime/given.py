@@ -8,7 +8,6 @@ import types
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -164,11 +163,14 @@ def from_json(value: object, flag: Flag, where: str) -> object:
 
 
 def from_any(value: object, flags: Sequence[Flag], where: str) -> tuple[Flag, object]:
-    """Convert a JSON value for the first of these flags that takes it; raises the UserError of the last one."""
-    for flag in flags[:-1]:
-        with suppress(UserError):
+    """Convert a JSON value for the first of these flags that takes it; raises the error of the first if none does."""
+    errors = list[UserError]()
+    for flag in flags:
+        try:
             return flag, from_json(value, flag, where)
-    return flags[-1], from_json(value, flags[-1], where)
+        except UserError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def path_parser(flag: Flag) -> Callable[[str], Path]:

@@ -139,6 +139,8 @@ def test_groups_of_settings_are_changed_at_once_and_paths_may_be_strings(ckpt: P
     pipeline = Pipeline.from_pretrained(ckpt, device="cpu", cache_depth=1, num_sampling_steps=4)
     caching = pipeline.prepare(sharing="cheapest", sharing_interval=2, sharing_dir=str(tmp_path)).config.caching
     assert (caching.sharing, caching.sharing_interval, caching.sharing_dir) == ("cheapest", 2, tmp_path)
+    grid = pipeline.prepare(sampler="unipc", time_grid="trailing", num_sampling_steps="5")
+    assert grid.sampler.times == (999, 799, 599, 399, 199), "a flow's sampler has a flag of that name, too"
     run = pipeline.prepare(guidance_interval=[100, 900])
     assert run is pipeline.prepare(guidance_interval=(100.0, 900.0))
 
@@ -157,6 +159,7 @@ def test_groups_of_settings_are_changed_at_once_and_paths_may_be_strings(ckpt: P
         ([1], {"cfg": 2}, "cfg: unknown setting"),
         ([1], {"cfg_scale": "2"}, "cfg_scale = '2': expected float"),
         ([1], {"cfg_scale": 0.5}, "--cfg-scale 0.5: must be at least 1"),
+        ([1], {"time_grid": "odd"}, "time_grid = 'odd': choose from uniform, trailing"),
         ([1], {"sampler": "magic"}, "sampler = 'magic': choose from ddpm, ddim"),
         ([1], {"sampler": "euler"}, "--sampler euler: --ckpt was trained under 'gaussian'; choose from ddpm, ddim"),
         ([1], {"eta": 0.5}, "--eta 0.5: is a setting of the sampler ddim; this run uses ddpm"),
