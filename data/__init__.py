@@ -85,18 +85,10 @@ def open_dataset(
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
-    size = None if image_size is None else sides(image_size)
-    if name not in CLIPS:
-        for given, flag in ((frames, "--num-frames"), (joint_images, "--joint-images")):
-            if given:
-                raise ValueError(
-                    f"{flag} {given}: the data set {name} has images, not clips (those: {', '.join(CLIPS)})"
-                )
-    if joint_list is not None and not (name == "videofolder" and joint_images):
-        raise ValueError(f"--joint-image-list {joint_list}: needs --dataset videofolder and --joint-images")
+    check_clip_flags(name, frames, joint_images, joint_list)
     settings = DatasetSettings(
         path=path,
-        size=size,
+        size=None if image_size is None else sides(image_size),
         channels=channels,
         flip=flip,
         seed=seed,
@@ -111,6 +103,18 @@ def open_dataset(
         captioned=captioned,
     )
     return DATASETS[name](settings)
+
+
+def check_clip_flags(name: str, frames: int | None, joint_images: int, joint_list: Path | None) -> None:
+    """Raise a ValueError for settings of clips where a data set has none."""
+    if name not in CLIPS:
+        for given, flag in ((frames, "--num-frames"), (joint_images, "--joint-images")):
+            if given:
+                raise ValueError(
+                    f"{flag} {given}: the data set {name} has images, not clips (those: {', '.join(CLIPS)})"
+                )
+    if joint_list is not None and not (name == "videofolder" and joint_images):
+        raise ValueError(f"--joint-image-list {joint_list}: needs --dataset videofolder and --joint-images")
 
 
 def encoder_for(

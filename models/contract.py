@@ -153,7 +153,7 @@ def for_any_rows(compiled: Callable[P, R]) -> Callable[P, R]:
     """Wrap a compiled function of tensors, so that without gradients one compilation serves every number of rows.
 
     In sampling that number changes: guidance in an interval doubles it, and the last batch is a smaller one. One row is
-    a case of its own. With gradients shapes stay as they are, and so does what is kept for the backward pass.
+    compiled apart. With gradients shapes stay as they are, and so does what is kept for the backward pass.
     """
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
