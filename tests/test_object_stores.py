@@ -137,7 +137,7 @@ def test_latents_are_the_same_bytes_and_can_be_trained_on(place: str, tmp_path: 
         argv = ["--data-path", data, "--output", output, *flags.split()]
         assert run(extract_latents.main, "extract_latents.py", argv) == 0
     ours, expected = contents(f"{place}/latents"), contents(str(tmp_path / "local"))
-    assert ours == expected and len(ours) == 8
+    assert ours == expected and len(ours) == 9
     LatentShards(fetch(parse_path(f"{place}/latents"), "--data-path")).verify()
     train = "--dataset latents --model DiT-debug/2 --num-classes 3 --global-batch-size 4 --device cpu --num-workers 0"
     argv = [*train.split(), "--vae", str(tmp_path / "vae"), "--max-steps", "2", "--log-every", "1"]
