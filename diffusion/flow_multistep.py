@@ -84,7 +84,7 @@ class AdamsSampler(FlowSampler):
 class FlowUniPCSettings(FlowSamplerSettings):
     """Settings of UniPC on a flow."""
 
-    order: int = setting(2, "2 or 3; the first steps are of lower order", flag="--solver-order")
+    order: int = setting(2, "2 or 3; the first and last steps are of lower order", flag="--solver-order")
 
 
 class FlowUniPCSampler(AdamsSampler):

@@ -86,7 +86,7 @@ class FlowSamplerSettings:
 
     grid: FlowGrid | None = setting(
         None,
-        "spacing of a flow's times before the shift",
+        "spacing of the times",
         get_args(FlowGrid),
         flag="--time-grid",
         shown="chebyshev for flow-unipc, uniform for the others",

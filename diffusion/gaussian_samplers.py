@@ -82,7 +82,7 @@ class GaussianSamplerSettings:
     )
     grid: TimeGrid | None = setting(
         None,
-        "spacing of the timesteps",
+        "spacing of the times",
         get_args(TimeGrid),
         flag="--time-grid",
         shown="uniform for ddpm and ddim, logsnr for edm, chebyshev for the others, quadratic at order 3",

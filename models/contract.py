@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 # of training on an H200 1.6 % less.
 INDUCTOR_OPTIONS: Mapping[str, str | int | bool] = {"triton.multi_kernel": 1}
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
 TimeConvention = Literal["index", "unit"]  # 0..999 with 0 = clean | 0 = noise, 1 = data
 State = Any  # kept between evaluations: opaque to all but the network that made it
 Conditioning = Mapping[str, Tensor]  # rows in front: {"y": (N,) int64}, {"text": (N, L, K), "text_mask": (N, L)}, {}
@@ -149,14 +149,14 @@ class Network(nn.Module):
         raise TypeError(f"{type(self).__name__} does not state its cost")
 
 
-def for_any_rows(compiled: Callable[P, R]) -> Callable[P, R]:
+def for_any_rows(compiled: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
     """Wrap a compiled function of tensors, so that without gradients one compilation serves every number of rows.
 
     In sampling that number changes: guidance in an interval doubles it, and the last batch is a smaller one. One row is
     compiled apart. With gradients shapes stay as they are, and so does what is kept for the backward pass.
     """
 
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
         if not torch.is_grad_enabled():
             mark_rows(args, kwargs)
         return compiled(*args, **kwargs)

@@ -517,7 +517,10 @@ def mistaken(tmp_path_factory):
             "--ckpt {ckpt} --sampler euler",
             "--sampler euler: --ckpt was trained under 'gaussian'; choose from ddpm, ddim",
         ),
-        ("--ckpt {ckpt} --time-shift 2", "--time-shift 2.0: is a setting of the sampler euler or heun or adams or flow"),
+        (
+            "--ckpt {ckpt} --time-shift 2",
+            "--time-shift 2.0: is a setting of the sampler euler or heun or adams or flow",
+        ),
         ("--ckpt {ckpt} --cache-interval 2", "--cache-interval 2: this network keeps nothing to reuse"),
         ("--ckpt {ckpt} --sharing-interval 2", "--sharing-interval 2: this network keeps nothing to reuse"),
         (
