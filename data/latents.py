@@ -90,8 +90,7 @@ class LatentShards:
         # Shared with the loader's workers, which share the pages of the file, too
         self._checked = torch.zeros(len(self._shards), dtype=torch.bool).share_memory_()
         self._open_arrays()
-        self._labels = self._read_labels(index.get("labels"))
-        self._digest = index.get("digest", self._digest)
+        self._labels = self._read_labels(index)
         self._texts: list[StoredText] = []
         if "text" in index:
             self._open_text(index["text"])
@@ -242,11 +241,12 @@ class LatentShards:
         digests = [text.sha256 for text in self._texts]
         self._digest = hashlib.sha256("\n".join([self._digest, self.text["sha256"], *digests]).encode()).hexdigest()
 
-    def _read_labels(self, record: Json | None) -> npt.NDArray[np.int64]:
-        """Read the labels of all images, of stores without labels.npy from the descriptions, which have the paths too.
+    def _read_labels(self, index: Json) -> npt.NDArray[np.int64]:
+        """Read the labels of all images, and the digest; of stores without labels.npy from the descriptions.
 
         A description is compared with its checksum in either case.
         """
+        record = index.get("labels")
         labels, digest = list[npt.NDArray[np.int64]](), PathsDigest(self._encoder["sha256"])
         for position, shard in enumerate(self._shards):
             path = self._description(position)
@@ -254,9 +254,10 @@ class LatentShards:
             if record is None:
                 labels.append(parse_labels(path, content, shard["count"], digest))
             compare_sha256(path, shard, hashlib.sha256(content).hexdigest())
-        self._digest = digest.hexdigest()
         if record is None:
+            self._digest = digest.hexdigest()
             return np.concatenate(labels)
+        self._digest = index["digest"]
         path = self._folder / LABELS
         content = path.read_bytes() if path.exists() else b""
         compare_sha256(path, {"files": {LABELS: record}}, hashlib.sha256(content).hexdigest())
