@@ -84,6 +84,18 @@ def exact_parameters(block: nn.Module) -> list[nn.Parameter]:
     return [parameter for module in modules for parameter in module.parameters(recurse=False)]
 
 
+def rounded_state(network: Network, dtype: torch.dtype) -> dict[str, Tensor]:
+    """State dict of a network, with the weights that autocast rounds in its blocks stored in this lower precision.
+
+    Under autocast in that precision the network computes the same bits with it; without, it differs by the rounding.
+    """
+    exact = {parameter for block in network.blocks for parameter in exact_parameters(block)}
+    rounded = {id(parameter) for parameter in network.blocks.parameters() if parameter not in exact}
+    named = network.named_parameters(remove_duplicate=False)
+    lower = {name: parameter.detach().to(dtype) for name, parameter in named if id(parameter) in rounded}
+    return {**network.state_dict(), **lower}
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Return a context without autocast on the device of x."""
     device = x.device.type

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from data.encoders import Encoder, Pixels
-from models import FAMILIES, Network, family_name
+from models import FAMILIES, family_name
 from runtime.errors import UserError
 from runtime.json_file import Json
 from runtime.pretrained import ENCODER, FOR_DIFFUSERS, PREFIX, SHARD_SIZE, write_weights
@@ -69,7 +70,7 @@ def pipeline_source() -> str:
 
 def write_bundle(
     folder: Path,
-    network: Network,
+    weights: Mapping[str, Tensor],
     document: Json,
     encoder: Encoder,
     shard_size: int | str = SHARD_SIZE,
@@ -78,7 +79,7 @@ def write_bundle(
 
     Args:
         folder: The folder.
-        network: The network.
+        weights: The network's, by name.
         document: From `sampling.publishing.document_of`.
         encoder: Its encoder, in float32.
         shard_size: Largest size of a file of weights, in bytes or as "5GB".
@@ -96,7 +97,7 @@ def write_bundle(
     place.mkdir()
     version = {"_diffusers_version": diffusers.__version__}
     config = {"_class_name": class_name(family), **version}
-    write_weights(place, network.state_dict(), document, shard_size, WEIGHTS, PREFIX, config)
+    write_weights(place, weights, document, shard_size, WEIGHTS, PREFIX, config)
     (place / f"{module_name(family)}.py").write_text(network_source(family))
     (folder / f"{PIPELINE}.py").write_text(pipeline_source())
     index = {

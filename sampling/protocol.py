@@ -14,7 +14,7 @@ from runtime.settings import Values
 from runtime.weight_files import weights_sha256
 from sampling.config import KINDS
 from sampling.pipeline import Pipeline
-from sampling.publishing import SOURCES
+from sampling.publishing import ROUNDED, SOURCES
 from sampling.run import PreparedRun
 
 
@@ -34,8 +34,8 @@ def settings_of(pipeline: Pipeline, run: PreparedRun, config: object) -> Values:
 
 
 def describe_checkpoint(info: CheckpointInfo, sha256: str) -> Values:
-    """Name a checkpoint, its weights that were used, and the files that a published folder was made of."""
-    sources = (info.meta or {}).get(SOURCES)
+    """Name a checkpoint, its weights that were used, and how a published folder was made of others."""
+    published = {name: info.meta[name] for name in (SOURCES, ROUNDED) if name in info.meta} if info.meta else {}
     return {
         "file": info.file,
         **({} if info.repository is None else {"revision": info.repository.partition("@")[2]}),
@@ -45,7 +45,7 @@ def describe_checkpoint(info: CheckpointInfo, sha256: str) -> Values:
         "reported_fid": info.release.fid if info.release else None,
         "model": info.model,
         "weights": info.weights,
-        **({} if sources is None else {SOURCES: sources}),
+        **published,
     }
 
 

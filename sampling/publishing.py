@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from data.encoders import Encoder
 from models import Network
+from models.layers import rounded_state
 from models.loading import CheckpointInfo
 from runtime.errors import UserError, error_prefix
 from runtime.files import check_folder, new_folder
@@ -30,8 +33,10 @@ from sampling.resolution import preset_of
 from sampling.upload import kept_files
 
 SOURCES = "sources"  # member of a document: the files that the weights are from, the last one first
+ROUNDED = "rounded"  # member of a document: precision that the blocks' weights were rounded to
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # of weights that are saved
 # Members of a checkpoint's document that describe how the weights came about
-HISTORY = ("step", "updates", "loss", "optimizer", "averages", "train", "text", "draws")
+HISTORY = ("step", "updates", "loss", "optimizer", "averages", "train", "text", "draws", ROUNDED)
 
 
 def document_of(network: Network, info: CheckpointInfo, encoder: Encoder, licence: str | None, name: str) -> Json:
@@ -82,6 +87,7 @@ def save_folder(
     *,
     license: str | None = None,
     name: str | None = None,
+    dtype: str = "fp32",
     shard_size: int | str = SHARD_SIZE,
     for_diffusers: bool = False,
     flag: str = "folder",
@@ -96,6 +102,7 @@ def save_folder(
         encoder: Its encoder.
         license: Licence of the weights; None for that of the weights that they came from, or none.
         name: Name in the card; None for the folder's.
+        dtype: "fp32", or "bf16" for half the size: of what autocast rounds in blocks (`models.layers.rounded_state`).
         shard_size: Largest size of a file of weights, in bytes or as "5GB".
         for_diffusers: Write a pipeline that diffusers loads without this code; it is loaded here, too.
         flag: Name of the folder in messages.
@@ -110,6 +117,8 @@ def save_folder(
     """
     with error_prefix(""):
         check_shard_size(shard_size)
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     origin, chosen = info.origin, known.pop("licence", license) or (info.meta or {}).get("licence")
     if chosen is not None:
         chosen = licence_to_publish(chosen, origin)
@@ -117,6 +126,9 @@ def save_folder(
         chosen = origin.licence
     name = name or folder.name
     document = document_of(network, info, encoder, chosen, name)
+    weights, lower = network.state_dict(), DTYPES[dtype]
+    if lower is not None:
+        weights, document[ROUNDED] = rounded_state(network, lower), dtype
     known.setdefault("code_url", checkout_url())
     card = CardContent(name, sum(p.numel() for p in network.parameters()), for_diffusers=for_diffusers, **known)
     _check_content(card, document, "--" * flag.startswith("--"))
@@ -125,9 +137,9 @@ def save_folder(
 
     def write(inside: Path) -> None:
         if for_diffusers:
-            write_bundle(inside, network, document, encoder, shard_size)
+            write_bundle(inside, weights, document, encoder, shard_size)
         else:
-            write_weights(inside, network.state_dict(), document, shard_size)
+            write_weights(inside, weights, document, shard_size)
             if document["encoder"]["name"] == ENCODER:
                 shutil.copytree(encoder.name, inside / ENCODER)
         for picture in (*card.pictures, *card.curves):

@@ -30,11 +30,12 @@ from sampling.cards.pictures import CURVE, check_names
 from sampling.cards.recipe import untrained
 from sampling.cards.scores import read_scores
 from sampling.pipeline import Pipeline
+from sampling.publishing import DTYPES
 from sampling.upload import push_saved
 
 METRICS = "metrics.jsonl"
 # Settings that decide what is written from a checkpoint, and their flags
-NAMES = "weights model process num_classes vae scores pictures for_diffusers shard_size code_url"
+NAMES = "weights model process num_classes vae scores pictures for_diffusers dtype shard_size code_url"
 OF_CHECKPOINTS = {**{name: flag_name(name) for name in NAMES.split()}, "licence": "--license"}
 
 
@@ -67,6 +68,7 @@ class PublishSettings:
     scores: tuple[Path, ...] = setting((), "files of scores that the evaluator wrote")
     pictures: tuple[Path, ...] = setting((), "pictures of samples")
     for_diffusers: bool = setting(False, "write a pipeline that diffusers loads, with its code")
+    dtype: str = setting("fp32", "of the weights of blocks: fp32, or bf16 for half the size", tuple(DTYPES))
     shard_size: str = setting(SHARD_SIZE, "largest size of a file of weights, such as 500MB")
 
     def __post_init__(self) -> None:
@@ -121,7 +123,7 @@ def publish(config: PublishSettings, scratch: Path) -> str:
     known: dict[str, Any] = {"scores": scores, "losses": losses, "pictures": config.pictures, "license": config.licence}
     if losses:
         known["curves"] = (draw_losses(losses, scratch / CURVE),)
-    known |= {"shard_size": config.shard_size, "for_diffusers": config.for_diffusers}
+    known |= {"shard_size": config.shard_size, "dtype": config.dtype, "for_diffusers": config.for_diffusers}
     if config.code_url is not None:
         known["code_url"] = config.code_url
     for note in notes(config, pipeline.info):

@@ -89,7 +89,7 @@ def model_card(document: Json, content: CardContent) -> str:
         "## Training curves\n",
         _curves(content),
         "## Scores\n",
-        *show_scores(content.scores),
+        *show_scores(content.scores, document.get("rounded")),
     ]
     if content.pictures:
         parts += ["## Samples\n", *show_pictures(content.pictures, content.name, document["preset"])]

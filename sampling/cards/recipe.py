@@ -75,6 +75,8 @@ def _recipe(document: Json) -> Iterator[tuple[object, ...]]:
     if "text" in document:
         yield "text encoder", document["text"].get("name")
     yield "weights", ", ".join(_weights(document))
+    if (rounded := document.get("rounded")) is not None:
+        yield "rounded", f"linear maps of blocks, to {rounded}; samples of --precision {rounded} do not change by it"
     unused = [] if at(document, "loss", "route_tokens") else ["route_tokens", "route_blocks"]
     yield "loss", fields(document["loss"], but=unused) if "loss" in document else UNKNOWN
     if (dropped := document["model"].get("class_dropout_prob")) is not None:

@@ -55,8 +55,8 @@ def check_scores(document: Json, weights: Json, where: str) -> None:
         raise UserError(f"{where}: of {checkpoint.get('file')} ({of}), not of these weights{instead}")
 
 
-def show_scores(scores: Mapping[str, Json]) -> Iterator[str]:
-    """Tables of scores, each with its protocol."""
+def show_scores(scores: Mapping[str, Json], rounded: str | None = None) -> Iterator[str]:
+    """Tables of scores, each with its protocol; of weights that were rounded to a lower precision, or not."""
     if not scores:
         yield "None are known for these weights. Scores without their protocol are not comparable.\n"
     for name, document in scores.items():
@@ -65,8 +65,15 @@ def show_scores(scores: Mapping[str, Json]) -> Iterator[str]:
         rows = [(key, _number(value), meanings.get(key, "")) for key, value in document["scores"].items()]
         yield table(rows, ("score", "value", "")) if meanings else table([row[:2] for row in rows], ("score", "value"))
         yield from (warning(line) for line in _warnings(document))
+        scored = at(document, "protocol", "checkpoint", "rounded")
+        if scored != rounded:
+            yield warning(f"measured with weights {_rounding(scored)}; those here are {_rounding(rounded)}")
         yield table(_protocol(document), ("how it was measured", ""))
         yield folded("The whole document", document)
+
+
+def _rounding(dtype: str | None) -> str:
+    return "not rounded" if dtype is None else f"rounded to {dtype}"
 
 
 def _warnings(document: Json) -> Iterator[str]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import create_model
+from models import FAMILIES, create_model
 from models.layers import (
     Attention,
     FinalLayer,
@@ -14,12 +14,13 @@ from models.layers import (
     TimestepTable,
     gated_add,
     modulate,
+    rounded_state,
     sincos_position_table,
     timestep_features,
     unpatchify,
 )
 from tests.golden_data import arrays, assert_close, assert_features_close
-from tests.networks import randomise
+from tests.networks import debug_network, inputs, randomise
 
 
 @pytest.mark.parametrize("dim", [256, 7])
@@ -206,3 +207,25 @@ def test_a_prepared_network_can_be_prepared_again() -> None:
     embedder = TimestepEmbedder(8)
     again = TimestepTable(TimestepTable(embedder, [3]), [5])
     assert again.embedder is embedder and list(again.rows) == [5]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounding_what_autocast_rounds_changes_no_bit_under_it(family: str) -> None:
+    """Routers, embeddings and norms compute in float32 there, so they are not rounded; tables of positions neither."""
+    network = debug_network(family)
+    x, t, cond = inputs(network)
+    state = rounded_state(network, torch.bfloat16)
+    assert state.keys() == network.state_dict().keys()
+    sizes = [sum(tensor.nbytes for tensor in each.values()) for each in (state, network.state_dict())]
+    assert sizes[0] < 0.62 * sizes[1]
+
+    def outputs() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            low = network(x, t, **cond).sample
+        return [low, network(x, t, **cond).sample]
+
+    before = outputs()
+    network.load_state_dict(state)
+    after = outputs()
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])

@@ -18,6 +18,7 @@ from runtime.pretrained import pretrained_folder
 from sampling.cards.card import read_losses
 from sampling.cards.scores import read_scores
 from sampling.pipeline import Pipeline
+from sampling.protocol import describe_checkpoint
 from sampling.provenance import project_version
 from tests.checkpoints import write_network
 from tests.digits_checkpoints import save_digits_checkpoint
@@ -52,6 +53,30 @@ def test_a_folder_is_the_network_and_samples_as_before(family: str, tmp_path: Pa
     assert np.array_equal(samples(before, network), samples(after, network))
     with pytest.raises(UserError, match="holds no weights under 'model'; it has: ema-0.9999"):
         opened(folder, weights="model")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounded_weights_are_half_as_large_and_known_as_such(family: str, tmp_path: Path) -> None:
+    """Samples of --precision bf16 keep their bits; of float32 they are those of the rounded weights."""
+    network = debug_network(family)
+    path = write_network(tmp_path / "a.safetensors", debug_name(family), network)
+    before = opened(path)
+    whole, half = (before.save_pretrained(tmp_path / dtype, dtype=dtype) for dtype in ("fp32", "bf16"))
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (half, whole)]
+    assert sizes[0] < 0.65 * sizes[1]
+    low = {"precision": "bf16"}
+    assert np.array_equal(samples(opened(path, **low), network), samples(opened(half, **low), network))
+    after = opened(half)
+    assert {tensor.dtype for tensor in after.network.state_dict().values()} == {torch.float32}
+    assert describe_checkpoint(after.info, "")["rounded"] == "bf16"
+    again = after.save_pretrained(tmp_path / "again")
+    assert np.array_equal(samples(after, network), samples(opened(again), network))
+    assert all(
+        "| rounded | linear maps of blocks, to bf16" in (each / "README.md").read_text() for each in (half, again)
+    )
+    assert "rounded" not in (whole / "README.md").read_text()
+    with pytest.raises(UserError, match="dtype 'fp16': must be one of fp32, bf16"):
+        before.save_pretrained(tmp_path / "none", dtype="fp16")
 
 
 def test_files_of_other_code_keep_their_defaults(tmp_path: Path) -> None:

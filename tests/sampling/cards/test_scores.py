@@ -80,3 +80,11 @@ def test_the_evaluators_documents_are_shown() -> None:
         assert line in images, line
     assert f"| samples | {CLIPS['video_network']['samples']['clips']:,} clips of" in clips
     assert "evaluator's video network" in clips and "evaluator's network" not in clips
+
+
+@pytest.mark.parametrize(("scored", "own"), [(None, "bf16"), ("bf16", None), ("bf16", "bf16"), (None, None)])
+def test_scores_of_weights_before_their_rounding_have_a_warning(scored: str | None, own: str | None) -> None:
+    checkpoint = {"sha256": "a"} | ({} if scored is None else {"rounded": scored})
+    document = {"scores": {"fid": 3.5}, "protocol": {"checkpoint": checkpoint}}
+    text = "\n".join(show_scores({"a.json": document}, own))
+    assert ("**Warning:** measured with weights" in text) == (scored != own)
