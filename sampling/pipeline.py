@@ -39,11 +39,12 @@ from sampling.editing import Edit
 from sampling.opening import open_checkpoint, open_guide
 from sampling.prompts import TextSettings, open_prompts
 from sampling.publishing import push, save_folder
-from sampling.resolution import resolve
+from sampling.resolution import preset_of, resolve
 from sampling.rows import batch_indices, check_rows, take
 from sampling.run import PreparedRun, WeakerNetwork, prepare_run
 
 KEPT_RUNS = 4  # prepared runs that a pipeline keeps
+SAVED = ("sampler", "num_sampling_steps", "cfg_scale", "guidance_interval")  # what saved weights can bring along
 
 
 class Pipeline:
@@ -162,22 +163,53 @@ class Pipeline:
             images.append(writer.to_uint8(self.decode(latents, run)).cpu().numpy())
         return np.concatenate(images)[:count]
 
-    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
-        """Save the network as a folder for `from_pretrained`, with a card; see `sampling.publishing.save_folder`.
+    def save_pretrained(
+        self, folder: str | Path, *, sampling: Mapping[str, object] | None = None, **options: Any
+    ) -> Path:
+        """Save the network as a folder for `from_pretrained`, with a card.
+
+        Args:
+            folder: A new folder.
+            sampling: Settings that samples of it have where nothing else is given, as for `sample`: sampler,
+                num_sampling_steps, cfg_scale, guidance_interval. None leaves those of the checkpoint.
+            **options: As for `sampling.publishing.save_folder`.
 
         Raises:
-            UserError: If it cannot be written, or the licence is against that of the weights that these came from.
+            UserError: If it cannot be written, the licence is against that of the weights that these came from, or the
+                settings do not fit.
         """
-        return save_folder(Path(folder), self.network, self.info, self.encoder, **options)
+        return save_folder(Path(folder), self.network, self._described(sampling), self.encoder, **options)
 
-    def push_to_hub(self, repository: str, **options: Any) -> str:
-        """Save the network and upload it to the Hugging Face hub; see `sampling.publishing.push`; returns the address.
+    def push_to_hub(self, repository: str, *, sampling: Mapping[str, object] | None = None, **options: Any) -> str:
+        """Save the network and upload it to the Hugging Face hub; returns the address.
+
+        Args:
+            repository: "owner/name".
+            sampling: As for `save_pretrained`.
+            **options: As for `sampling.publishing.push`.
 
         Raises:
             UserError: Without a licence, against that of the weights that these came from, without a token or network,
-                and for a repository with other content.
+                for a repository with other content, and if the settings do not fit.
         """
-        return push(repository, self.network, self.info, self.encoder, **options)
+        return push(repository, self.network, self._described(sampling), self.encoder, **options)
+
+    def _described(self, sampling: Mapping[str, object] | None) -> CheckpointInfo:
+        """The checkpoint's description, with these settings as its preset."""
+        if not sampling:
+            return self.info
+        if unknown := sorted(sampling.keys() - set(SAVED)):
+            raise UserError(f"sampling: saved weights cannot bring {unknown[0]}, only {', '.join(SAVED)}")
+        former, config = preset_of(self.info), self.prepare(**sampling).config
+        assert config.sampler is not None and config.num_sampling_steps is not None  # no table can be saved
+        preset = former._replace(
+            sampler=config.sampler,
+            steps=config.num_sampling_steps,
+            cfg_scale=config.guidance.cfg_scale or 1.0,
+            interval=config.guidance.guidance_interval,
+            options=former.options if config.sampler == former.sampler else {},
+        )
+        return replace(self.info, preset=preset)
 
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> tuple[Conditioning, Conditioning]:
         """Encode prompts for `sample`, with the encoder that the checkpoint or `text_encoder` names, which is freed.

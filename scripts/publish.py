@@ -5,7 +5,8 @@
     python scripts/publish.py --ckpt CKPT --repo YOUR_NAME/digits --license apache-2.0 --scores samples.scores.json
 
 The token is that of `hf auth login` or HF_TOKEN. The card has the recipe, the data, the losses in the folder of the
-run, and the scores and pictures that are given. `--ckpt YOUR_NAME/digits` samples from the repository, on any machine.
+run, and the scores and pictures that are given. Samples of the weights have `--sampler`, `--num-sampling-steps` and
+`--cfg-scale` where no other flags are given. `--ckpt YOUR_NAME/digits` samples from the repository, on any machine.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.plotting import pyplot, save_figure, style
-from diffusion import PROCESSES
+from diffusion import PROCESSES, SAMPLERS
 from models.loading import CheckpointInfo
 from runtime.command_line import parse_config
 from runtime.errors import run
@@ -35,8 +36,9 @@ from sampling.upload import push_saved
 
 METRICS = "metrics.jsonl"
 # Settings that decide what is written from a checkpoint, and their flags
-NAMES = "weights model process num_classes vae scores pictures for_diffusers dtype shard_size code_url"
-OF_CHECKPOINTS = {**{name: flag_name(name) for name in NAMES.split()}, "licence": "--license"}
+SAMPLING = ("sampler", "num_sampling_steps", "cfg_scale")
+NAMES = "weights model process num_classes vae scores pictures for_diffusers dtype shard_size code_url".split()
+OF_CHECKPOINTS = {name: flag_name(name) for name in (*NAMES, *SAMPLING)} | {"licence": "--license"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,13 @@ class PublishSettings:
     repo: str | None = setting(None, "repository to upload to, owner/name")
     licence: str | None = setting(
         None, "licence of the weights, such as apache-2.0", flag="--license", shown="that of weights they came from"
+    )
+    sampler: str | None = setting(None, "sampler", tuple(SAMPLERS), shown="the process's first, or a release's own")
+    num_sampling_steps: str | None = setting(
+        None, "number of steps, or step spec such as 10,15,20 or ddim50", shown="the sampler's, or a release's own"
+    )
+    cfg_scale: float | None = setting(
+        None, "guidance scale; 1: no guidance", shown="1.5, or a release's own; 1 without labels"
     )
     private: bool = setting(False, "make a new repository private")
     update: bool = setting(False, "replace weights of this code that are in the repository")
@@ -124,6 +133,7 @@ def publish(config: PublishSettings, scratch: Path) -> str:
     if losses:
         known["curves"] = (draw_losses(losses, scratch / CURVE),)
     known |= {"shard_size": config.shard_size, "dtype": config.dtype, "for_diffusers": config.for_diffusers}
+    known["sampling"] = {name: value for name in SAMPLING if (value := getattr(config, name)) is not None}
     if config.code_url is not None:
         known["code_url"] = config.code_url
     for note in notes(config, pipeline.info):

@@ -20,6 +20,7 @@ from sampling.cards.scores import read_scores
 from sampling.pipeline import Pipeline
 from sampling.protocol import describe_checkpoint
 from sampling.provenance import project_version
+from sampling.resolution import preset_of
 from tests.checkpoints import write_network
 from tests.digits_checkpoints import save_digits_checkpoint
 from tests.networks import conditioning, debug_name, debug_network, small_autoencoder, unconditional
@@ -77,6 +78,31 @@ def test_rounded_weights_are_half_as_large_and_known_as_such(family: str, tmp_pa
     assert "rounded" not in (whole / "README.md").read_text()
     with pytest.raises(UserError, match="dtype 'fp16': must be one of fp32, bf16"):
         before.save_pretrained(tmp_path / "none", dtype="fp16")
+
+
+def test_saved_weights_bring_settings_of_sampling(tmp_path: Path) -> None:
+    """They hold where nothing else is given; a preset that was there gives way to what is given, and no further."""
+    network = debug_network("DiT")
+    torch.save(network.state_dict(), tmp_path / "a.pt")
+    pipeline = Pipeline.from_pretrained(tmp_path / "a.pt", device="cpu", vae="none", cfg_scale=3.0)
+    own: dict[str, Any] = {"sampler": "unipc", "num_sampling_steps": 4, "cfg_scale": 2.0}
+    folder = pipeline.save_pretrained(tmp_path / "saved", sampling=own)
+    after = Pipeline.from_pretrained(folder, device="cpu")
+    assert np.array_equal(after.sample([1, 2]), pipeline.sample([1, 2], **own))
+    preset = preset_of(after.info)
+    assert (preset.sampler, preset.steps, preset.cfg_scale, preset.channels) == ("unipc", "4", 2.0, 3)
+    again = Pipeline.from_pretrained(
+        after.save_pretrained(tmp_path / "again", sampling={"cfg_scale": 1.0}), device="cpu"
+    )
+    assert preset_of(again.info) == preset._replace(cfg_scale=1.0)
+    for sampling, words in [
+        ({"precision": "bf16"}, "sampling: saved weights cannot bring precision, only sampler, "),
+        ({"sampler": "euler"}, "--sampler euler: --ckpt was trained under 'gaussian'"),
+        ({"num_sampling_steps": "0"}, "0"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            pipeline.save_pretrained(tmp_path / "none", sampling=sampling)
+    assert not (tmp_path / "none").exists()
 
 
 def test_files_of_other_code_keep_their_defaults(tmp_path: Path) -> None:

@@ -135,6 +135,8 @@ def test_without_network_the_cache_is_used_and_an_error_is_one_line(tmp_path: Pa
             "--license apache2: not an identifier that the hub knows; did you mean ",
         ),
         (["--output", "a", "--dtype", "fp16"], "--dtype: invalid choice: 'fp16' (choose from"),
+        (["--output", "a", "--sampler", "euler"], "--sampler euler: --ckpt was trained under 'gaussian'; choose from"),
+        (["--output", "a", "--num-sampling-steps", "0"], "--num-sampling-steps 0"),
         (["--output", "a", "--shard-size", "5"], "--shard-size 5: give a size with its unit"),
         (["--output", "a", "--ckpt", "digitz"], "--ckpt digitz: no such file or folder, and no released checkpoint"),
         (["--ckpt", "a", "--folder", "full", "--repo", "me/a"], "--ckpt, --folder: give one of them"),
