@@ -43,6 +43,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(0o666 & ~UMASK)  # safetensors and others keep theirs private
         temporary.rename(path)
     finally:
         _delete(temporary)

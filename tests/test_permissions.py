@@ -11,7 +11,7 @@ import sample_ddp
 from evaluator import __main__ as evaluator
 from runtime import files
 from runtime.errors import run
-from scripts import export, extract_latents
+from scripts import export, extract_latents, publish
 from tests import runs
 from tests.image_sources import write_images
 from tests.inception_files import make_images, write_graph, write_npz
@@ -44,6 +44,11 @@ def test_what_jobs_write_has_the_umasks_permissions(umask: int, tmp_path: Path) 
     images = ["--data-path", str(write_images(tmp_path / "images")), "--vae", str(tmp_path / "vae")]
     argv = [*images, "--output", str(made / "latents"), *EXTRACT.split()]
     assert run(extract_latents.main, "extract_latents.py", argv) == 0
+    publishing = ["--ckpt", str(checkpoint), "--output", str(made / "published")]
+    assert run(publish.main, "publish.py", publishing) == 0
+    for name, layout in (("diffusers", "pipeline"), ("parts.sharded", "sharded")):
+        argv = ["--ckpt", str(checkpoint), "--format", layout, "--output", str(made / name)]
+        assert run(export.main, "export.py", argv) == 0
     graph, pixels = write_graph(tmp_path / "narrow.pb"), [tmp_path / "reference.npz", tmp_path / "samples.npz"]
     for number, path in enumerate(pixels):
         write_npz(path, make_images(14 - number, seed=number))
