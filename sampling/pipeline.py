@@ -201,7 +201,8 @@ class Pipeline:
         if unknown := sorted(sampling.keys() - set(SAVED)):
             raise UserError(f"sampling: saved weights cannot bring {unknown[0]}, only {', '.join(SAVED)}")
         former, config = preset_of(self.info), self.prepare(**sampling).config
-        assert config.sampler is not None and config.num_sampling_steps is not None  # no table can be saved
+        if config.sampler is None or config.num_sampling_steps is None:
+            raise UserError("sampling: the pipeline has a solver table, which cannot be saved; open it without one")
         preset = former._replace(
             sampler=config.sampler,
             steps=config.num_sampling_steps,

@@ -42,6 +42,7 @@ class SamplersSettings:
 
     ckpt: tuple[Path, ...] = setting((), "checkpoints, or folders of runs: the newest of each")
     evaluations: tuple[int, ...] = setting((5, 8, 10, 15, 20), "numbers of network evaluations")
+    grids: Literal["all", "own"] = setting("all", "time grids of every solver: all, or its own, a fifth of the time")
     forecasts: tuple[str, ...] = setting(("3,3", "4,2", "5,2", "8,2", "10,2"), "forecasts N,O between 50 steps")
     solver_tables: tuple[str, ...] = setting((), "tables of search_solver.py for these networks")
     reference_evaluations: int = setting(1000, "evaluations of what counts as the solution")
@@ -76,6 +77,7 @@ def plan(config: SamplersSettings) -> list[tuple[Opened, list[Setup]]]:
             opened = samplers.open_network(path, device)
             process = opened.pipeline.info.process
             setups = [setup for count in config.evaluations for setup in samplers.solvers(process, count)]
+            setups = [setup for setup in setups if setup.default or config.grids == "all"]
             setups += samplers.forecasts(process, config.forecasts)
             for setup in setups[-len(config.forecasts) :]:
                 opened.pipeline.prepare(**setup.settings)

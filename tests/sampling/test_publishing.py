@@ -95,6 +95,9 @@ def test_saved_weights_bring_settings_of_sampling(tmp_path: Path) -> None:
         after.save_pretrained(tmp_path / "again", sampling={"cfg_scale": 1.0}), device="cpu"
     )
     assert preset_of(again.info) == preset._replace(cfg_scale=1.0)
+    tabled = Pipeline.from_pretrained(folder, device="cpu", solver_table="DiT-XL/2", num_sampling_steps="10")
+    with pytest.raises(UserError, match="sampling: the pipeline has a solver table"):
+        tabled.save_pretrained(tmp_path / "none", sampling={"cfg_scale": 2.0})
     for sampling, words in [
         ({"precision": "bf16"}, "sampling: saved weights cannot bring precision, only sampler, "),
         ({"sampler": "euler"}, "--sampler euler: --ckpt was trained under 'gaussian'"),

@@ -60,6 +60,18 @@ def test_own_spacings_are_those_of_the_samplers(process):
         assert setup.default == (times[0] == times[1]), setup
 
 
+def test_own_grids_leave_out_the_others_alone(checkpoints):
+    """Every solver and forecast stays, once for each number of evaluations."""
+    planned = {}
+    for grids in ("all", "own"):
+        config = compare_samplers.SamplersSettings(ckpt=(checkpoints["gaussian"],), grids=grids, device="cpu")
+        planned[grids] = [setup for _, setups in compare_samplers.plan(config) for setup in setups]
+    assert planned["own"] == [setup for setup in planned["all"] if setup.default]
+    assert len(planned["own"]) < len(planned["all"]) / 3
+    for name in {setup.solver for setup in planned["all"]}:
+        assert sum(setup.solver == name for setup in planned["own"]) == 5
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -40,7 +40,7 @@ def test_it_runs_from_a_clean_state(tmp_path: Path) -> None:
         if "image/png" in output.get("data", {})
     ]
     printed = text_of(notebook)
-    assert len(pictures) == 2 and "Done!" in printed
+    assert len(pictures) == 3 and "Done!" in printed
     for name, calls in (("DDIM, 50 steps", 50), ("UniPC, 10 steps", 10), ("DDIM, 50 steps, forecast 3,1", 18)):
         assert re.search(rf"{re.escape(name)} +{calls} evaluations, recognised [01]\.\d+, distance", printed), printed
     assert {path.name for path in (tmp_path / "notebook_out").iterdir()} == {"runs", "curves.png"}
