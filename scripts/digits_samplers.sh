@@ -18,7 +18,7 @@ searched() {
     local count
     for count in "${evaluations[@]}"; do
         [ -f "$out/solvers/$1-$count.json" ] || "$python" scripts/search_solver.py --ckpt "$checkpoint" --cfg-scale 1 \
-            --evaluations "$count" --batches "${DIGITS_STEPS:-300}" --output "$out/solvers/$1-$count.json"
+            --evaluations "$count" --batches "${DIGITS_STEPS:-100}" --output "$out/solvers/$1-$count.json"
     done
 }
 
@@ -37,4 +37,4 @@ for seed in ${DIGITS_SEEDS:-0 1 2}; do
 done
 echo "== Comparing all samplers"
 "$python" scripts/compare_samplers.py --ckpt "$out/runs" --seeds 10 11 12 --cfg-scale 1 --output-dir "$out" \
-    --num-images "${DIGITS_SAMPLES:-100}" --solver-tables "$out"/solvers/*.json
+    --num-images "${DIGITS_SAMPLES:-100}" --grids own --solver-tables "$out"/solvers/*.json
