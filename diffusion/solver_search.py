@@ -59,10 +59,11 @@ class SearchedSolver(nn.Module):
     Args:
         process: Process of the network.
         count: Number of evaluations N.
+        order: Order of the UniPC that it begins at.
         clip_denoised: As for `TableSampler`.
     """
 
-    def __init__(self, process: Process, count: int, *, clip_denoised: bool = False) -> None:
+    def __init__(self, process: Process, count: int, order: int = 2, *, clip_denoised: bool = False) -> None:
         super().__init__()
         self.process, self.count = process, count
         self._clip = clip_denoised and process.name == "gaussian"
@@ -72,7 +73,7 @@ class SearchedSolver(nn.Module):
             self.start, self.end = float(process.timesteps[-1]), CLEAN
         else:
             self.start, self.end = 0.0, 1.0
-        sizes, earlier = first_guess(process, count)
+        sizes, earlier = first_guess(process, count, order)
         self.logits = nn.Parameter(torch.tensor(sizes, dtype=torch.float64).log())
         self.earlier = nn.Parameter(torch.tensor(earlier, dtype=torch.float64))  # (N, N), used below the diagonal
 
@@ -139,21 +140,21 @@ class SearchedSolver(nn.Module):
 Interval = tuple[float, float] | None
 
 
-def first_guess(process: Process, count: int) -> tuple[list[float], list[list[float]]]:
+def first_guess(process: Process, count: int, order: int) -> tuple[list[float], list[list[float]]]:
     """Step sizes and weights of UniPC, where the search begins: (N,) shares, and (N, N) weights below the diagonal.
 
     Both of its forms are tables: each step adds a weighted sum of the predictions so far.
     """
     earlier = np.zeros((count, count))
     if isinstance(process, FlowMatching):
-        flow = FlowUniPCSampler(process, count, order=min(2, count))
+        flow = FlowUniPCSampler(process, count, order=min(order, count))
         for i, weights in enumerate(flow.weights):
             earlier[i, i + 1 - len(weights) : i + 1] = weights
         sizes = np.diff(flow.points)
     else:
         # As UniPC's own grid, but without an evaluation at t = 0, where a table has nothing to gain
         falling = (1 + np.cos(np.pi * np.arange(count) / count)) / 2 * (process.timesteps[-1] - CLEAN) + CLEAN
-        gaussian = UniPCSampler(process.restricted(falling[::-1].tolist()), order=min(2, count))
+        gaussian = UniPCSampler(process.restricted(falling[::-1].tolist()), order=min(order, count))
         for i, step in enumerate(gaussian.table):
             newest_first = np.trim_zeros(np.array(step.weights), "b")
             earlier[i, i + 1 - len(newest_first) : i + 1] = newest_first[::-1] / newest_first.sum()

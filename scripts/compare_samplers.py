@@ -145,7 +145,7 @@ def score(result: SamplerResult, name: str) -> float | None:
 def plot_errors(results: Sequence[SamplerResult], path: Path) -> None:
     """Draw distances against evaluations, a panel a network: solvers on their own spacing, and forecasts."""
     plt, names = pyplot(), list(dict.fromkeys(result.name for result in results))
-    figure, axes = plt.subplots(1, len(names), figsize=(6.2 * len(names), 5), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(names), figsize=(7.4 * len(names), 5), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         curves: dict[str, dict[int, list[float]]] = {}
         for result in results:
@@ -160,7 +160,7 @@ def plot_errors(results: Sequence[SamplerResult], path: Path) -> None:
         axis.minorticks_off()
         axis.set_title(name, fontsize=10, color="0.35")
         style(axis, "network evaluations", "RMSE to the solution of the ODE")
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)
 
 

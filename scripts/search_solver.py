@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,7 @@ from sampling.pipeline import Pipeline
 VALIDATION_IMAGES, VALIDATE_EVERY = 64, 25
 # A first-order teacher of 100 evaluations is further from the ODE's solution than a good solver of 15.
 TEACHERS = {"gaussian": "unipc", "flow": "adams"}
+ORDERS = (2, 3)  # of UniPC, the closer of which the search begins at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +102,6 @@ class Search:
         self.pipeline, self.settings, self.guidance = pipeline, settings, run.config.guidance
         process: Any = pipeline.process
         pixels, device = pipeline.info.encoder == "none", pipeline.device
-        self.solver = SearchedSolver(process, settings.evaluations, clip_denoised=pixels).to(device)
-        self.optimizer = Lion([*self.solver.parameters()], settings.lr)
         steps = str(settings.teacher_evaluations)
         self.teacher = make_sampler(TEACHERS[process.name], process, steps, pixels=pixels)
         self.scale = self.guidance.cfg_scale or 1.0
@@ -109,7 +109,12 @@ class Search:
         if self.guidance.guidance_interval is not None:
             low, high = (convert_time(t, "index", process.time_convention) for t in self.guidance.guidance_interval)
             self.interval = (low, high)
-        self.done, self.first = 0, self.validate()
+        solvers = [
+            SearchedSolver(process, settings.evaluations, order, clip_denoised=pixels).to(device) for order in ORDERS
+        ]
+        self.solver = min(solvers, key=self.distance)
+        self.optimizer = Lion([*self.solver.parameters()], settings.lr)
+        self.done, self.first = 0, self.distance(self.solver)
         self.best = (self.first, self.parameters())
 
     def parameters(self) -> dict[str, Tensor]:
@@ -142,16 +147,21 @@ class Search:
         self.optimizer.step()
         self.done += 1
         if self.done % VALIDATE_EVERY == 0 or self.done == self.settings.batches:
-            self.best = min(self.best, (self.validate(), self.parameters()), key=lambda each: each[0])
+            self.best = min(self.best, (self.distance(self.solver), self.parameters()), key=lambda each: each[0])
         return float(loss.detach())
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Root mean square distance from the teacher's end on held-out noise."""
-        denoise, x = self.start(self.settings.seed + 1, 0, VALIDATION_IMAGES)
-        solved = self.solver(denoise, x, self.scale, self.interval).points[-1]
-        end = teacher_path(denoise, self.teacher, x, self.scale, self.interval).points[-1]
+    def distance(self, solver: SearchedSolver) -> float:
+        """Root mean square distance of a solver's end from the teacher's on held-out noise."""
+        denoise, x, end = self._held_out
+        solved = solver(denoise, x, self.scale, self.interval).points[-1]
         return float((solved - end).square().mean().sqrt())
+
+    @cached_property
+    def _held_out(self) -> tuple[Denoiser, Tensor, Tensor]:
+        """Held-out noise with its network, and the teacher's end from there."""
+        denoise, x = self.start(self.settings.seed + 1, 0, VALIDATION_IMAGES)
+        return denoise, x, teacher_path(denoise, self.teacher, x, self.scale, self.interval).points[-1]
 
     def save(self, path: Path, identity: str) -> None:
         """Write everything that the search is continued from."""

@@ -54,14 +54,15 @@ def test_the_table_samples_as_the_search_did(process: Any) -> None:
     assert torch.allclose(path.points[-1], end, atol=1e-9) and len(path.points) == 7
 
 
+@pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("count", [2, 3, 6, 9])
 @pytest.mark.parametrize("process", [GAUSSIAN, FLOW], ids=["gaussian", "flow"])
-def test_the_search_begins_at_unipc(process: Any, count: int) -> None:
-    x, solver = torch.randn(4, 1, 2, 2, dtype=torch.float64), SearchedSolver(process, count)
-    unipc: Any = FlowUniPCSampler(FLOW, count)
+def test_the_search_begins_at_unipc(process: Any, count: int, order: int) -> None:
+    x, solver = torch.randn(4, 1, 2, 2, dtype=torch.float64), SearchedSolver(process, count, order)
+    unipc: Any = FlowUniPCSampler(FLOW, count, order=min(order, count))
     if process is GAUSSIAN:
         grid = sorted(solver.times()[:-1].tolist())
-        unipc = UniPCSampler(process.restricted(grid))
+        unipc = UniPCSampler(process.restricted(grid), order=min(order, count))
         assert grid[-1] == 999 and 0 < grid[0] < 1000 / count
     end = sample_loop(denoise(process), unipc, x, evaluations(unipc.times))
     assert torch.allclose(solver(denoise(process), x).points[-1], end, atol=1e-6)

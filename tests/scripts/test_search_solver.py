@@ -9,8 +9,9 @@ import torch
 
 import sample_ddp
 from diffusion import PREVIEW_SAMPLER, FlowMatching, create_diffusion, make_sampler
-from diffusion.solver_search import teacher_path
+from diffusion.solver_search import SearchedSolver, teacher_path
 from runtime.errors import run
+from sampling.pipeline import Pipeline
 from scripts import search_solver
 from tests.diffusion.test_solver_search import denoise
 from tests.digits_checkpoints import save_digits_checkpoint
@@ -61,6 +62,15 @@ def test_an_interrupted_search_ends_at_the_same_table(ckpt, tmp_path, monkeypatc
     protocol = json.loads(whole.read_text())["protocol"]
     assert protocol["cfg_scale"] == 1.5 and protocol["checkpoint"]["file"] == "a.safetensors"
     assert protocol["rmse_on_held_out_noise"]["best"] <= protocol["rmse_on_held_out_noise"]["first"]
+
+
+def test_it_begins_at_the_order_that_is_closer_to_the_teacher(ckpt):
+    pipeline = Pipeline.from_pretrained(ckpt, device="cpu")
+    search = search_solver.Search(pipeline, search_solver.SearchSettings(ckpt=ckpt, evaluations=5, cfg_scale=1.0))
+    solvers = [SearchedSolver(pipeline.process, 5, order, clip_denoised=True) for order in (2, 3)]
+    distances = [search.distance(solver) for solver in solvers]
+    assert search.first == min(distances) < max(distances)
+    assert torch.equal(search.solver.earlier, solvers[distances.index(search.first)].earlier)
 
 
 def test_sampling_follows_the_table_and_records_it(ckpt, tmp_path, capsys):
