@@ -119,13 +119,8 @@ def save_folder(
         check_shard_size(shard_size)
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
-    origin, chosen = info.origin, known.pop("licence", license) or (info.meta or {}).get("licence")
-    if chosen is not None:
-        chosen = licence_to_publish(chosen, origin)
-    elif origin is not None:
-        chosen = origin.licence
-    name = name or folder.name
-    document = document_of(network, info, encoder, chosen, name)
+    name, licence = name or folder.name, _licence(known.pop("licence", license), info)
+    document = document_of(network, info, encoder, licence, name)
     weights, lower = network.state_dict(), DTYPES[dtype]
     if lower is not None:
         weights, document[ROUNDED] = rounded_state(network, lower), dtype
@@ -148,6 +143,14 @@ def save_folder(
 
     write_folder(folder, write, flag)
     return folder
+
+
+def _licence(given: str | None, info: CheckpointInfo) -> str | None:
+    """Licence of weights: the one that is given, or was recorded, or is that of the weights that they came from."""
+    chosen = given or (info.meta or {}).get("licence")
+    if chosen is not None:
+        return licence_to_publish(chosen, info.origin)
+    return None if info.origin is None else info.origin.licence
 
 
 def _check_content(card: CardContent, document: Json, dashes: str) -> None:
