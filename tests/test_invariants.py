@@ -193,9 +193,9 @@ def test_preparing_embeds_all_times_in_one_call(network: Network, monkeypatch: p
 @torch.no_grad()
 def test_the_host_does_not_wait_in_an_evaluation_at_a_number(network: Network) -> None:
     x, t, cond = inputs(network)
-    state = network(x, t, **cond).state  # the first evaluation of a shape uploads its positions
+    network(x, t, **cond)  # the first evaluation of a shape uploads its positions
     with DispatchTrace() as trace:
-        network(x, t, **cond, state=network(x, t, **cond, state=state).state)
+        network(x, t, **cond, state=network(x, t, **cond).state)
     assert trace.waits() == []
 
 
