@@ -112,9 +112,9 @@ class Search:
         solvers = [
             SearchedSolver(process, settings.evaluations, order, clip_denoised=pixels).to(device) for order in ORDERS
         ]
-        self.solver = min(solvers, key=self.distance)
+        self.first, self.solver = min(((self.distance(solver), solver) for solver in solvers), key=lambda each: each[0])
         self.optimizer = Lion([*self.solver.parameters()], settings.lr)
-        self.done, self.first = 0, self.distance(self.solver)
+        self.done = 0
         self.best = (self.first, self.parameters())
 
     def parameters(self) -> dict[str, Tensor]:
