@@ -133,11 +133,13 @@ class Guided:
         if scale == 1:
             return first
         first, second = first.to(x.dtype), second.to(x.dtype)  # a scale multiplies half-precision rounding
-        count = x.shape[-3] if self._channels is None else min(self._channels, x.shape[-3])
-        kept = first.narrow(-3, count, first.shape[-3] - count)
-        first, second = first.narrow(-3, 0, count), second.narrow(-3, 0, count)
-        mixed = self._mix_rows(first, second, scale)
-        return torch.cat([mixed, kept], dim=-3) if kept.shape[-3] else mixed
+        channels, count = first.shape[-3], x.shape[-3]
+        if self._channels is not None:
+            count = min(self._channels, count)
+        if count == channels:
+            return self._mix_rows(first, second, scale)
+        first, kept = first.split([count, channels - count], dim=-3)
+        return torch.cat([self._mix_rows(first, second.narrow(-3, 0, count), scale), kept], dim=-3)
 
     def _time(self, t: float | Tensor, network: object) -> float | Tensor:
         """An evaluation's time in the units of one of the networks."""

@@ -16,6 +16,7 @@ Time = TypeVar("Time", float, Tensor, float | Tensor)
 FlowGrid = Literal["uniform", "chebyshev"]
 
 BETA_SCHEDULES = ("linear", "squaredcos_cap_v2")
+TIME_CONVENTIONS = get_args(TimeConvention)
 
 
 def named_betas(name: str, num_timesteps: int) -> Array:
@@ -181,8 +182,8 @@ def convert_time(t: Time, source: TimeConvention, target: TimeConvention) -> Tim
         ValueError: For an unknown convention.
     """
     for convention in (source, target):
-        if convention not in get_args(TimeConvention):
-            raise ValueError(f"unknown time convention {convention!r}; known: index, unit")
+        if convention not in TIME_CONVENTIONS:
+            raise ValueError(f"unknown time convention {convention!r}; known: {', '.join(TIME_CONVENTIONS)}")
     if source == target:
         return t
     return 1 - t / 1000 if target == "unit" else 1000 * (1 - t)

@@ -24,8 +24,8 @@ from models.layers import (
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
-    gated_add,
     modulate,
+    multiply_add,
     sincos_position_table,
     unpatchify,
     xavier_linear_,
@@ -62,8 +62,8 @@ class DiTBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c, x.dtype)
         h = modulate(self.norm1(x), shift_msa, scale_msa)
         attended = self.attn(h) if groups == 1 else self.attn(h.unflatten(1, (groups, -1)).flatten(0, 1)).view_as(h)
-        x = gated_add(x, gate_msa, attended)
-        return gated_add(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        x = multiply_add(x, gate_msa, attended)
+        return multiply_add(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
 
 class DiT(Transformer, ClassConditional):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.dit import DiTBlock
-from models.layers import gated_add, modulate, without_autocast
+from models.layers import modulate, multiply_add, without_autocast
 from models.masks import Mask, masked
 
 TEMPERATURE = 5.0  # of the gates' gradient in training
@@ -123,9 +123,9 @@ class DyDiTBlock(DiTBlock):
         head_noise, token_noise, group_noise = (None, None, None) if noise is None else noise.split(sizes, dim=1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c, x.dtype)
         heads = self.attn_rate(e, head_noise)
-        x = gated_add(x, gate_msa, self.attn(modulate(self.norm1(x), shift_msa, scale_msa), heads))
+        x = multiply_add(x, gate_msa, self.attn(modulate(self.norm1(x), shift_msa, scale_msa), heads))
         tokens = self.token_selection(x, token_noise)
         groups = self.mlp_rate(e, group_noise)
         update = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp), groups)
-        x = gated_add(x, gate_mlp, masked(update, tokens, 2))
+        x = multiply_add(x, gate_mlp, masked(update, tokens, 2))
         return x, Routing(heads.values, groups.values, tokens.values)

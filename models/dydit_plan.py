@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from models.contract import mark_rows
 from models.dydit_block import DyDiTBlock, Routing, TokenRouter
-from models.layers import AdaLNModulation, attention_heads, gated_add, gelu, modulate
+from models.layers import AdaLNModulation, attention_heads, gelu, modulate, multiply_add
 from models.masks import Mask
 
 P = ParamSpec("P")
@@ -39,7 +39,7 @@ PACK_FROM = {"cpu": 128, "cuda": 4096}
 
 
 class Modulation(NamedTuple):
-    """One of adaLN's two triples, (N, D) each."""
+    """One of adaLN's two triples, (N, 1, D) each."""
 
     shift: Tensor
     scale: Tensor
@@ -243,11 +243,11 @@ def attend(
     parts = adaln(c, x.dtype)
     modulation, num_heads = Modulation(*parts[:3]), weights.last.shape[1] // head_dim
     if num_heads == 0:
-        x = gated_add(x, modulation.gate, weights.last_bias)
+        x = multiply_add(x, modulation.gate, weights.last_bias)
     else:
         h = modulate(_normed(x), modulation.shift, modulation.scale)
         heads = attention_heads(functional.linear(h, weights.first, weights.first_bias), num_heads)
-        x = gated_add(x, modulation.gate, functional.linear(heads.flatten(2), weights.last, weights.last_bias))
+        x = multiply_add(x, modulation.gate, functional.linear(heads.flatten(2), weights.last, weights.last_bias))
     return x, router(x), Modulation(*parts[3:])
 
 
@@ -256,13 +256,13 @@ def masked_mlp(x: Tensor, tokens: Tensor | None, modulation: Modulation, weights
     update = _mlp(modulate(_normed(x), modulation.shift, modulation.scale), weights)
     if tokens is not None:
         update = update * tokens.unsqueeze(-1)
-    return gated_add(x, modulation.gate, update)
+    return multiply_add(x, modulation.gate, update)
 
 
 def packed_update(x: Tensor, rows: Tensor, modulation: Modulation, weights: PairWeights) -> Tensor:
     """Compute what the gated MLP adds to the rows (M,) of the flattened batch (N, T, D): (M, D) in its dtype."""
     image = rows // x.shape[1]
-    shift, scale, gate = (part.index_select(0, image) for part in modulation)
+    shift, scale, gate = (part.squeeze(1).index_select(0, image) for part in modulation)
     h = torch.addcmul(shift, _normed(x.flatten(0, 1).index_select(0, rows)), 1 + scale)
     return (_mlp(h, weights) * gate).to(x.dtype)
 

@@ -184,7 +184,7 @@ class LatteT2V(PairedTransformer, TimeConditional):
                 skips.append(x)
             if i + 1 in features_at:
                 features[i + 1] = x.flatten(1, 2)
-        shift, scale = (self.scale_shift_table + embedded.unsqueeze(1)).unbind(1)
+        shift, scale = (self.scale_shift_table + embedded.unsqueeze(1)).chunk(2, dim=1)
         values = self.proj_out(
             modulate(self.norm_out(x.flatten(1, 2)), shift, scale)
         )  # (N, (F + I) * T, p * p * C_out)

@@ -25,25 +25,22 @@ FREQUENCY_DIM = 256
 
 
 def multiply_add(start: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Compute start + a * b in one pass, in the widest dtype of the three, which broadcast."""
+    """Compute start + a * b in one pass, in the widest dtype of the three, which broadcast; also a gated update."""
+    if not start.is_cuda:
+        return torch.addcmul(start, a, b)
     # The kernel reads any mix of dtypes; CUDA's autocast would first write copies of all three in the widest one.
     with without_autocast(start):
         return torch.addcmul(start, a, b)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Apply adaLN's affine map, x * (1 + scale) + shift, to tokens (N, T, D); shift and scale are (N, D) or (1, D)."""
-    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
-
-
-def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """Add a gated update to x: x + gate * update, with x and update (N, T, D), gate (N, D) or (1, D)."""
-    return multiply_add(x, gate.unsqueeze(1), update)
+    """Apply adaLN's affine map, x * (1 + scale) + shift, to tokens (N, T, D); the others are (N or 1, 1, D)."""
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def gelu(x: Tensor) -> Tensor:
     """Apply GELU in its tanh approximation, elementwise."""
-    if not (torch.compiler.is_compiling() and x.is_cuda):
+    if not (x.is_cuda and torch.compiler.is_compiling()):
         return functional.gelu(x, approximate="tanh")
     # Compiled for a GPU, tanh is a call into a library and takes twice the time that memory needs. The same function,
     # since (1 + tanh(u)) / 2 = sigmoid(2 u):
@@ -71,7 +68,8 @@ def timestep_features(
     steps = torch.arange(half, dtype=torch.float32, device=t.device if isinstance(t, Tensor) else device)
     frequencies = torch.exp(-math.log(max_period) * steps / half)
     angles = t.float()[:, None] * frequencies if isinstance(t, Tensor) else (frequencies * t)[None]
-    return functional.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+    features = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return functional.pad(features, (0, 1)) if dim % 2 else features
 
 
 def exact_parameters(block: nn.Module) -> list[nn.Parameter]:
@@ -341,10 +339,9 @@ class AdaLNModulation(nn.Sequential):
             nn.init.zeros_(parameter)
 
     def forward(self, c: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """Map (N, D) -> `chunks` tensors (N, D) in a dtype: a GPU modulates tokens fastest in their own."""
-        for layer in self:
-            c = layer(c)
-        return c.to(dtype or c.dtype).chunk(self.chunks, dim=-1)
+        """Map (N, D) -> `chunks` tensors (N, 1, D) in a dtype: a GPU modulates tokens fastest in their own."""
+        out: Tensor = super().forward(c)
+        return out.to(dtype or out.dtype).unsqueeze(1).chunk(self.chunks, dim=-1)
 
 
 class FinalLayer(nn.Module):

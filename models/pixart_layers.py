@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.layers import FREQUENCY_DIM, gated_add, gelu, modulate, timestep_features
+from models.layers import FREQUENCY_DIM, gelu, modulate, multiply_add, timestep_features
 
 CHUNKS = 6  # shift, scale and gate of attention, then of the MLP
 MASKED = -10_000.0  # added to the scores of masked words; finite, so that a text without any words has an output
@@ -158,10 +158,10 @@ class TextBlock(nn.Module):
             text: (N, 1 + I, L, D) texts, as `TextAttention.to_text` takes them; None in blocks without that attention.
             mask: (N G, 1, 1, L), added to the scores of the texts.
         """
-        modulation = (self.scale_shift_table + c.unflatten(1, (CHUNKS, -1))).unbind(1)  # (N, D) each
+        modulation = (self.scale_shift_table + c.unflatten(1, (CHUNKS, -1))).chunk(CHUNKS, dim=1)  # (N, 1, D) each
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = gated_add(x, gate_msa, self.attn1(modulate(self.norm1(x), shift_msa, scale_msa), groups))
+        x = multiply_add(x, gate_msa, self.attn1(modulate(self.norm1(x), shift_msa, scale_msa), groups))
         if self.attn2 is not None:
             assert text is not None
             x = x + self.attn2.to_text(x, groups, text, mask)
-        return gated_add(x, gate_mlp, self.ff(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        return multiply_add(x, gate_mlp, self.ff(modulate(self.norm2(x), shift_mlp, scale_mlp)))

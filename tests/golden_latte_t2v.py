@@ -77,12 +77,12 @@ def unfused(x: Tensor, factor: Tensor, added: Tensor) -> Tensor:
 
 def modulate_unfused(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Modulate tokens as the official code does."""
-    return unfused(x, 1 + scale.unsqueeze(1), shift.unsqueeze(1))
+    return unfused(x, 1 + scale, shift)
 
 
-def gated_add_unfused(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+def multiply_add_unfused(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """Add a gated update as the official code does."""
-    return unfused(gate.unsqueeze(1), update, x)
+    return unfused(gate, update, x)
 
 
 def total_norm(network: torch.nn.Module, *parts: str) -> Tensor:

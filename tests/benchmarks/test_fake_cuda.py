@@ -118,7 +118,7 @@ def test_a_planted_cast_is_found(device: torch.device, monkeypatch: pytest.Monke
             network(x, t, **cond)
 
     before = extra_casts(trace_block(network, 0, evaluate))
-    monkeypatch.setattr("models.dit.gated_add", lambda x, gate, update: torch.addcmul(x, gate.unsqueeze(1), update))
+    monkeypatch.setattr("models.dit.multiply_add", torch.addcmul)
     assert extra_casts(trace_block(network, 0, evaluate)) == before + 2
 
 
@@ -228,7 +228,7 @@ def test_a_plan_of_a_dydit_casts_one_tensor_a_block(device: torch.device) -> Non
     low = {"device": device, "dtype": BF16}
     attention = PairWeights(*(torch.empty(shape, **low) for shape in ((3 * d, d), (3 * d,), (d, d), (d,))))
     mlp = PairWeights(*(torch.empty(shape, **low) for shape in ((2 * d, d), (2 * d,), (d, 2 * d), (d,))))
-    modulation = Modulation(*(torch.empty(3, d, device=device) for _ in range(3)))
+    modulation = Modulation(*(torch.empty(3, 1, d, device=device) for _ in range(3)))
     head_dim, rows = d // network.config.num_heads, torch.zeros(7, dtype=torch.int64, device=device)
     with torch.autocast("cuda", BF16):
         parts = [

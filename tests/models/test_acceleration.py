@@ -83,7 +83,7 @@ def test_one_compilation_serves_every_number_of_rows(network: Network) -> None:
 @torch.no_grad()
 def test_a_planted_graph_break_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     network = debug_network("DiT")
-    monkeypatch.setattr("models.dit.gated_add", lambda x, gate, update: update if update.max() > 0 else x)
+    monkeypatch.setattr("models.dit.multiply_add", lambda x, gate, update: update if update.max() > 0 else x)
     network.compile_blocks("eager")
     x, t, conditioning = inputs(network)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="branching"):
@@ -95,7 +95,7 @@ def test_a_planted_graph_break_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_planted_recompilation_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     network, seen, counter = debug_network("DiT"), [], CompileCounter()
     torch._dynamo.reset()
-    monkeypatch.setattr("models.dit.gated_add", lambda x, gate, update: x + len(seen) * gate.unsqueeze(1) * update)
+    monkeypatch.setattr("models.dit.multiply_add", lambda x, gate, update: x + len(seen) * gate * update)
     network.compile_blocks(counter)
     x, t, conditioning = inputs(network)
     for _ in range(2):

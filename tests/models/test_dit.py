@@ -38,7 +38,8 @@ def record(network: DiT, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Tensor]:
     def watch(module: nn.Module, *names: str, inputs: tuple[str, ...] = ()) -> None:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             seen.update(zip(inputs, arguments, strict=False))
-            seen.update(zip(names, output if isinstance(output, tuple) else (output,), strict=True))
+            outputs = [part.squeeze(1) for part in output] if isinstance(output, tuple) else [output]  # of modulation
+            seen.update(zip(names, outputs, strict=True))
 
         module.register_forward_hook(hook)
 

@@ -126,7 +126,7 @@ def network_of_biases(network: DyDiT, x: Tensor, t: float, y: Tensor) -> Tensor:
     x = network.x_embedder(x) + network.pos_embed
     for block in network.blocks:
         _, _, gate_msa, _, _, gate_mlp = block.adaLN_modulation(c)
-        x = x + (gate_msa * block.attn.proj.bias + gate_mlp * block.mlp.fc2.bias)[:, None]
+        x = x + gate_msa * block.attn.proj.bias + gate_mlp * block.mlp.fc2.bias
     return x
 
 

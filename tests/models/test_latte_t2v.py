@@ -16,9 +16,9 @@ from runtime.errors import UserError
 from tests.golden_data import arrays, assert_close, table
 from tests.golden_latte_t2v import (
     UNREAD,
-    gated_add_unfused,
     golden,
     modulate_unfused,
+    multiply_add_unfused,
     plain_network,
     recorded_network,
     recorded_weights,
@@ -93,7 +93,7 @@ def test_plain_weights_compute_what_diffusers_does_to_the_last_bit(monkeypatch: 
         with monkeypatch.context() as patch:
             for module in ("models.latte_t2v", "models.pixart_layers"):
                 patch.setattr(f"{module}.modulate", modulate_unfused)
-            patch.setattr("models.pixart_layers.gated_add", gated_add_unfused)
+            patch.setattr("models.pixart_layers.multiply_add", multiply_add_unfused)
             # Positions of other sizes are computed in float32 there, in float64 here
             assert torch.equal(ours(x, T, text=TEXT).sample, expected) or x.shape[-2:] != X.shape[-2:]
 

@@ -12,8 +12,8 @@ from models.layers import (
     PatchEmbed,
     TimestepEmbedder,
     TimestepTable,
-    gated_add,
     modulate,
+    multiply_add,
     rounded_state,
     sincos_position_table,
     timestep_features,
@@ -68,20 +68,20 @@ def test_position_table_refuses_a_width_that_is_no_multiple_of_four() -> None:
         sincos_position_table(6, 2, 2)
 
 
-def test_modulate_and_gated_add_apply_one_vector_to_all_tokens() -> None:
+def test_modulation_and_gate_apply_one_vector_to_all_tokens() -> None:
     x, update = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    shift, scale, gate = torch.randn(3, 2, 4)
+    shift, scale, gate = torch.randn(3, 2, 1, 4)
     for n in range(2):
         for token in range(3):
-            expected = x[n, token] * (1 + scale[n]) + shift[n]
+            expected = x[n, token] * (1 + scale[n, 0]) + shift[n, 0]
             torch.testing.assert_close(modulate(x, shift, scale)[n, token], expected)
-            expected = x[n, token] + gate[n] * update[n, token]
-            torch.testing.assert_close(gated_add(x, gate, update)[n, token], expected)
+            expected = x[n, token] + gate[n, 0] * update[n, token]
+            torch.testing.assert_close(multiply_add(x, gate, update)[n, token], expected)
 
 
 def test_modulate_shares_one_row_among_all_samples() -> None:
-    x, shift, scale = torch.randn(2, 3, 4), torch.randn(1, 4), torch.randn(1, 4)
-    torch.testing.assert_close(modulate(x, shift, scale), modulate(x, shift.expand(2, 4), scale.expand(2, 4)))
+    x, shift, scale = torch.randn(2, 3, 4), torch.randn(1, 1, 4), torch.randn(1, 1, 4)
+    torch.testing.assert_close(modulate(x, shift, scale), modulate(x, shift.expand(2, 1, 4), scale.expand(2, 1, 4)))
 
 
 def test_unpatchify_reads_a_token_as_row_column_channel() -> None:

@@ -83,10 +83,11 @@ def test_compiled_blocks_are_asked_for_by_a_flag(pipeline: Pipeline, monkeypatch
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_network_that_was_compiled_samples_compiled(pipeline: Pipeline, precision: str) -> None:
+def test_a_network_that_was_compiled_samples_compiled(ckpt: Path, precision: str) -> None:
     """In bf16 a copy is sampled, and PyTorch copies modules uncompiled."""
+    pipeline = Pipeline.from_pretrained(ckpt, device="cpu", num_sampling_steps=3)  # its network stays compiled
     pipeline.network.compile_blocks("eager")
-    prepared = pipeline.prepare(precision=precision, num_sampling_steps="3").network  # no run that is prepared already
+    prepared = pipeline.prepare(precision=precision).network
     assert all(block._compiled_call_impl is not None for block in prepared.blocks)
 
 
