@@ -7,6 +7,7 @@ different machines can be compared.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -33,14 +34,23 @@ def load_digits(split: Split) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    from sklearn.datasets import load_digits as load_sklearn_digits  # heavy: half a second, and only digits need it
-
-    bunch = load_sklearn_digits()
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(bunch.target))
-    chosen = order[:TEST_SIZE] if split == "test" else order[TEST_SIZE:]
+    table = _table()
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(table))
+    chosen = table[order[:TEST_SIZE] if split == "test" else order[TEST_SIZE:]]
     # 17 grey levels, 0..16, are spread over the 8-bit range
-    images = np.rint(bunch.images[chosen] * (255.0 / 16.0)).astype(np.uint8)[..., None]
-    return images, bunch.target[chosen].astype(np.int64)
+    images = np.rint(chosen[:, :-1] * (255.0 / 16.0)).astype(np.uint8)
+    return images.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 1), chosen[:, -1].astype(np.int64)
+
+
+def _table() -> npt.NDArray[np.float64]:
+    """All digits, a row each: 64 grey levels, and the label."""
+    package = find_spec("sklearn")
+    file = Path(package.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if package is not None else Path()
+    if file.is_file():  # the import of scikit-learn takes two seconds
+        return np.loadtxt(file, delimiter=",")
+    from sklearn.datasets import load_digits as load_sklearn_digits
+
+    return np.column_stack(load_sklearn_digits(return_X_y=True))
 
 
 def open_digits(split: Split, *, flip: bool = False, seed: int = 0) -> ArrayImages:

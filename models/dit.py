@@ -98,7 +98,7 @@ class DiT(Transformer, ClassConditional):
 
     def position_tables(self) -> dict[str, Tensor]:
         """Fixed values of the parameters that hold positions, by name; `pos_embed` is (1, T, D)."""
-        return {"pos_embed": sincos_position_table(self.config.hidden_size, *self.config.grid)[None]}
+        return {"pos_embed": sincos_position_table(self.config.hidden_size, *self.grid)[None]}
 
     def reset_parameters(self) -> None:
         """Re-initialise: Xavier for linear maps, small normals for embedders, zeros for gates and output."""
@@ -148,7 +148,7 @@ class DiT(Transformer, ClassConditional):
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Arrange tokens (N, T, p * p * C_out) as images (N, C_out, H, W)."""
-        return unpatchify(x, self.config.grid, self.config.patch_size, self.out_channels)
+        return unpatchify(x, self.grid, self.config.patch_size, self.out_channels)
 
 
 def data_settings(weights: Mapping[str, Tensor], config: DiTConfig) -> dict[str, object] | None:

@@ -19,6 +19,7 @@ class Transformer(Network):
     runs the last B blocks on them and ignores x. This is the baseline that Skip-DiT is compared with.
 
     Attributes:
+        grid: Rows and columns of patches.
         cache_at: L - B, the index of the block that takes the state as input; None without `cache_depth`.
     """
 
@@ -27,7 +28,7 @@ class Transformer(Network):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
-        self.sample_shape = config.sample_shape
+        self.sample_shape, self.grid = config.sample_shape, config.grid
         self.out_channels = config.sample_shape[-3] * (2 if config.learn_sigma else 1)
         self.cache_at = config.cache_at
         self.keeps_state = self.cache_at is not None

@@ -12,6 +12,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 from runtime.errors import error_prefix
@@ -163,7 +164,8 @@ def places(cls: type, kinds: Sequence[Kind]) -> dict[str, Place]:
     return by_flag
 
 
-def flags_of(cls: type, path: tuple[str, ...] = ()) -> dict[str, Flag]:
+@cache
+def flags_of(cls: type, path: tuple[str, ...] = ()) -> Mapping[str, Flag]:
     """All settings of a dataclass and of the groups in it, by flag."""
     flags: dict[str, Flag] = {}
     hints = typing.get_type_hints(cls)
@@ -174,7 +176,7 @@ def flags_of(cls: type, path: tuple[str, ...] = ()) -> dict[str, Flag]:
         elif "help" in field.metadata:
             flag = Flag((*path, field.name), field, hint)
             flags[flag.name] = flag
-    return flags
+    return types.MappingProxyType(flags)
 
 
 def split_optional(hint: object) -> tuple[Any, bool]:

@@ -120,6 +120,7 @@ class Job:
         self.fixed = fixed = self._deciding_settings(replace(run.config, job=job))
         path = job.output or job.sample_dir / self._name(fixed)
         self.config = replace(run.config, job=replace(job, output=path))
+        self.protocol = self._describe()  # what is wrong with it is found before hours of sampling
 
         self.flag = flag = "--output" if job.output else "--sample-dir"
         path = path if self.shard is None else self.shard.path(path)
@@ -149,11 +150,12 @@ class Job:
         if (listing := self._listing()) is not None:
             with atomic_path(self.file.path.with_suffix(LISTING)) as temporary:
                 temporary.write_text(listing, encoding="utf-8")
-        self.file.finish(labels, {**self._result(), "run": timings}, digest=self.shard is not None)
-        for suffix in (LISTING, ".json", "", self.path.suffix):  # last what a later job finds
-            local = self.file.path.with_suffix(suffix)
-            if local.exists():
-                upload(local, self.path.with_suffix(suffix), self.flag)
+        self.file.finish(labels, {**self.protocol, "run": timings}, digest=self.shard is not None)
+        if self.file.path != self.path:  # which is on a store
+            for suffix in (LISTING, ".json", "", self.path.suffix):  # last what a later job finds
+                local = self.file.path.with_suffix(suffix)
+                if local.exists():
+                    upload(local, self.path.with_suffix(suffix), self.flag)
         return self.path
 
     def _listing(self) -> str | None:
@@ -218,7 +220,7 @@ class Job:
         # Not part of the name, under which version 0.1 started jobs without it
         return {**self.fixed, "torch": torch.__version__, migrate.ENCODER: encoder_digest(self.encoder)}
 
-    def _result(self) -> Values:
+    def _describe(self) -> Values:
         """Settings, checkpoint and versions, as JSON values."""
         sections = settings_of(self.pipeline, self.run, self.config)
         return {
