@@ -340,8 +340,9 @@ class AdaLNModulation(nn.Sequential):
 
     def forward(self, c: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """Map (N, D) -> `chunks` tensors (N, 1, D) in a dtype: a GPU modulates tokens fastest in their own."""
-        out: Tensor = super().forward(c)
-        return out.to(dtype or out.dtype).unsqueeze(1).chunk(self.chunks, dim=-1)
+        for layer in self:
+            c = layer(c)
+        return c.to(dtype or c.dtype).unsqueeze(1).chunk(self.chunks, dim=-1)
 
 
 class FinalLayer(nn.Module):

@@ -164,15 +164,19 @@ def places(cls: type, kinds: Sequence[Kind]) -> dict[str, Place]:
     return by_flag
 
 
-@cache
-def flags_of(cls: type, path: tuple[str, ...] = ()) -> Mapping[str, Flag]:
+def flags_of(cls: type) -> Mapping[str, Flag]:
     """All settings of a dataclass and of the groups in it, by flag."""
+    return _flags_of(cls, ())
+
+
+@cache
+def _flags_of(cls: type, path: tuple[str, ...]) -> Mapping[str, Flag]:
     flags: dict[str, Flag] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            flags |= flags_of(hint, (*path, field.name))
+            flags |= _flags_of(hint, (*path, field.name))
         elif "help" in field.metadata:
             flag = Flag((*path, field.name), field, hint)
             flags[flag.name] = flag

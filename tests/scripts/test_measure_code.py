@@ -1,8 +1,13 @@
+import re
+import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
-from scripts.measure_code import main
+from models.loading import load_network
+from scripts.measure_code import main, run_calls
+from tests.processes import ROOT
 
 # A tree of which every count is known. Training writes a checkpoint, as sampling needs one.
 TREE = {
@@ -132,3 +137,47 @@ def test_a_run_that_computes_no_loss_is_an_error(tree: Path) -> None:
     (tree / "train.py").write_text("def main(argv): ...\n")
     with pytest.raises(SystemExit, match="train.py: exit status 0, or no call of `losses`"):
         main(["--tree", str(tree)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# docs/code.md
+
+
+def rows(heading: str) -> list[str]:
+    """Functions in the table below a heading, as "file name"."""
+    section = (ROOT / "docs" / "code.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    return [f"{file} {name}" for file, name in re.findall(r"^\| `(\S+)` \| `(\S+)` \|", section, flags=re.M)]
+
+
+def in_order(functions: list[str], calls: list[str]) -> None:
+    assert [function for function in functions if function not in calls] == []
+    assert sorted(functions, key=calls.index) == functions
+
+
+def test_the_page_follows_both_commands() -> None:
+    calls = run_calls(ROOT)
+    for heading, name in (("From a command to the loss", "to the loss"), ("From noise to a file", "to the .npz")):
+        listed = rows(heading)
+        assert len(listed) >= 20 and len({function.split()[0] for function in listed}) <= 15
+        in_order(listed, calls[name])
+
+
+def test_the_page_follows_a_checkpoint() -> None:
+    calls: dict[str, None] = {}
+
+    def record(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(ROOT):
+            calls[f"{path.relative_to(ROOT).as_posix()} {frame.f_code.co_qualname}"] = None
+
+    sys.setprofile(record)
+    try:
+        load_network(ROOT / "demo" / "digits")
+    finally:
+        sys.setprofile(None)
+    in_order(rows("From a checkpoint to a network"), [*calls])
+
+
+def test_files_that_the_page_names_exist() -> None:
+    named = re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "code.md").read_text())
+    assert [name for name in named if not (ROOT / name).is_file()] == []
