@@ -2,8 +2,8 @@
 
 The process of a version is this file, run with the version's folder on the path. Its work is reached through the
 command lines of train.py and sample.py, which hardly change between versions. A round is A B B A, and its ratio that of
-the CPU times of B and A, so that neither a slow moment of the machine nor a drift favours one of them. Processes are
-started anew after some rounds: where their memory happens to be makes a difference, too.
+the CPU times of B and A, so that neither a slow moment of the machine nor a drift favours one of them. Every round has
+new processes: where their memory happens to be makes a difference of up to a tenth, and rounds of the same ones share it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from runtime.errors import UserError
 
 SAMPLING_STEPS = 10
 PARTS = {"forward": 1, "training step": 1, "sampling step": SAMPLING_STEPS}  # part -> steps in its work
-PAIRS, ROUNDS = 3, 5  # pairs of processes, and rounds of each
+ROUNDS = 15
 STUDENT_T = 2.145  # 97.5 % quantile for 14 degrees of freedom
 SECONDS, WARM_UPS = 0.3, 3  # length of a timed piece of work, and its runs before
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,22 +57,20 @@ def compare(other: Path, model: str, images: int, threads: int) -> list[Comparis
     if not (other / "train.py").is_file():
         raise UserError(f"--against-version {other}: no train.py there; give a checkout of this project")
     rounds: dict[str, list[tuple[float, float]]] = {part: [] for part in PARTS}
-    for _ in range(PAIRS):
+    for _ in range(ROUNDS):
         with worker(ROOT, model, images, threads) as ours, worker(other, model, images, threads) as theirs:
             for part, measured in rounds.items():
-                measured += time_part(part, ours, theirs)
+                measured.append(time_part(part, ours, theirs))
     return [summarise(part, measured) for part, measured in rounds.items()]
 
 
-def time_part(part: str, ours: Clock, theirs: Clock) -> list[tuple[float, float]]:
-    """Rounds of one part: CPU seconds a step of this version, and of the other one."""
+def time_part(part: str, ours: Clock, theirs: Clock) -> tuple[float, float]:
+    """A round of one part: CPU seconds a step of this version, and of the other one."""
     theirs(part, WARM_UPS)
     runs = max(1, round(SECONDS * WARM_UPS / ours(part, WARM_UPS)))
-    rounds, steps = [], 2 * runs * PARTS[part]
-    for _ in range(ROUNDS):
-        a, b, c, d = ours(part, runs), theirs(part, runs), theirs(part, runs), ours(part, runs)
-        rounds.append(((a + d) / steps, (b + c) / steps))
-    return rounds
+    steps = 2 * runs * PARTS[part]
+    a, b, c, d = ours(part, runs), theirs(part, runs), theirs(part, runs), ours(part, runs)
+    return (a + d) / steps, (b + c) / steps
 
 
 def summarise(part: str, rounds: Sequence[tuple[float, float]]) -> Comparison:
@@ -119,7 +117,7 @@ def table(comparisons: Sequence[Comparison]) -> str:
     for part, now, before, speedup, (low, high), _ in comparisons:
         times = [f"{seconds * 1e3:,.2f}" for seconds in (now, before)]
         rows.append([part, *times, f"{speedup:.3f} x", f"{low:.3f} to {high:.3f}"])
-    return aligned(["part", "ms", "other version, ms", "speed-up", f"95 % of {PAIRS * ROUNDS} rounds"], rows)
+    return aligned(["part", "ms", "other version, ms", "speed-up", f"95 % of {ROUNDS} rounds"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
