@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from data import digits
 from data.digits import load_digits
 
 
@@ -23,3 +24,18 @@ def test_grey_levels_span_the_byte_range():
 def test_unknown_split_is_refused():
     with pytest.raises(ValueError, match="'valid'"):
         load_digits("valid")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("is_found", [True, False])
+def test_they_are_those_of_scikit_learn_whose_file_may_be_elsewhere(
+    is_found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sklearn.datasets import load_digits as of_the_library
+
+    expected = of_the_library()
+    if not is_found:
+        monkeypatch.setattr(digits, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr("sklearn.datasets.load_digits", None)
+    table = digits._table()
+    assert np.array_equal(table[:, :-1], expected.data) and np.array_equal(table[:, -1], expected.target)
