@@ -22,7 +22,7 @@ def step(family: str, *argv: str) -> tuple[Trainer, dict[str, Tensor], int]:
     """The trainer after a step from random weights, the gradients, and the peak of memory above the start."""
     own = ROUTED if family == "DyDiT" else []
     setup = open_setup(
-        *runs.data_for(family), "--model", debug_name(family), "--global-batch-size", 64, "--depth", 8, *own, *argv
+        *runs.data_for(family), "--model", debug_name(family), "--global-batch-size", 24, "--depth", 8, *own, *argv
     )
     randomise(setup.network).train()
     trainer = Trainer(setup, CPU)
