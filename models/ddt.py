@@ -19,7 +19,7 @@ from models.config import LabelledConfig
 from models.contract import ModelOutput
 from models.layers import FREQUENCY_DIM, ClassConditional, LabelEmbedder, TimestepEmbedder, multiply_add
 from models.llama_layers import RMSNorm, RotaryAttention, SwiGLU, rotary_table
-from models.token_route import Detour, TokenRoute, choose_blocks, routed_cost
+from models.transformer import Detour, TokenRoute, choose_blocks, routed_cost
 from runtime.settings import setting
 
 SLOWEST_PERIOD = 10.0  # of the time features, for times in [0, 1]

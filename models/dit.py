@@ -30,8 +30,7 @@ from models.layers import (
     unpatchify,
     xavier_linear_,
 )
-from models.token_route import Detour, TokenRoute
-from models.transformer import Transformer
+from models.transformer import Detour, TokenRoute, Transformer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ FREQUENCY_DIM = 256
 
 
 def multiply_add(start: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Compute start + a * b in one pass, in the widest dtype of the three, which broadcast; also a gated update."""
+    """Compute start + a * b, such as a gated update, in one pass and the widest dtype of the three, which broadcast."""
     if not start.is_cuda:
         return torch.addcmul(start, a, b)
     # The kernel reads any mix of dtypes; CUDA's autocast would first write copies of all three in the widest one.

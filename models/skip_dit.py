@@ -18,8 +18,7 @@ from models import dit
 from models.config import BackboneConfig
 from models.contract import ModelOutput, for_any_rows
 from models.dit import DiT, DiTConfig
-from models.token_route import Detour, TokenRoute, choose_blocks
-from models.transformer import Transformer
+from models.transformer import Detour, TokenRoute, Transformer, choose_blocks
 
 
 def default_cache_depth(depth: int) -> int:

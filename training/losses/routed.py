@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion.loss import Batch, DiffusionLoss, Draws, LossSettings, row_generators
 from models import ModelOutput, Network
-from models.token_route import TokenRoute
+from models.transformer import TokenRoute
 from runtime.settings import setting
 
 KEPT = "kept_tokens"

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion import FlowMatching, create_diffusion
 from diffusion.loss import Batch, DiffusionLoss
 from models import Network, create_model
-from models.token_route import TokenRoute
+from models.transformer import TokenRoute
 from runtime.errors import UserError
 from tests.networks import debug_network, inputs, randomise
 from train import main
