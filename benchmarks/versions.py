@@ -3,7 +3,8 @@
 The process of a version is this file, run with the version's folder on the path. Its work is reached through the
 command lines of train.py and sample.py, which hardly change between versions. A round is A B B A, and its ratio that of
 the CPU times of B and A, so that neither a slow moment of the machine nor a drift favours one of them. Every round has
-new processes: where their memory happens to be makes a difference of up to a tenth, which rounds of the same share.
+new processes: where their memory happens to be makes a difference of up to a tenth, and would be shared by the rounds
+of a process.
 """
 
 from __future__ import annotations

@@ -45,9 +45,10 @@ def load_digits(split: Split) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int
 def _table() -> npt.NDArray[np.float64]:
     """All digits, a row each: 64 grey levels, and the label."""
     package = find_spec("sklearn")
-    file = Path(package.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if package is not None else Path()
-    if file.is_file():  # the import of scikit-learn takes two seconds
-        return np.loadtxt(file, delimiter=",")
+    if package is not None and package.origin is not None:  # the import takes two seconds
+        file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            return np.loadtxt(file, delimiter=",")
     from sklearn.datasets import load_digits as load_sklearn_digits
 
     return np.column_stack(load_sklearn_digits(return_X_y=True))

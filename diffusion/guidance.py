@@ -144,7 +144,7 @@ class Guided:
     def _time(self, t: float | Tensor, network: object) -> float | Tensor:
         """An evaluation's time in the units of one of the networks."""
         target = getattr(network, "time_convention", self._convention)
-        if self.time_convention in (None, target) or target is None:
+        if self.time_convention is None or target is None:
             return t
         return convert_time(t, self.time_convention, target)
 

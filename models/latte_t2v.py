@@ -127,7 +127,7 @@ class LatteT2V(PairedTransformer, TimeConditional):
 
     def for_sampling(self, times: Iterable[float]) -> Self:
         """Embed all times of a schedule in one call, and compute positions; parameters are shared with this network."""
-        self.positions(self.config.frames, self.config.grid)
+        self.positions(self.config.frames, self.grid)
         return super().for_sampling(times)
 
     def forward(

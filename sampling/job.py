@@ -151,11 +151,10 @@ class Job:
             with atomic_path(self.file.path.with_suffix(LISTING)) as temporary:
                 temporary.write_text(listing, encoding="utf-8")
         self.file.finish(labels, {**self.protocol, "run": timings}, digest=self.shard is not None)
-        if self.file.path != self.path:  # which is on a store
-            for suffix in (LISTING, ".json", "", self.path.suffix):  # last what a later job finds
-                local = self.file.path.with_suffix(suffix)
-                if local.exists():
-                    upload(local, self.path.with_suffix(suffix), self.flag)
+        for suffix in (LISTING, ".json", "", self.path.suffix):  # last what a later job finds
+            local = self.file.path.with_suffix(suffix)
+            if local.exists():
+                upload(local, self.path.with_suffix(suffix), self.flag)
         return self.path
 
     def _listing(self) -> str | None:

@@ -49,8 +49,6 @@ class PreparedRun(NamedTuple):
         network: Prepared for the sampler's times; a copy, where compiling or bf16 changes it.
         evaluate: The same in the precision that is asked for, perhaps recorded.
         guide: Weaker network of autoguidance, as it will be evaluated; None without.
-        forecast_order: Order of the forecasts of outputs; None without any.
-        tf32: Whether CUDA may round the factors of float32 matrix products to TF32.
     """
 
     config: SamplingSettings
@@ -60,8 +58,6 @@ class PreparedRun(NamedTuple):
     network: Network
     evaluate: NetworkLike
     guide: NetworkLike | None = None
-    forecast_order: int | None = None
-    tf32: bool = False
 
     @property
     def takes_null(self) -> bool:
@@ -86,10 +82,10 @@ class PreparedRun(NamedTuple):
             channels=guidance.guidance_channels,
             mix=zero_star if guidance.guidance == "cfg-zero-star" else None,
         )
-        if self.forecast_order is not None:
-            denoise = Forecast(denoise, self.forecast_order)
+        if (numbers := caching.forecast_numbers) is not None:
+            denoise = Forecast(denoise, numbers[1])
         cache = None if caching.cache_forecast is None else ForecastState(caching.cache_forecast)
-        with distributed.tf32_inside(self.tf32):
+        with distributed.tf32_inside(self.config.compute.allows_tf32):
             return sample_loop(denoise, self.sampler, x, self.table, cache=cache, noise_fn=noise_fn, on_step=on_step)
 
 
@@ -120,7 +116,6 @@ def prepare_run(
     """
     assert config.guidance.cfg_scale is not None  # chosen by `resolve`
     scale, interval = config.guidance.cfg_scale, config.guidance.guidance_interval
-    tf32, numbers = config.compute.allows_tf32, config.caching.forecast_numbers
     if config.solver_table is not None:
         flags = f"--solver-table {config.solver_table}"
     with error_prefix(f"{flags} --num-sampling-steps {config.num_sampling_steps}".strip()):
@@ -134,7 +129,7 @@ def prepare_run(
     if interval is not None:
         low, high = sorted(convert_time(bound, "index", sampler.time_convention) for bound in interval)
         interval = (low, high)
-    with distributed.tf32_inside(tf32):
+    with distributed.tf32_inside(config.compute.allows_tf32):
         refresh = refresh_schedule(network, info, config, settings, sampler, interval)
         prepared, evaluate = accelerate(network, info.model, sampler, config.compute)
         weaker = None if guide is None else accelerate(guide.network, guide.info.model, sampler, config.compute)[1]
@@ -142,11 +137,10 @@ def prepare_run(
     table = evaluations(sampler.times, scales, interval, refresh)
     if config.guidance.guidance == "cfg-zero-star":
         table = zero_init(table)
-    if numbers is not None:
+    if (numbers := config.caching.forecast_numbers) is not None:
         with error_prefix(f"--forecast {config.caching.forecast}"):
             table = forecast_schedule(table, numbers[0])
-    order = None if numbers is None else numbers[1]
-    return PreparedRun(config, settings, sampler, table, prepared, evaluate, weaker, order, tf32)
+    return PreparedRun(config, settings, sampler, table, prepared, evaluate, weaker)
 
 
 def check_guidance(config: SamplingSettings, process: Process) -> None:
